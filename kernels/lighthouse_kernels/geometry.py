@@ -1,0 +1,77 @@
+"""The shape of one call's pyramid, in plain integers.
+
+Level l holds windows of c_l = pooling**l tokens; window i covers tokens [i c_l, (i+1) c_l - 1]. The sequence is padded
+to N' tokens so that every tile of the coarsest level is whole and holds at least `tile_parents` windows. Flat pyramid
+index: all windows of level 0, then level 1, and so on.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Pyramid of one sequence.
+
+    Attributes:
+        tokens: sequence length N.
+        pooling: p, windows merged into one of the next level.
+        levels: L.
+        topk: k, parents expanded per level over all tiles.
+        tile_parents: m, parents per tile.
+        cover_prefix: window 0 of every level above 0 is always a parent.
+    """
+
+    tokens: int
+    pooling: int
+    levels: int
+    topk: int
+    tile_parents: int
+    cover_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"the sequence must hold at least one token, not {self.tokens}")
+
+    @property
+    def tiles(self) -> int:
+        """Number of contiguous tiles T the coarsest level is split into."""
+        return self.topk // self.tile_parents
+
+    def window(self, level: int) -> int:
+        """Tokens per window of `level`, c_l."""
+        return self.pooling**level
+
+    @property
+    def padded(self) -> int:
+        """N': the smallest multiple of c_(L-1) T that is at least max(N, c_(L-1) k)."""
+        coarsest = self.window(self.levels - 1)
+        unit = coarsest * self.tiles
+        return -(-max(self.tokens, coarsest * self.topk) // unit) * unit
+
+    def windows(self, level: int) -> int:
+        """Number of windows of `level`, padding included."""
+        return self.padded // self.window(level)
+
+    def offset(self, level: int) -> int:
+        """Flat pyramid index of window 0 of `level`."""
+        return sum(self.windows(j) for j in range(level))
+
+    @property
+    def pyramid_length(self) -> int:
+        """M, the number of windows of all levels."""
+        return self.offset(self.levels)
+
+    @property
+    def selected_length(self) -> int:
+        """N'/c_(L-1) + (L-1) p k, the number of entries the selection keeps."""
+        return self.windows(self.levels - 1) + (self.levels - 1) * self.pooling * self.topk
+
+    @property
+    def dense(self) -> bool:
+        """Whether the call is plain dense attention: one level, or a selection no shorter than the sequence."""
+        return self.levels == 1 or self.selected_length >= self.tokens
+
+    @property
+    def gathered_length(self) -> int:
+        """S, the length of the sequence the dense kernel sees."""
+        return self.tokens if self.dense else self.selected_length

@@ -1,0 +1,37 @@
+"""The way back from the gathered sequence to the tokens in plain PyTorch (SPEC: scatter back)."""
+
+import torch
+from torch import Tensor
+
+from lighthouse_kernels.geometry import Geometry
+
+
+def scatter(rows: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
+    """Add every entry's output to the positions it stands for. Differentiable.
+
+    Entry (l, i) adds to positions [i c_l + c_l - 1, i c_l + 2 c_l - 2]: the first position that has seen all of its
+    window, and the c_l - 1 that follow. A position nobody writes to is 0.
+
+    Args:
+        rows: [B, S, H, D], the output of the dense call.
+        indices: [B, Hkv, S] flat pyramid indices of the rows.
+        geometry: the pyramid.
+
+    Returns:
+        [B, N, H, D] in the dtype of `rows`; 16-bit rows are added in float32.
+    """
+    batch, _, heads, dim = rows.shape
+    wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    per_head = indices.repeat_interleave(heads // indices.shape[1], dim=1)
+    where = per_head.transpose(1, 2)[..., None].expand(-1, -1, -1, dim).long()
+    pyramid = wide.new_zeros(batch, geometry.pyramid_length, heads, dim).scatter(1, where, wide)
+
+    out = pyramid[:, : geometry.tokens]
+    for level in range(1, geometry.levels):
+        window, start = geometry.window(level), geometry.offset(level)
+        # Windows that begin writing at or after N contribute nothing.
+        count = max(0, -(-(geometry.tokens - window + 1) // window))
+        spread = pyramid[:, start : start + count].repeat_interleave(window, dim=1)
+        spread = torch.nn.functional.pad(spread, (0, 0, 0, 0, window - 1, 0))[:, : geometry.tokens]
+        out = out + torch.nn.functional.pad(spread, (0, 0, 0, 0, 0, geometry.tokens - spread.shape[1]))
+    return out.to(rows.dtype)

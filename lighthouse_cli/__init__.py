@@ -1,0 +1,1 @@
+"""The `lighthouse` command. Importing it imports neither torch nor pydantic."""

@@ -1,0 +1,3 @@
+from lighthouse_cli.app import main
+
+main()

@@ -1,0 +1,90 @@
+"""What pretrain and recover share: describing a recipe, and seeing a launch through to its end."""
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lighthouse_cli import _output
+
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+    from lighthouse_core.launch import Plan
+    from lighthouse_core.runs import Run
+
+
+def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
+    """Print the resolved recipe, with what it costs in comments, so that the output is itself a recipe."""
+    from lighthouse_core.config import dump_recipe
+    from lighthouse_core.estimate import estimate
+
+    cost = estimate(recipe)
+    training, counts = recipe.training, cost.parameters
+    processes = nnodes * (int(nproc) if nproc.isdigit() else 1)
+    _output.data(dump_recipe(recipe))
+
+    def line(name: str, text: str) -> None:
+        _output.data(f"# {name:<21} {text}")
+
+    line(
+        "parameters",
+        f"{_short(counts.total)} (embedding {_short(counts.embedding)}, body {_short(counts.body)}, "
+        f"head {_short(counts.head)})",
+    )
+    if cost.gathered is not None and cost.lighthouse_flops is not None:
+        line("S", f"{cost.gathered} of {training.seq_len} tokens")
+        line("FLOPs per token", f"{_short(cost.lighthouse_flops)} in stage 1, {_short(cost.dense_flops)} dense")
+    else:
+        line("FLOPs per token", f"{_short(cost.dense_flops)}")
+    line("tokens per step", f"{cost.tokens_per_step}")
+    for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
+        if steps:
+            line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
+    sharded = processes if recipe.parallel.shard == -1 else recipe.parallel.shard
+    state = cost.state_bytes / sharded
+    line(
+        "memory (estimate)",
+        f"{_gib(state + cost.activation_bytes)} a process over {processes}: weights, gradients and optimizer "
+        f"{_gib(state)}, activations about {_gib(cost.activation_bytes)}",
+    )
+
+
+def train(run_dir: Path, run: "Run | None", plan: "Plan", resume: str) -> None:
+    """Launch the run's last stage. The caller holds the run's lock.
+
+    Args:
+        run_dir: of the run.
+        run: None on a machine other than the first: that one keeps the run.
+        plan: the processes.
+        resume: the command that goes on after an interruption.
+
+    Raises:
+        typer.Exit: with the job's exit code, unless it is 0.
+    """
+    from lighthouse_core.launch import launch
+
+    if run is not None:
+        # The run that was trained last is the newest, whenever it was made.
+        os.utime(run_dir)
+    code = launch(run_dir, plan)
+    if run is not None and code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        steps = run.checkpoint_steps()
+        if steps:
+            _output.say(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
+        else:
+            _output.say("interrupted before the first checkpoint")
+    if code:
+        raise typer.Exit(code)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

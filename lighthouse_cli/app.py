@@ -1,0 +1,46 @@
+"""The `lighthouse` command: its subcommands, and how errors leave it."""
+
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from lighthouse_cli import _output
+from lighthouse_cli.pretrain import pretrain
+from lighthouse_cli.profile import profile
+from lighthouse_cli.recover import recover
+from lighthouse_cli.strip import strip
+from lighthouse_core.errors import LighthouseError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+for command in (pretrain, recover, strip, profile):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = metadata.version("lighthouse-pretrain")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        _output.data(f"lighthouse {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lighthouse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Long-context pre-training with Lighthouse Attention: pretrain, recover, strip, profile."""
+
+
+def main() -> None:
+    """Run the command line: an expected error is one line and an exit code, any other keeps its traceback."""
+    try:
+        app(prog_name="lighthouse")
+    except LighthouseError as error:
+        _output.error(str(error), error.hint)
+        sys.exit(error.exit_code)

@@ -1,0 +1,109 @@
+"""lighthouse pretrain: stage 1."""
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lighthouse_cli import _options, _output, _train
+
+if TYPE_CHECKING:
+    from lighthouse_core.launch import Plan
+    from lighthouse_core.runs import Run
+
+
+def pretrain(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False)] = None,
+    settings: _options.Settings = None,
+    resume: Annotated[str, typer.Option(metavar="RUN", help="Continue a run, or 'latest', instead of RECIPE.")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="Of the new run; else the recipe and the time.")] = "",
+    nproc: _options.Nproc = "auto",
+    nnodes: _options.Nnodes = 1,
+    node_rank: _options.NodeRank = 0,
+    rdzv_endpoint: _options.RdzvEndpoint = "",
+    dry_run: _options.DryRun = False,
+) -> None:
+    """Train a new run with Lighthouse attention (stage 1)."""
+    from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.errors import LighthouseError, UserError
+    from lighthouse_core.launch import check_world, plan
+    from lighthouse_core.runs import create_run, find_run, run_path
+
+    if bool(recipe) == bool(resume):
+        raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
+    if resume:
+        _refuse_with_resume(settings, name)
+        run = find_run(resume)
+        if dry_run:
+            _train.describe(run.recipe, nproc, nnodes)
+            return
+        _check_unfinished(run)
+        processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        check_world(run.recipe, processes.world_size)
+        _finish(run.path, None if node_rank else run, processes)
+        return
+
+    path = find_recipe(recipe or "")
+    resolved = load_recipe(path, settings or ())
+    if resolved.titan:
+        from lighthouse_core.titan import check_overrides
+
+        check_overrides(resolved)
+    if dry_run:
+        _train.describe(resolved, nproc, nnodes)
+        return
+    if nnodes > 1 and not (name or resolved.output.name):
+        raise UserError("a run on several machines needs a --name", hint="the same one on each")
+    processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+    check_world(resolved, processes.world_size)
+    if node_rank:
+        _finish(run_path(resolved, name or resolved.output.name), None, processes)
+        return
+    run = create_run(resolved, path.stem, name, source=str(path))
+    try:
+        _finish(run.path, run, processes)
+    except typer.Exit as end:
+        # A mistake or a signal before the first step leaves nothing worth keeping, and frees the name.
+        if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
+            shutil.rmtree(run.path)
+        raise
+
+
+def _refuse_with_resume(settings: list[str] | None, name: str) -> None:
+    from lighthouse_core.errors import UserError
+
+    if settings:
+        raise UserError("--resume continues with the saved recipe and takes no --set", hint="a change needs a new run")
+    if name:
+        raise UserError("--name is for a new run, --resume for an existing one")
+
+
+def _check_unfinished(run: "Run") -> None:
+    from lighthouse_core.errors import RunError
+
+    if run.recovering:
+        raise RunError(f"run {run.path} is in its recovery", hint=f"lighthouse recover {run.path} continues it")
+    step = run.newest_step()
+    if step >= run.end:
+        after = "recover" if run.stage == "lighthouse" else "strip"
+        raise RunError(
+            f"run {run.path} is complete at step {step}",
+            hint=f"go on with lighthouse {after} {run.path}{' OUT' if after == 'strip' else ''}",
+        )
+
+
+def _has_metrics(run: "Run") -> bool:
+    metrics = run.path / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _finish(run_dir: Path, run: "Run | None", processes: "Plan") -> None:
+    _output.say(f"run {run_dir}")
+    with run.lock() if run is not None else nullcontext():
+        _train.train(run_dir, run, processes, f"lighthouse pretrain --resume {run_dir}")
+    if run is not None:
+        after = f"recover {run_dir}" if run.stage == "lighthouse" else f"strip {run_dir} OUT"
+        _output.say(f"done; go on with: lighthouse {after}")
+        _output.data(str(run_dir))

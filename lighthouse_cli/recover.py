@@ -1,0 +1,57 @@
+"""lighthouse recover: stage 2."""
+
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+
+from lighthouse_cli import _options, _output, _train
+
+
+def recover(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Directory, or name under runs/; else the newest.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Length; else the recipe's recover.steps.")] = None,
+    extend: Annotated[int | None, typer.Option(metavar="M", help="Add M steps to a recovery begun before.")] = None,
+    settings: _options.Settings = None,
+    nproc: _options.Nproc = "auto",
+    nnodes: _options.Nnodes = 1,
+    node_rank: _options.NodeRank = 0,
+    rdzv_endpoint: _options.RdzvEndpoint = "",
+    dry_run: _options.DryRun = False,
+) -> None:
+    """Continue a run with every layer dense (stage 2).
+
+    Repeated after an interruption, it finishes the steps that were begun.
+    """
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.launch import check_world, plan
+    from lighthouse_core.runs import find_run, plan_recovery
+
+    if run is None and nnodes > 1:
+        raise UserError("name the RUN when several machines recover it")
+    found = find_run(run)
+    if run is None:
+        _output.say(f"newest run: {found.path}")
+    if node_rank:
+        # Machine 0 keeps the ledger; the workers read it after they have met there.
+        _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "")
+        return
+    with nullcontext() if dry_run else found.lock():
+        recovery = plan_recovery(found, steps, extend, settings or ())
+        if recovery.stopped_early:
+            _output.warn(
+                f"stage 1 of {found.path} stopped at step {recovery.start} of {found.end}; recovery begins there"
+            )
+        if dry_run:
+            _train.describe(recovery.recipe, nproc, nnodes)
+            return
+        processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        check_world(recovery.recipe, processes.world_size)
+        found.write_recovery(recovery)
+        _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
+        _train.train(found.path, found, processes, f"lighthouse recover {found.path}")
+    _output.say(f"done; go on with: lighthouse strip {found.path} OUT")
+    _output.data(str(found.path))

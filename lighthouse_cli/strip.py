@@ -1,0 +1,40 @@
+"""lighthouse strip: the trained model as an ordinary Llama."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lighthouse_cli import _output
+
+
+def strip(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A run, or one of its checkpoints/step-N.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the written weights.")] = "bfloat16",
+    allow_unrecovered: Annotated[
+        bool, typer.Option("--allow-unrecovered", help="Also a checkpoint that never ran with dense attention.")
+    ] = False,
+    verify_length: Annotated[
+        int | None, typer.Option(metavar="N", help="One more length, in tokens, at which logits are compared.")
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face Llama, verified."""
+    from lighthouse_core.runs import find_run
+
+    # A name under runs/ is looked up; a path is the exporter's to judge.
+    source = Path(checkpoint)
+    if not source.exists():
+        source = find_run(checkpoint).path
+
+    from lighthouse_core.export import strip as export
+
+    report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
+    _output.say(f"step {report.step}, {report.parameters} parameters, {report.dtype}")
+    for fact in report.verified:
+        _output.say(f"verified: {fact}")
+    for fact in report.skipped:
+        _output.warn(f"not verified: {fact}")
+    for text in report.warnings:
+        _output.warn(text)
+    _output.data(str(out))

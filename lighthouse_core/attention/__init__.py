@@ -1,0 +1,20 @@
+"""One Lighthouse attention call, as functions and as a module. Importing this package does not import torch."""
+
+from importlib import import_module
+
+from lighthouse_core.attention.config import LighthouseConfig
+
+_WHERE = {
+    "dense_attention": "lighthouse_core.attention.dense",
+    "lighthouse_attention": "lighthouse_core.attention.call",
+    "select_indices": "lighthouse_core.attention.call",
+    "LighthouseAttention": "lighthouse_core.attention.module",
+}
+
+__all__ = ["LighthouseAttention", "LighthouseConfig", "dense_attention", "lighthouse_attention", "select_indices"]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lighthouse_core.attention' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,129 @@
+"""The Lighthouse attention call: pool, score, select, gather, attend, scatter (SPEC section 1).
+
+Shapes: B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windows of all levels, S entries.
+"""
+
+import torch
+from torch import Tensor
+
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.dense import check_inputs, dense_attention
+from lighthouse_core.backends import geometry, kernels, log_once
+from lighthouse_kernels.geometry import Geometry
+
+Scores = tuple[Tensor, Tensor]
+
+
+def _scores(q: Tensor, k: Tensor, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key: Tensor | None):
+    """(s_Q, s_K), each [B, Hkv, M] float32, from the scores given or from the scorer of `cfg`."""
+    ops = kernels(cfg.backend)
+    batch, tokens, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    if scores is not None:
+        by_query, by_key = scores
+        windows = (batch, kv_heads, g.pyramid_length)
+        if by_query.shape == windows and by_key.shape == windows:
+            return tuple(ops.mask_padding(x.detach().float(), g) for x in scores)
+        if by_query.shape == (batch, tokens, heads) and by_key.shape == (batch, tokens, kv_heads):
+            return (
+                ops.window_scores(ops.group_max(by_query.detach().float(), kv_heads), g),
+                ops.window_scores(by_key.detach().float().transpose(1, 2), g),
+            )
+        raise ValueError(
+            f"scores must be a pair of token scores [B, N, H] and [B, N, Hkv], or of window scores {list(windows)}; "
+            f"got {tuple(by_query.shape)} and {tuple(by_key.shape)}"
+        )
+    if cfg.scorer == "norm":
+        return ops.norm_scores(q.detach(), k.detach(), g)
+    if key is None:
+        raise ValueError(f"scorer {cfg.scorer!r} draws its scores from `key`, an int64 tensor (seed, step, layer)")
+    if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4):
+        raise ValueError(
+            f"key must be int64 (seed, step, layer) or (seed, step, layer, sample); got {key.dtype} {tuple(key.shape)}"
+        )
+    key = key.to(q.device)
+    if cfg.scorer == "random":
+        drawn = ops.random_scores(key, batch, kv_heads, g)
+    else:
+        drawn = ops.block_scores(key, batch, kv_heads, cfg.score_block, g)
+    return drawn, drawn
+
+
+def select_indices(
+    q: Tensor,
+    k: Tensor,
+    cfg: LighthouseConfig,
+    *,
+    v: Tensor | None = None,
+    scores: Scores | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """The entries one call attends over (SPEC section 1, steps 2 to 4). Carries no gradient.
+
+    Args:
+        q: [B, N, H, D], after RoPE.
+        k: [B, N, Hkv, D], after RoPE.
+        cfg: settings of the call.
+        v: [B, N, Hkv, D]; only scorers that attend read it. None of the present ones does.
+        scores: replaces the scorer. A pair (s_Q, s_K), per token ([B, N, H] and [B, N, Hkv]; a window takes the
+            maximum of its tokens, a KV head the maximum of its query heads) or per window (both [B, Hkv, M] in flat
+            pyramid order). Finite and above -1, the score of padding.
+        key: int64 (seed, step, layer) or (seed, step, layer, sample), for the scorers `random` and `block`;
+            `sample` numbers the first row within the global batch.
+
+    Returns:
+        [B, Hkv, S] int32 flat pyramid indices (level 0 first) in causal order; 0..N-1 when the call is dense.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a missing key.
+    """
+    check_inputs(q, k, k if v is None else v)
+    g = geometry(q.shape[1], cfg)
+    if g.dense:
+        return torch.arange(g.tokens, dtype=torch.int32, device=q.device).repeat(q.shape[0], k.shape[2], 1)
+    return kernels(cfg.backend).select(*_scores(q, k, cfg, g, scores, key), g)
+
+
+def lighthouse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cfg: LighthouseConfig,
+    *,
+    indices: Tensor | None = None,
+    scores: Scores | None = None,
+    scale: float | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Lighthouse attention (arXiv 2605.06554; SPEC section 1). Differentiable in q, k and v.
+
+    Args:
+        q: [B, N, H, D], after RoPE.
+        k, v: [B, N, Hkv, D]; H is a multiple of Hkv, which share one selection per KV head.
+        cfg: settings of the call.
+        indices: [B, Hkv, S] integers that fix the selection, as `select_indices` returns them.
+        scores, key: see `select_indices`.
+        scale: factor on the attention scores; 1/sqrt(D) by default.
+
+    Returns:
+        [B, N, H, D] in the dtype of `q`. A position without a contributor (possible only with
+        ``cover_prefix=False``) is 0. When S >= N the call is dense attention, and says so once in the log.
+
+    Raises:
+        ValueError: for shapes that do not fit, a missing key, or a backend that is not there.
+    """
+    check_inputs(q, k, v)
+    g = geometry(q.shape[1], cfg)
+    if g.dense:
+        why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
+        log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
+        return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
+    if indices is None:
+        indices = select_indices(q, k, cfg, v=v, scores=scores, key=key)
+    elif indices.shape != (q.shape[0], k.shape[2], g.gathered_length):
+        expected = [q.shape[0], k.shape[2], g.gathered_length]
+        raise ValueError(f"indices must be [B, Hkv, S] = {expected}; got {tuple(indices.shape)}")
+    ops = kernels(cfg.backend)
+    gathered = (ops.gather(ops.pool(x, g), indices) for x in (q, k, v))
+    rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)
+    return ops.scatter(rows, indices, g)

@@ -1,0 +1,71 @@
+"""Dense causal attention by a stock kernel."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lighthouse_core.backends import log_once
+
+_SDPA = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "math": [SDPBackend.MATH],
+}
+# torch tries these in order and takes the first that supports the inputs.
+_AUTO = {
+    "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+}
+
+
+def _backends(name: str, device_type: str) -> list[SDPBackend]:
+    if name == "auto":
+        order = _AUTO.get(device_type, [SDPBackend.MATH])
+        names = ", ".join(b.name.removesuffix("_ATTENTION").lower() for b in order)
+        log_once(f"dense attention on {device_type}: the first of torch's {names} that supports the inputs")
+        return order
+    if name not in _SDPA:
+        raise ValueError(f"dense backend {name!r} is not available in this release; use auto, {', '.join(_SDPA)}")
+    return _SDPA[name]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """Causal softmax attention.
+
+    Args:
+        q: [B, N, H, D].
+        k, v: [B, N, Hkv, D]; H is a multiple of Hkv.
+        scale: factor on the scores; 1/sqrt(D) by default.
+        backend: `auto`, `cudnn`, `flash` or `math`.
+
+    Returns:
+        [B, N, H, D] in the dtype of `q`.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or a backend that is not there.
+    """
+    check_inputs(q, k, v)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(_backends(backend, q.device.type), set_priority=True):
+        out = scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        )
+    return out.transpose(1, 2)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q is [B, N, H, D] and k, v are [B, N, Hkv, D] of the same dtype and device."""
+    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q must be [B, N, H, D] and k, v [B, N, Hkv, D]; got {shapes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, tokens or head dimension")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if 0 in q.shape:
+        raise ValueError(f"q {tuple(q.shape)} is empty")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")

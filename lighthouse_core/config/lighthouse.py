@@ -1,0 +1,35 @@
+"""[lighthouse]: the attention of stage 1."""
+
+from pydantic import model_validator
+
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.config.section import Section, conflict
+
+
+class LighthouseSection(Section):
+    """`enabled = false` trains a dense baseline; the other keys are LighthouseConfig's, with its defaults."""
+
+    enabled: bool = True
+    pooling: int = 4
+    levels: int = 3
+    topk: int = 1536
+    tile_parents: int = 128
+    cover_prefix: bool = True
+    scorer: str = "norm"
+    score_block: int = 64
+    backend: str = "auto"
+    dense_backend: str = "auto"
+
+    def attention(self) -> LighthouseConfig:
+        """The same settings as the attention call takes them."""
+        return LighthouseConfig(**self.model_dump(exclude={"enabled"}))
+
+    @model_validator(mode="after")
+    def _check(self) -> "LighthouseSection":
+        try:
+            self.attention()
+        except ValueError as error:
+            # LighthouseConfig's messages open with the name of the field.
+            key = str(error).split(maxsplit=1)[0]
+            raise conflict(key, f"lighthouse.{error}") from None
+        return self

@@ -1,0 +1,192 @@
+"""Reading recipes. Every error is one RecipeError that names the place: `file:line` or `--set key`."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lighthouse_core.config.dump import toml_value
+from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
+from lighthouse_core.config.recipe import Recipe
+from lighthouse_core.config.section import Section
+from lighthouse_core.errors import RecipeError
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+
+# A wheel carries the recipes inside the package; an editable install has them beside it.
+_SHELVES = (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes")
+
+
+def find_recipe(spec: str | Path) -> Path:
+    """The file a user means: a path, or the bare name of a recipe that comes with the package.
+
+    Raises:
+        RecipeError: no such file.
+    """
+    path = Path(spec)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for shelf in _SHELVES if shelf.is_dir() for file in sorted(shelf.glob("*.toml"))}
+    if str(spec).removesuffix(".toml") in shipped:
+        return shipped[path.name.removesuffix(".toml")]
+    if path.is_dir():
+        raise RecipeError(f"{spec} is a directory, not a recipe", hint="to continue a run: --resume RUN")
+    raise RecipeError(f"no recipe {spec}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with `a.b=value` overrides in TOML's grammar.
+
+    Raises:
+        RecipeError: unreadable, invalid, or asking for something impossible.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return loads_recipe(text, overrides, source=str(path))
+
+
+def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recipe>") -> Recipe:
+    """As load_recipe, from text; `source` stands for the file in errors.
+
+    Raises:
+        RecipeError: as load_recipe.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(_syntax_error(source, text, str(error))) from None
+    flags: dict[KeyPath, str] = {}
+    headers: dict[KeyPath, str] = {}
+    for override in overrides:
+        addition = parse_override(override)
+        _merge(table, addition)
+        label = f"--set {override.split('=', 1)[0].strip()}"
+        for path, value in flatten(addition).items():
+            (headers if isinstance(value, dict) else flags)[path] = label
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        lines = {path: f"{source}:{line}" for path, line in line_numbers(text).items()}
+        # A flag replaces the file's value, but a table that both write to begins in the file.
+        raise RecipeError(_first_problem(error, headers | lines | flags, source)) from None
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as nested tables.
+
+    Raises:
+        RecipeError: not of that form, or the value is not TOML.
+    """
+    key, equals, value = (part.strip() for part in override.partition("="))
+    label = f"--set {key}"
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected key=value", hint="for example --set training.steps=100")
+    try:
+        # A line break could bring further keys along.
+        if "\n" in override:
+            raise ValueError
+        return tomllib.loads(f"{key} = {value}")
+    except ValueError:
+        suggestion = value.lower() if value.lower() in ("true", "false") else toml_value(value.strip("\"'"))
+        value = value.replace("\n", "\\n")
+        hint = f"write --set '{key}={suggestion}'" if value[:1] not in ("[", "{") else 'a list is written ["a", "b"]'
+        raise RecipeError(f"{label}: {value or 'nothing'} is not a TOML value", hint=hint) from None
+
+
+def known_keys() -> dict[str, list[str]]:
+    """The keys of every section, sections in order. `titan` has none of its own."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {
+        name: list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
+        for name, kind in sections.items()
+    }
+
+
+def _merge(table: dict[str, Any], addition: dict[str, Any]) -> None:
+    for key, value in addition.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
+
+
+def _syntax_error(source: str, text: str, message: str) -> str:
+    found = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+    if found:
+        return f"{source}:{found[1]}: not valid TOML: {message[: found.start()]} (column {found[2]})"
+    last = text.rstrip().count("\n") + 1
+    return f"{source}:{last}: not valid TOML: {message.removesuffix(' (at end of document)')} (at the end of the file)"
+
+
+def _first_problem(error: ValidationError, places: dict[KeyPath, str], source: str) -> str:
+    """One line for the problem to solve first: a misspelt key explains a missing one."""
+    rank = {"extra_forbidden": 0, "missing": 2}
+    problem = min(error.errors(include_url=False), key=lambda problem: rank.get(problem["type"], 1))
+    path = tuple(part for part in problem["loc"] if isinstance(part, str))
+    if problem["type"] == "conflict":
+        path += tuple(problem["ctx"]["key"].split("."))
+    known = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
+    return f"{known}: {_describe(problem, path)}"
+
+
+def _describe(problem: Any, path: KeyPath) -> str:
+    key = ".".join(path) + "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+    kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return _unknown(path, given)
+    if kind == "missing":
+        return f"section [{key}] is missing" if len(path) == 1 else f"{key} is missing"
+    if kind == "conflict":
+        return context["message"]
+    if kind in _EXPECTED:
+        return f"{key} must be {_EXPECTED[kind]}, not {_given(given)}"
+    if kind == "literal_error":
+        return f"{key} must be {context['expected'].replace(chr(39), chr(34))}, not {toml_value(given)}"
+    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt"}
+    if kind in limits:
+        words = {"gt": "above", "ge": "at least", "lt": "below"}[limits[kind]]
+        return f"{key} must be {words} {context[limits[kind]]:g}, not {toml_value(given)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"{key} must not be empty"
+    return f"{key}: {problem['msg']}"
+
+
+def _given(value: Any) -> str:
+    names = {str: "the string ", int: "the integer ", float: "the float ", list: "the list ", dict: "the table "}
+    return names.get(type(value), "") + toml_value(value)
+
+
+def _unknown(path: KeyPath, given: Any) -> str:
+    sections = known_keys()
+    if len(path) == 1:
+        if isinstance(given, dict):
+            near = difflib.get_close_matches(path[0], sections, n=1, cutoff=0)
+            return f"unknown section [{path[0]}]; did you mean [{near[0]}]?"
+        near = [f"{name}.{key}" for name, keys in sections.items() for key in keys if key == path[0]]
+        return f"unknown key {path[0]} outside of any section{f'; did you mean {near[0]}?' if near else ''}"
+    section, key = path[0], path[1]
+    near = difflib.get_close_matches(key, sections[section], n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {section}.{key}; did you mean {section}.{near[0]}?"
+    elsewhere = [f"{name}.{key}" for name, keys in sections.items() if key in keys]
+    everywhere = elsewhere or [f"{name}.{other}" for name, keys in sections.items() for other in keys]
+    near = difflib.get_close_matches(f"{section}.{key}", everywhere, n=1, cutoff=0)
+    return f"unknown key {section}.{key}; did you mean {near[0]}?"

@@ -1,0 +1,36 @@
+"""Where each key of a TOML text stands. tomllib tells no positions, so it is asked about growing pieces of the text."""
+
+import tomllib
+from typing import Any
+
+KeyPath = tuple[str, ...]
+
+
+def flatten(table: dict[str, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Every key of a nested table with its value, tables and their keys alike."""
+    found: dict[KeyPath, Any] = {}
+    for key, value in table.items():
+        found[(*above, key)] = value
+        if isinstance(value, dict):
+            found |= flatten(value, (*above, key))
+    return found
+
+
+def line_numbers(text: str) -> dict[KeyPath, int]:
+    """The line (from 1) on which the statement that brings each key begins. `text` must be valid TOML.
+
+    A statement is complete exactly when the text up to its last line parses, so no second grammar is needed here.
+    Quadratic in the number of lines, which a recipe has few of; called for errors only.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    known: dict[KeyPath, int] = {}
+    begin = 1
+    for end in range(1, len(lines) + 1):
+        try:
+            table = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        for path in flatten(table):
+            known.setdefault(path, begin)
+        begin = end + 1
+    return known

@@ -1,0 +1,61 @@
+"""The root of the recipe language: every section, and the checks that need more than one of them."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from lighthouse_core.config.checkpoint import CheckpointSection
+from lighthouse_core.config.data import DataSection
+from lighthouse_core.config.lighthouse import LighthouseSection
+from lighthouse_core.config.metrics import MetricsSection
+from lighthouse_core.config.model import ModelSection
+from lighthouse_core.config.optimizer import OptimizerSection
+from lighthouse_core.config.output import OutputSection
+from lighthouse_core.config.parallel import ParallelSection
+from lighthouse_core.config.recover import RecoverSection
+from lighthouse_core.config.schedule import ScheduleSection
+from lighthouse_core.config.section import Section, conflict
+from lighthouse_core.config.training import TrainingSection
+
+# 256 bytes, BOS and EOS.
+_BYTES_VOCABULARY = 258
+
+
+class Recipe(Section):
+    """A whole recipe. `titan` holds torchtitan's own tables as given; lighthouse_core.titan checks their names."""
+
+    model: ModelSection
+    lighthouse: LighthouseSection = Field(default_factory=LighthouseSection)
+    data: DataSection = Field(default_factory=DataSection)
+    training: TrainingSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    recover: RecoverSection = Field(default_factory=RecoverSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    metrics: MetricsSection = Field(default_factory=MetricsSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+    titan: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.data.tokenizer == "bytes" and self.model.vocab_size < _BYTES_VOCABULARY:
+            raise conflict(
+                "model.vocab_size",
+                f"model.vocab_size must be at least {_BYTES_VOCABULARY} for the bytes tokenizer, "
+                f"not {self.model.vocab_size}",
+            )
+        if self.metrics.validation_every and not self.data.validation:
+            raise conflict("metrics.validation_every", "metrics.validation_every needs data.validation above 0")
+        if self.lighthouse.enabled:
+            from lighthouse_core.backends import geometry
+
+            tokens = self.training.seq_len
+            pyramid = geometry(tokens, self.lighthouse.attention())
+            if pyramid.dense:
+                raise conflict(
+                    "lighthouse.topk",
+                    f"the gathered sequence (S = {pyramid.selected_length}) is not shorter than training.seq_len ({tokens}); "
+                    "use a smaller lighthouse.topk or more lighthouse.levels",
+                )
+        return self

@@ -1,0 +1,31 @@
+"""[training]: lengths, batches, steps, and how the arithmetic is done."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from lighthouse_core.config.section import NonNegative, Positive, Section, conflict
+
+
+class TrainingSection(Section):
+    """Batch sizes count sequences of `seq_len` tokens; `local_batch_size` is what one process holds at a time."""
+
+    seq_len: Positive
+    local_batch_size: Positive = 1
+    global_batch_size: Positive
+    steps: Positive
+    seed: NonNegative = 0
+    compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSection":
+        if self.global_batch_size % self.local_batch_size:
+            raise conflict(
+                "global_batch_size",
+                f"training.global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"training.local_batch_size ({self.local_batch_size})",
+            )
+        return self

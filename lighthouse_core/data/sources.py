@@ -1,0 +1,158 @@
+"""Sources: where documents come from, and which of them are held out.
+
+A document has an `identity` that is the same on every machine, a `size` in bytes known without reading it, and `read`.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lighthouse_core.errors import DataError
+
+
+def stable_hash(*parts: object) -> int:
+    """A 63-bit hash that is equal on every machine, Python and numpy version; it fits a signed 64-bit integer."""
+    text = "\0".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class File(NamedTuple):
+    name: str
+    size: int
+
+
+_CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
+
+
+@dataclass(frozen=True)
+class Document:
+    """The Python files that lie directly in one folder, concatenated in the order of their names.
+
+    Attributes:
+        identity: the label of the root and the folder's path below it, as in "stdlib/json".
+        files: never empty, and no file in it is.
+        folder: where the files are on this machine; no part of what the document is.
+    """
+
+    identity: str
+    files: tuple[File, ...]
+    folder: str = field(compare=False)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def read(self) -> bytes:
+        """The content, exactly `size` bytes.
+
+        Raises:
+            DataError: a file is gone or has another size than when it was listed. Going on would shift every later
+                token, so that this run, its resumption and its other ranks would disagree on what sample i is.
+        """
+        return b"".join(self._read(file) for file in self.files)
+
+    def _read(self, file: File) -> bytes:
+        path = os.path.join(self.folder, file.name)
+        try:
+            with open(path, "rb") as f:
+                content = f.read()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}", hint=_CHANGED_HINT) from error
+        if len(content) != file.size:
+            change = f"from {file.size} to {len(content)} bytes"
+            raise DataError(f"{path} changed {change} since it was listed", hint=_CHANGED_HINT)
+        return content
+
+
+def list_documents(source: str, paths: Sequence[str]) -> list[Document]:
+    """All documents of `[data] source` and `paths`, sorted by identity. Reads folder listings only.
+
+    `python-sources` takes "stdlib" (the running interpreter's), "site-packages", or a directory. Hidden folders and
+    linked folders are not entered; files that are empty or cannot be read are left out.
+
+    Raises:
+        DataError: unknown source, missing directory, a folder reached through two of the paths, or nothing found.
+    """
+    if source != "python-sources":
+        raise DataError(f'unknown data source "{source}"', hint='[data] source can be "python-sources"')
+    documents: dict[str, Document] = {}
+    labels: list[str] = []
+    for entry in paths:
+        name, root = _resolve(entry)
+        # A name seen before gets a number: src and other/src stay apart, and no machine's paths enter identities.
+        labels.append(name)
+        label = name if labels.count(name) == 1 else f"{name}:{labels.count(name)}"
+        for folder, files in _walk(root, is_stdlib=entry == "stdlib"):
+            if folder in documents:
+                raise DataError(
+                    f"data.paths reaches {folder} twice",
+                    hint="name each folder once: a copy of a held-out document could be trained on",
+                )
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            documents[folder] = Document(label if below == "." else f"{label}/{below}", files, folder)
+    if not documents:
+        raise DataError(
+            f"no Python files under data.paths = {list(paths)}",
+            hint='name a directory that holds .py files, or "stdlib"',
+        )
+    return sorted(documents.values(), key=lambda document: document.identity)
+
+
+def split_documents(documents: Sequence[Document], validation: float) -> tuple[list[Document], list[Document]]:
+    """(train, validation): a document is held out by the hash of its identity alone, whatever else is listed.
+
+    `validation` is the expected share of documents held out, 0 <= validation < 1.
+    """
+    limit = int(validation * 2**63)
+    # This salt keeps the top folder of the standard library, a sixth of its bytes, in training; "split" holds it out.
+    held_out = [stable_hash("heldout", document.identity) < limit for document in documents]
+    return (
+        [document for document, out in zip(documents, held_out, strict=True) if not out],
+        [document for document, out in zip(documents, held_out, strict=True) if out],
+    )
+
+
+def fingerprint(documents: Sequence[Document]) -> int:
+    """63 bits that change when a document or file is added, removed, renamed or resized."""
+    return stable_hash(*((document.identity, *map(tuple, document.files)) for document in documents))
+
+
+def _resolve(entry: str) -> tuple[str, str]:
+    """(name, real path) of one entry of data.paths."""
+    if entry in ("stdlib", "site-packages"):
+        path = sysconfig.get_path("stdlib" if entry == "stdlib" else "purelib")
+    else:
+        path = os.path.expanduser(entry)
+    root = os.path.realpath(path)
+    if not os.path.isdir(root):
+        raise DataError(
+            f"data.paths: no directory {path}", hint='each path is "stdlib", "site-packages", or an existing directory'
+        )
+    return (entry if entry in ("stdlib", "site-packages") else os.path.basename(root)), root
+
+
+# Folders that installing adds to a standard library; they differ between machines with the same Python version.
+_ADDED = ("site-packages", "dist-packages", "config-")
+
+
+def _walk(root: str, is_stdlib: bool) -> Iterator[tuple[str, tuple[File, ...]]]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if is_stdlib:
+            if folder == root:
+                subfolders[:] = [name for name in subfolders if not name.startswith(_ADDED)]
+            # Generated by the build, with its paths inside.
+            names = [name for name in names if not name.startswith("_sysconfigdata")]
+        files = []
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if name.endswith(".py") and os.path.isfile(path) and os.access(path, os.R_OK):
+                size = os.path.getsize(path)
+                if size:
+                    files.append(File(name, size))
+        if files:
+            yield folder, tuple(files)

@@ -1,0 +1,124 @@
+"""What a recipe costs, by arithmetic alone: parameters, gathered length, FLOPs, memory. Nothing here imports torch."""
+
+from dataclasses import dataclass
+
+from lighthouse_core.config import Recipe
+from lighthouse_core.config.model import ModelSection
+
+# (pooling, levels, topk) that were measured at these lengths.
+_MEASURED = {
+    98304: (4, 3, 1536),
+    131072: (4, 3, 2048),
+    262144: (4, 3, 2048),
+    524288: (4, 4, 2048),
+    1048576: (4, 5, 2048),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights by part; the embedding table is looked up, not multiplied, and so costs no FLOPs."""
+
+    embedding: int
+    body: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.body + self.head
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one recipe.
+
+    Attributes:
+        parameters: exact.
+        gathered: S, the tokens a Lighthouse layer attends over; None for a dense run.
+        lighthouse_flops: per token of stage 1, forward and backward; None for a dense run.
+        dense_flops: per token with every layer dense.
+        tokens_per_step: of the global batch.
+        state_bytes: weights, gradients and two Adam moments in float32, over all processes.
+        activation_bytes: rough, of one process in stage 1.
+    """
+
+    parameters: Parameters
+    gathered: int | None
+    lighthouse_flops: float | None
+    dense_flops: float
+    tokens_per_step: int
+    state_bytes: int
+    activation_bytes: int
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """All numbers of a recipe."""
+    counts = parameters(recipe.model)
+    lighthouse = recipe.lighthouse.enabled
+    return Estimate(
+        parameters=counts,
+        gathered=gathered(recipe) if lighthouse else None,
+        lighthouse_flops=flops_per_token(recipe, "lighthouse") if lighthouse else None,
+        dense_flops=flops_per_token(recipe, "dense"),
+        tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
+        state_bytes=16 * counts.total,
+        activation_bytes=_activation_bytes(recipe),
+    )
+
+
+def parameters(model: ModelSection) -> Parameters:
+    """Weights of an untied Llama: q, k, v, o, SwiGLU and two norms a layer, one norm at the end."""
+    attention = 2 * model.dim * model.head_dim * (model.heads + model.kv_heads)
+    layer = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    table = model.vocab_size * model.dim
+    return Parameters(embedding=table, body=model.layers * layer + model.dim, head=table)
+
+
+def gathered(recipe: Recipe) -> int:
+    """S at the recipe's sequence length."""
+    from lighthouse_core.backends import gathered_length
+
+    return gathered_length(recipe.training.seq_len, recipe.lighthouse.attention())
+
+
+def flops_per_token(recipe: Recipe, stage: str) -> float:
+    """Forward and backward, causal work counted once.
+
+    6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim.
+
+    Args:
+        recipe: gives the model and N.
+        stage: "lighthouse" or "dense".
+    """
+    model, tokens = recipe.model, recipe.training.seq_len
+    counts = parameters(model)
+    dense = model.layers if stage == "dense" else len(model.dense_layers)
+    flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
+    if dense < model.layers:
+        flops += 6 * model.heads * model.head_dim * gathered(recipe) ** 2 / tokens * (model.layers - dense)
+    return float(flops)
+
+
+def profile_defaults(tokens: int) -> tuple[int, int, int]:
+    """(pooling, levels, topk) for a sequence length: measured ones, else topk near N / 32 in whole tiles of 128."""
+    return _MEASURED.get(tokens, (4, 3, max(128, tokens // 32 // 128 * 128)))
+
+
+def _activation_bytes(recipe: Recipe) -> int:
+    """What autograd keeps, per process.
+
+    A layer without checkpointing keeps about 5 rows of dim, 2 of the queries, 2 of the keys and values and 3 of the
+    feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. "full" keeps one row
+    a layer and one layer at a time; "selective" is taken as half. Logits: in the compute type, in float32, and the
+    gradient of the latter.
+    """
+    model, training = recipe.model, recipe.training
+    width = 2 if training.dtype == "bfloat16" else 4
+    rows = 5 * model.dim + 2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim
+    kept = {
+        "none": rows * model.layers,
+        "selective": rows * model.layers // 2,
+        "full": model.dim * model.layers + rows,
+    }[training.activation_checkpointing]
+    logits = model.vocab_size * (width + 8)
+    return training.local_batch_size * training.seq_len * (kept * width + logits)

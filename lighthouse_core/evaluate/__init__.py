@@ -1,0 +1,5 @@
+"""Measures of a trained model."""
+
+from lighthouse_core.evaluate.leak import LeakRow, leak
+
+__all__ = ["LeakRow", "leak"]

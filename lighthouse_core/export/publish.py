@@ -1,0 +1,232 @@
+"""Write a checkpoint as a Hugging Face directory, verify it, then publish it under its name."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lighthouse_core.errors import CheckpointError, UserError
+from lighthouse_core.export import llama, verify
+from lighthouse_core.export.source import Source, find_source, load_weights
+from lighthouse_core.export.tokenizer import BOS_ID, EOS_ID, write_bytes_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LENGTHS = (1, 17, 512)
+_LONGEST = 4096
+
+
+@dataclass(frozen=True)
+class StripReport:
+    """What was exported, and how far it was checked."""
+
+    out: Path
+    step: int
+    dtype: str
+    parameters: int
+    recovered: bool
+    max_logit_difference: float | None  # None when the logits were not compared
+    verified: tuple[str, ...]
+    skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def strip(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    allow_unrecovered: bool = False,
+    verify_length: int | None = None,
+    shard_bytes: int = 5 * 1000**3,
+) -> StripReport:
+    """Export a checkpoint as a directory that transformers loads as LlamaForCausalLM.
+
+    Nothing appears at `out` unless every check passes.
+
+    Args:
+        checkpoint: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
+        out: the directory to write; it must not exist or be empty.
+        dtype: of the written weights.
+        allow_unrecovered: also export weights that were never trained with every layer dense.
+        verify_length: one more sequence length, in tokens, at which logits are compared.
+        shard_bytes: size above which the weights are split over several files.
+
+    Raises:
+        RunError: `checkpoint` is not in a run.
+        CheckpointError: no such checkpoint, one of another model, or one that was not recovered.
+        UserError: `out` cannot be used, or an argument is out of range.
+        ExportError: the written directory does not agree with the checkpoint.
+    """
+    if dtype not in _DTYPES:
+        raise UserError(f'unknown dtype "{dtype}"', hint='use "bfloat16" or "float32"')
+    if verify_length is not None and verify_length < 1:
+        raise UserError(f"verify length {verify_length} is not positive")
+    source, out = find_source(Path(checkpoint)), Path(out).resolve()
+    recipe = source.run.recipe
+    _check_exportable(recipe)
+    warnings = _check_recovered(source, allow_unrecovered)
+    table = llama.entries(recipe.model)
+    verified, skipped, worst = [], [], None
+    with _published(out) as directory:
+        _write_json(
+            directory / "config.json",
+            llama.hf_config(recipe.model, seq_len=recipe.training.seq_len, bos_id=BOS_ID, eos_id=EOS_ID, dtype=dtype),
+        )
+        _write_json(directory / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID})
+        write_bytes_tokenizer(directory, max_length=recipe.training.seq_len)
+        logger.info("reading %s", source.path)
+        weights = load_weights(source, table)
+        files = _write_weights(directory, weights, table, _DTYPES[dtype], shard_bytes)
+        for path in files:  # safetensors makes them readable by their owner alone
+            shutil.copymode(directory / "config.json", path)
+
+        logger.info("verifying weights")
+        verify.check_weights(files, weights, table, _DTYPES[dtype])
+        verified.append("weights equal the checkpoint's bit for bit, and are exactly LlamaForCausalLM's")
+        lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
+        if problem := verify.transformers_problem():
+            skipped.append(f"logits at lengths {_join(lengths)}: transformers cannot be used ({problem})")
+        else:
+            for weight in weights.values():  # in place: a second copy of a large model is not affordable
+                weight.copy_(weight.to(_DTYPES[dtype]))
+            trainer = verify.trainer_model(recipe.model, max(lengths), weights)
+            logger.info("comparing logits at lengths %s", lengths)
+            worst = verify.compare_logits(directory, trainer, lengths, recipe.model.vocab_size)
+            verified.append(f"logits equal the trainer's within {worst:.1e} at lengths {_join(lengths)}")
+        provenance = _provenance(source, dtype)
+        _write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
+    return StripReport(
+        out=out,
+        step=source.step,
+        dtype=dtype,
+        parameters=sum(weight.numel() for weight in weights.values()),
+        recovered=source.recovered,
+        max_logit_difference=worst,
+        verified=tuple(verified),
+        skipped=tuple(skipped),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_exportable(recipe: Any) -> None:
+    model, tokenizer = recipe.model, recipe.data.tokenizer
+    if tokenizer != "bytes":
+        raise UserError(f'the tokenizer "{tokenizer}" cannot be exported')
+    if model.dim % model.heads:
+        raise UserError(
+            f"transformers 5 loads no Llama whose dim ({model.dim}) is not a multiple of its heads ({model.heads})"
+        )
+
+
+def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
+    if not source.recovered:
+        reason = f"step {source.step} of {source.run.name} was never trained with every layer dense"
+        if not allow_unrecovered:
+            raise CheckpointError(reason, hint=f"run `lighthouse recover {source.run.path}` first")
+        return [reason]
+    start, end = source.run.start, source.run.end
+    if source.run.recovering and source.step < end:
+        return [f"the recovery is not finished: {source.step - start} of {end - start} steps"]
+    return []
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its name when the block succeeds and is removed when it fails."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} already exists", hint="give a directory that does not exist or is empty")
+    directory = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        yield directory
+        for path in (*directory.iterdir(), directory):
+            _fsync(path)
+        directory.rename(out)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    _fsync(out.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_weights(
+    directory: Path, weights: dict[str, Tensor], table: list[llama.Entry], dtype: torch.dtype, shard_bytes: int
+) -> list[Path]:
+    """Write the tensors under their new names, one file's worth in memory at a time."""
+    sizes = {entry.target: weights[entry.source].numel() * dtype.itemsize for entry in table}
+    shards: list[list[llama.Entry]] = [[]]
+    room = shard_bytes
+    for entry in table:
+        if shards[-1] and sizes[entry.target] > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(entry)
+        room -= sizes[entry.target]
+
+    files, weight_map = [], {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for entry in shard:
+            weight = weights[entry.source].to(dtype)
+            tensors[entry.target] = llama.to_half_split(weight, entry.rotary_heads) if entry.rotary_heads else weight
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        files.append(directory / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+    return files
+
+
+def _provenance(source: Source, dtype: str) -> dict[str, Any]:
+    packages = ("lighthouse-pretrain", "torch", "torchtitan", "safetensors", "tokenizers", "transformers")
+    return {
+        "run": source.run.name,
+        "step": source.step,
+        "stages": source.run.ledger["stages"],
+        "recovered": source.recovered,
+        "recipe_sha256": hashlib.sha256(source.run.recipe_path.read_bytes()).hexdigest(),
+        "dtype": dtype,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _join(lengths: list[int]) -> str:
+    return ", ".join(map(str, lengths))

@@ -1,0 +1,203 @@
+"""Starting the training processes: argv and environment for torchrun, signals to it, its exit code back.
+
+Run as a module this is torchrun itself, less its own report of a failed worker: the worker has said what is wrong.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighthouse_core.config import Recipe
+from lighthouse_core.errors import LighthouseError, UserError
+
+EXIT_FILE = "LIGHTHOUSE_EXIT_FILE"
+# A checkpoint of a large model takes longer than torchrun's 30 seconds between a signal and SIGKILL.
+_SHUTDOWN_SECONDS = "300"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of a job.
+
+    Attributes:
+        nproc: processes on this machine.
+        nnodes: machines; each runs its own launcher.
+        node_rank: of this machine; 0 makes the run and keeps its ledger.
+        rdzv_endpoint: host:port of machine 0, where nnodes > 1.
+    """
+
+    nproc: int
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = ""
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nnodes
+
+
+def plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> Plan:
+    """Resolve the command line's numbers; "auto" is every local GPU, or one process where there is none.
+
+    Raises:
+        UserError: a number out of range, or no endpoint for several machines.
+    """
+    if nnodes < 1:
+        raise UserError(f"--nnodes must be at least 1, not {nnodes}")
+    if not 0 <= node_rank < nnodes:
+        raise UserError(f"--node-rank must be between 0 and {nnodes - 1}, not {node_rank}")
+    if nnodes > 1 and not re.fullmatch(r"\S+:\d+", rdzv_endpoint):
+        raise UserError("several machines need --rdzv-endpoint HOST:PORT", hint="HOST is the machine of --node-rank 0")
+    if nproc == "auto":
+        return Plan(local_gpus() or 1, nnodes, node_rank, rdzv_endpoint)
+    if not re.fullmatch(r"[1-9]\d{0,3}", nproc):
+        raise UserError(f'--nproc must be "auto" or a positive number, not {nproc!r}')
+    gpus = local_gpus()
+    if gpus and int(nproc) > gpus:
+        raise UserError(f"--nproc {nproc}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+    return Plan(int(nproc), nnodes, node_rank, rdzv_endpoint)
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raise UserError unless the recipe's batch and its [parallel] section fit this number of processes."""
+    training, parallel = recipe.training, recipe.parallel
+    if training.global_batch_size % (training.local_batch_size * world_size):
+        raise UserError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.local_batch_size ({training.local_batch_size}) x {world_size} processes",
+            hint="use another --nproc or batch size",
+        )
+    groups = parallel.replicate * max(parallel.shard, 1)
+    if world_size % groups or (parallel.shard > 0 and groups != world_size):
+        raise UserError(
+            f"parallel.shard ({parallel.shard}) x parallel.replicate ({parallel.replicate}) does not make "
+            f"{world_size} processes"
+        )
+
+
+def local_gpus() -> int:
+    """GPUs that the worker processes can see."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def command(run_dir: Path, plan: Plan) -> list[str]:
+    """argv of the process that starts and watches the workers of this machine."""
+    if plan.nnodes == 1:
+        # Without an address torchrun asks for the host's full name, which not every machine can resolve.
+        where = ["--standalone", "--local-addr=localhost"]
+    else:
+        # Static ranks: machine 0 holds global rank 0, which writes the metrics.
+        where = [f"--nnodes={plan.nnodes}", f"--node-rank={plan.node_rank}", f"--rdzv-endpoint={plan.rdzv_endpoint}"]
+    worker = ["-m", "lighthouse_core.train.worker", str(run_dir)]
+    return [sys.executable, "-m", "lighthouse_core.launch", *where, f"--nproc-per-node={plan.nproc}", *worker]
+
+
+def environment(plan: Plan, base: Mapping[str, str], exit_file: Path) -> dict[str, str]:
+    """The workers' environment: `base`, and what it leaves open."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        # torchrun's own default of one thread wastes a CPU.
+        "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
+    }
+    return {**defaults, **base, EXIT_FILE: str(exit_file)}
+
+
+def report_exit(code: int) -> None:
+    """In a worker: tell the launcher why this process ends. The first report stands, for it is the cause."""
+    if path := os.environ.get(EXIT_FILE):
+        try:
+            with open(path, "x", encoding="ascii") as file:
+                file.write(str(code))
+        except FileExistsError:
+            pass
+
+
+def launch(run_dir: Path, plan: Plan) -> int:
+    """Train the run's last stage in `plan`'s processes and wait for it.
+
+    SIGINT, SIGTERM and SIGHUP all go on to the workers as SIGTERM, upon which they save a checkpoint and end (SIGINT
+    would leave tracebacks wherever Python is still importing). Only the first one counts.
+
+    Returns:
+        0 done, 2 the user's mistake (the worker has printed it), 130 or 143 interrupted, 1 any other failure (the
+        worker has printed its traceback).
+
+    Raises:
+        LighthouseError: a worker was killed and could not say why.
+    """
+    received: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="lighthouse-") as folder:
+        exit_file = Path(folder) / "exit"
+        child: subprocess.Popen | None = None
+
+        def forward(number: int, frame: object) -> None:
+            received.append(number)
+            if child is not None and len(received) == 1:
+                child.terminate()
+
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, forward) for number in handled}
+        try:
+            # A session of its own: a terminal's Ctrl-C would otherwise reach torchrun twice.
+            child = subprocess.Popen(
+                command(run_dir, plan),
+                env=environment(plan, os.environ, exit_file),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            if received:
+                child.terminate()
+            status = child.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        text = exit_file.read_text(encoding="ascii").strip() if exit_file.is_file() else ""
+    return _exit_code(status, int(text) if text.isdigit() else None, received)
+
+
+def _exit_code(status: int, reported: int | None, received: list[int]) -> int:
+    """What the job's end means: torchrun's status, the worker's word, and the signals sent on."""
+    if status == 0:
+        return 0
+    if received:
+        return reported if reported in (1, 2) else 130 if received[0] == signal.SIGINT else 143
+    if reported == 2 or status in (130, 143):
+        return reported or status
+    killed = -status if status < 0 else status - 128
+    if killed > 0:
+        name = signal.Signals(killed).name if killed in set(signal.Signals) else f"signal {killed}"
+        hint = "the machine ran out of memory?" if name == "SIGKILL" else None
+        raise LighthouseError(f"a training process was killed by {name}", hint=hint)
+    return 1
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """torchrun in this process. Returns the first failed worker's exit code, 128 + N for signal N."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Its log would repeat, at length and in its own words, what the worker printed.
+    logging.disable(logging.ERROR)
+    try:
+        run.main(arguments)
+    except SignalException as interruption:
+        return 128 + int(interruption.sigval)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_torchrun(sys.argv[1:]))

@@ -1,0 +1,353 @@
+"""A run is a directory: its recipe, its ledger of stages, its checkpoints. Nothing here imports torch."""
+
+import difflib
+import fcntl
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lighthouse_core.config import Recipe, dump_recipe, load_recipe
+from lighthouse_core.config.load import known_keys, parse_override
+from lighthouse_core.config.positions import flatten
+from lighthouse_core.errors import CheckpointError, RunError, UserError
+
+# Sections and keys that still take effect when training goes on from a checkpoint.
+RESUMABLE = (
+    "recover",
+    "training.compile",
+    "training.activation_checkpointing",
+    "training.local_batch_size",
+    "parallel",
+    "checkpoint",
+    "metrics",
+)
+_RECORDED = ("lighthouse-pretrain", "torch", "triton", "torchtitan", "numpy", "safetensors", "pydantic")
+
+
+class Run:
+    """One run directory.
+
+    Attributes:
+        path: the directory.
+        name: its last part.
+        recipe: the resolved recipe of the stage in progress (recover.toml in a recovery, else recipe.toml).
+        ledger: `{"version": 1, "stages": [{"stage": "lighthouse" | "dense", "start": 0, "end": 120}, ...]}`;
+            a stage trains the steps start + 1 .. end.
+
+    Raises:
+        RunError: the directory is not a run, or its ledger cannot be read.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.name = self.path.resolve().name
+        if not (self.path / "recipe.toml").is_file():
+            raise RunError(f"{path} is not a run: it has no recipe.toml")
+        self.ledger = self._read_ledger()
+
+    @property
+    def recipe_path(self) -> Path:
+        recovery = self.path / "recover.toml"
+        return recovery if self.recovering and recovery.is_file() else self.path / "recipe.toml"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.recipe_path)
+
+    @property
+    def stage(self) -> str:
+        """Of the last stage: "lighthouse" or "dense"."""
+        return self.ledger["stages"][-1]["stage"]
+
+    @property
+    def start(self) -> int:
+        return self.ledger["stages"][-1]["start"]
+
+    @property
+    def end(self) -> int:
+        return self.ledger["stages"][-1]["end"]
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the last stage is a recovery; a dense run from step 0 is none."""
+        return len(self.ledger["stages"]) > 1
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first. One that is still being written has no .metadata file."""
+        folders = self.path.glob("checkpoints/step-*/.metadata")
+        return sorted(int(name[5:]) for file in folders if re.fullmatch(r"step-\d+", name := file.parent.name))
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def newest_step(self) -> int:
+        """Step of the newest complete checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        steps = self.checkpoint_steps()
+        if not steps:
+            raise CheckpointError(
+                f"run {self.path} has no complete checkpoint",
+                hint="start it again under another name; a smaller checkpoint.interval saves earlier",
+            )
+        return steps[-1]
+
+    def write_recovery(self, recovery: "Recovery") -> None:
+        """Make the recovery the last stage, and its recipe recover.toml."""
+        before = self.ledger["stages"][:-1] if self.recovering else self.ledger["stages"]
+        # The recipe first: it counts only once the ledger has the stage.
+        _write_atomically(self.path / "recover.toml", f"# Stage 2 of {self.name}.\n\n{dump_recipe(recovery.recipe)}")
+        self.ledger = {
+            **self.ledger,
+            "stages": [*before, {"stage": "dense", "start": recovery.start, "end": recovery.end}],
+        }
+        self.__dict__.pop("recipe", None)
+        _write_atomically(self.path / "ledger.json", json.dumps(self.ledger, indent=1) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Raises:
+            RunError: another process trains it.
+        """
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"run {self.path} is being trained by another process", hint="wait until it ends, or interrupt it"
+                ) from None
+            yield
+        finally:
+            os.close(directory)
+
+    def _read_ledger(self) -> dict[str, Any]:
+        path = self.path / "ledger.json"
+        try:
+            ledger = json.loads(path.read_text(encoding="utf-8"))
+            stages = [(stage["stage"], stage["start"] + 0, stage["end"] + 0) for stage in ledger["stages"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"cannot read {path}: {type(error).__name__}: {error}") from None
+        if ledger.get("version") != 1 or not stages:
+            raise RunError(f"{path} is not of a version that this release reads")
+        return ledger
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A stage 2 that is about to be trained.
+
+    Attributes:
+        recipe: its settings; recover.steps is its whole length.
+        start, end: the switch step and the last step.
+        step: of the checkpoint it goes on from.
+        stopped_early: stage 1 did not reach its end.
+    """
+
+    recipe: Recipe
+    start: int
+    end: int
+    step: int
+    stopped_early: bool
+
+
+def plan_recovery(
+    run: Run, steps: int | None = None, extend: int | None = None, overrides: Sequence[str] = ()
+) -> Recovery:
+    """What `lighthouse recover` has to train: a new recovery, or the rest of one that was begun. Writes nothing.
+
+    Args:
+        run: the run.
+        steps: length of the recovery; else `[recover] steps`.
+        extend: steps to add to a recovery that was begun.
+        overrides: `a.b=value` settings, of those that take effect on resuming.
+
+    Raises:
+        RunError: the run is dense from the start, or its recovery is complete or of another length.
+        CheckpointError: there is no checkpoint to go on from.
+        UserError: a number or a setting that cannot be used.
+    """
+    for option, number in (("--steps", steps), ("--extend", extend)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} must be at least 1, not {number}")
+    if steps is not None and extend is not None:
+        raise UserError("--steps and --extend exclude each other", hint="--extend adds to a recovery begun before")
+    if run.stage == "dense" and not run.recovering:
+        raise RunError(
+            f"run {run.path} was dense from the start and has nothing to recover from",
+            hint=f"lighthouse strip {run.path} OUT exports it",
+        )
+    _check_resumable(overrides)
+    if steps is not None:
+        overrides = [*overrides, f"recover.steps={steps}"]
+    if run.recovering:
+        # The ledger has the length; recover.toml runs ahead of it if an --extend was cut off between the two.
+        overrides = [f"recover.steps={run.end - run.start}", *overrides]
+    recipe = load_recipe(run.recipe_path, overrides)
+    return _continue_recovery(run, recipe, extend) if run.recovering else _begin_recovery(run, recipe, extend)
+
+
+def _begin_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery:
+    if extend is not None:
+        raise RunError(f"run {run.path} has no recovery to extend", hint="lighthouse recover --steps N begins one")
+    if not recipe.recover.steps:
+        raise UserError(f"the recipe of run {run.path} has no recover.steps", hint="give --steps N")
+    step = run.newest_step()
+    return Recovery(recipe, step, step + recipe.recover.steps, step, stopped_early=step < run.end)
+
+
+def _continue_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery:
+    step, begun = run.newest_step(), run.end - run.start
+    if step < run.start:
+        raise CheckpointError(f"run {run.path} lost its checkpoint of step {run.start}, where its recovery began")
+    if recipe.recover.steps != begun:
+        raise RunError(
+            f"the recovery of run {run.path} was begun with {begun} steps, not {recipe.recover.steps}",
+            hint=f"without --steps it is finished at step {run.end}; --extend M adds M steps",
+        )
+    if step > run.start and recipe.recover.decay != run.recipe.recover.decay:
+        raise RunError(f'the recovery of run {run.path} is under way with recover.decay "{run.recipe.recover.decay}"')
+    if step >= run.end and extend is None:
+        raise RunError(
+            f"the recovery of run {run.path} is complete at step {step}",
+            hint=f"lighthouse strip {run.path} OUT exports it; --extend M adds M steps",
+        )
+    length = begun + (extend or 0)
+    recipe = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"steps": length})})
+    return Recovery(recipe, run.start, run.start + length, step, stopped_early=False)
+
+
+def _check_resumable(overrides: Sequence[str]) -> None:
+    """A setting that the checkpoint would override is refused; unknown keys are left to the loader's better words."""
+    for override in overrides:
+        for path, value in flatten(parse_override(override)).items():
+            section, key = path[0], ".".join(path[:2])
+            known = section == "titan" or (len(path) == 2 and path[1] in known_keys().get(section, ()))
+            if not isinstance(value, dict) and known and section not in RESUMABLE and key not in RESUMABLE:
+                wildcards = [f"{name}.*" if "." not in name else name for name in RESUMABLE]
+                raise UserError(f"--set {key}: the checkpoint decides {key}", hint=f"free are {', '.join(wildcards)}")
+
+
+def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -> Run:
+    """Make the directory of a new run.
+
+    Args:
+        recipe: what it trains.
+        stem: of the recipe's file; with the UTC time it names a run that has no name.
+        name: of the run; else `recipe.output.name`.
+        source: where the recipe came from, for a comment in the saved recipe.
+
+    Raises:
+        RunError: the name is taken or cannot be a directory's name.
+    """
+    name = name or recipe.output.name
+    given = bool(name)
+    name = name or f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    path = run_path(recipe, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError:
+        hint = f"continue it with --resume {name}, or choose another --name" if given else "give the run a --name"
+        raise RunError(f"run {path} exists", hint=hint) from None
+    except OSError as error:
+        raise RunError(f"cannot create {path}: {error.strerror}", hint="choose another output.dir") from None
+    stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
+    ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
+    _write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+    _write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
+    comment = f"# Every setting of run {name}" + (f", from {source}" if source else "")
+    # The recipe comes last: a directory with one is a run.
+    _write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
+    return Run(path)
+
+
+def run_path(recipe: Recipe, name: str) -> Path:
+    """Where a run of that name lives.
+
+    Raises:
+        RunError: the name cannot be a directory's name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name):
+        raise RunError(
+            f"{name!r} cannot name a run", hint="use letters, digits and . _ + -, beginning with a letter or digit"
+        )
+    return Path(recipe.output.dir) / name
+
+
+def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
+    """The run that a user means.
+
+    Args:
+        spec: a run directory, or the name of one under `output_dir`; None or "latest" is the newest one there by
+            the modification time of its directory.
+        output_dir: where runs live.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    output_dir = Path(output_dir)
+    runs = [file.parent for file in output_dir.glob("*/recipe.toml")]
+    if spec is None or (str(spec) == "latest" and output_dir / "latest" not in runs):
+        if not runs:
+            raise RunError(f"there is no run under {output_dir}", hint="lighthouse pretrain RECIPE makes one")
+        return Run(max(runs, key=lambda path: path.stat().st_mtime_ns))
+    for path in (Path(spec), output_dir / spec):
+        if (path / "recipe.toml").is_file():
+            return Run(path)
+    if Path(spec).is_dir():
+        raise RunError(f"{spec} is not a run: it has no recipe.toml")
+    near = difflib.get_close_matches(str(spec), [path.name for path in runs], n=1)
+    raise RunError(
+        f"no run {spec}, here or under {output_dir}",
+        hint=f"did you mean {near[0]}?" if near else f"give a run directory, or the name of one under {output_dir}",
+    )
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in _RECORDED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "versions": versions,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

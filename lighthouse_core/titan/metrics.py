@@ -1,0 +1,140 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress line a logged step."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torchtitan.components.metrics import DeviceMemoryMonitor, MetricsProcessor, _build_metric_logger
+from torchtitan.tools.utils import NoColor, get_peak_flops
+
+from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.train.progress import progress_line
+
+if TYPE_CHECKING:
+    from lighthouse_core.titan.trainer import Stage
+
+
+class _Peak(NamedTuple):
+    """The two memory figures that torchtitan's trainer reads."""
+
+    max_reserved_gib: float
+    max_reserved_pct: float
+
+
+class _HostMemoryMonitor:
+    """Peak resident memory of the process, in place of an accelerator's."""
+
+    device_name = "cpu"
+
+    def get_peak_stats(self) -> _Peak:
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return _Peak(kibibytes / 2**20, 0.0)
+
+    def reset_peak_stats(self) -> None:
+        pass
+
+
+def keep_rows(path: Path, step: int) -> Path:
+    """Drop from a metrics file the rows after `step`, and a last row cut short by a crash; returns `path`."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+class Metrics(MetricsProcessor):
+    """Writes one JSON object a logged step to metrics.jsonl, and prints one line, on rank 0.
+
+    Keys of a training row: `step`, `stage` ("lighthouse" or "dense"), `loss` (nats per token), `leaky` (true where the
+    selection saw later tokens, so that the loss is no language-model loss), `grad_norm`, `lr`, `tokens` (since the
+    start of the run), `tokens_per_second` (all ranks), `seconds` (per step), `memory_gib` (peak of one rank), `mfu`
+    (fraction of the accelerator's bf16 peak; absent on CPU) and `data_seconds` (waiting for data, per step).
+    A validation row has `step`, `stage`, `leaky`, `val_loss`.
+    """
+
+    def __init__(self, stage: "Stage", job_config, parallel_dims, model_args=None):
+        self.stage = stage
+        self.job_config = job_config
+        self.parallel_dims = parallel_dims
+        self.logger = _build_metric_logger(job_config, parallel_dims)
+        self.device_memory_monitor = DeviceMemoryMonitor() if HAS_ACCELERATOR else _HostMemoryMonitor()
+        self.gpu_peak_flops = get_peak_flops(self.device_memory_monitor.device_name) if HAS_ACCELERATOR else None
+        self.color = NoColor()
+        self.num_flops_per_token = 0
+        self.ntokens_since_last_log = 0
+        self.data_loading_times: list[float] = []
+        self.optimizers = self.lr_schedulers = self.model_parts = None
+        self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.scorer == "norm"
+        self.file = None
+        self.last_step = self.start_step = stage.start
+        self.last_time = self.start_time = 0.0
+
+    def begin(self, step: int) -> None:
+        """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
+
+        Args:
+            step: the last finished step of the checkpoint that training goes on from.
+        """
+        if torch.distributed.get_rank() == 0:
+            self.file = keep_rows(self.stage.run.path / "metrics.jsonl", step).open("a", encoding="utf-8")
+        self.last_step = self.start_step = step
+        self.last_time = self.start_time = time.perf_counter()
+
+    def should_log(self, step: int) -> bool:
+        return super().should_log(step) or step == self.stage.end or step == self.start_step + 1
+
+    def log(self, step: int, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None) -> None:
+        training = self.stage.recipe.training
+        now = time.perf_counter()
+        steps, elapsed = step - self.last_step, now - self.last_time
+        tokens_per_step = training.global_batch_size * training.seq_len
+        row = {
+            "loss": float(global_avg_loss),
+            "grad_norm": float(grad_norm),
+            "lr": float(extra_metrics["lr"]),
+            "tokens": step * tokens_per_step,
+            "tokens_per_second": steps * tokens_per_step / elapsed,
+            "seconds": elapsed / steps,
+            "data_seconds": sum(self.data_loading_times) / steps,
+            "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+        }
+        if self.gpu_peak_flops:
+            per_device = row["tokens_per_second"] / self.parallel_dims.world_size
+            row["mfu"] = self.num_flops_per_token * per_device / self.gpu_peak_flops
+        self._write(step, row)
+        if self.file:
+            left = (self.stage.end - step) * (now - self.start_time) / (step - self.start_step)
+            print(progress_line(step, self.stage.end, self.stage.name, row, left, self.leaky), file=sys.stderr, flush=True)
+        self.last_step, self.last_time = step, now
+        self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        self._write(step, {"val_loss": float(loss)})
+        if self.file:
+            note = " (leaky)" if self.leaky else ""
+            print(f"step {step}  {self.stage.name}  validation loss {loss:.4f}{note}", file=sys.stderr, flush=True)
+        # The time that validation took belongs to no training step.
+        self.last_time = time.perf_counter()
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
+        if self.file:
+            row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        self.logger.close()
+        if self.file:
+            self.file.close()

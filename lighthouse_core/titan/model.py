@@ -1,0 +1,153 @@
+"""The Llama that is trained: torchtitan's, with exact widths and weights that do not depend on the process count."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.module import LighthouseAttention
+from torchtitan.config import JobConfig
+from torchtitan.models.llama3.model import model as llama3
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+
+if TYPE_CHECKING:
+    from lighthouse_core.config.model import ModelSection
+
+
+@dataclass
+class LlamaArgs(TransformerModelArgs):
+    """torchtitan's arguments and the two widths it derives by rounding.
+
+    Attributes:
+        head_dim: D, free of dim / n_heads.
+        ffn_dim: exact width of the SwiGLU.
+        seed: seed of the initial weights.
+        flops_per_token: model FLOPs of forward and backward, for the trainer's utilisation figure.
+    """
+
+    head_dim: int = 0
+    ffn_dim: int = 0
+    seed: int = 0
+    flops_per_token: int = 1
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        self.max_seq_len = job_config.training.seq_len
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        return sum(p.numel() for p in model.parameters()), self.flops_per_token
+
+
+class Attention(llama3.Attention):
+    """Attention whose head dimension is its own setting."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        self.head_dim = args.head_dim
+        width, kv_width = self.n_heads * args.head_dim, self.n_kv_heads * args.head_dim
+        self.wq = nn.Linear(args.dim, width, bias=False)
+        self.wk = nn.Linear(args.dim, kv_width, bias=False)
+        self.wv = nn.Linear(args.dim, kv_width, bias=False)
+        self.wo = nn.Linear(width, args.dim, bias=False)
+
+
+class FeedForward(llama3.FeedForward):
+    """SwiGLU of an exact width."""
+
+    def __init__(self, args: LlamaArgs):
+        nn.Module.__init__(self)
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+
+class Transformer(llama3.Transformer):
+    """torchtitan's Llama 3 with exact widths, plain RoPE, and initial weights drawn as full tensors."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        for block in self.layers.values():
+            block.attention = Attention(args)
+            block.feed_forward = FeedForward(args)
+
+    def _precompute_freqs_cis(self) -> Tensor:
+        args = self.model_args
+        exponent = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+        angles = torch.outer(torch.arange(args.max_seq_len).float(), 1.0 / args.rope_theta**exponent)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw every parameter as a full tensor from one generator and keep the local shard, so that the weights are
+        the same on any number of processes. The distributions are torchtitan's."""
+        with torch.device(buffer_device or self.freqs_cis.device):
+            self.freqs_cis = self._precompute_freqs_cis()
+        device = next(self.parameters()).device
+        generator = torch.Generator(device).manual_seed(self.model_args.seed)
+        for name, parameter in self.named_parameters():
+            full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
+            self._draw(name, full, generator)
+            if isinstance(parameter, DTensor):
+                # No communication: every process has drawn the same tensor.
+                shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(shard.to_local())
+            else:
+                parameter.copy_(full)
+
+    def _draw(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
+        if "norm" in name:
+            weight.fill_(1.0)
+        elif name.startswith("tok_embeddings"):
+            weight.normal_(generator=generator)
+        elif name.startswith("output"):
+            std = self.model_args.dim**-0.5
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+        else:
+            depth = int(re.search(r"layers\.(\d+)\.", name).group(1)) + 1
+            scaled = re.search(r"\.(wo|w2|w3)\.", name)
+            std = 0.02 / (2 * depth) ** 0.5 if scaled else 0.02
+            nn.init.trunc_normal_(weight, std=std, generator=generator)
+
+
+def use_lighthouse(model: nn.Module, cfg: LighthouseConfig, dense_layers: list[int]) -> None:
+    """Put Lighthouse attention into every layer of `model` but the dense ones, in place."""
+    for name, block in model.layers.items():
+        if int(name) not in dense_layers:
+            block.attention.inner_attention = LighthouseAttention(cfg, int(name))
+
+
+def model_args(model: "ModelSection", seq_len: int, seed: int = 0, flops_per_token: int = 1) -> LlamaArgs:
+    """Arguments of the Llama that a recipe's [model] section describes."""
+    return LlamaArgs(
+        dim=model.dim,
+        n_layers=model.layers,
+        n_heads=model.heads,
+        n_kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        ffn_dim=model.ffn_dim,
+        vocab_size=model.vocab_size,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        max_seq_len=seq_len,
+        seed=seed,
+        flops_per_token=flops_per_token,
+    )
+
+
+def build_dense_model(model: "ModelSection", seq_len: int) -> Transformer:
+    """The trainer's Llama, dense in every layer, on the CPU with uninitialised weights.
+
+    Args:
+        model: the recipe's [model] section.
+        seq_len: positions N the rotary table covers.
+
+    Returns:
+        A module: tokens [B, N] int64 -> logits [B, N, vocab_size].
+    """
+    with torch.device("meta"):
+        built = Transformer(model_args(model, seq_len))
+    built.to_empty(device="cpu")
+    built.freqs_cis = built._precompute_freqs_cis()
+    return built

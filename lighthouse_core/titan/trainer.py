@@ -1,0 +1,221 @@
+"""torchtitan's trainer, given our model, data, schedule and metrics."""
+
+import contextlib
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchtitan.protocols.train_spec as train_specs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.validate import BaseValidator
+from torchtitan.components.validate import Validator as TitanValidator
+from torchtitan.models.llama3.infra.parallelize import parallelize_llama
+from torchtitan.protocols.model_converter import _registry_model_converter_cls
+from torchtitan.train import Trainer as TitanTrainer
+
+from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.config import Recipe
+from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.runs import Run
+from lighthouse_core.titan.job import MODEL, build_job
+from lighthouse_core.titan.metrics import Metrics
+from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
+from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.train.schedule import lr_factor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one launch trains.
+
+    Attributes:
+        run: the run.
+        recipe: its resolved recipe, as of this stage.
+        name: "lighthouse" or "dense".
+        start, end: steps of the run between which this stage lies.
+        recovery: whether it follows a Lighthouse stage.
+    """
+
+    run: Run
+    recipe: Recipe
+    name: str
+    start: int
+    end: int
+    recovery: bool
+
+
+class LighthouseConverter:
+    """torchtitan model converter: Lighthouse attention in every layer but the dense ones. Bound to a recipe."""
+
+    def __init__(self, recipe: Recipe, job_config, parallel_dims):
+        self.recipe = recipe
+
+    def convert(self, model: nn.Module) -> None:
+        use_lighthouse(model, self.recipe.lighthouse.attention(), self.recipe.model.dense_layers)
+
+    def post_optimizer_hook(self, model) -> None:
+        pass
+
+
+def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
+    model = parallelize_llama(model, parallel_dims, job_config)
+    if not HAS_ACCELERATOR:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no scaled sum, which FSDP2 asks for otherwise.
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSchedulersContainer:
+    decays = stage.recovery and stage.recipe.recover.decay == "linear"
+    factor = functools.partial(
+        lr_factor,
+        warmup=stage.recipe.schedule.warmup_steps,
+        switch=stage.start if decays else None,
+        end=stage.end if decays else None,
+    )
+    return LRSchedulersContainer(optimizers, factor)
+
+
+def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "train", **unused):
+    training = stage.recipe.training
+    return build_loader(
+        stage.recipe.data,
+        training.seq_len,
+        training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+        training.seed,
+        split=split,
+    )
+
+
+class Validator(TitanValidator):
+    """torchtitan's validator over the held-out split, every `metrics.validation_every` steps and at the stage's end."""
+
+    def __init__(self, stage: Stage, *, job_config, maybe_enable_amp, **parts):
+        BaseValidator.__init__(self, job_config)
+        self.stage = stage
+        self.parallel_dims = parts["parallel_dims"]
+        self.tokenizer = parts["tokenizer"]
+        self.loss_fn = parts["loss_fn"]
+        self.validation_context = parts["validation_context"]
+        self.metrics_processor = parts["metrics_processor"]
+        self.maybe_enable_amp = _amp(stage.recipe, maybe_enable_amp)
+        self.rank, self.ranks = parts["dp_rank"], parts["dp_world_size"]
+        self.validation_dataloader = _build_loader(stage, self.ranks, self.rank, split="validation")
+        training = stage.recipe.training
+        # The recipe counts global batches, so that the figure does not depend on the number of processes.
+        sequences = stage.recipe.metrics.validation_batches * training.global_batch_size
+        job_config.validation.steps = max(1, sequences // (training.local_batch_size * self.ranks))
+
+    def should_validate(self, step: int) -> bool:
+        every = self.stage.recipe.metrics.validation_every
+        return step == self.stage.end or bool(every and step % every == 0)
+
+    def validate(self, model_parts, step: int) -> None:
+        self.batch = 0
+        super().validate(model_parts, step)
+
+    def post_dataloading_process(self, input_dict, labels, model_parts):
+        local = labels.shape[0]
+        sample = (self.batch * self.ranks + self.rank) * local
+        self.batch += 1
+        set_selection_keys(model_parts[0], self.stage.recipe.training.seed, 0, sample)
+        return super().post_dataloading_process(input_dict, labels, model_parts)
+
+
+def _amp(recipe: Recipe, autocast: contextlib.AbstractContextManager) -> contextlib.AbstractContextManager:
+    """torchtitan wraps a single process in autocast even where there is nothing to cast."""
+    return contextlib.nullcontext() if recipe.training.dtype == "float32" else autocast
+
+
+class Trainer(TitanTrainer):
+    """torchtitan's trainer for one stage of a run."""
+
+    def __init__(self, stage: Stage):
+        recipe = stage.recipe
+        self.stage = stage
+        self._register(stage)
+        converters = [MODEL] if stage.name == "lighthouse" else []
+        super().__init__(build_job(recipe, stage.run.path, steps=stage.end, converters=converters))
+        self.maybe_enable_amp = _amp(recipe, self.maybe_enable_amp)
+        self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+
+    @staticmethod
+    def _register(stage: Stage) -> None:
+        recipe = stage.recipe
+        flops = flops_per_token(recipe, stage.name)
+        args = model_args(recipe.model, recipe.training.seq_len, recipe.training.seed, flops)
+        train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
+            model_cls=Transformer,
+            model_args={MODEL: args},
+            parallelize_fn=_parallelize,
+            pipelining_fn=None,
+            build_optimizers_fn=build_optimizers,
+            build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),
+            build_dataloader_fn=functools.partial(_build_loader, stage),
+            build_tokenizer_fn=lambda job_config: build_tokenizer(recipe.data.tokenizer),
+            build_loss_fn=build_cross_entropy_loss,
+            build_validator_fn=functools.partial(Validator, stage),
+            build_metrics_processor_fn=functools.partial(Metrics, stage),
+        )
+        _registry_model_converter_cls[MODEL] = functools.partial(LighthouseConverter, recipe)
+
+    def batch_generator(self, data_iterable):
+        # torchtitan asks for the batches once, between loading the checkpoint and the first step.
+        self.metrics_processor.begin(self.step)
+        return super().batch_generator(data_iterable)
+
+    def train_step(self, data_iterator) -> None:
+        self.micro_batch = 0
+        super().train_step(data_iterator)
+
+    def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
+        if self.needs_keys:
+            sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]
+            set_selection_keys(self.model_parts[0], self.stage.recipe.training.seed, self.step, sample)
+        self.micro_batch += 1
+        return super().forward_backward_step(
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        training = self.stage.recipe.training
+        self.step = state_dict["step"]
+        self.ntokens_seen = self.step * training.global_batch_size * training.seq_len // self.ranks
+
+
+def train(run: Run) -> None:
+    """Train the last stage of a run's ledger from its newest checkpoint to the stage's end.
+
+    Called on every process of a torchrun job.
+
+    Raises:
+        UserError: for data or settings that cannot be used.
+    """
+    stages = run.ledger["stages"]
+    last = stages[-1]
+    stage = Stage(run, run.recipe, last["stage"], last["start"], last["end"], recovery=len(stages) > 1)
+    trainer = Trainer(stage)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,55 @@
+"""One process of a training job: `python -m torch.distributed.run ... -m lighthouse_core.train.worker RUN_DIR`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from lighthouse_core.errors import LighthouseError
+from lighthouse_core.launch import report_exit
+from lighthouse_core.runs import Run
+
+INTERRUPTED = 130
+
+
+def _set_up_logging(run_dir: Path, rank: int) -> None:
+    """Everything goes to the run's log file; what we say ourselves also goes to stderr, on rank 0."""
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    everything = logging.FileHandler(logs / f"rank{rank}.log", encoding="utf-8")
+    everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [everything]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if rank == 0:
+        ours = logging.StreamHandler(sys.stderr)
+        ours.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger("lighthouse_core").addHandler(ours)
+
+
+def main(run_dir: str) -> int:
+    """Train the last stage of the run; returns the exit code of the process (SPEC section 4)."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run = Run(Path(run_dir))
+        _set_up_logging(run.path, rank)
+        from lighthouse_core.titan import train
+
+        train(run)
+    except LighthouseError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+            if error.hint:
+                print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    if code:
+        report_exit(code)
+    sys.exit(code)

@@ -1,0 +1,55 @@
+"""What every test shares: where the slow truth lives, how hypothesis draws, and a small seeded call."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+
+# Derandomised, so that a failure on one machine is a failure on every machine.
+settings.register_profile(
+    "lighthouse",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("lighthouse")
+
+
+@pytest.fixture
+def generator():
+    """A seeded CPU generator, so that a test's inputs do not depend on the tests that ran before it."""
+    import torch
+
+    return torch.Generator().manual_seed(20260)
+
+
+@pytest.fixture
+def small(generator):
+    """(q, k, v, cfg): float64, B=2, N=37, two query heads to one KV head, 23 of 37 entries kept, one token padded."""
+    import torch
+
+    from lighthouse_core import LighthouseConfig
+
+    def draw(heads):
+        return torch.randn(2, 37, heads, 3, generator=generator, dtype=torch.float64)
+
+    cfg = LighthouseConfig(pooling=2, levels=2, topk=2, tile_parents=2, backend="reference")
+    return draw(4), draw(2), draw(2), cfg
+
+
+@pytest.fixture(scope="session")
+def golden_case():
+    """(tensors, cfg) of the recorded call in tests/golden."""
+    from safetensors.torch import load_file
+
+    from lighthouse_core import LighthouseConfig
+
+    cfg = LighthouseConfig(
+        pooling=4, levels=3, topk=256, tile_parents=128, cover_prefix=False, backend="reference", dense_backend="math"
+    )
+    return load_file(Path(__file__).parent / "golden" / "case_a.safetensors"), cfg

@@ -1,0 +1,214 @@
+import hashlib
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.sources import Document
+from lighthouse_core.errors import DataError
+
+BOS, EOS = 256, 257
+# Names and sizes: most much shorter than a sample, one longer than many; not all UTF-8.
+FILES = {f"{i}/a.py": bytes((7 * i + j) % 256 for j in range(1 + i % 5)) for i in range(20)} | {
+    "long/a.py": bytes(range(256)) * 2,
+    "utf8/a.py": "ключ = 'é'\n".encode(),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "src"
+    for name, content in FILES.items():
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(content)
+    return SimpleNamespace(source="python-sources", paths=[str(root)], tokenizer="bytes", validation=0.2)
+
+
+def loader(data, seq_len=16, local_batch_size=1, rank=0, world_size=1, seed=0, split="train"):
+    return build_loader(data, seq_len, local_batch_size, rank, world_size, seed, split)
+
+
+def slow_hash(*parts):
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big") // 2
+
+
+def slow_stream(seed=0, validation=0.2, split="train"):
+    """The endless token stream from FILES, one document after another, with no positions at all."""
+    documents = {f"src/{name.removesuffix('/a.py')}": content for name, content in FILES.items()}
+    held_out = {name for name in documents if slow_hash("heldout", name) < validation * 2**63}
+    kept = held_out if split == "validation" else documents.keys() - held_out
+    for epoch in itertools.count():
+        for name in sorted(kept, key=lambda name: slow_hash("order", str(seed), str(epoch), name)):
+            yield from (BOS, *documents[name], EOS)
+
+
+def slow_samples(count, seq_len, **stream):
+    tokens = list(itertools.islice(slow_stream(**stream), count * seq_len + 1))
+    return [tokens[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)]
+
+
+def rows(batch):
+    inputs, labels = batch[0]["input"], batch[1]
+    assert torch.equal(inputs[:, 1:], labels[:, :-1])
+    return torch.cat([inputs, labels[:, -1:]], dim=1).tolist()
+
+
+def global_rows(loaders, steps):
+    """Samples by global index from `steps` micro-batches of all ranks."""
+    samples = {}
+    for one in loaders:
+        for batch in itertools.islice(one, steps):
+            samples |= dict(enumerate(rows(batch), one.first_sample))
+    return samples
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("seq_len", [1, 7, 16, 100, 5000])
+def test_stream_equals_a_slow_construction(data, seq_len, split):
+    count = max(3, 3000 // seq_len)
+    samples = global_rows([loader(data, seq_len, seed=3, split=split)], count)
+    # Validation has an order of its own, whatever the seed.
+    expected = slow_samples(count, seq_len, seed=3 if split == "train" else 0, split=split)
+    assert samples == dict(enumerate(expected))
+
+
+def test_batches_are_int64_and_writing_inputs_leaves_labels(data):
+    inputs, labels = next(iter(loader(data, 16, local_batch_size=3)))
+    assert inputs["input"].shape == labels.shape == (3, 16)
+    assert inputs["input"].dtype == labels.dtype == torch.int64
+    before = labels.clone()
+    inputs["input"].zero_()
+    assert torch.equal(labels, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+def test_ranks_and_batch_sizes_share_one_order_of_samples(data, seq_len, world_size, local_batch_size, seed):
+    steps = 4
+    loaders = [loader(data, seq_len, local_batch_size, rank, world_size, seed) for rank in range(world_size)]
+    count = steps * world_size * local_batch_size
+    assert global_rows(loaders, steps) == dict(enumerate(slow_samples(count, seq_len, seed=seed)))
+    states = [one.state_dict() for one in loaders]
+    assert all(state == states[0] for state in states) and states[0]["samples"] == count
+
+
+def test_resume_at_any_step_and_world_size_equals_uninterrupted(data):
+    expected = dict(enumerate(slow_samples(36, 40)))
+    one = loader(data, 40)
+    batches = iter(one)
+    for done in range(24):
+        state = one.state_dict()
+        for world_size, local_batch_size in [(1, 1), (2, 1), (3, 2), (1, 4)]:
+            resumed = [loader(data, 40, local_batch_size, rank, world_size) for rank in range(world_size)]
+            for other in resumed:
+                other.load_state_dict(state)
+            later = global_rows(resumed, 2)
+            assert later == {i: expected[i] for i in range(done, done + 2 * world_size * local_batch_size)}
+        assert rows(next(batches)) == [expected[done]]
+
+
+def test_position_of_many_ranks_continues_on_one(data):
+    many = [loader(data, 40, 2, rank, 3) for rank in range(3)]
+    before = global_rows(many, 3)
+    one = loader(data, 40)
+    one.load_state_dict(many[2].state_dict())
+    assert before | global_rows([one], 5) == dict(enumerate(slow_samples(23, 40)))
+
+
+def test_position_is_that_of_the_batch_last_yielded_by_any_iterator(data):
+    one = loader(data)
+    next(iter(one))
+    next(iter(one))
+    assert one.first_sample == 1 and one.state_dict()["samples"] == 2
+
+
+def test_state_is_plain_integers_and_survives_torch_dcp(data, tmp_path):
+    one = loader(data, 50, 2)
+    list(itertools.islice(one, 9))
+    state = one.state_dict()
+    assert state.keys() == {"samples", "epoch", "document", "offset", "seq_len", "seed", "fingerprint"}
+    assert all(type(value) is int and 0 <= value < 2**63 for value in state.values())
+    dcp.save({"dataloader": one}, checkpoint_id=tmp_path / "c", no_dist=True)
+    other = loader(data, 50, 2)
+    dcp.load({"dataloader": other}, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert other.state_dict() == state
+    assert rows(next(iter(other))) == rows(next(iter(one)))
+
+
+def test_epochs_roll_over_in_another_order(data):
+    tokens = np.array(list(itertools.chain.from_iterable(row[:-1] for row in slow_samples(2600, 1))))
+    streamed = np.concatenate([batch[0]["input"][0].numpy() for batch in itertools.islice(loader(data, 1), 2600)])
+    assert np.array_equal(tokens, streamed)
+    documents = [
+        part[: np.argmax(part == EOS)].tobytes() for part in np.split(streamed, np.where(streamed == BOS)[0])[1:]
+    ]
+    count = len(loader(data).stream.documents)
+    first, second = documents[:count], documents[count : 2 * count]
+    assert sorted(first) == sorted(second) and first != second
+    one = loader(data, 1)
+    epochs = [one.state_dict()["epoch"] for _ in itertools.islice(one, 2600)]
+    assert epochs[0] == 0 and epochs[-1] >= 2 and sorted(epochs) == epochs
+
+
+def test_seeds_give_other_orders_of_training_but_one_of_validation(data):
+    assert rows(next(iter(loader(data, 64, seed=1)))) != rows(next(iter(loader(data, 64, seed=2))))
+    validation = [rows(next(iter(loader(data, 64, seed=seed, split="validation")))) for seed in (1, 2)]
+    assert validation[0] == validation[1]
+
+
+def test_validation_begins_anew_with_each_iterator(data):
+    one = loader(data, split="validation")
+    assert global_rows([one], 3) == global_rows([one], 3)
+
+
+def test_seeking_reads_nothing_and_a_rank_reads_only_its_samples(data, monkeypatch):
+    read = []
+    original = Document.read
+    monkeypatch.setattr(Document, "read", lambda self: read.append(self.identity) or original(self))
+    one = loader(data, 1, rank=5, world_size=2000)
+    one.load_state_dict(one.state_dict() | {"samples": 10**9, "epoch": 10**6, "document": 3, "offset": 1})
+    assert read == []
+    next(iter(one))
+    assert 1 <= len(read) <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seq_len": 32}, "seq_len = 16, not 32"), ({"seed": 1}, "seed = 0, not 1")],
+)
+def test_a_position_of_another_stream_is_refused(data, change, message):
+    state = loader(data).state_dict()
+    with pytest.raises(DataError, match=message) as error:
+        loader(data, **change).load_state_dict(state)
+    assert error.value.hint
+
+
+def test_changed_data_is_refused_on_resume(data):
+    state = loader(data).state_dict()
+    other = SimpleNamespace(**vars(data) | {"validation": 0.0})
+    with pytest.raises(DataError, match="data changed"):
+        loader(other).load_state_dict(state)
+
+
+def test_a_file_that_grows_during_the_run_is_an_error_not_a_shift(tmp_path):
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src/a.py"
+    path.write_bytes(b"abc")
+    data = SimpleNamespace(source="python-sources", paths=[str(path.parent)], tokenizer="bytes", validation=0.0)
+    one = loader(data, 4)
+    path.write_bytes(b"abcd")
+    with pytest.raises(DataError, match="changed from 3 to 4 bytes"):
+        next(iter(one))
+
+
+@pytest.mark.parametrize(("validation", "split"), [(0.0, "validation"), (0.999999, "train")])
+def test_an_empty_split_is_the_users_error(data, validation, split):
+    with pytest.raises(DataError, match=f"for {split}") as error:
+        loader(SimpleNamespace(**vars(data) | {"validation": validation}), split=split)
+    assert "data.validation" in error.value.hint

@@ -1,0 +1,145 @@
+"""The main job through the command line: pretrain, recover, strip; on one process and on two."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model.dim=64",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_dim=96",
+    "model.layers=3",
+    "model.dense_layers=[0]",
+    "lighthouse.topk=16",
+    "training.seq_len=512",
+    "training.steps=6",
+    "checkpoint.interval=3",
+    "metrics.every=1",
+    "metrics.validation_batches=1",
+    "recover.steps=4",
+]
+
+
+def lighthouse(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lighthouse_cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def succeed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    done = lighthouse(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(run: Path, key: str = "loss") -> dict[int, dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in found if key in row]
+    assert len(steps) == len(set(steps))
+    return {row["step"]: row for row in found if key in row}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return tmp_path_factory.mktemp("workspace")
+
+
+def pretrain(workspace: Path, name: str, *more: str) -> Path:
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    succeed("pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", name, *settings, *more, cwd=workspace)
+    return workspace / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def one(workspace):
+    return pretrain(workspace, "one", "--nproc", "1")
+
+
+@pytest.fixture(scope="module")
+def recovered(workspace, one):
+    succeed("recover", "one", cwd=workspace)
+    return one
+
+
+def test_a_run_directory_holds_everything(one):
+    for name in ("recipe.toml", "environment.json", "metrics.jsonl", "ledger.json", "tb", "checkpoints/step-6"):
+        assert (one / name).exists(), name
+    row = rows(one)[1]
+    keys = {"step", "stage", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "memory_gib"}
+    assert keys <= set(row)
+    assert row["tokens"] == 4 * 512
+    assert all(row["memory_gib"] > 0.05 and row["stage"] == "lighthouse" for row in rows(one).values())
+
+
+def test_two_processes_give_the_losses_of_one(workspace, one):
+    two = pretrain(workspace, "two", "--nproc", "2")
+    for key in ("loss", "grad_norm", "val_loss"):
+        expected, seen = (rows(run, key) for run in (one, two))
+        expected = {step: row for step, row in expected.items() if step <= 6}
+        assert seen.keys() == expected.keys() and seen
+        for step in seen:
+            assert seen[step][key] == pytest.approx(expected[step][key], rel=1e-4)
+
+
+def test_recovery_goes_on_where_stage_1_ended(recovered):
+    seen = rows(recovered)
+    assert [seen[step]["stage"] for step in sorted(seen)] == ["lighthouse"] * 6 + ["dense"] * 4
+    ledger = json.loads((recovered / "ledger.json").read_text())
+    assert [(s["stage"], s["start"], s["end"]) for s in ledger["stages"]] == [("lighthouse", 0, 6), ("dense", 6, 10)]
+    assert seen[7]["tokens"] == 7 * 4 * 512
+    assert seen[7]["lr"] > seen[6]["lr"]  # still warming up: the schedule went on
+    # A fresh optimizer or fresh weights would start near the first loss again.
+    assert seen[10]["loss"] < seen[1]["loss"] - 0.5
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
+    stopped = pretrain(workspace, "stopped", "--nproc", "1", "--set", "training.steps=3")
+    recipe = stopped / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("\nsteps = 3\n", "\nsteps = 6\n", 1))
+    ledger = json.loads((stopped / "ledger.json").read_text())
+    ledger["stages"][0]["end"] = 6
+    (stopped / "ledger.json").write_text(json.dumps(ledger))
+    # Rows that a crash left behind after the checkpoint, one of them cut short.
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "stage": "lighthouse", "loss": 99.0}\n{"step": 5, "st')
+    succeed("pretrain", "--resume", "stopped", cwd=workspace)
+    expected = {step: row for step, row in rows(one).items() if step <= 6}  # it may have been recovered since
+    seen = rows(stopped)
+    assert seen.keys() == expected.keys()
+    for step in expected:
+        assert seen[step]["loss"] == expected[step]["loss"]
+        assert seen[step]["grad_norm"] == expected[step]["grad_norm"]
+
+
+def test_strip_writes_an_ordinary_llama(workspace, recovered):
+    transformers = pytest.importorskip("transformers")
+    done = lighthouse("strip", "one", "out", cwd=workspace)
+    if done.returncode:
+        done = succeed("strip", str(recovered), "out", cwd=workspace)
+    out = workspace / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    prompt = tokenizer("def ", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):
+    done = lighthouse("strip", str(one / "checkpoints/step-6"), "early", cwd=workspace)
+    assert done.returncode == 2
+    assert "lighthouse recover" in done.stderr and "Traceback" not in done.stderr
+    assert not (workspace / "early").exists()
+
+
+def test_a_mistake_in_the_data_is_one_line(workspace):
+    settings = [part for setting in [*TINY, 'data.paths=["missing/"]'] for part in ("--set", setting)]
+    done = lighthouse("pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", "bad", *settings, cwd=workspace)
+    assert done.returncode == 2
+    assert "missing" in done.stderr and "Traceback" not in done.stderr
