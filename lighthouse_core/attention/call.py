@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense import check_inputs, dense_attention
-from lighthouse_core.backends import geometry, kernels, log_once
-from lighthouse_kernels.geometry import Geometry
+from lighthouse_core.backends import Geometry, geometry, kernels, log_once
 
 Scores = tuple[Tensor, Tensor]
 

@@ -1,6 +1,5 @@
 """Dense causal attention by a stock kernel."""
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

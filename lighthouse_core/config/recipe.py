@@ -51,11 +51,11 @@ class Recipe(Section):
             from lighthouse_core.backends import geometry
 
             tokens = self.training.seq_len
-            pyramid = geometry(tokens, self.lighthouse.attention())
-            if pyramid.dense:
+            call = geometry(tokens, self.lighthouse.attention())
+            if call.dense:
                 raise conflict(
                     "lighthouse.topk",
-                    f"the gathered sequence (S = {pyramid.selected_length}) is not shorter than training.seq_len ({tokens}); "
-                    "use a smaller lighthouse.topk or more lighthouse.levels",
+                    f"the gathered sequence (S = {call.selected_length}) is not shorter than training.seq_len "
+                    f"({tokens}); use a smaller lighthouse.topk or more lighthouse.levels",
                 )
         return self

@@ -73,7 +73,9 @@ def _check(cfg: LighthouseConfig, heads: int, kv_heads: int, dim: int, dtype: to
     # A rounding step of the dtype, with room for the sum over the sequence.
     bound = 4 * torch.finfo(dtype).eps
     if not checks["dense_relative_error"] <= max(bound, 1e-5):
-        raise LighthouseError(f"dense attention disagrees with the float32 result: {checks['dense_relative_error']:.2e}")
+        raise LighthouseError(
+            f"dense attention disagrees with the float32 result: {checks['dense_relative_error']:.2e}"
+        )
     return checks
 
 
@@ -166,7 +168,9 @@ def run(
         call(*leaves).sum().backward()
 
     calls = [_time(lighthouse, (q, k, v), "lighthouse", **timing), _time(dense, (q, k, v), "dense", **timing)]
-    peaks = {name: peak_gib(lambda c=c: both_ways(c), device) for name, c in (("lighthouse", lighthouse), ("dense", dense))}
+    peaks = {
+        name: peak_gib(lambda c=c: both_ways(c), device) for name, c in (("lighthouse", lighthouse), ("dense", dense))
+    }
     return Profile(
         settings={
             "seq": seq,
@@ -178,7 +182,9 @@ def run(
             **asdict(cfg),
         },
         machine={
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),

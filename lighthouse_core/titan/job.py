@@ -68,6 +68,7 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "activation_checkpoint.mode": training.activation_checkpointing,
         "activation_checkpoint.selective_ac_option": "op",
         "compile.enable": training.compile,
+        "comm.save_traces_folder": "logs",
         "debug.seed": training.seed,
         "debug.deterministic": training.deterministic,
         "validation.enable": recipe.data.validation > 0,

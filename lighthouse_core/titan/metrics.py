@@ -114,7 +114,9 @@ class Metrics(MetricsProcessor):
         self._write(step, row)
         if self.file:
             left = (self.stage.end - step) * (now - self.start_time) / (step - self.start_step)
-            print(progress_line(step, self.stage.end, self.stage.name, row, left, self.leaky), file=sys.stderr, flush=True)
+            print(
+                progress_line(step, self.stage.end, self.stage.name, row, left, self.leaky), file=sys.stderr, flush=True
+            )
         self.last_step, self.last_time = step, now
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()

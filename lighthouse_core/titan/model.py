@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.module import LighthouseAttention
 from torchtitan.config import JobConfig
 from torchtitan.models.llama3.model import model as llama3
 from torchtitan.models.llama3.model.args import TransformerModelArgs
+
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.module import LighthouseAttention
 
 if TYPE_CHECKING:
     from lighthouse_core.config.model import ModelSection

@@ -97,7 +97,7 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
         ("topk = 16", "topk = 20", "r.toml:14: lighthouse.topk must be a positive multiple of tile_parents (8)"),
         ("topk = 16", "pooling = 3", "r.toml:14: lighthouse.pooling must be a power of two"),
         ("topk = 16", "scorer = 'best'", "r.toml:14: lighthouse.scorer must be one of norm, random, block"),
-        ("topk = 16", "topk = 128", "r.toml:14: the gathered sequence (S = 1088) is not shorter than training.seq_len"),
+        ("topk = 16", "topk = 128", "r.toml:14: the gathered sequence (S = 1152) is not shorter than training.seq_len"),
         ("steps = 10", "steps = -1", "r.toml:20: training.steps must be above 0, not -1"),
         ("steps = 10", "local_batch_size = 3\nsteps = 10", "r.toml:19: training.global_batch_size (4) must be a mult"),
         ("[training]", "[checkpoint]\nkeep = 1\n[training]", "r.toml:18: checkpoint.keep must be 0 (all)"),
@@ -187,17 +187,21 @@ def test_line_numbers_of_every_kind_of_statement():
         "quoted key" = { inline = "[c]", z = 3 }
         [c]
     ''')
-    assert line_numbers(text) == line_numbers(text.replace("\n", "\r\n")) == {
-        ("top",): 2,
-        ("a",): 6,
-        ("a", "b"): 6,
-        ("a", "b", "x"): 8,
-        ("a", "b", "x", "y"): 8,
-        ("a", "b", "quoted key"): 11,
-        ("a", "b", "quoted key", "inline"): 11,
-        ("a", "b", "quoted key", "z"): 11,
-        ("c",): 12,
-    }
+    assert (
+        line_numbers(text)
+        == line_numbers(text.replace("\n", "\r\n"))
+        == {
+            ("top",): 2,
+            ("a",): 6,
+            ("a", "b"): 6,
+            ("a", "b", "x"): 8,
+            ("a", "b", "x", "y"): 8,
+            ("a", "b", "quoted key"): 11,
+            ("a", "b", "quoted key", "inline"): 11,
+            ("a", "b", "quoted key", "z"): 11,
+            ("c",): 12,
+        }
+    )
 
 
 def test_every_key_can_be_written_and_no_other():
@@ -212,7 +216,7 @@ small = st.floats(1e-12, 1e3)
 scalars = st.one_of(
     st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.dates(), st.datetimes(), st.times()
 )
-values = st.recursive(scalars, lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(), value, max_size=3))
+values = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3))
 
 
 @st.composite
