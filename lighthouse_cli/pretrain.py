@@ -10,6 +10,7 @@ import typer
 from lighthouse_cli import _options, _output, _train
 
 if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
 
@@ -54,6 +55,7 @@ def pretrain(
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
         return
+    _check_data(resolved)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
@@ -69,6 +71,17 @@ def pretrain(
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
             shutil.rmtree(run.path)
         raise
+
+
+def _check_data(recipe: "Recipe") -> None:
+    """Meet what is wrong with the data here, rather than after the processes have started."""
+    from lighthouse_core.data.sources import documents_of
+    from lighthouse_core.data.tokenizer import build_tokenizer
+
+    build_tokenizer(recipe.data.tokenizer)
+    documents_of(recipe.data, "train")
+    if recipe.data.validation:
+        documents_of(recipe.data, "validation")
 
 
 def _refuse_with_resume(settings: list[str] | None, name: str) -> None:

@@ -25,7 +25,7 @@ def geometry(tokens: int, cfg: LighthouseConfig) -> Geometry:
 
 
 def gathered_length(N: int, cfg: LighthouseConfig) -> int:
-    """Length S of the sequence the dense kernel sees (SPEC: N'/c_(L-1) + (L-1) p k; N when the call is dense).
+    """Length S of the sequence the dense kernel sees N'/c_(L-1) + (L-1) p k, or N when the call is dense.
 
     Args:
         N: sequence length in tokens.

@@ -112,14 +112,21 @@ def environment(plan: Plan, base: Mapping[str, str], exit_file: Path) -> dict[st
     return {**defaults, **base, EXIT_FILE: str(exit_file)}
 
 
-def report_exit(code: int) -> None:
-    """In a worker: tell the launcher why this process ends. The first report stands, for it is the cause."""
-    if path := os.environ.get(EXIT_FILE):
-        try:
-            with open(path, "x", encoding="ascii") as file:
-                file.write(str(code))
-        except FileExistsError:
-            pass
+def report_exit(code: int) -> bool:
+    """In a worker: tell the launcher why this process ends. The first report stands, for it is the cause.
+
+    Returns:
+        Whether this was the first one on this machine.
+    """
+    path = os.environ.get(EXIT_FILE)
+    if not path:
+        return True
+    try:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
 
 
 def launch(run_dir: Path, plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""The Lighthouse attention call: pool, score, select, gather, attend, scatter (SPEC section 1).
+"""The Lighthouse attention call: pool, score, select, gather, attend, scatter; kernels/README.md has the rule.
 
 Shapes: B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windows of all levels, S entries.
 """
@@ -57,7 +57,7 @@ def select_indices(
     scores: Scores | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """The entries one call attends over (SPEC section 1, steps 2 to 4). Carries no gradient.
+    """The entries one call attends over: score, select, order. Carries no gradient.
 
     Args:
         q: [B, N, H, D], after RoPE.
@@ -94,7 +94,7 @@ def lighthouse_attention(
     scale: float | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Lighthouse attention (arXiv 2605.06554; SPEC section 1). Differentiable in q, k and v.
+    """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule). Differentiable in q, k and v.
 
     Args:
         q: [B, N, H, D], after RoPE.

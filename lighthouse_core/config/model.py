@@ -35,10 +35,11 @@ class ModelSection(Section):
         dim, heads = data.get("dim"), data.get("heads")
         if _count(heads):
             data.setdefault("kv_heads", heads)
-        if _count(dim) and _count(heads) and "head_dim" not in data:
+        if _count(dim) and _count(heads):
             if dim % heads:
-                raise conflict("dim", f"model.dim {dim} is not a multiple of model.heads {heads}; give model.head_dim")
-            data["head_dim"] = dim // heads
+                # head_dim is free of dim / heads, but transformers loads no Llama without this.
+                raise conflict("dim", f"model.dim {dim} is not a multiple of model.heads {heads}")
+            data.setdefault("head_dim", dim // heads)
         return data
 
     @model_validator(mode="after")

@@ -1,10 +1,10 @@
 """[training]: lengths, batches, steps, and how the arithmetic is done."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from lighthouse_core.config.section import NonNegative, Positive, Section, conflict
+from lighthouse_core.config.section import Positive, Section, conflict
 
 
 class TrainingSection(Section):
@@ -14,7 +14,7 @@ class TrainingSection(Section):
     local_batch_size: Positive = 1
     global_batch_size: Positive
     steps: Positive
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

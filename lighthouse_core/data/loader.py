@@ -1,23 +1,14 @@
 """The loader: cuts the token stream into samples and hands one rank the batches that are its own."""
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
-from lighthouse_core.data.sources import fingerprint, list_documents, split_documents
+from lighthouse_core.data.sources import DataSettings, documents_of, fingerprint
 from lighthouse_core.data.stream import Position, TokenStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
-
-
-class DataSettings(Protocol):
-    """What is read of the recipe's `[data]` section."""
-
-    source: str
-    paths: list[str]
-    tokenizer: str
-    validation: float
 
 
 class TokenLoader:
@@ -135,14 +126,7 @@ def build_loader(
     """
     assert split in ("train", "validation")
     tokenizer = build_tokenizer(data.tokenizer)
-    listed = list_documents(data.source, data.paths)
-    train, validation = split_documents(listed, data.validation)
-    documents = train if split == "train" else validation
-    if not documents:
-        raise DataError(
-            f"data.validation = {data.validation} leaves none of {len(listed)} documents for {split}",
-            hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more folders in data.paths",
-        )
+    documents = documents_of(data, split)
     return TokenLoader(
         TokenStream(documents, tokenizer, seed if split == "train" else 0),
         seq_len=seq_len,

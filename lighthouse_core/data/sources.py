@@ -8,9 +8,18 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from lighthouse_core.errors import DataError
+
+
+class DataSettings(Protocol):
+    """What is read of the recipe's `[data]` section."""
+
+    source: str
+    paths: Sequence[str]
+    tokenizer: str
+    validation: float
 
 
 def stable_hash(*parts: object) -> int:
@@ -114,6 +123,23 @@ def split_documents(documents: Sequence[Document], validation: float) -> tuple[l
         [document for document, out in zip(documents, held_out, strict=True) if not out],
         [document for document, out in zip(documents, held_out, strict=True) if out],
     )
+
+
+def documents_of(data: DataSettings, split: Literal["train", "validation"]) -> list[Document]:
+    """The documents of one split of a recipe's `[data]` section.
+
+    Raises:
+        DataError: as `list_documents`, or none in this split.
+    """
+    listed = list_documents(data.source, data.paths)
+    train, validation = split_documents(listed, data.validation)
+    documents = train if split == "train" else validation
+    if not documents:
+        raise DataError(
+            f"data.validation = {data.validation} leaves none of {len(listed)} documents for {split}",
+            hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more folders in data.paths",
+        )
+    return documents
 
 
 def fingerprint(documents: Sequence[Document]) -> int:

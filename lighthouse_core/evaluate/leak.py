@@ -1,4 +1,4 @@
-"""The leak test: does a prediction change when only later tokens do? (SPEC section 2b)"""
+"""The leak test: does a prediction change when only later tokens do?"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -124,13 +124,9 @@ def strip(
 
 
 def _check_exportable(recipe: Any) -> None:
-    model, tokenizer = recipe.model, recipe.data.tokenizer
+    tokenizer = recipe.data.tokenizer
     if tokenizer != "bytes":
         raise UserError(f'the tokenizer "{tokenizer}" cannot be exported')
-    if model.dim % model.heads:
-        raise UserError(
-            f"transformers 5 loads no Llama whose dim ({model.dim}) is not a multiple of its heads ({model.heads})"
-        )
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:

@@ -30,6 +30,7 @@ from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
 from lighthouse_core.train.schedule import lr_factor
+from lighthouse_core.train.stop import Interrupted, stop_requested
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ class Trainer(TitanTrainer):
         self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+        # Agreements between the processes that must not wait for an accelerator.
+        self.host_group = torch.distributed.new_group(backend="gloo")
 
     @staticmethod
     def _register(stage: Stage) -> None:
@@ -192,6 +195,20 @@ class Trainer(TitanTrainer):
         return super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
         )
+
+    def should_continue_training(self) -> bool:
+        if self._stop_requested():
+            if not (self.stage.run.checkpoint_dir(self.step) / ".metadata").exists():
+                self.checkpointer.save(self.step, last_step=True)
+            raise Interrupted
+        return super().should_continue_training()
+
+    def _stop_requested(self) -> bool:
+        """Whether any process was asked to end; the answer is the same on all of them."""
+        asked = torch.tensor(stop_requested())
+        if self.ranks > 1:
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self.host_group)
+        return bool(asked)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

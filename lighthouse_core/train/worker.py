@@ -2,14 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.launch import report_exit
 from lighthouse_core.runs import Run
-
-INTERRUPTED = 130
+from lighthouse_core.train.stop import Interrupted, request_stop
 
 
 def _set_up_logging(run_dir: Path, rank: int) -> None:
@@ -29,8 +29,13 @@ def _set_up_logging(run_dir: Path, rank: int) -> None:
 
 
 def main(run_dir: str) -> int:
-    """Train the last stage of the run; returns the exit code of the process (SPEC section 4)."""
+    """Train the last stage of the run.
+
+    Returns:
+        The exit code of the process: 0 done, 2 the user's mistake, 143 stopped on request after a checkpoint.
+    """
     rank = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGTERM, request_stop)
     try:
         run = Run(Path(run_dir))
         _set_up_logging(run.path, rank)
@@ -38,18 +43,16 @@ def main(run_dir: str) -> int:
 
         train(run)
     except LighthouseError as error:
-        if rank == 0:
+        # Every process may have met the same mistake; the first to report it is the one that prints it.
+        if report_exit(error.exit_code):
             print(f"error: {error}", file=sys.stderr)
             if error.hint:
                 print(f"hint: {error.hint}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except Interrupted:
+        return 128 + signal.SIGTERM
     return 0
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
-    if code:
-        report_exit(code)
-    sys.exit(code)
+    sys.exit(main(sys.argv[1]))

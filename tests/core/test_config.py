@@ -224,7 +224,7 @@ def recipes(draw):
     heads, kv_groups, layers = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
     local = draw(st.integers(1, 8))
     model = {
-        "dim": draw(positive),
+        "dim": heads * kv_groups * draw(st.integers(1, 500)),
         "layers": layers,
         "heads": heads * kv_groups,
         "kv_heads": heads,
@@ -244,7 +244,7 @@ def recipes(draw):
                 "local_batch_size": local,
                 "global_batch_size": local * draw(st.integers(1, 9)),
                 "steps": draw(positive),
-                "seed": draw(st.integers(0, 2**63)),
+                "seed": draw(st.integers(0, 2**63 - 1)),
             },
             "optimizer": {"lr": draw(small), "eps": draw(small)},
             "checkpoint": {"keep": draw(st.sampled_from([0, 2, 7]))},

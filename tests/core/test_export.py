@@ -479,9 +479,3 @@ def test_arguments_out_of_range(arguments, run, tmp_path):
     with pytest.raises(UserError):
         strip(run, tmp_path / "out", **arguments)
     assert nothing_left(tmp_path)
-
-
-def test_dim_that_is_no_multiple_of_heads_is_refused(run, tmp_path):
-    (run / "recipe.toml").write_text(RECIPE.replace("\ndim = 24\n", "\ndim = 26\n"))
-    with pytest.raises(UserError, match="multiple of its heads"):
-        strip(run, tmp_path / "out")

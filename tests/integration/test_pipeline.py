@@ -1,6 +1,7 @@
 """The main job through the command line: pretrain, recover, strip; on one process and on two."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,11 +116,34 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
         assert seen[step]["grad_norm"] == expected[step]["grad_norm"]
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interrupted_run_saves_and_goes_on(workspace, processes):
+    name = f"interrupted-{processes}"
+    settings = [part for setting in [*TINY, "training.steps=500", "checkpoint.interval=500"] for part in ("--set", setting)]
+    recipe = str(ROOT / "recipes/quickstart.toml")
+    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", recipe, "--name", name, "--nproc", processes, *settings]
+    with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        words = process.stderr.read()
+        assert process.wait(timeout=60) == 130, words
+    run = workspace / "runs" / name
+    (saved,) = (int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    assert f"step {saved} is saved" in words and "Traceback" not in words
+    assert max(rows(run)) == saved < 500
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["stages"][0]["end"] = saved + 1
+    (run / "ledger.json").write_text(json.dumps(ledger))
+    succeed("pretrain", "--resume", name, "--nproc", processes, cwd=workspace)
+    assert sorted(rows(run)) == list(range(1, saved + 2))
+
+
 def test_strip_writes_an_ordinary_llama(workspace, recovered):
     transformers = pytest.importorskip("transformers")
-    done = lighthouse("strip", "one", "out", cwd=workspace)
-    if done.returncode:
-        done = succeed("strip", str(recovered), "out", cwd=workspace)
+    done = succeed("strip", "one", "out", cwd=workspace)
+    assert "logits equal the trainer's" in done.stderr
     out = workspace / "out"
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config

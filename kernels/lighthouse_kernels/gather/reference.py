@@ -1,4 +1,4 @@
-"""The gathered sequence in plain PyTorch (SPEC: dense attention)."""
+"""The gathered sequence in plain PyTorch."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Mean-pooled levels and window scores in plain PyTorch (SPEC: pyramid, scores)."""
+"""Mean-pooled levels and window scores in plain PyTorch."""
 
 import torch
 from torch import Tensor

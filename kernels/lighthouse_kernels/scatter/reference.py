@@ -1,4 +1,4 @@
-"""The way back from the gathered sequence to the tokens in plain PyTorch (SPEC: scatter back)."""
+"""The way back from the gathered sequence to the tokens in plain PyTorch."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The descent that chooses windows, and their causal order, in plain PyTorch (SPEC: selection, order)."""
+"""The descent that chooses windows, and their causal order, in plain PyTorch."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,103 @@
+"""The command line in this process, with the training itself replaced by the files it would leave."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lighthouse_cli.app import main
+from lighthouse_core import launch
+from lighthouse_core.runs import Run
+
+TINY = """\
+[model]
+dim = 64
+layers = 2
+heads = 2
+ffn_dim = 96
+vocab_size = 320
+
+[lighthouse]
+topk = 16
+tile_parents = 8
+
+[training]
+seq_len = 1024
+global_batch_size = 4
+steps = 100
+
+[optimizer]
+lr = 1e-3
+
+[recover]
+steps = 20
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The message of a user error; fails unless that is all there is."""
+        lines = self.err.splitlines()
+        found = [line for line in lines if line.startswith("error: ")]
+        assert self.code == 2 and self.out == "" and len(found) == 1, self
+        assert lines[lines.index(found[0]) + 1 :] == [line for line in lines if line.startswith("hint: ")], self
+        assert "Traceback" not in self.err
+        return found[0]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory with a small recipe, tiny.toml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture
+def lighthouse(here, monkeypatch, capsys):
+    """Calls the command line as a shell would."""
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["lighthouse", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+class Trainer:
+    """Stands in for the training processes: leaves a checkpoint at `stop`, or at the stage's end."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, launch.Plan]] = []
+        self.stop: int | None = None
+        self.code = 0
+
+    def __call__(self, run_dir: Path, plan: launch.Plan) -> int:
+        self.launches.append((str(run_dir), plan))
+        if self.code in (0, 130, 143):
+            step = Run(run_dir).end if self.stop is None else self.stop
+            folder = Run(run_dir).checkpoint_dir(step)
+            folder.mkdir(parents=True)
+            (folder / ".metadata").touch()
+        return self.code
+
+
+@pytest.fixture
+def trainer(monkeypatch) -> Trainer:
+    trainer = Trainer()
+    monkeypatch.setattr(launch, "launch", trainer)
+    monkeypatch.setattr(launch, "local_gpus", lambda: 0)
+    return trainer

@@ -1,0 +1,127 @@
+"""The command itself: help, version, what it imports, and how errors leave it."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lighthouse_core import runs
+
+HEAVY = ("torch", "numpy", "transformers", "torchtitan")
+
+
+def shell(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    # Where the package is not installed, another working directory must still find it.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, cwd=cwd, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], (*HEAVY, "pydantic")),
+        (["--version"], (*HEAVY, "pydantic")),
+        (["pretrain", "--help"], HEAVY),
+        (["recover", "--help"], HEAVY),
+        (["strip", "--help"], HEAVY),
+        (["profile", "--help"], HEAVY),
+        (["profile"], HEAVY),
+        (["profile", "--seq", "many"], HEAVY),
+        (["profile", "--seq", "2048", "--topk", "5"], ("torch",)),
+        (["pretrain"], ("torch",)),
+        (["pretrain", "none.toml"], ("torch",)),
+        (["pretrain", "quickstart", "--set", "training.step=3"], ("torch",)),
+        (["pretrain", "quickstart", "--dry-run"], ("torch",)),
+        (["recover", "none"], ("torch",)),
+        (["strip", "none", "out"], ("torch",)),
+    ],
+)
+def test_help_and_argument_errors_import_nothing_heavy(arguments, heavy, tmp_path):
+    script = f"""
+import sys
+from lighthouse_cli.app import main
+sys.argv = ["lighthouse", *{arguments!r}]
+try:
+    main()
+finally:
+    print("HEAVY", [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+    answer = shell("-c", script, cwd=tmp_path)
+    assert answer.stderr.splitlines()[-1] == "HEAVY []"
+    assert answer.returncode in (0, 2)
+
+
+def test_help_is_quick():
+    def seconds():
+        begin = time.perf_counter()
+        assert shell("-m", "lighthouse_cli", "--help").returncode == 0
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(3)) < 0.6
+
+
+def test_help_lists_the_commands():
+    answer = shell("-m", "lighthouse_cli", "--help")
+    assert all(name in answer.stdout for name in ("pretrain", "recover", "strip", "profile", "--version"))
+    assert "\x1b" not in answer.stdout
+    answer = shell("-m", "lighthouse_cli", "--version")
+    assert answer.stdout.startswith("lighthouse ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain"], "give either a RECIPE or --resume RUN"),
+        (["pretrain", "tiny.toml", "--resume", "a"], "give either a RECIPE or --resume RUN"),
+        (["pretrain", "none.toml"], "no recipe none.toml"),
+        (["pretrain", "."], ". is a directory"),
+        (["pretrain", "tiny.toml", "--set", "training.sequence_len=3"], "did you mean training.seq_len?"),
+        (["pretrain", "tiny.toml", "--set", "training.steps=-1"], "training.steps must be above 0, not -1"),
+        (["pretrain", "tiny.toml", "--set", "lighthouse.pooling=3"], "pooling must be a power of two"),
+        (["pretrain", "tiny.toml", "--set", "lighthouse.topk=20"], "topk must be a positive multiple of tile_parents"),
+        (["pretrain", "tiny.toml", "--set", "lighthouse.topk=1024"], "S = "),
+        (["pretrain", "tiny.toml", "--set", "model.dense_layers=[2]"], "layer 2 is outside 0..1"),
+        (["pretrain", "tiny.toml", "--set", "lighthouse.scorer=norm"], "norm is not a TOML value"),
+        (["pretrain", "tiny.toml", "--set", "steps"], "expected key=value"),
+        (["pretrain", "tiny.toml", "--name", "a/b"], "cannot name a run"),
+        (["pretrain", "tiny.toml", "--nproc", "two"], "--nproc must be"),
+        (["pretrain", "tiny.toml", "--nproc", "3"], "training.local_batch_size (1) x 3 processes"),
+        (["pretrain", "tiny.toml", "--nnodes", "2"], "needs a --name"),
+        (["pretrain", "tiny.toml", "--nnodes", "2", "--name", "a"], "--rdzv-endpoint"),
+        (["pretrain", "tiny.toml", "--node-rank", "1", "--name", "a"], "--node-rank must be between 0 and 0"),
+        (["pretrain", "--resume", "none"], "no run none"),
+        (["pretrain", "--resume", "latest"], "no run under runs"),
+        (["pretrain", "--resume", "latest", "--set", "training.steps=1"], "takes no --set"),
+        (["pretrain", "--resume", "latest", "--name", "a"], "--name is for a new run"),
+        (["recover"], "no run under runs"),
+        (["recover", "none"], "no run none"),
+        (["strip", "none", "out"], "no run none"),
+        (["profile", "--seq", "0"], "--seq must be at least 1"),
+        (["profile", "--seq", "4096", "--pooling", "3"], "pooling must be a power of two"),
+        (["profile", "--seq", "4096", "--topk", "100"], "topk must be a positive multiple"),
+    ],
+)
+def test_a_users_mistake_is_one_line(lighthouse, trainer, here, arguments, message):
+    assert message in lighthouse(*arguments).error
+    assert not trainer.launches
+    assert not list((here / "runs").glob("*"))
+
+
+def test_an_error_in_a_file_names_the_line(lighthouse, here):
+    (here / "tiny.toml").write_text((here / "tiny.toml").read_text().replace("seq_len", "sequence_len"))
+    answer = lighthouse("pretrain", "tiny.toml")
+    assert answer.err == "error: tiny.toml:13: unknown key training.sequence_len; did you mean training.seq_len?\n"
+    assert answer.code == 2
+
+
+def test_an_unexpected_error_keeps_its_traceback(lighthouse, here, monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs, "find_run", broken)
+    with pytest.raises(ZeroDivisionError):
+        lighthouse("recover")

@@ -1,0 +1,161 @@
+"""pretrain and recover around a training that is replaced: runs, ledgers, messages, exit codes."""
+
+import json
+import os
+
+import pytest
+
+from lighthouse_core.config import load_recipe, loads_recipe
+from lighthouse_core.launch import Plan
+from lighthouse_core.runs import Run
+
+
+def ledger(name: str) -> list[tuple[str, int, int]]:
+    return [(stage["stage"], stage["start"], stage["end"]) for stage in Run(f"runs/{name}").ledger["stages"]]
+
+
+def test_pretrain_makes_a_run_and_prints_its_directory(lighthouse, trainer):
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a", "--set", "training.steps=30", "--nproc", "2")
+    assert (answer.code, answer.out) == (0, "runs/a\n")
+    assert "lighthouse recover runs/a" in answer.err
+    assert trainer.launches == [("runs/a", Plan(2))]
+    assert ledger("a") == [("lighthouse", 0, 30)]
+    assert Run("runs/a").recipe == load_recipe("tiny.toml", ["training.steps=30"])
+
+
+def test_a_run_without_a_name_gets_the_recipes_and_the_time(lighthouse, trainer):
+    assert lighthouse("pretrain", "tiny.toml").out.startswith("runs/tiny-2")
+
+
+def test_an_existing_name_is_an_error_and_touches_nothing(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    before = (os.stat("runs/a").st_mtime_ns, os.listdir("runs/a"))
+    assert "run runs/a exists" in lighthouse("pretrain", "tiny.toml", "--name", "a").error
+    assert (os.stat("runs/a").st_mtime_ns, os.listdir("runs/a")) == before
+
+
+def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", "training.seed=7")
+    assert answer.code == 0 and not trainer.launches and not (here / "runs").exists()
+    assert loads_recipe(answer.out) == load_recipe("tiny.toml", ["training.seed=7"])
+    assert "# S                     192 of 1024 tokens\n" in answer.out
+    for name in ("parameters", "FLOPs per token", "tokens per step", "memory (estimate)"):
+        assert f"\n# {name}" in answer.out
+
+
+def test_an_interruption_says_how_to_go_on_and_resume_does(lighthouse, trainer):
+    trainer.stop, trainer.code = 40, 130
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert (answer.code, answer.out) == (130, "")
+    assert "step 40 is saved. Continue with: lighthouse pretrain --resume runs/a" in answer.err
+
+    trainer.stop, trainer.code = None, 0
+    assert lighthouse("pretrain", "--resume", "latest").code == 0
+    assert [name for name, _ in trainer.launches] == ["runs/a", "runs/a"]
+    error = lighthouse("pretrain", "--resume", "a")
+    assert "complete at step 100" in error.error and "lighthouse recover runs/a" in error.err
+
+
+def test_resuming_needs_a_checkpoint(lighthouse, trainer, here):
+    trainer.code = 1
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
+    assert "no complete checkpoint" in lighthouse("pretrain", "--resume", "a").error
+    assert "no complete checkpoint" in lighthouse("recover", "a").error
+
+
+def test_a_mistake_before_the_first_step_frees_the_name(lighthouse, trainer, here):
+    trainer.code = 2
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 2
+    assert not (here / "runs/a").exists()
+    trainer.code = 0
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 0
+    trainer.code = 2
+    assert lighthouse("recover", "a").code == 2
+    assert (here / "runs/a").exists()
+
+
+def test_recover_takes_the_newest_run_and_says_which(lighthouse, trainer):
+    for name in ("old", "new"):
+        lighthouse("pretrain", "tiny.toml", "--name", name)
+    os.utime("runs/old", (1000, 1000))
+    answer = lighthouse("recover", "--set", "training.compile=true")
+    assert (answer.code, answer.out) == (0, "runs/new\n")
+    assert "newest run: runs/new" in answer.err and "steps 101 to 120" in answer.err
+    assert ledger("new") == [("lighthouse", 0, 100), ("dense", 100, 120)]
+    assert Run("runs/new").recipe.training.compile
+    assert ledger("old") == [("lighthouse", 0, 100)]
+
+
+def test_recover_is_finished_repeated_extended(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    trainer.stop, trainer.code = 105, 143
+    answer = lighthouse("recover", "a", "--steps", "10")
+    assert answer.code == 143 and "Continue with: lighthouse recover runs/a" in answer.err
+
+    trainer.stop, trainer.code = None, 0
+    assert "was begun with 10 steps, not 12" in lighthouse("recover", "a", "--steps", "12").error
+    assert "steps 106 to 110" in lighthouse("recover", "a").err
+    assert "complete at step 110" in lighthouse("recover", "a").error
+    assert "steps 111 to 113" in lighthouse("recover", "a", "--extend", "3").err
+    assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 113)]
+
+    error = lighthouse("pretrain", "--resume", "a")
+    assert "in its recovery" in error.error and "lighthouse recover runs/a" in error.err
+
+
+def test_recover_warns_when_stage_1_stopped_early(lighthouse, trainer):
+    trainer.stop, trainer.code = 40, 143
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    trainer.stop, trainer.code = None, 0
+    answer = lighthouse("recover", "a")
+    assert answer.code == 0 and "warning: stage 1 of runs/a stopped at step 40 of 100" in answer.err
+    assert ledger("a")[-1] == ("dense", 40, 60)
+
+
+def test_recover_dry_run_writes_nothing(lighthouse, trainer, here):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
+    answer = lighthouse("recover", "a", "--steps", "7", "--dry-run")
+    assert loads_recipe(answer.out).recover.steps == 7
+    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+    assert len(trainer.launches) == 1
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1.0", "training.seq_len=2048", "lighthouse.enabled=false"])
+def test_recover_refuses_what_the_checkpoint_decides(lighthouse, trainer, override):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    answer = lighthouse("recover", "a", "--set", override)
+    key = override.split("=")[0]
+    assert f"the checkpoint decides {key}" in answer.error and "recover.*" in answer.err
+    assert ledger("a") == [("lighthouse", 0, 100)]
+
+
+def test_a_dense_run_has_nothing_to_recover(lighthouse, trainer):
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a", "--set", "lighthouse.enabled=false")
+    assert "lighthouse strip runs/a OUT" in answer.err
+    assert "dense from the start" in lighthouse("recover", "a").error
+
+
+def test_a_run_in_training_is_not_recovered(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    with Run("runs/a").lock():
+        assert "another process" in lighthouse("recover", "a").error
+        assert lighthouse("recover", "a", "--dry-run").code == 0
+
+
+def test_another_machine_launches_without_writing(lighthouse, trainer, here):
+    trainer.code = 1  # it would look for the run that machine 0 makes
+    several = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *several).code == 1
+    assert trainer.launches == [("runs/a", Plan(1, 2, 1, "host:29500"))]
+    assert not (here / "runs").exists()
+
+
+def test_titan_tables_are_checked_before_a_run_is_made(lighthouse, trainer, here):
+    assert "titan" in lighthouse("pretrain", "tiny.toml", "--set", "titan.comm.nonsense=1").error
+    assert not (here / "runs").exists()
+
+
+def test_environment_is_recorded(lighthouse, trainer, here):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert json.loads((here / "runs/a/environment.json").read_text())["argv"][:2] == ["lighthouse", "pretrain"]

@@ -1,0 +1,237 @@
+"""Starting training processes: numbers, argv, environment, and what becomes of signals and exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lighthouse_core import launch
+from lighthouse_core.config import loads_recipe
+from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.launch import Plan, check_world, command, environment, plan
+
+RECIPE = """
+[model]
+dim = 64
+layers = 2
+heads = 2
+ffn_dim = 96
+vocab_size = 320
+[lighthouse]
+topk = 16
+tile_parents = 8
+[training]
+seq_len = 1024
+local_batch_size = 2
+global_batch_size = 12
+steps = 10
+[optimizer]
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    return lambda number: monkeypatch.setattr(launch, "local_gpus", lambda: number)
+
+
+def test_auto_is_every_gpu_or_one_process(gpus):
+    gpus(0)
+    assert plan() == Plan(1)
+    gpus(8)
+    assert plan() == Plan(8)
+    assert plan("2", 3, 1, "host:29500") == Plan(2, 3, 1, "host:29500")
+    assert plan("2", 3, 1, "host:29500").world_size == 6
+
+
+def test_any_number_of_processes_without_gpus(gpus):
+    gpus(0)
+    assert plan("5").nproc == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("0",),
+        ("-1",),
+        ("two",),
+        ("1.5",),
+        ("",),
+        ("4",),
+        ("1", 0),
+        ("1", 2, 2, "host:1"),
+        ("1", 2, -1, "host:1"),
+        ("1", 2, 0, ""),
+        ("1", 2, 0, "host"),
+    ],
+)
+def test_numbers_out_of_range(gpus, arguments):
+    gpus(2)
+    with pytest.raises(UserError, match="--"):
+        plan(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "fits"),
+    [
+        (1, [], True),
+        (2, [], True),
+        (3, [], True),
+        (4, [], False),
+        (6, [], True),
+        (2, ["parallel.shard=2"], True),
+        (2, ["parallel.shard=1"], False),
+        (6, ["parallel.shard=3", "parallel.replicate=2"], True),
+        (6, ["parallel.replicate=2"], True),
+        (3, ["parallel.replicate=2"], False),
+    ],
+)
+def test_batch_and_processes_must_fit(world, settings, fits):
+    recipe = loads_recipe(RECIPE, settings)
+    if fits:
+        check_world(recipe, world)
+    else:
+        with pytest.raises(UserError, match=r"multiple of|does not make"):
+            check_world(recipe, world)
+
+
+def test_argv():
+    one = command(Path("runs/a"), Plan(2))
+    assert one[0] == sys.executable and "--standalone" in one and "--nproc-per-node=2" in one
+    assert one[-3:] == ["-m", "lighthouse_core.train.worker", "runs/a"]
+    many = command(Path("runs/a"), Plan(8, 4, 3, "host:29500"))
+    assert {"--nnodes=4", "--node-rank=3", "--rdzv-endpoint=host:29500", "--nproc-per-node=8"} < set(many)
+    assert "--standalone" not in many
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    found = environment(Plan(3), {"PYTHONPATH": "a:b", "X": "1"}, Path("/e"))
+    assert found["OMP_NUM_THREADS"] == "2"
+    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_EXIT_FILE"]) == ("a:b", "1", "/e")
+    assert environment(Plan(30), {}, Path("/e"))["OMP_NUM_THREADS"] == "1"
+    assert environment(Plan(3), {"OMP_NUM_THREADS": "7"}, Path("/e"))["OMP_NUM_THREADS"] == "7"
+
+
+def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTHOUSE_EXIT_FILE", str(tmp_path / "exit"))
+    launch.report_exit(2)
+    launch.report_exit(143)
+    assert (tmp_path / "exit").read_text() == "2"
+    monkeypatch.delenv("LIGHTHOUSE_EXIT_FILE")
+    launch.report_exit(1)
+
+
+@pytest.mark.parametrize(
+    ("status", "reported", "received", "code"),
+    [
+        (0, None, [], 0),
+        (0, None, [signal.SIGINT], 0),
+        (2, 2, [], 2),
+        (1, 2, [], 2),
+        (1, None, [], 1),
+        (1, 143, [], 1),  # a rank crashed, and the others were told to stop
+        (143, 143, [], 143),  # a scheduler stopped everything itself
+        (143, None, [signal.SIGINT], 130),
+        (143, 143, [signal.SIGINT], 130),
+        (143, 130, [signal.SIGTERM], 143),
+        (143, 143, [signal.SIGHUP], 143),
+        (1, 1, [signal.SIGINT], 1),  # the checkpoint could not be written
+        (-signal.SIGTERM, None, [signal.SIGTERM], 143),
+    ],
+)
+def test_what_the_end_of_a_job_means(status, reported, received, code):
+    assert launch._exit_code(status, reported, received) == code
+
+
+@pytest.mark.parametrize("status", [128 + signal.SIGKILL, -signal.SIGKILL])
+def test_a_killed_worker_is_a_fault_with_a_reason(status):
+    with pytest.raises(LighthouseError, match="SIGKILL") as caught:
+        launch._exit_code(status, 143, [])
+    assert caught.value.exit_code == 1 and "memory" in caught.value.hint
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Run a small worker through the real torchrun; the result has code and stderr."""
+
+    def run(body: str, nproc: int = 1, after=None):
+        (tmp_path / "worker.py").write_text(
+            "import os, signal, sys, time\nfrom lighthouse_core.launch import report_exit\n" + textwrap.dedent(body)
+        )
+        script = f"""
+            import sys
+            from pathlib import Path
+            from lighthouse_core import launch
+            real = launch.command
+            launch.command = lambda run_dir, plan: [*real(run_dir, plan)[:-3], str(run_dir / "worker.py")]
+            sys.exit(launch.launch(Path({str(tmp_path)!r}), launch.Plan({nproc})))
+        """
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True)
+        if after:
+            threading.Thread(target=after, args=(process, tmp_path), daemon=True).start()
+        _, stderr = process.communicate(timeout=120)
+        return process.returncode, stderr
+
+    return run
+
+
+def test_a_users_mistake_is_the_workers_words_alone(job):
+    code, stderr = job(
+        """
+        if os.environ["RANK"] == "0":
+            print("error: no such thing", file=sys.stderr)
+        report_exit(2)
+        sys.exit(2)
+        """,
+        nproc=2,
+    )
+    assert (code, stderr) == (2, "error: no such thing\n")
+
+
+def test_a_fault_shows_its_own_traceback_only(job):
+    code, stderr = job("raise ZeroDivisionError('here')")
+    assert code == 1
+    assert stderr.count("Traceback") == 1 and "ZeroDivisionError: here" in stderr
+
+
+def test_a_signal_reaches_the_worker_once_and_the_code_is_its_own(job, tmp_path):
+    def interrupt(process, folder):
+        while not (folder / "ready").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        while not (folder / "saving").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+
+    code, stderr = job(
+        """
+        from pathlib import Path
+        here = Path(__file__).parent
+
+        def save(number, frame):
+            (here / "saving").touch()
+            time.sleep(1)
+            with open(here / "saved", "a") as file:
+                file.write("x")
+            report_exit(128 + number)
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGTERM, save)
+        (here / "ready").touch()
+        time.sleep(60)
+        """,
+        after=interrupt,
+    )
+    assert (code, stderr) == (130, "")
+    assert (tmp_path / "saved").read_text() == "x"
+
+
+def test_a_job_that_ends_well(job):
+    assert job("pass") == (0, "")
