@@ -26,6 +26,10 @@ TINY = [
 ]
 
 
+def options(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def lighthouse(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lighthouse_cli", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
@@ -50,7 +54,7 @@ def workspace(tmp_path_factory):
 
 
 def pretrain(workspace: Path, name: str, *more: str) -> Path:
-    settings = [part for setting in TINY for part in ("--set", setting)]
+    settings = options(*TINY)
     succeed("pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", name, *settings, *more, cwd=workspace)
     return workspace / "runs" / name
 
@@ -119,9 +123,22 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_an_interrupted_run_saves_and_goes_on(workspace, processes):
     name = f"interrupted-{processes}"
-    settings = [part for setting in [*TINY, "training.steps=500", "checkpoint.interval=500"] for part in ("--set", setting)]
+    settings = [
+        part for setting in [*TINY, "training.steps=500", "checkpoint.interval=500"] for part in ("--set", setting)
+    ]
     recipe = str(ROOT / "recipes/quickstart.toml")
-    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", recipe, "--name", name, "--nproc", processes, *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "lighthouse_cli",
+        "pretrain",
+        recipe,
+        "--name",
+        name,
+        "--nproc",
+        processes,
+        *settings,
+    ]
     with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 2/"):
@@ -163,7 +180,7 @@ def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):
 
 
 def test_a_mistake_in_the_data_is_one_line(workspace):
-    settings = [part for setting in [*TINY, 'data.paths=["missing/"]'] for part in ("--set", setting)]
+    settings = options(*TINY, 'data.paths=["missing/"]')
     done = lighthouse("pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", "bad", *settings, cwd=workspace)
     assert done.returncode == 2
     assert "missing" in done.stderr and "Traceback" not in done.stderr
