@@ -8,8 +8,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; the value is TOML. Repeatable."),
 ]
-Nproc = Annotated[str, typer.Option(metavar="N", help="Processes on this machine; auto: one per GPU, else one.")]
-Nnodes = Annotated[int, typer.Option(metavar="N", help="Machines; run the same command on each.")]
-NodeRank = Annotated[int, typer.Option(metavar="R", help="Number of this machine, from 0.")]
-RdzvEndpoint = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")]
+Nproc = Annotated[
+    str, typer.Option("--nproc", metavar="N", help="Processes on this machine; auto: one per GPU, else one.")
+]
+Nnodes = Annotated[int, typer.Option("--nnodes", metavar="N", help="Machines; run the same command on each.")]
+NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="Number of this machine, from 0.")]
+RdzvEndpoint = Annotated[
+    str, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machine 0 can be reached.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its costs, and stop.")]

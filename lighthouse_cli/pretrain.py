@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 def pretrain(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False)] = None,
     settings: _options.Settings = None,
-    resume: Annotated[str, typer.Option(metavar="RUN", help="Continue a run, or 'latest', instead of RECIPE.")] = "",
-    name: Annotated[str, typer.Option(metavar="NAME", help="Of the new run; else the recipe and the time.")] = "",
+    resume: Annotated[
+        str, typer.Option("--resume", metavar="RUN", help="Continue a run, or 'latest', instead of RECIPE.")
+    ] = "",
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
+    ] = "",
     nproc: _options.Nproc = "auto",
     nnodes: _options.Nnodes = 1,
     node_rank: _options.NodeRank = 0,

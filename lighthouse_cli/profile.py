@@ -10,18 +10,23 @@ from lighthouse_cli import _output
 
 
 def profile(
-    seq: Annotated[int, typer.Option(metavar="N", help="Sequence length in tokens.")],
-    pooling: Annotated[int | None, typer.Option(metavar="P", help="Pooling factor.")] = None,
-    levels: Annotated[int | None, typer.Option(metavar="L", help="Pyramid levels.")] = None,
-    topk: Annotated[int | None, typer.Option(metavar="K", help="Parents expanded per level.")] = None,
-    tile_parents: Annotated[int, typer.Option(metavar="M", help="Parents chosen in each tile.")] = 128,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads; as many as heads by default.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 128,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="bfloat16 on a GPU, else float32.")
+    seq: Annotated[int, typer.Option("--seq", metavar="N", help="Sequence length in tokens.")],
+    pooling: Annotated[int | None, typer.Option("--pooling", metavar="P", help="Pooling factor.")] = None,
+    levels: Annotated[int | None, typer.Option("--levels", metavar="L", help="Pyramid levels.")] = None,
+    topk: Annotated[int | None, typer.Option("--topk", metavar="K", help="Parents expanded per level.")] = None,
+    tile_parents: Annotated[
+        int, typer.Option("--tile-parents", metavar="M", help="Parents chosen in each tile.")
+    ] = 128,
+    heads: Annotated[int, typer.Option("--heads", help="Query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option("--kv-heads", help="Key/value heads; as many as heads by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the JSON file goes.")] = Path("profiles"),
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 128,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="bfloat16 on a GPU, else float32."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the JSON file goes.")] = Path("profiles"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Time Lighthouse attention against dense attention."""

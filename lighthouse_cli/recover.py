@@ -13,8 +13,12 @@ def recover(
         str | None,
         typer.Argument(metavar="RUN", help="Directory, or name under runs/; else the newest.", show_default=False),
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Length; else the recipe's recover.steps.")] = None,
-    extend: Annotated[int | None, typer.Option(metavar="M", help="Add M steps to a recovery begun before.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Length; else the recipe's recover.steps.")
+    ] = None,
+    extend: Annotated[
+        int | None, typer.Option("--extend", metavar="M", help="Add M steps to a recovery begun before.")
+    ] = None,
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
     nnodes: _options.Nnodes = 1,

@@ -11,12 +11,15 @@ from lighthouse_cli import _output
 def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A run, or one of its checkpoints/step-N.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the written weights.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option("--dtype", help="Of the written weights.")
+    ] = "bfloat16",
     allow_unrecovered: Annotated[
         bool, typer.Option("--allow-unrecovered", help="Also a checkpoint that never ran with dense attention.")
     ] = False,
     verify_length: Annotated[
-        int | None, typer.Option(metavar="N", help="One more length, in tokens, at which logits are compared.")
+        int | None,
+        typer.Option("--verify-length", metavar="N", help="One more length, in tokens, at which logits are compared."),
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face Llama, verified."""

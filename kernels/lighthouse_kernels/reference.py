@@ -1,11 +1,11 @@
 """Every operation in plain PyTorch, on any device: the readable truth."""
 
 from lighthouse_kernels.gather.reference import gather
+from lighthouse_kernels.pyramid.op import norm_scores
 from lighthouse_kernels.pyramid.reference import (
     block_scores,
     group_max,
     mask_padding,
-    norm_scores,
     pool,
     random_scores,
     window_scores,

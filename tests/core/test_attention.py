@@ -433,3 +433,18 @@ def test_dense_attention_refuses_what_it_cannot_do():
             dense_attention(*arguments)
     with pytest.raises(USER_ERRORS, match="backend"):
         dense_attention(q, k, v, backend="nope")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_compiled_code_selects_what_eager_code_does(device):
+    """Through inductor: fused into a kernel, the norms of grouped heads were wrong on CUDA under torch 2.11."""
+    cfg = LighthouseConfig(topk=256)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(2, 5000, heads, 64, device=device, generator=generator) for heads in (4, 2, 2))
+    compiled = torch.compile(lighthouse_attention, fullgraph=True)
+    assert torch.equal(torch.compile(select_indices, fullgraph=True)(q, k, cfg), select_indices(q, k, cfg))
+    expected = lighthouse_attention(q, k, v, cfg)
+    error = (compiled(q, k, v, cfg) - expected).norm() / expected.norm()
+    assert error < 1e-6

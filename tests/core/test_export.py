@@ -221,7 +221,8 @@ def test_provenance(run, tmp_path):
     provenance = json.loads((tmp_path / "out" / "lighthouse.json").read_text())
     assert provenance["run"] == "tiny" and provenance["step"] == 130 and provenance["recovered"]
     assert provenance["stages"] == [LIGHTHOUSE, DENSE]
-    assert len(provenance["recipe_sha256"]) == 64 and provenance["versions"]["torch"] == torch.__version__
+    assert len(provenance["recipe_sha256"]) == 64
+    assert torch.__version__.startswith(provenance["versions"]["torch"])
 
 
 def test_generates_text(run, tmp_path):
