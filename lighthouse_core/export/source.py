@@ -1,24 +1,20 @@
 """The checkpoint to export: which one, whether its recovery is done, and its model weights."""
 
-import pickle
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lighthouse_core.checkpoint import check_model
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.export.llama import Entry
 from lighthouse_core.runs import Run
-
-_MODEL_KEY = re.compile(r"(tok_embeddings|layers|norm|output)\.")
 
 
 @dataclass(frozen=True)
@@ -63,17 +59,12 @@ def load_weights(source: Source, table: list[Entry]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape, or cannot be read.
     """
-    reader = FileSystemReader(source.path)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{source.path} cannot be read: {error}") from error
-    _check_model(source, stored, table)
+    check_model(source.path, {entry.source: entry.shape for entry in table}, source.run.recipe_path)
     weights = {entry.source: torch.empty(entry.shape, dtype=torch.float32) for entry in table}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
-            dcp.load(weights, storage_reader=reader, no_dist=True)
+            dcp.load(weights, storage_reader=FileSystemReader(source.path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{source.path} cannot be read: {reason}") from error
@@ -81,21 +72,3 @@ def load_weights(source: Source, table: list[Entry]) -> dict[str, Tensor]:
         if not weight.isfinite().all():
             raise CheckpointError(f"{name} of {source.path} holds NaN or infinity", hint="export an earlier checkpoint")
     return weights
-
-
-def _check_model(source: Source, stored: dict[str, Any], table: list[Entry]) -> None:
-    def fail(reason: str) -> None:
-        raise CheckpointError(
-            f"{source.path} is a checkpoint of another model: {reason}",
-            hint=f"compare [model] in {source.run.recipe_path}",
-        )
-
-    for entry in table:
-        metadata = stored.get(entry.source)
-        if not isinstance(metadata, TensorStorageMetadata):
-            fail(f"{entry.source} is missing")
-        elif tuple(metadata.size) != entry.shape:
-            fail(f"{entry.source} has shape {list(metadata.size)}, the recipe says {list(entry.shape)}")
-    extra = {key for key in stored if _MODEL_KEY.match(key)} - {entry.source for entry in table}
-    if extra:
-        fail(f"{min(extra)} is not in the recipe's model")

@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
 
 MODEL = "lighthouse"
-# They import code by name.
 _FORBIDDEN = {
+    # They import code by name.
     "experimental.custom_import": "it runs code",
     "experimental.custom_args_module": "it runs code",
     "job.custom_config_module": "it runs code",
+    "parallelism.tensor_parallel_degree": "only data parallelism is supported",
+    "parallelism.pipeline_parallel_degree": "only data parallelism is supported",
+    "parallelism.context_parallel_degree": "only data parallelism is supported",
+    "parallelism.expert_parallel_degree": "only data parallelism is supported",
+    "fault_tolerance.enable": "it is not supported",
+    "checkpoint.last_save_in_hf": "lighthouse strip exports",
+    "checkpoint.load_only": "a run saves its checkpoints",
+    "checkpoint.exclude_from_loading": "a run loads all of its checkpoint",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 import torchtitan.protocols.train_spec as train_specs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.checkpoint import MODEL as MODEL_STATE
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import build_optimizers
@@ -20,6 +21,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from torchtitan.train import Trainer as TitanTrainer
 
 from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -232,6 +234,10 @@ def train(run: Run) -> None:
     stage = Stage(run, run.recipe, last["stage"], last["start"], last["end"], recovery=len(stages) > 1)
     trainer = Trainer(stage)
     try:
+        for step in run.checkpoint_steps()[-1:]:
+            weights = trainer.checkpointer.states[MODEL_STATE].state_dict()
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
         trainer.train()
     finally:
         trainer.close()

@@ -1,6 +1,7 @@
 """The main job through the command line: pretrain, recover, strip; on one process and on two."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,20 @@ def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):
     assert done.returncode == 2
     assert "lighthouse recover" in done.stderr and "Traceback" not in done.stderr
     assert not (workspace / "early").exists()
+
+
+def test_a_checkpoint_of_another_model_is_one_line(workspace, one):
+    other = workspace / "runs/other"
+    shutil.copytree(one, other)
+    for recipe in other.glob("*.toml"):
+        recipe.write_text(recipe.read_text().replace("ffn_dim = 96", "ffn_dim = 128"))
+    ledger = json.loads((other / "ledger.json").read_text())
+    ledger["stages"][-1]["end"] += 5
+    (other / "ledger.json").write_text(json.dumps(ledger))
+    command = ["recover"] if len(ledger["stages"]) > 1 else ["pretrain", "--resume"]
+    done = lighthouse(*command, "other", cwd=workspace)
+    assert done.returncode == 2
+    assert "another model: layers.0.feed_forward.w1.weight" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_mistake_in_the_data_is_one_line(workspace):
