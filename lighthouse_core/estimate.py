@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lighthouse_core.config import Recipe
 from lighthouse_core.config.model import ModelSection
 
-# (pooling, levels, topk) that were measured at these lengths.
+# (pooling, levels, topk) at lengths where the published release was measured.
 _MEASURED = {
     98304: (4, 3, 1536),
     131072: (4, 3, 2048),

@@ -119,9 +119,11 @@ def lighthouse_attention(
         return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
     if indices is None:
         indices = select_indices(q, k, cfg, v=v, scores=scores, key=key)
-    elif indices.shape != (q.shape[0], k.shape[2], g.gathered_length):
+    elif indices.is_floating_point() or indices.shape != (q.shape[0], k.shape[2], g.gathered_length):
         expected = [q.shape[0], k.shape[2], g.gathered_length]
-        raise ValueError(f"indices must be [B, Hkv, S] = {expected}; got {tuple(indices.shape)}")
+        raise ValueError(
+            f"indices must be integers [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
+        )
     ops = kernels(cfg.backend)
     gathered = (ops.gather(ops.pool(x, g), indices) for x in (q, k, v))
     rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)

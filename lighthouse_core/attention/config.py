@@ -37,6 +37,9 @@ class LighthouseConfig:
     dense_backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("pooling", "levels", "topk", "tile_parents", "score_block"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an integer, not {getattr(self, name)!r}")
         if self.pooling < 2 or self.pooling & (self.pooling - 1):
             raise ValueError(f"pooling must be a power of two and at least 2, not {self.pooling}")
         if self.levels < 1:

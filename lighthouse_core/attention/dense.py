@@ -26,6 +26,8 @@ def _backends(name: str, device_type: str) -> list[SDPBackend]:
         return order
     if name not in _SDPA:
         raise ValueError(f"dense backend {name!r} is not available in this release; use auto, {', '.join(_SDPA)}")
+    if name == "cudnn" and device_type != "cuda":
+        raise ValueError(f"dense backend 'cudnn' needs a CUDA device, not {device_type}")
     return _SDPA[name]
 
 

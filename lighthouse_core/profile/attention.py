@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
 from lighthouse_core.backends import geometry, kernels
 from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.profile.timing import median_ms, peak_gib, resident_gib
+from lighthouse_core.profile.timing import host_memory, median_ms, peak_gib, resident_gib
 
 SCHEMA = 1
 _CHECK_TOKENS = 512
@@ -60,22 +60,39 @@ class Profile:
         return asdict(self)
 
 
+def _relative_error(got: Tensor, exact: Tensor) -> float:
+    return ((got.float() - exact).norm() / exact.norm()).item()
+
+
 def _check(cfg: LighthouseConfig, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device):
-    """Compare what is about to be timed with slower ways to the same result; raise if they disagree."""
+    """Compare both calls, at a smaller size, with plain PyTorch in float32; raise if they disagree."""
+    cfg = replace(cfg, topk=cfg.tile_parents)
+    coarsest = cfg.pooling ** (cfg.levels - 1)
+    # Long enough for the selection to leave something out.
+    tokens = 2 * cfg.topk * ((cfg.levels - 1) * cfg.pooling + coarsest)
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
-        torch.randn(1, _CHECK_TOKENS, h, dim, device=device, dtype=dtype, generator=generator)
+        torch.randn(1, tokens, h, dim, device=device, dtype=dtype, generator=generator)
         for h in (heads, kv_heads, kv_heads)
     )
-    exact = dense_attention(q.float(), k.float(), v.float(), backend="math")
-    got = dense_attention(q, k, v, backend=cfg.dense_backend).float()
-    checks = {"dense_relative_error": ((got - exact).norm() / exact.norm()).item()}
-    # A rounding step of the dtype, with room for the sum over the sequence.
-    bound = 4 * torch.finfo(dtype).eps
-    if not checks["dense_relative_error"] <= max(bound, 1e-5):
-        raise LighthouseError(
-            f"dense attention disagrees with the float32 result: {checks['dense_relative_error']:.2e}"
-        )
+    key = torch.zeros(3, dtype=torch.int64, device=device)
+    indices = select_indices(q, k, cfg, key=key)
+    exact = lighthouse_attention(
+        q.float(), k.float(), v.float(), replace(cfg, backend="reference", dense_backend="math"), indices=indices
+    )
+    short = slice(_CHECK_TOKENS)
+    checks = {
+        "lighthouse_relative_error": _relative_error(lighthouse_attention(q, k, v, cfg, indices=indices), exact),
+        "dense_relative_error": _relative_error(
+            dense_attention(q[:, short], k[:, short], v[:, short], backend=cfg.dense_backend),
+            dense_attention(*(x[:, short].float() for x in (q, k, v)), backend="math"),
+        ),
+    }
+    # A few roundings to the dtype; float32 itself sums in another order.
+    bound = max(4 * torch.finfo(dtype).eps, 1e-5)
+    for name, error in checks.items():
+        if not error <= bound:
+            raise LighthouseError(f"{name} is {error:.2e}, above {bound:.0e}: nothing was timed")
     return checks
 
 
@@ -129,10 +146,15 @@ def run(
     if g.dense:
         raise UserError(
             f"at N = {seq} this selection would hold {g.selected_length} entries, so the call would be dense",
-            hint="use a longer --seq, a smaller --topk, or more --levels",
+            hint=f"use --seq above {g.selected_length}, a smaller --topk, or more --levels",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    # q, k, v, their gradients, the pyramids and the outputs of both calls.
+    needed = 16 * seq * (heads + kv_heads) * head_dim * number.itemsize
+    there = torch.cuda.mem_get_info()[0] if device.type == "cuda" else host_memory()
+    if needed > there:
+        raise UserError(f"N = {seq} needs about {needed / 2**30:.0f} GiB, and {there / 2**30:.0f} GiB are there")
     checks = _check(cfg, heads, kv_heads, head_dim, number, device)
 
     generator = torch.Generator(device).manual_seed(0)
@@ -173,6 +195,7 @@ def run(
     }
     return Profile(
         settings={
+            "batch": 1,
             "seq": seq,
             "gathered_length": g.gathered_length,
             "heads": heads,

@@ -1,5 +1,6 @@
 """How long a call takes, and how much memory it needs."""
 
+import os
 import resource
 import statistics
 import time
@@ -52,3 +53,8 @@ def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
 def resident_gib() -> float:
     """Largest resident memory of this process so far, GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def host_memory() -> int:
+    """Physical memory of this machine, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,19 +13,28 @@ if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
 
 MODEL = "lighthouse"
+_DATA_PARALLEL = "only data parallelism is supported"
+_NOT_USED = "it has no effect here"
+# A key refuses its whole table, too.
 _FORBIDDEN = {
     # They import code by name.
     "experimental.custom_import": "it runs code",
     "experimental.custom_args_module": "it runs code",
     "job.custom_config_module": "it runs code",
-    "parallelism.tensor_parallel_degree": "only data parallelism is supported",
-    "parallelism.pipeline_parallel_degree": "only data parallelism is supported",
-    "parallelism.context_parallel_degree": "only data parallelism is supported",
-    "parallelism.expert_parallel_degree": "only data parallelism is supported",
-    "fault_tolerance.enable": "it is not supported",
+    "parallelism.tensor_parallel_degree": _DATA_PARALLEL,
+    "parallelism.pipeline_parallel_degree": _DATA_PARALLEL,
+    "parallelism.context_parallel_degree": _DATA_PARALLEL,
+    "parallelism.expert_parallel_degree": _DATA_PARALLEL,
     "checkpoint.last_save_in_hf": "lighthouse strip exports",
     "checkpoint.load_only": "a run saves its checkpoints",
     "checkpoint.exclude_from_loading": "a run loads all of its checkpoint",
+    "comm.mode": "a run trains for real",
+    "fault_tolerance": _NOT_USED,
+    "lr_scheduler": "[schedule] and [recover] decide it",
+    "memory_estimation": _NOT_USED,
+    "model": "[model] decides it",
+    "quantize": _NOT_USED,
+    "validation": "[data] and [metrics] decide it",
 }
 
 

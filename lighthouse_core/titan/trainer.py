@@ -80,6 +80,20 @@ def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
     return model
 
 
+class _Schedulers(LRSchedulersContainer):
+    """Takes the place in the schedule from a checkpoint, but the rate from this stage's own schedule."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for scheduler in self.schedulers:
+            scheduler._last_lr = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
+
+
 def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSchedulersContainer:
     decays = stage.recovery and stage.recipe.recover.decay == "linear"
     factor = functools.partial(
@@ -88,7 +102,7 @@ def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSch
         switch=stage.start if decays else None,
         end=stage.end if decays else None,
     )
-    return LRSchedulersContainer(optimizers, factor)
+    return _Schedulers(optimizers, factor)
 
 
 def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "train", **unused):
@@ -194,9 +208,13 @@ class Trainer(TitanTrainer):
             sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]
             set_selection_keys(self.model_parts[0], self.stage.recipe.training.seed, self.step, sample)
         self.micro_batch += 1
-        return super().forward_backward_step(
-            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+        # The loss is a sum over all ranks, as FSDP adds gradients. DDP, which torchtitan takes for replication without
+        # sharding, averages them.
+        averaged = 1 if self.parallel_dims.fsdp_enabled else self.ranks
+        loss = super().forward_backward_step(
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / averaged
         )
+        return loss / averaged
 
     def should_continue_training(self) -> bool:
         if self._stop_requested():

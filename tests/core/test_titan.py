@@ -37,6 +37,8 @@ def test_titan_tables_reach_torchtitan(tmp_path):
         ("titan.nothing.at_all=1", "not a setting of torchtitan"),
         ("titan.training.seq_len=64", "recipe's own sections"),
         ("titan.parallelism.tensor_parallel_degree=2", "only data parallelism"),
+        ("titan.lr_scheduler.min_lr_factor=0.5", "schedule"),
+        ("titan.fault_tolerance.enable=true", "no effect"),
         ('titan.experimental.custom_import="os"', "runs code"),
         ("titan.comm={init_timeout_seconds=true}", "valid integer"),
     ],

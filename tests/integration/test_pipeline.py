@@ -91,6 +91,13 @@ def test_two_processes_give_the_losses_of_one(workspace, one):
             assert seen[step][key] == pytest.approx(expected[step][key], rel=1e-4)
 
 
+def test_replicated_processes_give_the_gradients_of_one(workspace, one):
+    two = pretrain(workspace, "replicated", "--nproc", "2", *options("parallel.replicate=2", "training.steps=2"))
+    for step, row in rows(two).items():
+        assert row["loss"] == pytest.approx(rows(one)[step]["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(rows(one)[step]["grad_norm"], rel=1e-4)
+
+
 def test_recovery_goes_on_where_stage_1_ended(recovered):
     seen = rows(recovered)
     assert [seen[step]["stage"] for step in sorted(seen)] == ["lighthouse"] * 6 + ["dense"] * 4
