@@ -1,5 +1,7 @@
 """The recipe as torchtitan sees it, and the Llama it trains."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -83,3 +85,26 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
     lighthouse = [n for n, b in model.layers.items() if isinstance(b.attention.inner_attention, LighthouseAttention)]
     assert lighthouse == ["1", "2"]
     assert set(model.state_dict()) == before
+
+
+def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
+    """Rank 1 of 2, second micro-batch of 3 rows: its first row is number 9 of the global batch."""
+    from lighthouse_core.titan import trainer
+
+    model = build_dense_model(recipe.model, 32)
+    use_lighthouse(model, recipe.lighthouse.attention(), list(recipe.model.dense_layers))
+    seen = []
+
+    def forward_backward_step(self, **inputs):
+        seen.extend(model.layers[name].attention.inner_attention.key.tolist() for name in ("1", "2"))
+        return 0.0
+
+    monkeypatch.setattr(trainer.TitanTrainer, "forward_backward_step", forward_backward_step)
+    one = trainer.Trainer.__new__(trainer.Trainer)
+    one.__dict__ |= dict(needs_keys=True, micro_batch=1, ranks=2, rank=1, step=7, model_parts=[model])
+    one.stage = SimpleNamespace(recipe=recipe)
+    one.parallel_dims = SimpleNamespace(fsdp_enabled=True)
+    one.forward_backward_step(input_dict={}, labels=torch.zeros(3, 32), global_valid_tokens=1.0)
+    seed = recipe.training.seed
+    assert seen == [[seed, 7, 1, 9], [seed, 7, 2, 9]]
+    assert one.micro_batch == 2

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_core.train.schedule import lr_factor
+
 ROOT = Path(__file__).parents[2]
 TINY = [
     "model.dim=64",
@@ -67,7 +69,7 @@ def one(workspace):
 
 @pytest.fixture(scope="module")
 def recovered(workspace, one):
-    succeed("recover", "one", cwd=workspace)
+    succeed("recover", "one", "--set", 'recover.decay="linear"', cwd=workspace)
     return one
 
 
@@ -104,9 +106,21 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     ledger = json.loads((recovered / "ledger.json").read_text())
     assert [(s["stage"], s["start"], s["end"]) for s in ledger["stages"]] == [("lighthouse", 0, 6), ("dense", 6, 10)]
     assert seen[7]["tokens"] == 7 * 4 * 512
-    assert seen[7]["lr"] > seen[6]["lr"]  # still warming up: the schedule went on
+    # Still warming up, and decaying from step 7 on: the schedule went on, with the recovery's own end.
+    expected = [3e-3 * lr_factor(step, warmup=10, switch=6, end=10) for step in range(6, 10)]
+    assert [seen[step]["lr"] for step in range(7, 11)] == pytest.approx(expected)
+    assert expected[1] < 3e-3 * 8 / 10
     # A fresh optimizer or fresh weights would start near the first loss again.
     assert seen[10]["loss"] < seen[1]["loss"] - 0.5
+
+
+def test_an_extended_recovery_takes_its_rate_from_the_new_end(workspace, recovered):
+    extended = workspace / "runs/extended"
+    shutil.copytree(recovered, extended)
+    succeed("recover", "extended", "--extend", "2", cwd=workspace)
+    seen = rows(extended)
+    expected = [3e-3 * lr_factor(step, warmup=10, switch=6, end=12) for step in (10, 11)]
+    assert [seen[step]["lr"] for step in (11, 12)] == pytest.approx(expected)
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
