@@ -38,7 +38,11 @@ def prepare(
     resolved = load_recipe(find_recipe(recipe), settings or ())
     cores = len(os.sched_getaffinity(0))
     begun = time.monotonic()
-    prepared = run(resolved, out, workers or cores, _progress())
+    try:
+        prepared = run(resolved, out, workers or cores, _progress())
+    except KeyboardInterrupt:
+        _output.say("interrupted; the same command goes on where this one stopped")
+        raise typer.Exit(130) from None
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")

@@ -30,7 +30,7 @@ class HubSource:
         columns = self._open().column_names
         if columns is not None and text_key not in columns:
             raise DataError(
-                f'data set {path} has no column "{text_key}" (data.text_key); there are: {", ".join(columns)}'
+                f'data set {path} has no column "{text_key}" (data.text_key); there are: {", ".join(sorted(columns))}'
             )
         count = self._open().num_shards
         self.identities = [f"{self.name}/{split}/{unit}" for unit in range(count)]
