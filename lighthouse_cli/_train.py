@@ -75,11 +75,12 @@ def train(
         # The run that was trained last is the newest, whenever it was made.
         os.utime(run_dir)
     watcher = _watch.watcher(run, plan, quiet=quiet, as_json=as_json) if run is not None else _watch.Silence(quiet)
-    code = 1
+    outcome = "failed"
     try:
         code = launch(run_dir, plan, watcher)
+        outcome = "done" if code == 0 else "stopped" if code in _INTERRUPTED else outcome
     finally:
-        watcher.end(code in (0, *_INTERRUPTED))
+        watcher.end(outcome)
     if run is not None and code in _INTERRUPTED:
         steps = run.checkpoint_steps()
         if steps:

@@ -15,17 +15,17 @@ _LABEL = 11
 _COLUMN = 30
 
 
-def render(progress: "Progress", now: float, columns: int, lines: int = 24, *, stopping: bool = False) -> list["Text"]:
+def render(progress: "Progress", now: float, columns: int, lines: int = 24, *, note: str = "") -> list["Text"]:
     """What a terminal of that size shows, each line narrower than it.
 
     Args:
         progress: of the stage in training.
         now: on the clock of `progress`.
         columns, lines: of the terminal; a low one gets the first lines, which matter most.
-        stopping: whether the job was asked to end.
+        note: stands in place of the time left.
     """
     width = max(columns - 1, 1)
-    shown = [_title(progress, now, width, stopping), _bar(progress, width)]
+    shown = [_title(progress, now, width, note), _bar(progress, width)]
     if progress.points:
         shown.append(_loss(progress, width))
     shown += _grid(_facts(progress), width)
@@ -75,15 +75,15 @@ def _means(points: Sequence["Point"], room: int) -> list[tuple[float, bool]]:
     return [(sum(p.loss for p in group) / len(group), any(p.leaky for p in group)) for group in groups]
 
 
-def _title(progress: "Progress", now: float, width: int, stopping: bool) -> "Text":
+def _title(progress: "Progress", now: float, width: int, note: str) -> "Text":
     from rich.text import Text
 
     from lighthouse_core.train.progress import clock
 
     left = progress.seconds_left(now)
     elapsed = clock(now - progress.started)
-    if stopping:
-        state = "stopping: saves after this step"
+    if note:
+        state = note
     elif left is None:
         several = progress.processes > 1
         state = f"starting {progress.processes} processes  {elapsed}" if several else f"starting  {elapsed}"
@@ -98,7 +98,7 @@ def _title(progress: "Progress", now: float, width: int, stopping: bool) -> "Tex
     title = Text(name if room > 3 else "", "bold")
     title.append(("  " if title else "") + stage, "not bold magenta")
     title.append(" " * max(width - title.cell_len - len(state), 2))
-    title.append(state, "not bold yellow" if stopping else "not bold")
+    title.append(state, "not bold yellow" if note else "not bold")
     return title
 
 

@@ -23,8 +23,8 @@ class Watcher(Protocol):
 
     def words(self, chunk: bytes) -> None: ...
 
-    def end(self, well: bool) -> None:
-        """The job has ended; `well` unless it failed."""
+    def end(self, outcome: str) -> None:
+        """The job has ended: "done", "stopped" or "failed"."""
 
 
 def watcher(run: "Run", plan: "Plan", *, quiet: bool, as_json: bool) -> Watcher:
@@ -50,7 +50,7 @@ class Silence:
     def words(self, chunk: bytes) -> None:
         pass
 
-    def end(self, well: bool) -> None:
+    def end(self, outcome: str) -> None:
         pass
 
 
@@ -97,7 +97,7 @@ class Lines:
     def words(self, chunk: bytes) -> None:
         pass
 
-    def end(self, well: bool) -> None:
+    def end(self, outcome: str) -> None:
         self.tick(False)
 
 
@@ -131,9 +131,11 @@ class Live(Lines):
         state = (self.screen.size, len(self.progress.points), self.progress.validation, stopping)
         if state != self.drawn or now >= self.due:
             self.drawn, self.due = state, now + _REDRAW_SECONDS
-            self.progress.checkpoint = next(reversed(self.run.checkpoint_steps()), None)
-            columns, lines = self.screen.size
-            self.screen.draw(_view.render(self.progress, now, columns, lines, stopping=stopping))
+            self.draw(now, "stopping: saves after this step" if stopping else "")
+
+    def draw(self, now: float, note: str) -> None:
+        self.progress.checkpoint = next(reversed(self.run.checkpoint_steps()), None)
+        self.screen.draw(_view.render(self.progress, now, *self.screen.size, note=note))
 
     def show(self, text: str, row: dict, now: float) -> None:
         pass
@@ -144,16 +146,17 @@ class Live(Lines):
             self.screen.words("".join(line.decode("utf-8", errors="replace") + "\n" for line in lines))
             self.drawn = None
 
-    def end(self, well: bool) -> None:
+    def end(self, outcome: str) -> None:
         if self.rest:
             self.words(b"\n")
-        if well:
-            # The last view stays.
-            self.drawn = None
-            self.tick(False)
-            return
-        # What went wrong stays last on the screen.
         super().tick(False)
-        self.screen.clear()
-        if self.progress.row is not None:
-            Lines.show(self, "", self.progress.row, time.monotonic())
+        now = time.monotonic()
+        if outcome == "failed":
+            # What went wrong stays last on the screen.
+            self.screen.clear()
+            if self.progress.row is not None:
+                Lines.show(self, "", self.progress.row, now)
+        else:
+            from lighthouse_core.train.progress import clock
+
+            self.draw(now, f"{outcome} after {clock(now - self.progress.started)}")

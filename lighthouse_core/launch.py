@@ -109,7 +109,9 @@ def check_world(recipe: Recipe, world_size: int) -> None:
 
 def check_loggers(recipe: Recipe) -> None:
     """Raise UserError if [metrics] asks for a package that is not installed."""
-    if recipe.metrics.wandb and importlib.util.find_spec("wandb") is None:
+    # Its folder of runs, in the working directory, looks like a package to Python, but has no file to import.
+    spec = importlib.util.find_spec("wandb") if recipe.metrics.wandb else None
+    if recipe.metrics.wandb and (spec is None or spec.origin is None):
         raise UserError(
             "metrics.wandb needs the package wandb, which is not installed",
             hint="pip install 'lighthouse-pretrain[wandb]', or --set metrics.wandb=false",

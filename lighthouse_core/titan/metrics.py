@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torchtitan.components.metrics import DeviceMemoryMonitor, MetricsProcessor, WandBLogger, _build_metric_logger
+from torchtitan.components.metrics import (
+    BaseLogger,
+    DeviceMemoryMonitor,
+    LoggerContainer,
+    MetricsProcessor,
+    WandBLogger,
+    _build_metric_logger,
+)
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from lighthouse_core.errors import UserError
@@ -39,23 +46,27 @@ class _HostMemoryMonitor:
         pass
 
 
-def _build_logger(stage: "Stage", job_config, parallel_dims):
+def _build_loggers(stage: "Stage", job_config, parallel_dims) -> BaseLogger:
     """torchtitan's loggers.
 
     Raises:
-        UserError: Weights & Biases was asked for and cannot be set up, of which torchtitan only makes a note.
+        UserError: Weights & Biases was asked for and cannot be set up.
     """
-    if not job_config.metrics.enable_wandb:
-        return _build_metric_logger(job_config, parallel_dims)
-    os.environ.setdefault("WANDB_PROJECT", "lighthouse")
-    os.environ.setdefault("WANDB_RUN_NAME", stage.run.name)
-    logger = _build_metric_logger(job_config, parallel_dims)
-    if torch.distributed.get_rank() == 0 and not any(isinstance(one, WandBLogger) for one in logger._loggers):
-        raise UserError(
-            f"Weights & Biases cannot be set up; {stage.run.path}/logs/rank0.log says why",
-            hint="wandb login, or WANDB_MODE=offline, or --set metrics.wandb=false",
-        )
-    return logger
+    loggers = _build_metric_logger(job_config, parallel_dims)
+    if stage.recipe.metrics.wandb and torch.distributed.get_rank() == 0:
+        os.environ.setdefault("WANDB_PROJECT", "lighthouse")
+        os.environ.setdefault("WANDB_RUN_NAME", stage.run.name)
+        others, loggers = loggers, LoggerContainer()
+        loggers.add_logger(others)
+        try:
+            loggers.add_logger(WandBLogger(str(stage.run.path), job_config))
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"Weights & Biases cannot be set up: {reason}",
+                hint="WANDB_MODE=offline keeps the records here; --set metrics.wandb=false does without",
+            ) from None
+    return loggers
 
 
 def keep_rows(path: Path, step: int) -> Path:
@@ -85,7 +96,7 @@ class Metrics(MetricsProcessor):
         self.stage = stage
         self.job_config = job_config
         self.parallel_dims = parallel_dims
-        self.logger = _build_logger(stage, job_config, parallel_dims)
+        self.logger = _build_loggers(stage, job_config, parallel_dims)
         self.device_memory_monitor = DeviceMemoryMonitor() if HAS_ACCELERATOR else _HostMemoryMonitor()
         self.gpu_peak_flops = get_peak_flops(self.device_memory_monitor.device_name) if HAS_ACCELERATOR else None
         self.color = NoColor()
