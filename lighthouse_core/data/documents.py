@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from lighthouse_core.errors import DataError
+
 Split = Literal["train", "validation"]
 Keep = Callable[[str], bool]
 
@@ -128,8 +130,16 @@ def epoch_order(identities: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 
 def with_ends(tokenizer: Tokenizer, content: str | bytes) -> np.ndarray:
-    """BOS, the ids of a document, EOS; int32."""
-    ids = tokenizer.encode(content)
+    """BOS, the ids of a document, EOS; int32.
+
+    Bytes that are not UTF-8 (Python files may hold any) become U+FFFD for a tokenizer that takes text alone.
+    """
+    try:
+        ids = tokenizer.encode(content)
+    except DataError:
+        if isinstance(content, str):
+            raise
+        ids = tokenizer.encode(content.decode("utf-8", errors="replace"))
     tokens = np.empty(len(ids) + 2, dtype=np.int32)
     tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
     return tokens

@@ -1,5 +1,6 @@
 """The loader: cuts the token stream into samples and hands one rank the batches that are its own."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -128,38 +129,64 @@ class TokenLoader:
         return {"seq_len": self.seq_len, "seed": self.stream.seed, "fingerprint": self.fingerprint}
 
 
+class _Maker(threading.Thread):
+    """Takes items from an iterator in the background, at most `count` that nobody has asked for."""
+
+    def __init__(self, items: Iterator[T], count: int):
+        super().__init__(name="data", daemon=True)
+        self.made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self.free = threading.Semaphore(count)
+        self._items = items
+        self._closed = False
+
+    def run(self) -> None:
+        try:
+            while True:
+                self.free.acquire()
+                if self._closed:
+                    return
+                self.made.put((next(self._items), None))
+        except BaseException as error:
+            self.made.put((None, error))
+        finally:
+            _makers.discard(self)
+
+    def close(self) -> None:
+        """Ends it after the item in progress."""
+        self._closed = True
+        self.free.release()
+
+
+_makers: set[_Maker] = set()
+
+
+@atexit.register
+def _end_makers() -> None:
+    """A thread that the interpreter finds in native code as it goes down would abort the process."""
+    for maker in (makers := tuple(_makers)):
+        maker.close()
+    for maker in makers:
+        maker.join(timeout=60)
+
+
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The items, of which a thread makes `count` in advance. Closing it ends the thread at its next item."""
+    """The items, of which a thread makes `count` in advance; none, and no thread, for 0."""
     if not count:
         yield from items
         return
-    free = threading.Semaphore(count)
-    made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    closed = threading.Event()
-
-    def make() -> None:
-        try:
-            while True:
-                free.acquire()
-                if closed.is_set():
-                    return
-                made.put((next(items), None))
-        except BaseException as error:
-            # Including StopIteration; the consumer raises it where the item would have been.
-            made.put((None, error))
-
-    threading.Thread(target=make, name="data", daemon=True).start()
+    maker = _Maker(items, count)
+    _makers.add(maker)
+    maker.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = maker.made.get()
             if error is not None:
                 raise error
             assert item is not None
-            free.release()
+            maker.free.release()
             yield item
     finally:
-        closed.set()
-        free.release()
+        maker.close()
 
 
 def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.data import prepare as preparing
-from lighthouse_core.data.documents import Place, stable_hash
+from lighthouse_core.data.documents import Place, stable_hash, with_ends
 from lighthouse_core.data.files import FilesSource, list_files
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.prepare import prepare
@@ -330,6 +332,30 @@ def test_a_bad_line_ends_training_and_not_only_its_thread(tmp_path, corpus):
         list(
             itertools.islice(loader(settings(corpus, "lines", paths=[str(tmp_path / "bad/*.jsonl")], validation=0)), 9)
         )
+
+
+def test_a_process_may_end_while_a_batch_is_made(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n' * 100_000)
+    script = (
+        "import itertools; from types import SimpleNamespace; from lighthouse_core.data.loader import build_loader\n"
+        f"data = SimpleNamespace(source='files', paths=['{tmp_path}/*'], tokenizer='bytes', validation=0)\n"
+        "data.text_key = 'text'\n"
+        "loaders = [build_loader(data, 200_000, 1, 0, 1, seed) for seed in range(4)]\n"
+        "for one in loaders: one.batches = iter(one); next(one.batches)\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_tokenizer_that_takes_text_alone_gets_text():
+    def encode(content):
+        if isinstance(content, bytes):
+            raise DataError("not UTF-8")
+        return np.array([ord(char) for char in content])
+
+    strict = SimpleNamespace(encode=encode, bos_id=1, eos_id=2)
+    assert with_ends(strict, b"a\xffb").tolist() == [1, 97, 0xFFFD, 98, 2]
 
 
 def test_listing_mistakes_have_hints(tmp_path):
