@@ -87,12 +87,12 @@ class Screen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines of the terminal."""
+        """Columns and lines of the terminal; of a usual one where it does not know."""
         try:
             size = os.get_terminal_size(sys.stderr.fileno())
         except OSError:
             return 80, 24
-        return max(size.columns, 1), max(size.lines, 1)
+        return size.columns or 80, size.lines or 24
 
     def draw(self, lines: Sequence["Text"]) -> None:
         """Show these lines in place of the last ones."""

@@ -1,14 +1,11 @@
 """The `lighthouse` command: its subcommands, and how errors leave it."""
 
-import contextlib
-import importlib
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _output, recipes
+from lighthouse_cli import _output, data, recipes, tokenizer
 from lighthouse_cli.pretrain import pretrain
 from lighthouse_cli.profile import profile
 from lighthouse_cli.recover import recover
@@ -19,14 +16,14 @@ from lighthouse_core.errors import LighthouseError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (pretrain, recover, strip, profile, runs):
     app.command()(command)
-app.add_typer(recipes.app, name="recipes")
-for group in ("data", "tokenizer"):
-    with contextlib.suppress(ModuleNotFoundError):
-        app.add_typer(importlib.import_module(f"lighthouse_cli.{group}").app, name=group)
+for group in (data, tokenizer, recipes):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         try:
             version = metadata.version("lighthouse-pretrain")
         except metadata.PackageNotFoundError:
