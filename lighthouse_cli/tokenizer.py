@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _options, _output
+from lighthouse_cli import _complete, _options, _output
 
 app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 
@@ -18,7 +18,14 @@ def _tokenizer() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file; its [data] is the text.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A TOML file, or a name of `lighthouse recipes list`; its [data] is the text.",
+            autocompletion=_complete.recipes,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The file to write.")],
     vocab: Annotated[int, typer.Option("--vocab", metavar="N", help="Pieces in the vocabulary.")] = 32000,
     size: Annotated[
