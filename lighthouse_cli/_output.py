@@ -1,31 +1,53 @@
 """The only printer: data to stdout, words to stderr."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether `say` and `warn` are silent from now on."""
+    global _quiet
+    _quiet = quiet
 
 
 def data(text: str) -> None:
     """What a script would read."""
-    print(text)
+    print(text, flush=True)
 
 
 def say(text: str) -> None:
     """What a person would read."""
-    print(text, file=sys.stderr)
+    if not _quiet:
+        final(text)
 
 
 def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
+def final(text: str) -> None:
+    """The outcome, which --quiet leaves."""
+    # A terminal that was closed takes no words, and the exit code matters more than they do.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def error(text: str, hint: str | None = None) -> None:
-    say(f"error: {text}")
+    final(f"error: {text}")
     if hint:
-        say(f"hint: {hint}")
+        final(f"hint: {hint}")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows of text on stdout, the first column to the left and the others, numbers, to the right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> None:
+    """Rows of text on stdout, the first columns to the left and the others, numbers, to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -33,9 +55,74 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
     # Away from a terminal rich assumes 80 columns and would cut cells off.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    grid = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold")
+    grid = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(Text(column), justify="right" if number else "left")
+        grid.add_column(Text(column), justify="left" if number < text_columns else "right", overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn over, and the user has nothing against it."""
+    encoding = (getattr(sys.stderr, "encoding", None) or "").lower().replace("-", "")
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
+    return sys.stderr.isatty() and not plain and encoding == "utf8"
+
+
+class Screen:
+    """Lines at the end of stderr that are drawn over, with words above them.
+
+    The cursor rests, visible, on the line below, and the terminal is put in no mode: whatever ends the process leaves
+    nothing to repair. Lines must be narrower than the terminal.
+    """
+
+    def __init__(self):
+        from rich.console import Console
+
+        self._console = Console(stderr=True, force_terminal=True, highlight=False)
+        self._widths: list[int] = []
+        self._columns = 0
+        self.lost = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and lines of the terminal; of a usual one where it does not know."""
+        try:
+            size = os.get_terminal_size(sys.stderr.fileno())
+        except OSError:
+            return 80, 24
+        return size.columns or 80, size.lines or 24
+
+    def draw(self, lines: Sequence["Text"]) -> None:
+        """Show these lines in place of the last ones."""
+        with self._console.capture() as capture:
+            for line in lines:
+                self._console.print(line, end="\x1b[K\n", soft_wrap=True)
+        columns, _ = self.size
+        # Drawing over lines does not flicker; but a terminal may remember that it had wrapped them.
+        erased = "\x1b[J" if columns != self._columns else ""
+        self._write(self._home() + erased + capture.get() + "\x1b[J")
+        self._widths, self._columns = [line.cell_len for line in lines], columns
+
+    def words(self, text: str) -> None:
+        """Print text, of whole lines, where the lines are; draw them again afterwards."""
+        self._write(self._home() + "\x1b[J" + text)
+        self._widths = []
+
+    def clear(self) -> None:
+        self.words("")
+
+    def _home(self) -> str:
+        """Back to the start of the lines, which a narrower terminal has wrapped since."""
+        columns, _ = self.size
+        rows = sum(max(1, -(-width // columns)) for width in self._widths)
+        return "\r" + (f"\x1b[{rows}A" if rows else "")
+
+    def _write(self, text: str) -> None:
+        if not self.lost:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except OSError:
+                self.lost = True

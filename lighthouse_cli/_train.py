@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lighthouse_cli import _output
+from lighthouse_cli import _output, _watch
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
+
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
@@ -51,7 +53,9 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
     )
 
 
-def train(run_dir: Path, run: "Run | None", plan: "Plan", resume: str) -> None:
+def train(
+    run_dir: Path, run: "Run | None", plan: "Plan", resume: str, *, quiet: bool = False, as_json: bool = False
+) -> None:
     """Launch the run's last stage. The caller holds the run's lock.
 
     Args:
@@ -59,6 +63,8 @@ def train(run_dir: Path, run: "Run | None", plan: "Plan", resume: str) -> None:
         run: None on a machine other than the first: that one keeps the run.
         plan: the processes.
         resume: the command that goes on after an interruption.
+        quiet: show errors only.
+        as_json: print every logged row on stdout.
 
     Raises:
         typer.Exit: with the job's exit code, unless it is 0.
@@ -68,15 +74,33 @@ def train(run_dir: Path, run: "Run | None", plan: "Plan", resume: str) -> None:
     if run is not None:
         # The run that was trained last is the newest, whenever it was made.
         os.utime(run_dir)
-    code = launch(run_dir, plan)
-    if run is not None and code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    watcher = _watch.watcher(run, plan, quiet=quiet, as_json=as_json) if run is not None else _watch.Silence(quiet)
+    outcome = "failed"
+    try:
+        code = launch(run_dir, plan, watcher)
+        outcome = "done" if code == 0 else "stopped" if code in _INTERRUPTED else outcome
+    finally:
+        watcher.end(outcome)
+    if run is not None and code in _INTERRUPTED:
         steps = run.checkpoint_steps()
         if steps:
-            _output.say(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
+            _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
-            _output.say("interrupted before the first checkpoint")
+            _output.final("interrupted before the first checkpoint")
     if code:
         raise typer.Exit(code)
+
+
+def check(recipe: "Recipe", plan: "Plan") -> None:
+    """Meet what does not fit this machine here, rather than after the processes have started.
+
+    Raises:
+        UserError: the batch does not divide among the processes, or a package is missing.
+    """
+    from lighthouse_core.launch import check_loggers, check_world
+
+    check_world(recipe, plan.world_size)
+    check_loggers(recipe)
 
 
 def _gib(count: float) -> str:

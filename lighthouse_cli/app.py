@@ -1,25 +1,29 @@
 """The `lighthouse` command: its subcommands, and how errors leave it."""
 
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _output
+from lighthouse_cli import _output, data, recipes, tokenizer
 from lighthouse_cli.pretrain import pretrain
 from lighthouse_cli.profile import profile
 from lighthouse_cli.recover import recover
+from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
 from lighthouse_core.errors import LighthouseError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (pretrain, recover, strip, profile):
+for command in (pretrain, recover, strip, profile, runs):
     app.command()(command)
+for group in (data, tokenizer, recipes):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         try:
             version = metadata.version("lighthouse-pretrain")
         except metadata.PackageNotFoundError:
@@ -34,7 +38,7 @@ def _lighthouse(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Long-context pre-training with Lighthouse Attention: pretrain, recover, strip, profile."""
+    """Long-context pre-training with Lighthouse Attention."""
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighthouse_cli import _options, _output, _train
+from lighthouse_cli import _complete, _options, _output, _train
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
@@ -16,10 +16,24 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A TOML file, or a name of `lighthouse recipes list`.",
+            show_default=False,
+            autocompletion=_complete.recipes,
+        ),
+    ] = None,
     settings: _options.Settings = None,
     resume: Annotated[
-        str, typer.Option("--resume", metavar="RUN", help="Continue a run, or 'latest', instead of RECIPE.")
+        str,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Continue a run, or 'latest', instead of RECIPE.",
+            autocompletion=_complete.resumable,
+        ),
     ] = "",
     name: Annotated[
         str, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
@@ -29,13 +43,16 @@ def pretrain(
     node_rank: _options.NodeRank = 0,
     rdzv_endpoint: _options.RdzvEndpoint = "",
     dry_run: _options.DryRun = False,
+    quiet: _options.Quiet = False,
+    as_json: _options.Json = False,
 ) -> None:
     """Train a new run with Lighthouse attention (stage 1)."""
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import LighthouseError, UserError
-    from lighthouse_core.launch import check_world, plan
+    from lighthouse_core.launch import plan
     from lighthouse_core.runs import create_run, find_run, run_path
 
+    _output.set_quiet(quiet)
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
     if resume:
@@ -46,8 +63,8 @@ def pretrain(
             return
         _check_unfinished(run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
-        check_world(run.recipe, processes.world_size)
-        _finish(run.path, None if node_rank else run, processes)
+        _train.check(run.recipe, processes)
+        _finish(run.path, None if node_rank else run, processes, quiet, as_json)
         return
 
     path = find_recipe(recipe or "")
@@ -63,13 +80,13 @@ def pretrain(
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
-    check_world(resolved, processes.world_size)
+    _train.check(resolved, processes)
     if node_rank:
-        _finish(run_path(resolved, name or resolved.output.name), None, processes)
+        _finish(run_path(resolved, name or resolved.output.name), None, processes, quiet, as_json)
         return
     run = create_run(resolved, path.stem, name, source=str(path))
     try:
-        _finish(run.path, run, processes)
+        _finish(run.path, run, processes, quiet, as_json)
     except typer.Exit as end:
         # A mistake or a signal before the first step leaves nothing worth keeping, and frees the name.
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
@@ -79,13 +96,10 @@ def pretrain(
 
 def _check_data(recipe: "Recipe") -> None:
     """Meet what is wrong with the data here, rather than after the processes have started."""
-    from lighthouse_core.data.sources import documents_of
-    from lighthouse_core.data.tokenizer import build_tokenizer
+    from lighthouse_core.data import check
 
-    build_tokenizer(recipe.data.tokenizer)
-    documents_of(recipe.data, "train")
-    if recipe.data.validation:
-        documents_of(recipe.data, "validation")
+    for note in check(recipe):
+        _output.warn(note)
 
 
 def _refuse_with_resume(settings: list[str] | None, name: str) -> None:
@@ -116,11 +130,13 @@ def _has_metrics(run: "Run") -> bool:
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
-def _finish(run_dir: Path, run: "Run | None", processes: "Plan") -> None:
+def _finish(run_dir: Path, run: "Run | None", processes: "Plan", quiet: bool, as_json: bool) -> None:
     _output.say(f"run {run_dir}")
     with run.lock() if run is not None else nullcontext():
-        _train.train(run_dir, run, processes, f"lighthouse pretrain --resume {run_dir}")
+        again = f"lighthouse pretrain --resume {run_dir}"
+        _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
     if run is not None:
         after = f"recover {run_dir}" if run.stage == "lighthouse" else f"strip {run_dir} OUT"
-        _output.say(f"done; go on with: lighthouse {after}")
-        _output.data(str(run_dir))
+        _output.final(f"done; go on with: lighthouse {after}")
+        if not as_json:
+            _output.data(str(run_dir))

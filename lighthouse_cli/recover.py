@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _options, _output, _train
+from lighthouse_cli import _complete, _options, _output, _train
 
 
 def recover(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="RUN", help="Directory, or name under runs/; else the newest.", show_default=False),
+        typer.Argument(
+            metavar="RUN",
+            help="Directory, or name under runs/; else the newest.",
+            show_default=False,
+            autocompletion=_complete.runs,
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", help="Length; else the recipe's recover.steps.")
@@ -25,15 +30,18 @@ def recover(
     node_rank: _options.NodeRank = 0,
     rdzv_endpoint: _options.RdzvEndpoint = "",
     dry_run: _options.DryRun = False,
+    quiet: _options.Quiet = False,
+    as_json: _options.Json = False,
 ) -> None:
     """Continue a run with every layer dense (stage 2).
 
     Repeated after an interruption, it finishes the steps that were begun.
     """
     from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import check_world, plan
+    from lighthouse_core.launch import plan
     from lighthouse_core.runs import find_run, plan_recovery
 
+    _output.set_quiet(quiet)
     if run is None and nnodes > 1:
         raise UserError("name the RUN when several machines recover it")
     found = find_run(run)
@@ -41,7 +49,7 @@ def recover(
         _output.say(f"newest run: {found.path}")
     if node_rank:
         # Machine 0 keeps the ledger; the workers read it after they have met there.
-        _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "")
+        _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
     with nullcontext() if dry_run else found.lock():
         recovery = plan_recovery(found, steps, extend, settings or ())
@@ -53,9 +61,11 @@ def recover(
             _train.describe(recovery.recipe, nproc, nnodes)
             return
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
-        check_world(recovery.recipe, processes.world_size)
+        _train.check(recovery.recipe, processes)
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
-        _train.train(found.path, found, processes, f"lighthouse recover {found.path}")
-    _output.say(f"done; go on with: lighthouse strip {found.path} OUT")
-    _output.data(str(found.path))
+        again = f"lighthouse recover {found.path}"
+        _train.train(found.path, found, processes, again, quiet=quiet, as_json=as_json)
+    _output.final(f"done; go on with: lighthouse strip {found.path} OUT")
+    if not as_json:
+        _output.data(str(found.path))

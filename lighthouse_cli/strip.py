@@ -5,11 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _output
+from lighthouse_cli import _complete, _output
 
 
 def strip(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A run, or one of its checkpoints/step-N.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT", help="A run, or one of its checkpoints/step-N.", autocompletion=_complete.checkpoints
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option("--dtype", help="Of the written weights.")

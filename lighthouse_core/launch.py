@@ -3,9 +3,11 @@
 Run as a module this is torchrun itself, less its own report of a failed worker: the worker has said what is wrong.
 """
 
+import importlib.util
 import logging
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -13,11 +15,16 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
 
 EXIT_FILE = "LIGHTHOUSE_EXIT_FILE"
+QUIET = "LIGHTHOUSE_QUIET"
+_STDERR = 2  # as a file descriptor
+# Between two looks at a job.
+_POLL_SECONDS = 0.2
 # A checkpoint of a large model takes longer than torchrun's 30 seconds between a signal and SIGKILL.
 _SHUTDOWN_SECONDS = "300"
 
@@ -41,6 +48,24 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.nproc * self.nnodes
+
+
+class Watcher(Protocol):
+    """Shows a job to its user while it trains.
+
+    Attributes:
+        takes_words: whether what the processes print comes to `words`, instead of going to stderr directly.
+        quiet: whether the processes keep to errors.
+    """
+
+    takes_words: bool
+    quiet: bool
+
+    def tick(self, stopping: bool) -> None:
+        """Called several times a second; `stopping` once the job has been asked to end."""
+
+    def words(self, chunk: bytes) -> None:
+        """Called with what the processes have printed since the last time; may end within a line."""
 
 
 def plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> Plan:
@@ -79,6 +104,17 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         raise UserError(
             f"parallel.shard ({parallel.shard}) x parallel.replicate ({parallel.replicate}) does not make "
             f"{world_size} processes"
+        )
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """Raise UserError if [metrics] asks for a package that is not installed."""
+    # Its folder of runs, in the working directory, looks like a package to Python, but has no file to import.
+    spec = importlib.util.find_spec("wandb") if recipe.metrics.wandb else None
+    if recipe.metrics.wandb and (spec is None or spec.origin is None):
+        raise UserError(
+            "metrics.wandb needs the package wandb, which is not installed",
+            hint="pip install 'lighthouse-pretrain[wandb]', or --set metrics.wandb=false",
         )
 
 
@@ -129,8 +165,8 @@ def report_exit(code: int) -> bool:
     return True
 
 
-def launch(run_dir: Path, plan: Plan) -> int:
-    """Train the run's last stage in `plan`'s processes and wait for it.
+def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
+    """Train the run's last stage in `plan`'s processes and wait for it, while `watcher` shows it.
 
     SIGINT, SIGTERM and SIGHUP all go on to the workers as SIGTERM, upon which they save a checkpoint and end (SIGINT
     would leave tracebacks wherever Python is still importing). Only the first one counts.
@@ -156,20 +192,59 @@ def launch(run_dir: Path, plan: Plan) -> int:
         previous = {number: signal.signal(number, forward) for number in handled}
         try:
             # A session of its own: a terminal's Ctrl-C would otherwise reach torchrun twice.
+            surroundings = environment(plan, os.environ, exit_file)
+            if watcher is not None and watcher.quiet:
+                surroundings[QUIET] = "1"
+            # stdout is for data, of which the processes have none.
+            takes_words = watcher is not None and watcher.takes_words
             child = subprocess.Popen(
                 command(run_dir, plan),
-                env=environment(plan, os.environ, exit_file),
+                env=surroundings,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if takes_words else _STDERR,
+                stderr=subprocess.STDOUT if takes_words else None,
                 start_new_session=True,
             )
             if received:
                 child.terminate()
-            status = child.wait()
+            status = _watch(child, watcher, received)
+        except BaseException:
+            # The job must not go on without its launcher.
+            if child is not None:
+                child.terminate()
+                child.communicate()
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         text = exit_file.read_text(encoding="ascii").strip() if exit_file.is_file() else ""
     return _exit_code(status, int(text) if text.isdigit() else None, received)
+
+
+def _watch(child: subprocess.Popen, watcher: Watcher | None, received: list[int]) -> int:
+    """Wait for the job, and give the watcher its turns. Returns the job's status."""
+    if watcher is None:
+        return child.wait()
+    pipe = child.stdout.fileno() if child.stdout else None
+    while child.poll() is None:
+        pipe = _pass_on(pipe, watcher, _POLL_SECONDS)
+        watcher.tick(bool(received))
+    # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
+    while pipe is not None and select.select([pipe], [], [], 0)[0]:
+        pipe = _pass_on(pipe, watcher, 0)
+    if child.stdout:
+        child.stdout.close()
+    return child.returncode
+
+
+def _pass_on(pipe: int | None, watcher: Watcher, seconds: float) -> int | None:
+    """Give the watcher what arrives within that time. Returns the pipe, None once it has ended."""
+    if select.select([] if pipe is None else [pipe], [], [], seconds)[0]:
+        chunk = os.read(pipe, 1 << 16)
+        if not chunk:
+            return None
+        watcher.words(chunk)
+    return pipe
 
 
 def _exit_code(status: int, reported: int | None, received: list[int]) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError
+from lighthouse_core.listing import checkpoint_steps, run_dirs
 
 # Sections and keys that still take effect when training goes on from a checkpoint.
 RESUMABLE = (
@@ -63,7 +65,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return load_recipe(self.recipe_path)
+        return _with_own_tokenizer(load_recipe(self.recipe_path), self.path)
 
     @property
     def stage(self) -> str:
@@ -85,8 +87,7 @@ class Run:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first. One that is still being written has no .metadata file."""
-        folders = self.path.glob("checkpoints/step-*/.metadata")
-        return sorted(int(name[5:]) for file in folders if re.fullmatch(r"step-\d+", name := file.parent.name))
+        return checkpoint_steps(self.path)
 
     def checkpoint_dir(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step}"
@@ -198,7 +199,7 @@ def plan_recovery(
     if run.recovering:
         # The ledger has the length; recover.toml runs ahead of it if an --extend was cut off between the two.
         overrides = [f"recover.steps={run.end - run.start}", *overrides]
-    recipe = load_recipe(run.recipe_path, overrides)
+    recipe = _with_own_tokenizer(load_recipe(run.recipe_path, overrides), run.path)
     return _continue_recovery(run, recipe, extend) if run.recovering else _begin_recovery(run, recipe, extend)
 
 
@@ -267,6 +268,7 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
         raise RunError(f"run {path} exists", hint=hint) from None
     except OSError as error:
         raise RunError(f"cannot create {path}: {error.strerror}", hint="choose another output.dir") from None
+    recipe = _keep_tokenizer(recipe, path)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
     _write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
@@ -275,6 +277,28 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
     # The recipe comes last: a directory with one is a run.
     _write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
     return Run(path)
+
+
+def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
+    """Copy the files of the recipe's tokenizer into the run; returns the recipe that names the copy."""
+    from lighthouse_core.data.tokenizer import tokenizer_files
+
+    for name, file in tokenizer_files(recipe.data.tokenizer).items():
+        try:
+            shutil.copyfile(file, path / name)
+        except OSError as error:
+            shutil.rmtree(path)
+            raise RunError(f"cannot copy the tokenizer {file} into the run: {error.strerror}") from None
+    return _with_own_tokenizer(recipe, path)
+
+
+def _with_own_tokenizer(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the tokenizer that the run at `path` keeps: the run may have moved since it was saved."""
+    suffix = Path(recipe.data.tokenizer).suffix
+    own = path / f"tokenizer{suffix}"
+    if suffix not in (".model", ".json") or not own.is_file():
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(own)})})
 
 
 def run_path(recipe: Recipe, name: str) -> Path:
@@ -302,11 +326,11 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
         RunError: there is no such run.
     """
     output_dir = Path(output_dir)
-    runs = [file.parent for file in output_dir.glob("*/recipe.toml")]
+    runs = run_dirs(output_dir)
     if spec is None or (str(spec) == "latest" and output_dir / "latest" not in runs):
         if not runs:
             raise RunError(f"there is no run under {output_dir}", hint="lighthouse pretrain RECIPE makes one")
-        return Run(max(runs, key=lambda path: path.stat().st_mtime_ns))
+        return Run(runs[0])
     for path in (Path(spec), output_dir / spec):
         if (path / "recipe.toml").is_file():
             return Run(path)

@@ -2,15 +2,43 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lighthouse_core.config.section import Section, Strings
+from lighthouse_core.config.section import Section, Strings, conflict
+
+_Text = Annotated[str, Field(min_length=1)]
 
 
 class DataSection(Section):
-    """`validation` is the share of folders held out, 0 <= validation < 1."""
+    """Where the training text comes from.
 
-    source: Literal["python-sources"] = "python-sources"
+    Attributes:
+        source: "python-sources" (folders of .py files), "files" (globs of .txt, .md, .jsonl and .parquet), "hf" (one
+            data set of the Hugging Face hub or a local path, streamed), "tokens" (a directory of `data prepare`).
+        paths: what the source reads: directories, globs, one data set, or one directory.
+        tokenizer: "bytes", or the path of a sentencepiece .model or a tokenizer.json.
+        validation: share of documents held out, 0 <= validation < 1.
+        packing: "concat": documents one after another, cut into samples wherever these end.
+        text_key: of .jsonl objects, .parquet columns and data set rows.
+        hf_config, hf_split, hf_revision: of a data set; "" is its default.
+    """
+
+    source: Literal["python-sources", "files", "hf", "tokens"] = "python-sources"
     paths: Annotated[Strings, Field(min_length=1)] = ("stdlib",)
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: _Text = "bytes"
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    packing: Literal["concat"] = "concat"
+    text_key: _Text = "text"
+    hf_config: str = ""
+    hf_split: _Text = "train"
+    hf_revision: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSection":
+        if self.source in ("hf", "tokens") and len(self.paths) != 1:
+            raise conflict("paths", f'data.paths must have one entry for data.source "{self.source}"')
+        if self.source in ("python-sources", "files"):
+            for key, default in (("hf_config", ""), ("hf_split", "train"), ("hf_revision", "")):
+                if getattr(self, key) != default:
+                    raise conflict(key, f'data.{key} is for data.source "hf", not "{self.source}"')
+        return self

@@ -14,6 +14,7 @@ from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
 from lighthouse_core.errors import RecipeError
+from lighthouse_core.listing import shipped_recipes
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -27,9 +28,6 @@ _EXPECTED = {
     "model_type": "a table",
 }
 
-# A wheel carries the recipes inside the package; an editable install has them beside it.
-_SHELVES = (Path(__file__).parents[1] / "_recipes", Path(__file__).parents[2] / "recipes")
-
 
 def find_recipe(spec: str | Path) -> Path:
     """The file a user means: a path, or the bare name of a recipe that comes with the package.
@@ -40,7 +38,7 @@ def find_recipe(spec: str | Path) -> Path:
     path = Path(spec)
     if path.is_file():
         return path
-    shipped = {file.stem: file for shelf in _SHELVES if shelf.is_dir() for file in sorted(shelf.glob("*.toml"))}
+    shipped = shipped_recipes()
     if str(spec).removesuffix(".toml") in shipped:
         return shipped[path.name.removesuffix(".toml")]
     if path.is_dir():

@@ -1,1 +1,5 @@
-"""Training data: sources list documents, the stream orders and tokenizes them, the loader cuts samples for one rank."""
+"""Training data: sources give documents, the stream orders and tokenizes them, the loader cuts samples for one rank."""
+
+from lighthouse_core.data.checks import check
+
+__all__ = ["check"]

@@ -1,14 +1,30 @@
 """The loader: cuts the token stream into samples and hands one rank the batches that are its own."""
 
+import atexit
+import queue
+import threading
 from collections.abc import Iterator
-from typing import Literal
+from contextlib import closing
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from lighthouse_core.data.sources import DataSettings, documents_of, fingerprint
-from lighthouse_core.data.stream import Position, TokenStream
+from lighthouse_core.data.build import DataSettings, Stream, build_stream
+from lighthouse_core.data.documents import Split
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
+
+T = TypeVar("T")
+
+
+class _Batch(NamedTuple):
+    """A batch, the global index of its first row, and the data position after it."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    first_sample: int
+    samples: int
+    position: tuple[int, ...]
 
 
 class TokenLoader:
@@ -17,18 +33,18 @@ class TokenLoader:
     Sample i holds tokens [i*seq_len, (i+1)*seq_len] of the stream; its last token is a label only. A global micro-batch
     is the next world_size * local_batch_size samples, of which rank r has the r-th run of local_batch_size.
 
-    The data position is global: `samples` handed out so far by all ranks together, and the stream position (`epoch`,
-    `document`, `offset`) at which the next one begins. No rank or batch size is in it, so any of them may change on
-    resume. The last three follow from `samples` while token counts are known without reading; keeping them means that
-    seeking never has to pass over text, whatever the tokenizer or source.
+    The data position is global: `samples` handed out so far by all ranks together, and the stream's own position at
+    which the next one begins (`Position`: epoch, document, offset; or `WalkPosition`: epoch, file, row, byte, offset).
+    No rank or batch size is in it, so any of them may change on resume, and seeking passes over no text.
 
     Attributes:
         first_sample: global index of the first row of the batch last yielded; None before the first.
+        prefetch: batches that a thread makes ahead; 0 for none, and no thread.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: Stream,
         *,
         seq_len: int,
         local_batch_size: int,
@@ -36,6 +52,7 @@ class TokenLoader:
         world_size: int,
         fingerprint: int,
         restart: bool,
+        prefetch: int = 2,
     ):
         assert seq_len > 0 and local_batch_size > 0 and 0 <= rank < world_size
         self.stream = stream
@@ -45,12 +62,16 @@ class TokenLoader:
         self.world_size = world_size
         self.fingerprint = fingerprint
         self.restart = restart
+        self.prefetch = prefetch
         self.first_sample: int | None = None
         self._samples = 0
-        self._position = Position()
+        self._position: tuple[int, ...] = stream.start
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Yields ({"input": int64 [local_batch_size, seq_len]}, labels int64 [local_batch_size, seq_len]), for ever.
+        """Yields ({"input": int64 [B, N], "positions": int32 [B, N]}, labels int64 [B, N]), for ever.
+
+        B is local_batch_size, N is seq_len. `positions` is the index of each token within its document, BOS being 0; a
+        document that began in an earlier sample goes on counting, so documents begin where it is 0.
 
         Training goes on from the data position; validation begins anew with each iterator.
 
@@ -58,24 +79,37 @@ class TokenLoader:
             DataError: a document cannot be read as it was listed.
         """
         if self.restart:
-            self._samples, self._position = 0, Position()
+            self._samples, self._position = 0, self.stream.start
         return self._batches()
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        with closing(_ahead(self._cut(self._samples, self._position), self.prefetch)) as batches:
+            for batch in batches:
+                self.first_sample, self._samples, self._position = batch.first_sample, batch.samples, batch.position
+                yield batch.inputs, batch.labels
+
+    def _cut(self, samples: int, position: tuple[int, ...]) -> Iterator[_Batch]:
         shape = (self.local_batch_size, self.seq_len)
         local_tokens = self.local_batch_size * self.seq_len
+        cursor = self.stream.cursor(position)
         while True:
-            start = self.stream.advance(self._position, self.rank * local_tokens)
-            tokens = torch.from_numpy(self.stream.read(start, local_tokens + 1))
-            self.first_sample = self._samples + self.rank * self.local_batch_size
-            self._samples += self.world_size * self.local_batch_size
-            self._position = self.stream.advance(self._position, self.world_size * local_tokens)
-            # The clone keeps a write into the inputs from reaching the labels.
-            yield {"input": tokens[:-1].view(shape)}, tokens[1:].clone().view(shape)
+            cursor.skip(self.rank * local_tokens)
+            ids, places = map(torch.from_numpy, cursor.take(local_tokens))
+            labels = torch.cat([ids[1:], torch.tensor([cursor.peek()])])
+            cursor.skip((self.world_size - self.rank - 1) * local_tokens)
+            first_sample = samples + self.rank * self.local_batch_size
+            samples += self.world_size * self.local_batch_size
+            inputs = {"input": ids.view(shape), "positions": places.view(shape)}
+            yield _Batch(inputs, labels.view(shape), first_sample, samples, cursor.position)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the batch last yielded, and what it holds for; plain integers, equal on every rank."""
-        return {"samples": self._samples, **self._position._asdict(), **self._stream_identity()}
+        fields = self.stream.start._fields
+        return {
+            "samples": self._samples,
+            **dict(zip(fields, map(int, self._position), strict=True)),
+            **self._stream_identity(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Seek to a position that `state_dict` gave; reads no document.
@@ -89,16 +123,76 @@ class TokenLoader:
             if there != here:
                 raise DataError(*_mismatch(key, there, here))
         self._samples = state_dict["samples"]
-        self._position = Position(state_dict["epoch"], state_dict["document"], state_dict["offset"])
+        self._position = type(self.stream.start)(*(state_dict[key] for key in self.stream.start._fields))
 
     def _stream_identity(self) -> dict[str, int]:
         return {"seq_len": self.seq_len, "seed": self.stream.seed, "fingerprint": self.fingerprint}
 
 
+class _Maker(threading.Thread):
+    """Takes items from an iterator in the background, at most `count` that nobody has asked for."""
+
+    def __init__(self, items: Iterator[T], count: int):
+        super().__init__(name="data", daemon=True)
+        self.made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self.free = threading.Semaphore(count)
+        self._items = items
+        self._closed = False
+
+    def run(self) -> None:
+        try:
+            while True:
+                self.free.acquire()
+                if self._closed:
+                    return
+                self.made.put((next(self._items), None))
+        except BaseException as error:
+            self.made.put((None, error))
+        finally:
+            _makers.discard(self)
+
+    def close(self) -> None:
+        """Ends it after the item in progress."""
+        self._closed = True
+        self.free.release()
+
+
+_makers: set[_Maker] = set()
+
+
+@atexit.register
+def _end_makers() -> None:
+    """A thread that the interpreter finds in native code as it goes down would abort the process."""
+    for maker in (makers := tuple(_makers)):
+        maker.close()
+    for maker in makers:
+        maker.join(timeout=60)
+
+
+def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items, of which a thread makes `count` in advance; none, and no thread, for 0."""
+    if not count:
+        yield from items
+        return
+    maker = _Maker(items, count)
+    _makers.add(maker)
+    maker.start()
+    try:
+        while True:
+            item, error = maker.made.get()
+            if error is not None:
+                raise error
+            assert item is not None
+            maker.free.release()
+            yield item
+    finally:
+        maker.close()
+
+
 def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:
     if key == "fingerprint":
         return (
-            "the training data changed since the checkpoint was written (documents, files or their sizes)",
+            "the training data changed since the checkpoint was written (files, their sizes, the tokenizer, the split)",
             "restore the files (or the Python installation) that the run started with, or start a new run",
         )
     return (
@@ -114,7 +208,9 @@ def build_loader(
     rank: int,
     world_size: int,
     seed: int,
-    split: Literal["train", "validation"] = "train",
+    split: Split = "train",
+    *,
+    prefetch: int = 2,
 ) -> TokenLoader:
     """The loader of one rank for the `[data]` section of a recipe.
 
@@ -122,17 +218,16 @@ def build_loader(
     different seeds are measured on the same tokens.
 
     Raises:
-        DataError: unknown source or tokenizer, missing directory, no documents, or none in this split.
+        DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
-    assert split in ("train", "validation")
-    tokenizer = build_tokenizer(data.tokenizer)
-    documents = documents_of(data, split)
+    stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
     return TokenLoader(
-        TokenStream(documents, tokenizer, seed if split == "train" else 0),
+        stream,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
         rank=rank,
         world_size=world_size,
-        fingerprint=fingerprint(documents),
+        fingerprint=fingerprint,
         restart=split == "validation",
+        prefetch=prefetch,
     )

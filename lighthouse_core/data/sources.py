@@ -1,32 +1,16 @@
-"""Sources: where documents come from, and which of them are held out.
+"""The source "python-sources": folders of Python files.
 
 A document has an `identity` that is the same on every machine, a `size` in bytes known without reading it, and `read`.
 """
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
+from lighthouse_core.data.documents import Keep, Place, Record, held_out, stable_hash
 from lighthouse_core.errors import DataError
-
-
-class DataSettings(Protocol):
-    """What is read of the recipe's `[data]` section."""
-
-    source: str
-    paths: Sequence[str]
-    tokenizer: str
-    validation: float
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit hash that is equal on every machine, Python and numpy version; it fits a signed 64-bit integer."""
-    text = "\0".join(str(part) for part in parts)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class File(NamedTuple):
@@ -77,17 +61,15 @@ class Document:
         return content
 
 
-def list_documents(source: str, paths: Sequence[str]) -> list[Document]:
-    """All documents of `[data] source` and `paths`, sorted by identity. Reads folder listings only.
+def list_documents(paths: Sequence[str]) -> list[Document]:
+    """All documents of `[data] paths`, sorted by identity. Reads folder listings only.
 
-    `python-sources` takes "stdlib" (the running interpreter's), "site-packages", or a directory. Hidden folders and
+    A path is "stdlib" (the running interpreter's), "site-packages", or a directory. Hidden folders and
     linked folders are not entered; files that are empty or cannot be read are left out.
 
     Raises:
-        DataError: unknown source, missing directory, a folder reached through two of the paths, or nothing found.
+        DataError: a missing directory, a folder reached through two of the paths, or nothing found.
     """
-    if source != "python-sources":
-        raise DataError(f'unknown data source "{source}"', hint='[data] source can be "python-sources"')
     documents: dict[str, Document] = {}
     labels: list[str] = []
     for entry in paths:
@@ -112,39 +94,35 @@ def list_documents(source: str, paths: Sequence[str]) -> list[Document]:
 
 
 def split_documents(documents: Sequence[Document], validation: float) -> tuple[list[Document], list[Document]]:
-    """(train, validation): a document is held out by the hash of its identity alone, whatever else is listed.
-
-    `validation` is the expected share of documents held out, 0 <= validation < 1.
-    """
-    limit = int(validation * 2**63)
-    # This salt keeps the top folder of the standard library, a sixth of its bytes, in training; "split" holds it out.
-    held_out = [stable_hash("heldout", document.identity) < limit for document in documents]
+    """(train, validation), by `held_out` of the identities."""
+    out = [held_out(document.identity, validation) for document in documents]
     return (
-        [document for document, out in zip(documents, held_out, strict=True) if not out],
-        [document for document, out in zip(documents, held_out, strict=True) if out],
+        [document for document, held in zip(documents, out, strict=True) if not held],
+        [document for document, held in zip(documents, out, strict=True) if held],
     )
-
-
-def documents_of(data: DataSettings, split: Literal["train", "validation"]) -> list[Document]:
-    """The documents of one split of a recipe's `[data]` section.
-
-    Raises:
-        DataError: as `list_documents`, or none in this split.
-    """
-    listed = list_documents(data.source, data.paths)
-    train, validation = split_documents(listed, data.validation)
-    documents = train if split == "train" else validation
-    if not documents:
-        raise DataError(
-            f"data.validation = {data.validation} leaves none of {len(listed)} documents for {split}",
-            hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more folders in data.paths",
-        )
-    return documents
 
 
 def fingerprint(documents: Sequence[Document]) -> int:
     """63 bits that change when a document or file is added, removed, renamed or resized."""
     return stable_hash(*((document.identity, *map(tuple, document.files)) for document in documents))
+
+
+class PythonSource:
+    """The documents as a source of text: each is a unit with one record."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.documents = list_documents(paths)
+        self.identities = [document.identity for document in self.documents]
+        self.sizes = [document.size for document in self.documents]
+        self.fingerprint = fingerprint(self.documents)
+
+    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+        document = self.documents[unit]
+        if place.row == 0 and keep(document.identity):
+            yield Record(document.identity, document.read(), Place(), Place(1))
+
+    def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
+        return [(Place(), self.sizes[unit])]
 
 
 def _resolve(entry: str) -> tuple[str, str]:

@@ -1,21 +1,47 @@
-"""The stream: documents in a seeded order, epoch after epoch, as one endless sequence BOS document EOS BOS ..."""
+"""The stream: documents in a seeded order, epoch after epoch, as one endless sequence BOS document EOS BOS ...
 
-from collections.abc import Sequence
-from typing import NamedTuple
+Two streams give it. Where token counts are known without reading, `TokenStream` has random access. Elsewhere
+`WalkingStream` tokenizes one document after another, on every process. Both hand out cursors.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lighthouse_core.data.sources import Document, stable_hash
-from lighthouse_core.data.tokenizer import BytesTokenizer
+from lighthouse_core.data.documents import Keep, Place, Source, Split, Tokenizer, epoch_order, keeper, with_ends
+from lighthouse_core.data.sources import Document
+from lighthouse_core.errors import DataError
+
+Reader = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+class Cursor(Protocol):
+    """A place in a stream that moves on.
+
+    Attributes:
+        position: plain integers from which the same stream's `cursor` goes on.
+    """
+
+    position: tuple[int, ...]
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens, int64 [count], and the index of each within its document (BOS is 0), int32 [count]."""
+
+    def peek(self) -> int:
+        """The token that comes next."""
+
+    def skip(self, count: int) -> None:
+        """Pass over tokens."""
 
 
 class Position(NamedTuple):
-    """A place in the stream.
+    """A place in a stream whose token counts are known.
 
     Attributes:
         epoch: times the data was passed before.
-        document: index into this epoch's order.
-        offset: tokens of that document already passed, BOS counted; less than its length.
+        document: index into this epoch's order of units: documents, or in prepared tokens the files that held them.
+        offset: tokens of that unit already passed, BOS and EOS counted; less than its length.
     """
 
     epoch: int = 0
@@ -23,19 +49,55 @@ class Position(NamedTuple):
     offset: int = 0
 
 
-class TokenStream:
-    """Random access to the endless token stream.
+class Unit(Protocol):
+    """Tokens that stay together in every epoch; `open` gives a reader (first, count) -> (ids, positions), which may
+    return fewer than count."""
 
-    The bytes tokenizer gives one id a byte, so file sizes are token counts and passing over text reads no file.
-    """
+    identity: str
+    length: int
 
-    def __init__(self, documents: Sequence[Document], tokenizer: BytesTokenizer, seed: int):
-        self.documents = documents
+    def open(self) -> Reader: ...
+
+    def document_lengths(self) -> np.ndarray: ...
+
+
+class BytesUnit:
+    """A document of Python files under the bytes tokenizer: one id a byte, so its size is its token count."""
+
+    def __init__(self, document: Document, tokenizer: Tokenizer):
+        self.document = document
         self.tokenizer = tokenizer
+        self.identity = document.identity
+        self.length = document.size + 2
+
+    def open(self) -> Reader:
+        tokens = with_ends(self.tokenizer, self.document.read())
+
+        def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+            part = tokens[offset : offset + count]
+            return part, np.arange(offset, offset + len(part), dtype=np.int32)
+
+        return read
+
+    def document_lengths(self) -> np.ndarray:
+        return np.array([self.length])
+
+
+class TokenStream:
+    """Random access to the endless token stream; passing over text reads nothing."""
+
+    start = Position()
+
+    def __init__(self, units: Sequence[Unit], seed: int):
+        self.units = units
         self.seed = seed
-        self._lengths = np.array([document.size + 2 for document in documents], dtype=np.int64)
+        self._identities = [unit.identity for unit in units]
+        self._lengths = np.array([unit.length for unit in units], dtype=np.int64)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._tokens_of: tuple[int, np.ndarray] | None = None
+        self._opened: tuple[int, Reader] | None = None
+
+    def cursor(self, position: Sequence[int]) -> "_Seeker":
+        return _Seeker(self, Position(*position))
 
     def advance(self, position: Position, count: int) -> Position:
         """The position `count` tokens further on; reads no document."""
@@ -47,40 +109,174 @@ class TokenStream:
         document = int(np.searchsorted(starts, place, side="right")) - 1
         return Position(epoch, document, place - int(starts[document]))
 
-    def read(self, position: Position, count: int) -> np.ndarray:
-        """The `count` tokens from `position` on, int64 [count].
+    def read(self, position: Position, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, positions within their documents) from `position` on: int64 and int32, [count].
 
         Raises:
             DataError: a document cannot be read as it was listed.
         """
-        out = np.empty(count, dtype=np.int64)
+        tokens, places = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
         filled = 0
         while filled < count:
-            tokens = self._document(position)[position.offset :][: count - filled]
-            out[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-            position = self.advance(position, len(tokens))
-        return out
+            index = int(self._order(position.epoch)[0][position.document])
+            left = min(count - filled, int(self._lengths[index]) - position.offset)
+            ids, within = self._open(index)(position.offset, left)
+            end = filled + len(ids)
+            tokens[filled:end], places[filled:end] = ids, within
+            filled = end
+            position = self.advance(position, len(ids))
+        return tokens, places
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices of documents in this epoch's order, token offset at which each begins and, last, the total)."""
-        if epoch not in self._orders:
-            ranked = sorted(
-                range(len(self.documents)),
-                key=lambda i: (stable_hash("order", self.seed, epoch, self.documents[i].identity), i),
-            )
-            order = np.array(ranked)
-            starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
+        """(indices of units in this epoch's order, token offset at which each begins and, last, the total)."""
+        found = self._orders.get(epoch)
+        if found is None:
+            order = np.array(epoch_order(self._identities, self.seed, epoch))
+            found = order, np.concatenate([[0], np.cumsum(self._lengths[order])])
             # A global micro-batch straddles at most a few epochs, of which the neighbour is the one asked for again.
-            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: (order, starts)}
-        return self._orders[epoch]
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: found}
+        return found
 
-    def _document(self, position: Position) -> np.ndarray:
-        """BOS, ids, EOS of the document at `position`. The last one is kept: long documents hold many samples."""
-        index = int(self._order(position.epoch)[0][position.document])
-        if self._tokens_of is None or self._tokens_of[0] != index:
-            self._tokens_of = None
-            ids = self.tokenizer.encode(self.documents[index].read())
-            tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]], dtype=np.int32)
-            self._tokens_of = index, tokens
-        return self._tokens_of[1]
+    def _open(self, index: int) -> Reader:
+        """The last unit read stays open: long documents hold many samples."""
+        opened = self._opened
+        if opened is None or opened[0] != index:
+            self._opened = None
+            self._opened = opened = index, self.units[index].open()
+        return opened[1]
+
+
+class _Seeker:
+    def __init__(self, stream: TokenStream, position: Position):
+        self.stream = stream
+        self.position = position
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        taken = self.stream.read(self.position, count)
+        self.skip(count)
+        return taken
+
+    def peek(self) -> int:
+        return int(self.stream.read(self.position, 1)[0][0])
+
+    def skip(self, count: int) -> None:
+        self.position = self.stream.advance(self.position, count)
+
+
+class WalkPosition(NamedTuple):
+    """A place in a stream whose token counts are not known.
+
+    Attributes:
+        epoch: times the data was passed before.
+        file: index into this epoch's order of units (files, or shards of a data set).
+        row: records of that unit already passed.
+        byte: offset of the next record in a line file, else 0.
+        offset: tokens of the next record already passed, BOS counted.
+    """
+
+    epoch: int = 0
+    file: int = 0
+    row: int = 0
+    byte: int = 0
+    offset: int = 0
+
+
+class WalkingStream:
+    """The endless token stream of a source of text, tokenized on the way."""
+
+    start = WalkPosition()
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, seed: int, split: Split, validation: float):
+        self.source = source
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.split: Split = split
+        self.validation = validation
+        self.keep = keeper(split, validation)
+
+    def cursor(self, position: Sequence[int]) -> "_Walker":
+        return _Walker(self, WalkPosition(*position))
+
+    def documents(
+        self, position: WalkPosition, keep: Keep | None = None
+    ) -> Iterator[tuple[WalkPosition, WalkPosition, np.ndarray]]:
+        """(place before, place after, tokens with BOS and EOS) of every document from `position` on, for ever.
+
+        `keep` takes the place of `self.keep`.
+
+        Raises:
+            DataError: text that cannot be read, or a whole epoch without a document.
+        """
+        keep = keep or self.keep
+        epoch, first, place = position.epoch, position.file, Place(position.row, position.byte)
+        while True:
+            found = first > 0 or place != Place()
+            order = epoch_order(self.source.identities, self.seed, epoch)
+            for number in range(first, len(order)):
+                for record in self.source.records(order[number], place, keep):
+                    found = True
+                    before = WalkPosition(epoch, number, *record.start)
+                    after = WalkPosition(epoch, number, *record.end)
+                    yield before, after, with_ends(self.tokenizer, record.content)
+                place = Place()
+            if not found:
+                raise no_documents(self.split, self.validation)
+            epoch, first = epoch + 1, 0
+
+
+class _Walker:
+    def __init__(self, stream: WalkingStream, position: WalkPosition):
+        self.position = position
+        self._bos = stream.tokenizer.bos_id
+        self._documents = stream.documents(position)
+        self._tokens: np.ndarray | None = None
+        self._before = self._after = position
+        if position.offset:
+            self._next_document()
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, places = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
+        filled = 0
+        for offset, part in self._pass(count):
+            end = filled + len(part)
+            tokens[filled:end] = part
+            places[filled:end] = np.arange(offset, offset + len(part))
+            filled = end
+        return tokens, places
+
+    def peek(self) -> int:
+        return self._bos if self._tokens is None else int(self._tokens[self.position.offset])
+
+    def skip(self, count: int) -> None:
+        for _ in self._pass(count):
+            pass
+
+    def _pass(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        while count:
+            if self._tokens is None:
+                self._next_document()
+            assert self._tokens is not None
+            offset = self.position.offset
+            part = self._tokens[offset : offset + count]
+            count -= len(part)
+            if offset + len(part) == len(self._tokens):
+                self.position, self._tokens = self._after, None
+            else:
+                self.position = self._before._replace(offset=offset + len(part))
+            yield offset, part
+
+    def _next_document(self) -> None:
+        self._before, self._after, self._tokens = next(self._documents)
+        offset = self.position.offset
+        if offset and (self._before != self.position._replace(offset=0) or offset >= len(self._tokens)):
+            raise DataError(
+                "the training data changed since the checkpoint was written: its place is not in the data any more",
+                hint="restore the files that the run started with, or start a new run",
+            )
+
+
+def no_documents(split: Split, validation: float) -> DataError:
+    return DataError(
+        f"data.validation = {validation} leaves no documents for {split}",
+        hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more in data.paths",
+    )

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, UserError
 from lighthouse_core.export import llama, verify
 from lighthouse_core.export.source import Source, find_source, load_weights
-from lighthouse_core.export.tokenizer import BOS_ID, EOS_ID, write_bytes_tokenizer
+from lighthouse_core.export.tokenizer import check_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +79,24 @@ def strip(
         raise UserError(f"verify length {verify_length} is not positive")
     source, out = find_source(Path(checkpoint)), Path(out).resolve()
     recipe = source.run.recipe
-    _check_exportable(recipe)
+    tokenizer = checked_tokenizer(recipe)
     warnings = _check_recovered(source, allow_unrecovered)
     table = llama.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
         _write_json(
             directory / "config.json",
-            llama.hf_config(recipe.model, seq_len=recipe.training.seq_len, bos_id=BOS_ID, eos_id=EOS_ID, dtype=dtype),
+            llama.hf_config(
+                recipe.model,
+                seq_len=recipe.training.seq_len,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+                dtype=dtype,
+            ),
         )
-        _write_json(directory / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID})
-        write_bytes_tokenizer(directory, max_length=recipe.training.seq_len)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        _write_json(directory / "generation_config.json", ids)
+        write_tokenizer(directory, tokenizer, max_length=recipe.training.seq_len)
         logger.info("reading %s", source.path)
         weights = load_weights(source, table)
         files = _write_weights(directory, weights, table, _DTYPES[dtype], shard_bytes)
@@ -99,7 +107,10 @@ def strip(
         verify.check_weights(files, weights, table, _DTYPES[dtype])
         verified.append("weights equal the checkpoint's bit for bit, and are exactly LlamaForCausalLM's")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
-        if problem := verify.transformers_problem():
+        problem = verify.transformers_problem()
+        size = check_tokenizer(directory, tokenizer, transformers=not problem)
+        verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
+        if problem:
             skipped.append(f"logits at lengths {_join(lengths)}: transformers cannot be used ({problem})")
         else:
             for weight in weights.values():  # in place: a second copy of a large model is not affordable
@@ -121,12 +132,6 @@ def strip(
         skipped=tuple(skipped),
         warnings=tuple(warnings),
     )
-
-
-def _check_exportable(recipe: Any) -> None:
-    tokenizer = recipe.data.tokenizer
-    if tokenizer != "bytes":
-        raise UserError(f'the tokenizer "{tokenizer}" cannot be exported')
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:

@@ -48,7 +48,8 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "metrics.log_freq": recipe.metrics.every,
         "metrics.enable_tensorboard": recipe.metrics.tensorboard,
         "metrics.save_tb_folder": "tb",
-        "metrics.enable_wandb": recipe.metrics.wandb,
+        # Metrics does this itself: torchtitan goes on, and only makes a note, where it cannot be set up.
+        "metrics.enable_wandb": False,
         "metrics.disable_color_printing": True,
         "model.name": MODEL,
         "model.flavor": MODEL,

@@ -1,19 +1,26 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress line a logged step."""
+"""Metrics of a run: metrics.jsonl, from which the launcher shows progress, TensorBoard and Weights & Biases."""
 
 import contextlib
 import json
+import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torchtitan.components.metrics import DeviceMemoryMonitor, MetricsProcessor, _build_metric_logger
+from torchtitan.components.metrics import (
+    BaseLogger,
+    DeviceMemoryMonitor,
+    LoggerContainer,
+    MetricsProcessor,
+    WandBLogger,
+    _build_metric_logger,
+)
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
+from lighthouse_core.errors import UserError
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
-from lighthouse_core.train.progress import progress_line
 
 if TYPE_CHECKING:
     from lighthouse_core.titan.trainer import Stage
@@ -39,6 +46,29 @@ class _HostMemoryMonitor:
         pass
 
 
+def _build_loggers(stage: "Stage", job_config, parallel_dims) -> BaseLogger:
+    """torchtitan's loggers.
+
+    Raises:
+        UserError: Weights & Biases was asked for and cannot be set up.
+    """
+    loggers = _build_metric_logger(job_config, parallel_dims)
+    if stage.recipe.metrics.wandb and torch.distributed.get_rank() == 0:
+        os.environ.setdefault("WANDB_PROJECT", "lighthouse")
+        os.environ.setdefault("WANDB_RUN_NAME", stage.run.name)
+        others, loggers = loggers, LoggerContainer()
+        loggers.add_logger(others)
+        try:
+            loggers.add_logger(WandBLogger(str(stage.run.path), job_config))
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"Weights & Biases cannot be set up: {reason}",
+                hint="WANDB_MODE=offline keeps the records here; --set metrics.wandb=false does without",
+            ) from None
+    return loggers
+
+
 def keep_rows(path: Path, step: int) -> Path:
     """Drop from a metrics file the rows after `step`, and a last row cut short by a crash; returns `path`."""
     kept = []
@@ -53,7 +83,7 @@ def keep_rows(path: Path, step: int) -> Path:
 
 
 class Metrics(MetricsProcessor):
-    """Writes one JSON object a logged step to metrics.jsonl, and prints one line, on rank 0.
+    """Writes one JSON object a logged step to metrics.jsonl, on rank 0.
 
     Keys of a training row: `step`, `stage` ("lighthouse" or "dense"), `loss` (nats per token), `leaky` (true where the
     selection saw later tokens, so that the loss is no language-model loss), `grad_norm`, `lr`, `tokens` (since the
@@ -66,7 +96,7 @@ class Metrics(MetricsProcessor):
         self.stage = stage
         self.job_config = job_config
         self.parallel_dims = parallel_dims
-        self.logger = _build_metric_logger(job_config, parallel_dims)
+        self.logger = _build_loggers(stage, job_config, parallel_dims)
         self.device_memory_monitor = DeviceMemoryMonitor() if HAS_ACCELERATOR else _HostMemoryMonitor()
         self.gpu_peak_flops = get_peak_flops(self.device_memory_monitor.device_name) if HAS_ACCELERATOR else None
         self.color = NoColor()
@@ -77,7 +107,7 @@ class Metrics(MetricsProcessor):
         self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.scorer == "norm"
         self.file = None
         self.last_step = self.start_step = stage.start
-        self.last_time = self.start_time = 0.0
+        self.last_time = 0.0
 
     def begin(self, step: int) -> None:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
@@ -88,7 +118,7 @@ class Metrics(MetricsProcessor):
         if torch.distributed.get_rank() == 0:
             self.file = keep_rows(self.stage.run.path / "metrics.jsonl", step).open("a", encoding="utf-8")
         self.last_step = self.start_step = step
-        self.last_time = self.start_time = time.perf_counter()
+        self.last_time = time.perf_counter()
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.stage.end or step == self.start_step + 1
@@ -112,20 +142,12 @@ class Metrics(MetricsProcessor):
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             row["mfu"] = self.num_flops_per_token * per_device / self.gpu_peak_flops
         self._write(step, row)
-        if self.file:
-            left = (self.stage.end - step) * (now - self.start_time) / (step - self.start_step)
-            print(
-                progress_line(step, self.stage.end, self.stage.name, row, left, self.leaky), file=sys.stderr, flush=True
-            )
         self.last_step, self.last_time = step, now
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         self._write(step, {"val_loss": float(loss)})
-        if self.file:
-            note = " (leaky)" if self.leaky else ""
-            print(f"step {step}  {self.stage.name}  validation loss {loss:.4f}{note}", file=sys.stderr, flush=True)
         # The time that validation took belongs to no training step.
         self.last_time = time.perf_counter()
 

@@ -118,6 +118,11 @@ def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "
     )
 
 
+def _for_model(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch without its positions: packing is "concat", attention and RoPE cross the boundaries of documents."""
+    return {key: value for key, value in input_dict.items() if key != "positions"}
+
+
 class Validator(TitanValidator):
     """torchtitan's validator over the held-out split, every `metrics.validation_every` steps and at the stage's end."""
 
@@ -150,7 +155,7 @@ class Validator(TitanValidator):
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
         set_selection_keys(model_parts[0], self.stage.recipe.training.seed, 0, sample)
-        return super().post_dataloading_process(input_dict, labels, model_parts)
+        return super().post_dataloading_process(_for_model(input_dict), labels, model_parts)
 
 
 def _amp(recipe: Recipe, autocast: contextlib.AbstractContextManager) -> contextlib.AbstractContextManager:
@@ -202,6 +207,9 @@ class Trainer(TitanTrainer):
     def train_step(self, data_iterator) -> None:
         self.micro_batch = 0
         super().train_step(data_iterator)
+
+    def post_dataloading_process(self, input_dict, labels):
+        return super().post_dataloading_process(_for_model(input_dict), labels)
 
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
         if self.needs_keys:

@@ -1,6 +1,9 @@
-"""The line a user sees for a logged step."""
+"""Following a run in training: the new rows of its metrics.jsonl, what they add up to, and each as a plain line."""
 
-from typing import Any
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 def clock(seconds: float) -> str:
@@ -25,3 +28,116 @@ def progress_line(step: int, end: int, stage: str, row: dict[str, Any], seconds_
         f"step {step}/{end}  {stage}  {loss}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tok/s  {clock(seconds_left)} left"
     )
+
+
+def validation_line(row: dict[str, Any]) -> str:
+    """One plain line of a validation row."""
+    note = " (leaky)" if row["leaky"] else ""
+    return f"step {row['step']}  {row['stage']}  validation loss {row['val_loss']:.4f}{note}"
+
+
+class Tail:
+    """Reads the rows that training adds to a metrics file.
+
+    Training replaces the file when it begins, without the rows of steps that it is about to repeat; whatever lay there
+    before that is not read. Make the Tail before training starts.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stale = self._inode()
+        self._offset = 0
+
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """The complete rows since the last call: each one's text and its values."""
+        if self._stale is not None:
+            if self._inode() in (None, self._stale):
+                return []
+            self._stale = None
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return []
+        # A row that is still being written has no line break yet.
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        lines = text.decode("utf-8", errors="replace").splitlines()
+        return [(line, json.loads(line)) for line in lines if line.strip()]
+
+    def _inode(self) -> int | None:
+        try:
+            return self.path.stat().st_ino
+        except OSError:
+            return None
+
+
+class Point(NamedTuple):
+    """One loss of a run, in nats per token."""
+
+    step: int
+    stage: str
+    loss: float
+    leaky: bool
+
+
+@dataclass
+class Progress:
+    """What is known of one stage in training. Times are seconds of one monotonic clock.
+
+    Attributes:
+        name: of the run.
+        stage: "lighthouse" or "dense".
+        start, end: steps between which the stage lies.
+        begin: the finished step that this launch goes on from.
+        processes: in all.
+        started: when this launch began.
+        recovery: whether a Lighthouse stage came before.
+        checkpoint: step of the newest complete checkpoint.
+        points: every loss of the run so far, of earlier launches too.
+        row: the newest training row of this launch.
+        validation: the newest validation row of the run.
+    """
+
+    name: str
+    stage: str
+    start: int
+    end: int
+    begin: int
+    processes: int
+    started: float
+    recovery: bool = False
+    checkpoint: int | None = None
+    points: list[Point] = field(default_factory=list)
+    row: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
+    _first: tuple[int, float] | None = None
+    _last: tuple[int, float] | None = None
+
+    @property
+    def step(self) -> int:
+        """The newest step that is known to be finished."""
+        return self.row["step"] if self.row else self.begin
+
+    def add(self, row: dict[str, Any], now: float) -> bool:
+        """Take in a row seen at `now`. Returns whether it is of this launch rather than of an earlier one."""
+        fresh = row["step"] > self.begin
+        if "val_loss" in row:
+            self.validation = row
+        if "loss" in row:
+            self.points.append(Point(row["step"], row["stage"], row["loss"], row["leaky"]))
+            if fresh:
+                self.row = row
+                self._last = (row["step"], now)
+                self._first = self._first or self._last
+        return fresh
+
+    def seconds_left(self, now: float) -> float | None:
+        """Estimate for the rest of the stage, checkpoints and validation included; None before the first row."""
+        if self.row is None or self._first is None or self._last is None:
+            return None
+        (step_0, time_0), (step_1, time_1) = self._first, self._last
+        # The first step is slower than the others: it says something only as long as it is alone.
+        per_step = (time_1 - time_0) / (step_1 - step_0) if time_1 > time_0 else self.row["seconds"]
+        return max(0.0, (self.end - step_1) * per_step - (now - time_1))

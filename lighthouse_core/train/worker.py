@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.launch import report_exit
+from lighthouse_core.launch import QUIET, report_exit
 from lighthouse_core.runs import Run
 from lighthouse_core.train.stop import Interrupted, request_stop
 
@@ -25,6 +25,7 @@ def _set_up_logging(run_dir: Path, rank: int) -> None:
     if rank == 0:
         ours = logging.StreamHandler(sys.stderr)
         ours.setFormatter(logging.Formatter("%(message)s"))
+        ours.setLevel(logging.ERROR if os.environ.get(QUIET) else logging.INFO)
         logging.getLogger("lighthouse_core").addHandler(ours)
 
 

@@ -1,5 +1,6 @@
 """The command line in this process, with the training itself replaced by the files it would leave."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,15 +79,23 @@ def lighthouse(here, monkeypatch, capsys):
 
 
 class Trainer:
-    """Stands in for the training processes: leaves a checkpoint at `stop`, or at the stage's end."""
+    """Stands in for the training processes: leaves `rows`, and a checkpoint at `stop` or at the stage's end."""
 
     def __init__(self):
         self.launches: list[tuple[str, launch.Plan]] = []
         self.stop: int | None = None
         self.code = 0
+        self.rows: list[dict] = []
+        self.watcher: launch.Watcher | None = None
 
-    def __call__(self, run_dir: Path, plan: launch.Plan) -> int:
+    def __call__(self, run_dir: Path, plan: launch.Plan, watcher: launch.Watcher) -> int:
         self.launches.append((str(run_dir), plan))
+        self.watcher = watcher
+        if self.rows:
+            # Training replaces the file.
+            (run_dir / "new").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            (run_dir / "new").replace(run_dir / "metrics.jsonl")
+            watcher.tick(False)
         if self.code in (0, 130, 143):
             step = Run(run_dir).end if self.stop is None else self.stop
             folder = Run(run_dir).checkpoint_dir(step)

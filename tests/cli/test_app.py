@@ -29,6 +29,12 @@ def shell(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["recover", "--help"], HEAVY),
         (["strip", "--help"], HEAVY),
         (["profile", "--help"], HEAVY),
+        (["runs", "--help"], HEAVY),
+        (["data", "prepare", "--help"], HEAVY),
+        (["tokenizer", "train", "--help"], HEAVY),
+        (["recipes", "copy", "--help"], HEAVY),
+        (["runs"], HEAVY),
+        (["recipes", "list"], HEAVY),
         (["profile"], HEAVY),
         (["profile", "--seq", "many"], HEAVY),
         (["profile", "--seq", "2048", "--topk", "5"], ("torch",)),
@@ -66,7 +72,7 @@ def test_help_is_quick():
 
 def test_help_lists_the_commands():
     answer = shell("-m", "lighthouse_cli", "--help")
-    assert all(name in answer.stdout for name in ("pretrain", "recover", "strip", "profile", "--version"))
+    assert all(name in answer.stdout for name in ("pretrain", "recover", "strip", "profile", "runs", "recipes", "data"))
     assert "\x1b" not in answer.stdout
     answer = shell("-m", "lighthouse_cli", "--version")
     assert answer.stdout.startswith("lighthouse ")

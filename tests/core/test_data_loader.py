@@ -148,7 +148,7 @@ def test_epochs_roll_over_in_another_order(data):
     documents = [
         part[: np.argmax(part == EOS)].tobytes() for part in np.split(streamed, np.where(streamed == BOS)[0])[1:]
     ]
-    count = len(loader(data).stream.documents)
+    count = len(loader(data).stream.units)
     first, second = documents[:count], documents[count : 2 * count]
     assert sorted(first) == sorted(second) and first != second
     one = loader(data, 1)
@@ -171,7 +171,7 @@ def test_seeking_reads_nothing_and_a_rank_reads_only_its_samples(data, monkeypat
     read = []
     original = Document.read
     monkeypatch.setattr(Document, "read", lambda self: read.append(self.identity) or original(self))
-    one = loader(data, 1, rank=5, world_size=2000)
+    one = build_loader(data, 1, 1, 5, 2000, 0, prefetch=0)
     one.load_state_dict(one.state_dict() | {"samples": 10**9, "epoch": 10**6, "document": 3, "offset": 1})
     assert read == []
     next(iter(one))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse_core.data.sources import fingerprint, list_documents, split_documents, stable_hash
+from lighthouse_core.data.documents import stable_hash
+from lighthouse_core.data.sources import fingerprint, list_documents, split_documents
 from lighthouse_core.errors import DataError
 
 
@@ -17,7 +18,7 @@ def write(root, files):
 
 
 def listed(*paths):
-    return list_documents("python-sources", [str(path) for path in paths])
+    return list_documents([str(path) for path in paths])
 
 
 def contents(documents):
@@ -97,14 +98,13 @@ def test_a_file_gone_since_listing_is_an_error(tmp_path):
 
 
 def test_mistakes_are_the_users_errors_with_hints(tmp_path):
-    for source, paths, message in [
-        ("python-sources", [str(tmp_path / "nowhere")], "no directory"),
-        ("python-sources", [str(tmp_path)], "no Python files"),
-        ("python-sources", [], "no Python files"),
-        ("parquet", ["stdlib"], "unknown data source"),
+    for paths, message in [
+        ([str(tmp_path / "nowhere")], "no directory"),
+        ([str(tmp_path)], "no Python files"),
+        ([], "no Python files"),
     ]:
         with pytest.raises(DataError, match=message) as error:
-            list_documents(source, paths)
+            list_documents(paths)
         assert error.value.hint
 
 

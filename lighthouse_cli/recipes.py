@@ -1,0 +1,61 @@
+"""lighthouse recipes: the recipes that come with the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lighthouse_cli import _complete, _output
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and copy the recipes that come along.")
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As listed.", autocompletion=_complete.shipped)]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """Every recipe, and what it is."""
+    from lighthouse_core.listing import recipe_title, shipped_recipes
+
+    rows = [(name, recipe_title(path)) for name, path in sorted(shipped_recipes().items())]
+    _output.table("", ("name", "what it is"), rows, text_columns=2)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a recipe."""
+    _output.data(_find(name).read_text(encoding="utf-8").rstrip("\n"))
+
+
+@app.command()
+def copy(
+    name: Name,
+    dest: Annotated[Path, typer.Argument(metavar="[DEST]", help="File or directory.", show_default=False)] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    from lighthouse_core.errors import UserError
+
+    source = _find(name)
+    target = dest / source.name if dest.is_dir() else dest
+    try:
+        with target.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{target} exists", hint="give another DEST, or remove it") from None
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    _output.data(str(target))
+
+
+def _find(name: str) -> Path:
+    import difflib
+
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.listing import shipped_recipes
+
+    shipped = shipped_recipes()
+    found = shipped.get(name.removesuffix(".toml"))
+    if found is None:
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(shipped))}"
+        raise UserError(f"no recipe {name} comes with the package", hint=hint)
+    return found

@@ -1,0 +1,96 @@
+"""From a recipe's `[data]` section to the stream of one split."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lighthouse_core.data.documents import Source, Split, Tokenizer, keeper, stable_hash
+from lighthouse_core.data.files import FilesSource
+from lighthouse_core.data.hub import HubSource
+from lighthouse_core.data.shards import PreparedTokens
+from lighthouse_core.data.sources import PythonSource
+from lighthouse_core.data.stream import BytesUnit, TokenStream, WalkingStream, no_documents
+from lighthouse_core.data.tokenizer import BytesTokenizer
+from lighthouse_core.errors import DataError
+
+Stream = TokenStream | WalkingStream
+
+
+class DataSettings(Protocol):
+    """What is read of the recipe's `[data]` section. Only the sources that use them read text_key and hf_*."""
+
+    source: str
+    paths: Sequence[str]
+    tokenizer: str
+    validation: float
+    text_key: str
+    hf_config: str
+    hf_split: str
+    hf_revision: str
+
+
+def build_source(data: DataSettings) -> Source:
+    """The text that `[data]` names; not for prepared tokens.
+
+    Raises:
+        DataError: an unknown source, or nothing there.
+    """
+    if data.source == "python-sources":
+        return PythonSource(data.paths)
+    if data.source == "files":
+        return FilesSource(data.paths, data.text_key)
+    if data.source == "hf":
+        return HubSource(data.paths[0], data.hf_config, data.hf_split, data.hf_revision, data.text_key)
+    raise DataError(
+        f'unknown data source "{data.source}"',
+        hint='[data] source can be "python-sources", "files", "hf" or "tokens"',
+    )
+
+
+def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Split) -> tuple[Stream, int]:
+    """The stream of a split, and a fingerprint of it: 63 bits of the listing, the split and the tokenizer.
+
+    The validation order does not depend on `seed`, so runs with different seeds are measured on the same tokens.
+
+    Raises:
+        DataError: as `build_source`; prepared tokens that do not fit; no documents in this split, where that is known
+            without reading.
+    """
+    assert split in ("train", "validation")
+    seed = seed if split == "train" else 0
+    stream: Stream
+    if data.source == "tokens":
+        prepared = open_tokens(data, tokenizer)
+        units, listing = prepared.units(split), prepared.fingerprint
+        if not units:
+            raise no_documents(split, data.validation)
+        stream = TokenStream(units, seed)
+    else:
+        source = build_source(data)
+        listing = source.fingerprint
+        if isinstance(source, PythonSource):
+            # Its documents are its units, so the split is known without reading.
+            keep = keeper(split, data.validation)
+            documents = [document for document in source.documents if keep(document.identity)]
+            if not documents:
+                raise no_documents(split, data.validation)
+        if isinstance(source, PythonSource) and isinstance(tokenizer, BytesTokenizer):
+            stream = TokenStream([BytesUnit(document, tokenizer) for document in documents], seed)
+        else:
+            stream = WalkingStream(source, tokenizer, seed, split, data.validation)
+    kind = data.source == "tokens"
+    return stream, stable_hash("stream", kind, listing, tokenizer.fingerprint, split, float(data.validation))
+
+
+def open_tokens(data: DataSettings, tokenizer: Tokenizer) -> PreparedTokens:
+    """The prepared directory of `source = "tokens"`.
+
+    Raises:
+        DataError: it does not fit the recipe, or is damaged.
+    """
+    prepared = PreparedTokens(data.paths[0], tokenizer)
+    if prepared.validation != data.validation:
+        raise DataError(
+            f"{prepared.path} was prepared with data.validation = {prepared.validation}, not {data.validation}",
+            hint=f"set data.validation = {prepared.validation}",
+        )
+    return prepared

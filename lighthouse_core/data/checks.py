@@ -1,0 +1,74 @@
+"""What can be found wrong with a recipe's data before any process starts."""
+
+import time
+from typing import TYPE_CHECKING
+
+from lighthouse_core.data import shards
+from lighthouse_core.data.build import build_stream, open_tokens
+from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
+from lighthouse_core.data.stream import WalkingStream
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.errors import DataError
+
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+
+# A source of text is read up to its first document of each split, but no longer than this.
+_SECONDS = 20.0
+
+
+def check(recipe: "Recipe") -> list[str]:
+    """Check that the tokenizer loads and fits the model, and that each split has documents; verify prepared tokens.
+
+    Returns:
+        What a user should know was not checked, a sentence each.
+
+    Raises:
+        DataError: what is wrong.
+    """
+    tokenizer = checked_tokenizer(recipe)
+    notes = []
+    if recipe.data.source == "tokens":
+        prepared = open_tokens(recipe.data, tokenizer)
+        if prepared.size <= shards.VERIFY_LIMIT:
+            prepared.verify()
+        else:
+            notes.append(
+                f"{prepared.path}: headers and sizes are verified, checksums ({prepared.size / 2**30:.0f} GiB) are "
+                "not; lighthouse data inspect RECIPE --verify reads them"
+            )
+    splits: tuple[Split, ...] = ("train", "validation") if recipe.data.validation else ("train",)
+    for split in splits:
+        stream, _ = build_stream(recipe.data, tokenizer, recipe.training.seed, split)
+        if isinstance(stream, WalkingStream) and not _has_document(stream):
+            notes.append(f"no document for {split} found in {_SECONDS:.0f} seconds; the first batch may take long")
+    return notes
+
+
+def checked_tokenizer(recipe: "Recipe") -> Tokenizer:
+    """The recipe's tokenizer.
+
+    Raises:
+        DataError: it cannot be loaded, or has more ids than the model has rows.
+    """
+    tokenizer = build_tokenizer(recipe.data.tokenizer)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size = {recipe.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the "
+            f"tokenizer {recipe.data.tokenizer}",
+            hint=f"set model.vocab_size to at least {tokenizer.vocab_size}",
+        )
+    return tokenizer
+
+
+def _has_document(stream: WalkingStream) -> bool:
+    """False when the time is over before it is known.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        next(stream.documents(stream.start, timely(stream.keep, time.monotonic() + _SECONDS)))
+    except TimeIsUp:
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""What every source of text shares: units, the records in them, and which of these are held out."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from lighthouse_core.errors import DataError
+
+Split = Literal["train", "validation"]
+Keep = Callable[[str], bool]
+
+
+class Place(NamedTuple):
+    """A place between two records of a unit.
+
+    Attributes:
+        row: records before it, those that are empty or held out counted: line, parquet row, or example number.
+        byte: offset in a line file; 0 where the row is enough to seek.
+    """
+
+    row: int = 0
+    byte: int = 0
+
+
+class Record(NamedTuple):
+    """One document as a source gives it.
+
+    Attributes:
+        identity: the same on every machine; decides whether the document is held out.
+        content: never empty.
+        start, end: the places before and after it.
+    """
+
+    identity: str
+    content: str | bytes
+    start: Place
+    end: Place
+
+
+class Source(Protocol):
+    """Text in units: files, folders or parts of a data set. An epoch orders units; records keep their order inside.
+
+    Attributes:
+        identities: of the units, the same on every machine.
+        sizes: of the units in bytes; 0 where unknown.
+        fingerprint: 63 bits that change with the listing and with what is read of it.
+    """
+
+    identities: Sequence[str]
+    sizes: Sequence[int]
+    fingerprint: int
+
+    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+        """The records of a unit from a place on whose identity is kept; others are passed over unparsed.
+
+        Raises:
+            DataError: naming file and line, what cannot be read.
+        """
+
+    def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
+        """Places that cut a unit into pieces of about `size` bytes, each with its own size; the first is Place()."""
+
+
+class Tokenizer(Protocol):
+    """What training needs of a tokenizer.
+
+    Attributes:
+        vocab_size: ids are below it; a model's vocabulary must be at least as large.
+        bos_id, eos_id: what every document begins and ends with.
+        fingerprint: 63 bits of the vocabulary and the rules; tokenizers with the same one give the same ids.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: int
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids of `text`, int32 [length], without BOS and EOS; DataError if it cannot take the text."""
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """Text of `ids`, without BOS and EOS."""
+
+
+def stable_hash(*parts: object) -> int:
+    """A 63-bit hash that is equal on every machine, Python and numpy version; it fits a signed 64-bit integer."""
+    text = "\0".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def held_out(identity: str, validation: float) -> bool:
+    """Whether a document belongs to validation, by the hash of its identity alone, whatever else is listed.
+
+    `validation` is the expected share of documents held out, 0 <= validation < 1.
+    """
+    # This salt keeps the top folder of the standard library, a sixth of its bytes, in training; "split" holds it out.
+    return stable_hash("heldout", identity) < int(validation * 2**63)
+
+
+def keeper(split: Split, validation: float) -> Keep:
+    """Which identities belong to a split."""
+    if not validation:
+        return lambda identity: split == "train"
+    wanted = split == "validation"
+    return lambda identity: held_out(identity, validation) == wanted
+
+
+class TimeIsUp(Exception):
+    """A walk over records has lasted as long as it may."""
+
+
+def timely(keep: Keep, deadline: float) -> Keep:
+    """`keep`, until a time of time.monotonic; TimeIsUp from then on, also where records that are kept are rare."""
+
+    def keep_in_time(identity: str) -> bool:
+        if time.monotonic() > deadline:
+            raise TimeIsUp
+        return keep(identity)
+
+    return keep_in_time
+
+
+def epoch_order(identities: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """Indices of units in the order of one epoch. Sorting by hash, any subset of the units has the same order."""
+    return sorted(range(len(identities)), key=lambda i: (stable_hash("order", seed, epoch, identities[i]), i))
+
+
+def with_ends(tokenizer: Tokenizer, content: str | bytes) -> np.ndarray:
+    """BOS, the ids of a document, EOS; int32.
+
+    Bytes that are not UTF-8 (Python files may hold any) become U+FFFD for a tokenizer that takes text alone.
+    """
+    try:
+        ids = tokenizer.encode(content)
+    except DataError:
+        if isinstance(content, str):
+            raise
+        ids = tokenizer.encode(content.decode("utf-8", errors="replace"))
+    tokens = np.empty(len(ids) + 2, dtype=np.int32)
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    return tokens

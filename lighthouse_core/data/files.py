@@ -1,0 +1,283 @@
+"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream."""
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
+from lighthouse_core.errors import DataError
+
+_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_BUFFER = 1 << 20
+# Rows decoded at a time; long documents make a batch of any number of rows large.
+_BATCH_ROWS = 64
+_CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file; `path`, where it is on this machine, is no part of what it is."""
+
+    identity: str
+    size: int
+    path: str = field(compare=False)
+
+
+class FilesSource:
+    """Files found by globs; each is a unit. Empty documents and blank lines are passed over."""
+
+    def __init__(self, paths: Sequence[str], text_key: str):
+        self.files = list_files(paths)
+        self.text_key = text_key
+        self.identities = [file.identity for file in self.files]
+        self.sizes = [file.size for file in self.files]
+        self.fingerprint = stable_hash("files", text_key, *((file.identity, file.size) for file in self.files))
+
+    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+        file = self.files[unit]
+        if file.path.endswith(".jsonl"):
+            return _lines(file, place, keep, self.text_key)
+        if file.path.endswith(".parquet"):
+            return _rows(file, place, keep, self.text_key)
+        return _whole(file, place, keep)
+
+    def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
+        file = self.files[unit]
+        if file.size <= size:
+            return [(Place(), file.size)]
+        if file.path.endswith(".jsonl"):
+            return _cut_lines(file, size)
+        if file.path.endswith(".parquet"):
+            return _cut_rows(file, size, self.text_key)
+        return [(Place(), file.size)]
+
+
+def list_files(paths: Sequence[str]) -> list[TextFile]:
+    """The files that the globs of `[data] paths` match, sorted by identity. Reads folder listings only.
+
+    An identity is the name of the glob's fixed folder and the path below it: "corpus/a/b.jsonl" for corpus/**/*.jsonl
+    wherever corpus lies. Hidden and empty files are left out.
+
+    Raises:
+        DataError: a glob without files, another kind of file, a file matched twice.
+    """
+    files: dict[str, TextFile] = {}
+    roots: list[str] = []
+    for entry in paths:
+        pattern = os.path.expanduser(entry)
+        root = os.path.realpath(_fixed_folder(pattern))
+        if root not in roots:
+            roots.append(root)
+        names = [os.path.basename(one) for one in roots[: roots.index(root) + 1]]
+        # A name seen before gets a number: no machine's paths enter identities.
+        label = names[-1] if names.count(names[-1]) == 1 else f"{names[-1]}:{names.count(names[-1])}"
+        matched = [path for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path)]
+        if not matched:
+            raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
+        for path in matched:
+            if not path.endswith(_SUFFIXES):
+                raise DataError(
+                    f"data.paths: {path} is not one of {', '.join(_SUFFIXES)}", hint="name the suffix in the glob"
+                )
+            real = os.path.realpath(path)
+            if real in files:
+                raise DataError(
+                    f"data.paths matches {path} twice",
+                    hint="match each file once: a copy of a held-out document could be trained on",
+                )
+            below = os.path.relpath(path, _fixed_folder(pattern)).replace(os.sep, "/")
+            files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real)
+    found = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
+    if not found:
+        raise DataError(f"every file under data.paths = {list(paths)} is empty")
+    return found
+
+
+def _fixed_folder(pattern: str) -> str:
+    parts = pattern.split(os.sep)
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return os.sep.join(parts[:fixed]) or (os.sep if pattern.startswith(os.sep) else ".")
+
+
+def _folder_hint(pattern: str) -> str:
+    if os.path.isdir(pattern):
+        return f'a folder is written as a glob: "{pattern.rstrip(os.sep)}/**/*.jsonl"'
+    return 'for example "corpus/**/*.jsonl"; relative paths begin where the command runs'
+
+
+def _open(file: TextFile) -> BinaryIO:
+    """The open file.
+
+    Raises:
+        DataError: it is gone or has another size than when it was listed.
+    """
+    try:
+        opened = open(file.path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the callers close it)
+    except OSError as error:
+        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=_CHANGED_HINT) from error
+    size = os.fstat(opened.fileno()).st_size
+    if size != file.size:
+        opened.close()
+        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=_CHANGED_HINT)
+    return opened
+
+
+def _whole(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
+    if place.row or not keep(file.identity):
+        return
+    with _open(file) as opened:
+        content = opened.read()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {error.start} of the file)") from None
+    yield Record(file.identity, text, Place(), Place(1, file.size))
+
+
+def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:
+    row, byte = place
+    with _open(file) as opened:
+        opened.seek(byte)
+        for line in opened:
+            start = Place(row, byte)
+            row, byte = row + 1, byte + len(line)
+            identity = f"{file.identity}:{start.row}"
+            if keep(identity) and (text := _text_of_line(line, text_key, lambda n=row: f"{file.path}:{n}")):
+                yield Record(identity, text, start, Place(row, byte))
+
+
+def _text_of_line(line: bytes, text_key: str, where: Callable[[], str]) -> str:
+    """The text of a JSON line; "" for a blank one."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where()}: not UTF-8 text (byte {error.start} of the line)") from None
+    except RecursionError:
+        raise DataError(f"{where()}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        if not line.strip():
+            return ""
+        raise DataError(f"{where()}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where()}: not a JSON object", hint="each line is an object with the text in data.text_key")
+    # Only an escape can bring half a surrogate pair, which is no text.
+    return checked_text(value, text_key, where, maybe_surrogates=b"\\u" in line)
+
+
+def checked_text(
+    row: dict[str, Any], text_key: str, where: Callable[[], str], *, maybe_surrogates: bool = False
+) -> str:
+    """The text of a row.
+
+    Raises:
+        DataError: no such key, or no text in it.
+    """
+    if text_key not in row:
+        keys = ", ".join(sorted(row)[:10]) or "none"
+        raise DataError(f'{where()}: no key "{text_key}" (data.text_key); there are: {keys}')
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise DataError(f'{where()}: "{text_key}" is not a string but {type(text).__name__}')
+    if maybe_surrogates:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f'{where()}: "{text_key}" has half a surrogate pair, which is no text') from None
+    return text
+
+
+def _cut_lines(file: TextFile, size: int) -> list[tuple[Place, int]]:
+    """Reads the whole file once, to count lines: a place needs both its row and its byte."""
+    places = [Place()]
+    row = byte = 0
+    with _open(file) as opened:
+        while block := opened.read(size):
+            row, byte = row + block.count(b"\n"), byte + len(block)
+            if not block.endswith(b"\n"):
+                rest = opened.readline()
+                row, byte = row + 1, byte + len(rest)
+            if byte < file.size:
+                places.append(Place(row, byte))
+    return _with_sizes(places, [place.byte for place in places], file.size)
+
+
+def _with_sizes(places: list[Place], begins: list[int], end: int) -> list[tuple[Place, int]]:
+    sizes = [after - before for before, after in zip(begins, [*begins[1:], end], strict=True)]
+    return list(zip(places, sizes, strict=True))
+
+
+def _parquet(file: TextFile, text_key: str) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"{file.path} needs pyarrow", hint="pip install pyarrow") from None
+    _open(file).close()
+    try:
+        # Without pre_buffer a row group's column is read page by page.
+        opened = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER)
+        schema = opened.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.path}: not a parquet file: {_first_line(error)}") from None
+    kind = schema.field(text_key).type if text_key in schema.names else None
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        found = f"has the type {kind}" if kind is not None else f"is missing; there are: {', '.join(schema.names)}"
+        opened.close()
+        raise DataError(f'{file.path}: the column "{text_key}" (data.text_key) {found}')
+    return opened
+
+
+def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:
+    import pyarrow as pa
+
+    with _parquet(file, text_key) as opened:
+        first = 0
+        for group in range(opened.metadata.num_row_groups):
+            count = opened.metadata.row_group(group).num_rows
+            if first + count > place.row:
+                row = first
+                try:
+                    for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_key]):
+                        column = batch.column(0)
+                        for i in range(max(place.row - row, 0), len(column)):
+                            identity = f"{file.identity}:{row + i}"
+                            if keep(identity) and (text := _text_of_cell(column[i], file, row + i, text_key)):
+                                yield Record(identity, text, Place(row + i), Place(row + i + 1))
+                        row += len(column)
+                except (pa.ArrowException, OSError) as error:
+                    raise DataError(
+                        f"{file.path}: row {row + 1} or later cannot be read: {_first_line(error)}"
+                    ) from None
+            first += count
+
+
+def _text_of_cell(cell: Any, file: TextFile, row: int, text_key: str) -> str:
+    try:
+        return checked_text({text_key: cell.as_py()}, text_key, lambda: f"{file.path}: row {row + 1}")
+    except UnicodeDecodeError:
+        raise DataError(f'{file.path}: row {row + 1}: "{text_key}" is not UTF-8 text') from None
+
+
+def _cut_rows(file: TextFile, size: int, text_key: str) -> list[tuple[Place, int]]:
+    with _parquet(file, text_key) as opened:
+        groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+    # Other columns are not read; the share of the file is what progress is counted in.
+    total = sum(group.total_byte_size for group in groups) or 1
+    places, begins, row, byte = [Place()], [0], 0, 0
+    for group in groups:
+        if byte - begins[-1] >= size and row:
+            places.append(Place(row))
+            begins.append(byte)
+        row += group.num_rows
+        byte += group.total_byte_size * file.size // total
+    return _with_sizes(places, begins, file.size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,120 @@
+"""The source "hf": a data set of the Hugging Face hub, or one on this machine, through the `datasets` library."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
+from lighthouse_core.data.files import checked_text
+from lighthouse_core.errors import DataError, LighthouseError
+
+
+class HubSource:
+    """A streamed data set. Its units are the data set's own shards (usually files), its records their examples.
+
+    A hub name is pinned to the commit that its revision names now, so that every process and resumption reads the same.
+    Seeking skips examples of one shard; the library reads past them, unless the data set was written by save_to_disk.
+
+    Args:
+        path: name on the hub, or a directory: of data files, or of save_to_disk.
+        config, split, revision: of the data set; "" is its default.
+        text_key: the column with the text.
+    """
+
+    def __init__(self, path: str, config: str, split: str, revision: str, text_key: str):
+        self.path = os.path.expanduser(path)
+        self.name = os.path.basename(os.path.realpath(self.path)) if os.path.exists(self.path) else path
+        self.config, self.split, self.text_key = config, split, text_key
+        self.revision, content = _pin(self.path, revision)
+        self._dataset: Any = None
+        columns = self._open().column_names
+        if columns is not None and text_key not in columns:
+            raise DataError(
+                f'data set {path} has no column "{text_key}" (data.text_key); there are: {", ".join(sorted(columns))}'
+            )
+        count = self._open().num_shards
+        self.identities = [f"{self.name}/{split}/{unit}" for unit in range(count)]
+        self.sizes = [0] * count
+        self.fingerprint = stable_hash("hf", self.name, config, split, count, text_key, content)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_dataset": None}
+
+    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+        examples = self._open().shard(num_shards=len(self.identities), index=unit)
+        row = place.row
+        iterator = iter(examples.skip(row) if row else examples)
+        while True:
+            where = f"data set {self.path}, shard {unit}, example {row + 1}"
+            try:
+                example = next(iterator, None)
+            except Exception as error:
+                raise LighthouseError(f"{where} cannot be read: {_first_line(error)}") from error
+            if example is None:
+                return
+            identity = f"{self.identities[unit]}:{row}"
+            if keep(identity) and (text := checked_text(example, self.text_key, lambda where=where: where)):
+                yield Record(identity, text, Place(row), Place(row + 1))
+            row += 1
+
+    def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
+        return [(Place(), 0)]
+
+    def _open(self) -> Any:
+        if self._dataset is None:
+            self._dataset = _load(self.path, self.config, self.split, self.revision)
+        return self._dataset
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError('data.source "hf" needs the datasets library', hint="pip install datasets") from None
+    return datasets
+
+
+def _pin(path: str, revision: str) -> tuple[str, str]:
+    """(revision to load, what identifies the content)."""
+    _datasets()
+    if os.path.isdir(path):
+        if revision:
+            raise DataError("data.hf_revision is for a data set of the hub, not for a directory")
+        listing = []
+        for folder, subfolders, names in os.walk(path):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(name for name in names if not name.startswith(".")):
+                file = os.path.join(folder, name)
+                listing.append((os.path.relpath(file, path), os.path.getsize(file)))
+        return "", str(stable_hash(*listing))
+    if os.path.exists(path):
+        raise DataError(f"data.paths: {path} is not a directory", hint='single files are for data.source "files"')
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(path, revision=revision or None).sha
+    except Exception as error:
+        raise DataError(
+            f"cannot find the data set {path}: {_first_line(error)}",
+            hint="data.paths has a name of the Hugging Face hub (this needs the network) or a local directory",
+        ) from None
+    return commit, commit
+
+
+def _load(path: str, config: str, split: str, revision: str) -> Any:
+    datasets = _datasets()
+    try:
+        if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+            return datasets.load_from_disk(path)[split].to_iterable_dataset()
+        if os.path.isfile(os.path.join(path, "state.json")):
+            return datasets.load_from_disk(path).to_iterable_dataset()
+        return datasets.load_dataset(path, config or None, split=split, revision=revision or None, streaming=True)
+    except Exception as error:
+        raise DataError(
+            f"cannot load the data set {path}: {_first_line(error)}",
+            hint="see data.hf_config, data.hf_split and data.hf_revision",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")

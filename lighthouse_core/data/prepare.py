@@ -1,0 +1,323 @@
+"""Tokenizing a source once, in parallel, into a directory of shards.
+
+The work is cut into pieces that depend on the source alone. Each piece becomes one shard a split and then a small
+record of itself; work that has its record is done, whatever happens to the process and however many workers go on with
+it. The index is written last.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lighthouse_core.data.build import build_source, open_tokens
+from lighthouse_core.data.checks import checked_tokenizer
+from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
+from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.errors import DataError, LighthouseError
+
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+
+_PLAN = "plan.json"
+_SPLITS: tuple[Split, ...] = ("train", "validation")
+# A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
+_LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
+
+
+class Progress(NamedTuple):
+    """How far it is. `left` is in seconds, None until it can be told."""
+
+    done: float
+    tokens: int
+    documents: int
+    left: float | None
+
+
+class Piece(NamedTuple):
+    """Records of one unit from a place up to a row (None: its end), of about `size` bytes."""
+
+    unit: int
+    row: int
+    byte: int
+    end: int | None
+    size: int
+
+
+class Prepared(NamedTuple):
+    """What is in a prepared directory, by split."""
+
+    documents: dict[Split, int]
+    tokens: dict[Split, int]
+
+
+def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progress], None]) -> Prepared:
+    """Tokenize the source of a recipe into the directory `out`; the same call again finishes what was interrupted.
+
+    Args:
+        recipe: its [data] names the source, the tokenizer and the share held out.
+        out: a directory that is missing, empty, or holds this very work.
+        workers: processes.
+        progress: called after every piece.
+
+    Raises:
+        DataError: the data cannot be read; `out` holds something else, or is in use.
+    """
+    data = recipe.data
+    if data.source == "tokens":
+        raise DataError('data.source "tokens" is prepared already')
+    tokenizer = checked_tokenizer(recipe)
+    source = build_source(data)
+    work = {
+        "listing": source.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "validation": data.validation,
+        "units": len(source.identities),
+    }
+    with _hold(out):
+        if (out / INDEX).is_file():
+            _check_same(out, recipe, source, tokenizer)
+        else:
+            state = out / "progress"
+            _check_ours(out)
+            state.mkdir(exist_ok=True)
+            for left_over in [*out.glob("*.partial"), *state.glob("*.partial")]:
+                left_over.unlink(missing_ok=True)
+            tasks = _plan(state / _PLAN, work, source)
+            _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
+            index = {
+                "fingerprint": source.fingerprint,
+                "tokenizer": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "validation": data.validation,
+                "splits": _merge(source, state, len(tasks)),
+            }
+            if not index["splits"]["train"]["units"]:
+                raise DataError("the source has no documents to train on", hint="see data.paths and data.validation")
+            write_index(out, index)
+        shutil.rmtree(out / "progress", ignore_errors=True)
+    splits = json.loads((out / INDEX).read_text(encoding="utf-8"))["splits"]
+    return Prepared(
+        {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
+        {split: sum(one[1] for one in splits[split]["shards"]) for split in _SPLITS},
+    )
+
+
+@contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        directory = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}", hint="choose another OUT") from None
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out} is being prepared by another process", hint="wait until it ends") from None
+        yield
+    finally:
+        os.close(directory)
+
+
+def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any) -> None:
+    """A finished directory is left as it is if it is what was asked for."""
+    finished = open_tokens(recipe.data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
+    if finished.fingerprint != source.fingerprint:
+        raise DataError(f"{out} was prepared from other data", hint="choose another OUT, or remove it")
+
+
+def _check_ours(out: Path) -> None:
+    if not (out / "progress").is_dir() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty", hint="choose a new directory for OUT")
+
+
+def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]:
+    """The pieces of every task; those of an earlier, interrupted call if there are any."""
+    if path.is_file():
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if plan["work"] != work:
+            raise DataError(
+                f"{path.parents[1]} was begun with other data or settings",
+                hint="restore the files, tokenizer and data.validation that it was begun with, or choose another OUT",
+            )
+        return [[Piece(*piece) for piece in task] for task in plan["tasks"]]
+    target = min(max(sum(source.sizes) // _PIECES, _SMALLEST), _LARGEST)
+    tasks: list[list[Piece]] = [[]]
+    filled = 0
+    for unit, unit_size in enumerate(source.sizes):
+        cuts = source.cuts(unit, target)
+        ends = [place.row for place, _ in cuts[1:]]
+        for (place, size), end in zip(cuts, [*ends, None], strict=True):
+            # A unit of unknown size is a task of its own.
+            if tasks[-1] and (not unit_size or filled + size > target):
+                tasks.append([])
+                filled = 0
+            filled += size
+            tasks[-1].append(Piece(unit, *place, end, size))
+    write_atomically(path, json.dumps({"work": work, "tasks": tasks}))
+    return tasks
+
+
+def _run(
+    tasks: list[list[Piece]],
+    source: Source,
+    tokenizer: str,
+    validation: float,
+    out: Path,
+    workers: int,
+    progress: Callable[[Progress], None],
+) -> None:
+    weights = [sum(piece.size for piece in task) or 1 for task in tasks]
+    begun = time.monotonic()
+    done = here = tokens = documents = 0
+    missing = []
+    for number in range(len(tasks)):
+        record = _read_record(out, number)
+        if record is None:
+            missing.append(number)
+        else:
+            done += weights[number]
+            tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
+
+    def report() -> None:
+        seconds = time.monotonic() - begun
+        left = seconds / here * (sum(weights) - done) if here else None
+        progress(Progress(done / sum(weights), tokens, documents, left))
+
+    report()
+    if not missing:
+        return
+    # Not forked: the caller may have threads.
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)), context, _begin_worker, (source, tokenizer, validation, str(out), stop)
+    )
+    waiting: dict[Future[dict[str, Any]], int] = {}
+    queue = iter(missing)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (number := next(queue, None)) is not None:
+                waiting[pool.submit(_run_task, number, tasks[number])] = number
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                record, number = future.result(), waiting.pop(future)
+                done, here = done + weights[number], here + weights[number]
+                tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
+                report()
+    except BrokenProcessPool:
+        raise LighthouseError(
+            "a worker process ended without an error of its own, perhaps for lack of memory",
+            hint="the same command goes on where it stopped; use fewer --workers",
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _total(record: dict[str, Any], what: str) -> int:
+    field = {"tokens": 1, "documents": 2}[what]
+    return sum(split["shard"][field] for split in record.values() if split["shard"])
+
+
+def _record_path(out: Path, number: int) -> Path:
+    return out / "progress" / f"{number:05d}.json"
+
+
+def _read_record(out: Path, number: int) -> dict[str, Any] | None:
+    try:
+        return json.loads(_record_path(out, number).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _merge(source: Source, state: Path, count: int) -> dict[Split, dict[str, Any]]:
+    """The shards and units of each split, in the order of the listing."""
+    splits: dict[Split, dict[str, Any]] = {split: {"shards": [], "units": []} for split in _SPLITS}
+    for number in range(count):
+        record = _read_record(state.parent, number)
+        assert record is not None
+        for split in _SPLITS:
+            shards, units = splits[split]["shards"], splits[split]["units"]
+            if record[split]["shard"] is None:
+                continue
+            for unit, documents, tokens in record[split]["units"]:
+                identity = source.identities[unit]
+                if not units or units[-1][0] != identity:
+                    units.append([identity, []])
+                units[-1][1].append([len(shards), documents, tokens])
+            shards.append(record[split]["shard"])
+    return splits
+
+
+class _Job(NamedTuple):
+    source: Source
+    tokenizer: Any
+    validation: float
+    out: Path
+    stop: Any
+
+
+_job: _Job | None = None
+
+
+def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, stop: Any) -> None:
+    global _job
+    # Ctrl-C reaches the whole group; the parent ends the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop)
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no queue, on which a worker would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
+    """Tokenize pieces into one shard a split. Returns their record, {split: {"shard", "units"}}."""
+    job = _job
+    assert job is not None
+    writers = {split: ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer) for split in _SPLITS}
+    units: dict[Split, list[list[int]]] = {split: [] for split in _SPLITS}
+    try:
+        for piece in pieces:
+            counts = {split: [0, 0] for split in _SPLITS}
+            for record in job.source.records(piece.unit, Place(piece.row, piece.byte), lambda identity: True):
+                if piece.end is not None and record.start.row >= piece.end:
+                    break
+                if job.stop.is_set():
+                    raise LighthouseError("stopped")
+                split: Split = "validation" if held_out(record.identity, job.validation) else "train"
+                tokens = with_ends(job.tokenizer, record.content)
+                writers[split].add(tokens)
+                counts[split][0] += 1
+                counts[split][1] += len(tokens)
+            for split, (documents, total) in counts.items():
+                if documents:
+                    units[split].append([piece.unit, documents, total])
+        result: dict[str, Any] = {}
+        for split, writer in writers.items():
+            shard = list(writer.publish()) if writer.documents else None
+            result[split] = {"shard": shard, "units": units[split]}
+    finally:
+        for writer in writers.values():
+            writer.discard()
+    write_atomically(_record_path(job.out, number), json.dumps(result))
+    return result

@@ -1,0 +1,324 @@
+"""Token shards: files of ids that are read through a memory map, and the index that makes a stream of them.
+
+A shard is a header, the tokens of whole documents (BOS and EOS included, little endian, padded to 8 bytes), and the
+token at which each document begins (uint64). A prepared directory holds shards and `tokens.json`, their index, which is
+written last: a directory without it is not finished.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lighthouse_core.data.documents import Split, Tokenizer
+from lighthouse_core.errors import DataError
+
+INDEX = "tokens.json"
+# Above this many bytes a start verifies headers and sizes only.
+VERIFY_LIMIT = 4 << 30
+_MAGIC = b"LHTOKENS"
+_VERSION = 1
+# magic, version, bytes a token, vocabulary hash, vocabulary size, documents, tokens, checksum of all after the header
+_HEADER = struct.Struct("<8sIIQQQQ32s")
+_SEAL = 8
+_HEADER_BYTES = _HEADER.size + _SEAL
+_BLOCK = 1 << 22
+_PREPARE_AGAIN = "prepare it again: lighthouse data prepare RECIPE OUT"
+
+
+class Shard(NamedTuple):
+    """What the index says of a shard."""
+
+    file: str
+    tokens: int
+    documents: int
+    checksum: str
+
+
+class Segment(NamedTuple):
+    """A run of documents of one unit in one shard: the shard's number, its first token, and how many."""
+
+    shard: int
+    start: int
+    tokens: int
+    documents: int
+
+
+def token_bytes(vocab_size: int) -> int:
+    """Bytes a token takes: 2 where every id fits, else 4."""
+    return 2 if vocab_size <= 1 << 16 else 4
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name; `publish` gives it its own, complete and flushed to the disk."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        self.path = path
+        self.tokens = 0
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(f"<u{token_bytes(tokenizer.vocab_size)}")
+        self._starts: list[int] = []
+        self._checksum = hashlib.blake2b(digest_size=32)
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
+        self._file.write(bytes(_HEADER_BYTES))
+
+    @property
+    def documents(self) -> int:
+        return len(self._starts)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """One document, BOS and EOS included."""
+        self._starts.append(self.tokens)
+        self.tokens += len(tokens)
+        self._write(tokens.astype(self._dtype).tobytes())
+
+    def publish(self) -> Shard:
+        self._write(bytes(-self.tokens * self._dtype.itemsize % 8))
+        self._write(np.array(self._starts, dtype="<u8").tobytes())
+        header = _HEADER.pack(
+            _MAGIC,
+            _VERSION,
+            self._dtype.itemsize,
+            self._tokenizer.fingerprint,
+            self._tokenizer.vocab_size,
+            self.documents,
+            self.tokens,
+            self._checksum.digest(),
+        )
+        self._file.seek(0)
+        self._file.write(header + _seal(header))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        return Shard(self.path.name, self.tokens, self.documents, self._checksum.hexdigest())
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, content: bytes) -> None:
+        self._checksum.update(content)
+        self._file.write(content)
+
+
+def write_index(out: Path, index: dict[str, Any]) -> None:
+    """Publish a prepared directory. `index` has fingerprint, tokenizer, vocab_size, validation, and splits."""
+    index = {"format": "lighthouse tokens", "version": _VERSION, **index}
+    write_atomically(out / INDEX, json.dumps({**index, "seal": _index_seal(index)}))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+class PreparedTokens:
+    """A prepared directory. Opening it verifies the index, and the header and size of every shard.
+
+    Attributes:
+        fingerprint: of the source it was prepared from.
+        validation: share of documents held out.
+        files: bytes of each split's shards together.
+
+    Raises:
+        DataError: not a finished directory, damaged, or prepared with another tokenizer.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer):
+        self.path = Path(path).expanduser()
+        index = _read_index(self.path)
+        if index["tokenizer"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{self.path} was prepared with another tokenizer ({index['vocab_size']} ids) than data.tokenizer's "
+                f"({tokenizer.vocab_size} ids)",
+                hint="set data.tokenizer to the one it was prepared with, or prepare it again",
+            )
+        self.fingerprint: int = index["fingerprint"]
+        self.validation: float = index["validation"]
+        self._splits = index["splits"]
+        self._itemsize = token_bytes(tokenizer.vocab_size)
+        for shard in self._all_shards():
+            self._verify_header(shard, tokenizer)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(_shard_bytes(shard, self._itemsize) for shard in self._all_shards())
+
+    def units(self, split: Split) -> "list[ShardUnit]":
+        """The units of a split that have documents in it, in the order of the source's listing."""
+        shards = [Shard(*one) for one in self._splits[split]["shards"]]
+        maps = _Maps(self.path, shards, self._itemsize)
+        ends = [0] * len(shards)
+        units = []
+        for identity, parts in self._splits[split]["units"]:
+            segments = []
+            for shard, documents, tokens in parts:
+                segments.append(Segment(shard, ends[shard], tokens, documents))
+                ends[shard] += tokens
+            units.append(ShardUnit(identity, tuple(segments), maps))
+        return units
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum.
+
+        Raises:
+            DataError: a shard differs.
+        """
+        for shard in self._all_shards():
+            path = self.path / shard.file
+            checksum = hashlib.blake2b(digest_size=32)
+            with open(path, "rb") as f:
+                f.seek(_HEADER_BYTES)
+                while block := f.read(_BLOCK):
+                    checksum.update(block)
+            if checksum.hexdigest() != shard.checksum:
+                raise DataError(f"{path} is damaged: its checksum differs", hint=_PREPARE_AGAIN)
+
+    def _all_shards(self) -> Iterator[Shard]:
+        for split in self._splits.values():
+            for one in split["shards"]:
+                yield Shard(*one)
+
+    def _verify_header(self, shard: Shard, tokenizer: Tokenizer) -> None:
+        path = self.path / shard.file
+        try:
+            with open(path, "rb") as f:
+                header = f.read(_HEADER_BYTES)
+                size = os.fstat(f.fileno()).st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}", hint=_PREPARE_AGAIN) from None
+        if header[:8] != _MAGIC:
+            raise DataError(f"{path} is not a token shard", hint=_PREPARE_AGAIN)
+        if len(header) < _HEADER_BYTES or header[-_SEAL:] != _seal(header[:-_SEAL]):
+            raise DataError(f"{path} is damaged: its header's checksum differs", hint=_PREPARE_AGAIN)
+        _, version, itemsize, vocabulary, vocab_size, documents, tokens, checksum = _HEADER.unpack(header[:-_SEAL])
+        if version != _VERSION:
+            raise DataError(f"{path} has format version {version}, not {_VERSION}", hint=_PREPARE_AGAIN)
+        here = (itemsize, vocabulary, vocab_size, documents, tokens, checksum.hex())
+        listed = (self._itemsize, tokenizer.fingerprint, tokenizer.vocab_size, shard.documents, shard.tokens)
+        if here != (*listed, shard.checksum):
+            raise DataError(f"{path} does not belong to {self.path / INDEX}", hint=_PREPARE_AGAIN)
+        expected = _shard_bytes(shard, itemsize)
+        if size != expected:
+            raise DataError(f"{path} is damaged: {size} bytes instead of {expected}", hint=_PREPARE_AGAIN)
+
+
+class _Maps:
+    """The memory maps of a split's shards, of which the last few used are kept open."""
+
+    _OPEN = 32
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], itemsize: int):
+        self._folder, self._shards, self._itemsize = folder, shards, itemsize
+        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, the token at which each document begins)."""
+        found = self._open.get(number)
+        if found is None:
+            shard = self._shards[number]
+            try:
+                whole = np.memmap(self._folder / shard.file, dtype=np.uint8, mode="r", offset=0)
+            except (OSError, ValueError) as error:
+                raise DataError(f"cannot read {self._folder / shard.file}: {error}", hint=_PREPARE_AGAIN) from None
+            end = _HEADER_BYTES + shard.tokens * self._itemsize
+            starts = _HEADER_BYTES + _padded(shard.tokens * self._itemsize)
+            found = (
+                np.asarray(whole[_HEADER_BYTES:end]).view(f"<u{self._itemsize}"),
+                np.asarray(whole[starts : starts + 8 * shard.documents]).view("<u8"),
+            )
+            kept = list(self._open.items())[-self._OPEN + 1 :]
+            self._open = {**dict(kept), number: found}
+        return found
+
+
+@dataclass(frozen=True)
+class ShardUnit:
+    """The documents of one unit of the source, one after another, as they lie in one or more shards."""
+
+    identity: str
+    segments: tuple[Segment, ...]
+    maps: _Maps
+
+    @property
+    def length(self) -> int:
+        return sum(segment.tokens for segment in self.segments)
+
+    def open(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+        """A reader: (first token, count) -> (ids, positions within their documents); at most to a segment's end."""
+        ends = np.cumsum([segment.tokens for segment in self.segments])
+
+        def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+            number = int(np.searchsorted(ends, offset, side="right"))
+            segment = self.segments[number]
+            begin = segment.start + offset - int(ends[number]) + segment.tokens
+            end = min(begin + count, segment.start + segment.tokens)
+            tokens, starts = self.maps[segment.shard]
+            return tokens[begin:end], _positions(starts, begin, end)
+
+        return read
+
+    def document_lengths(self) -> np.ndarray:
+        lengths = []
+        for segment in self.segments:
+            starts = self.maps[segment.shard][1]
+            first = int(np.searchsorted(starts, segment.start))
+            begins = starts[first : first + segment.documents].astype(np.int64)
+            lengths.append(np.diff(begins, append=segment.start + segment.tokens))
+        return np.concatenate(lengths)
+
+
+def _positions(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
+    first = int(np.searchsorted(starts, begin, side="right")) - 1
+    last = int(np.searchsorted(starts, end - 1, side="right"))
+    begins = starts[first:last].astype(np.int64)
+    counts = np.diff(np.maximum(begins, begin), append=end)
+    return (np.arange(begin, end) - np.repeat(begins, counts)).astype(np.int32)
+
+
+def _padded(count: int) -> int:
+    return count + -count % 8
+
+
+def _shard_bytes(shard: Shard, itemsize: int) -> int:
+    return _HEADER_BYTES + _padded(shard.tokens * itemsize) + 8 * shard.documents
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_SEAL).digest()
+
+
+def _index_seal(index: dict[str, Any]) -> str:
+    return _seal(json.dumps(index).encode()).hex()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        seal: Literal[False] | str = index.pop("seal", False)
+        if seal != _index_seal(index) or index["format"] != "lighthouse tokens":
+            raise ValueError("its checksum differs")
+    except FileNotFoundError:
+        what = "is not finished" if (path / "progress").is_dir() else "holds no prepared tokens"
+        raise DataError(f"{path} {what} (no {INDEX})", hint=_PREPARE_AGAIN) from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{file} is damaged: {error}", hint=_PREPARE_AGAIN) from None
+    if index["version"] != _VERSION:
+        raise DataError(f"{file} has format version {index['version']}, not {_VERSION}", hint=_PREPARE_AGAIN)
+    return index

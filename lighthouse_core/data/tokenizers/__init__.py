@@ -1,0 +1,1 @@
+"""Tokenizers that live in files, and how one is trained."""

@@ -1,0 +1,235 @@
+"""Training a sentencepiece model on the text of a recipe."""
+
+import io
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighthouse_core.data.build import DataSettings, build_source
+from lighthouse_core.data.documents import Place, Split, epoch_order, keeper
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.data.tokenizers.model_file import rename_pieces
+from lighthouse_core.errors import DataError, LighthouseError, UserError
+
+TRAINING_BYTES = 100_000_000
+_HELD_OUT_BYTES = 1_000_000
+# 256 bytes, <unk>, <s> and </s>.
+_FIXED_PIECES = 259
+_WHOLE_DOCUMENT = 1_000_000
+_BLOCK = 2000
+# The trainer takes line ends off its input and lets no piece hold a tab. It sees these unassigned characters instead,
+# and the finished pieces get the real ones back.
+_STAND_INS = {"\n": "\U0010fff0", "\r": "\U0010fff1", "\t": "\U0010fff2"}
+# Of no account in training: the stand-ins, what sentencepiece reserves for itself, and NUL.
+_LEFT_OUT = dict.fromkeys([*_STAND_INS.values(), "\u2581", "\u2585", "\0"])
+_TO_TRAINER = str.maketrans(_STAND_INS | _LEFT_OUT)
+_FROM_TRAINER = str.maketrans({stand_in: char for char, stand_in in _STAND_INS.items()})
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """A tokenizer that was trained.
+
+    Attributes:
+        vocab_size: its pieces.
+        training_bytes: of text it was trained on, UTF-8.
+        bytes_per_token: on text held out from training, or on training text where the recipe holds none out.
+        measured_bytes: of the text that was measured on.
+        held_out: whether that text was held out.
+        seconds: all of it took.
+    """
+
+    vocab_size: int
+    training_bytes: int
+    bytes_per_token: float
+    measured_bytes: int
+    held_out: bool
+    seconds: float
+
+
+def texts_of(data: DataSettings, split: Split, limit: int) -> Iterator[str]:
+    """Text of one split of a recipe's `[data]` section, about `limit` bytes if there is as much: the same every time.
+
+    Files, folders or parts of a data set come in a shuffled order; one that holds more than its share of the text gives
+    documents from its beginning on, and a long document its beginning. Bytes that are not UTF-8 are left out.
+
+    Raises:
+        DataError: it cannot be read, or the source has ids instead of text.
+    """
+    if data.source == "tokens":
+        raise DataError("prepared tokens hold no text", hint="give the recipe that they were prepared from")
+    source, keep = build_source(data), keeper(split, data.validation)
+    weights = source.sizes if all(source.sizes) else [1] * len(source.sizes)
+    weight_left = sum(weights)
+    for unit in epoch_order(source.identities, 0, 0):
+        share = limit * weights[unit] // weight_left
+        weight_left -= weights[unit]
+        for record in source.records(unit, Place(), keep):
+            content = record.content.encode() if isinstance(record.content, str) else record.content
+            content = content[: max(share, min(limit, _WHOLE_DOCUMENT))]
+            yield content.decode("utf-8", errors="ignore")
+            share -= len(content)
+            limit -= len(content)
+            if share <= 0:
+                break
+        if limit <= 0:
+            return
+
+
+def train_tokenizer(
+    data: DataSettings, out: Path, vocab_size: int, training_bytes: int = TRAINING_BYTES
+) -> TrainingReport:
+    """Train BPE with byte fallback on a recipe's training text, and write it to `out`.
+
+    Its pieces are <unk>, <s>, </s>, the 256 bytes, then what was learnt. It neither normalizes text nor adds a space:
+    every text comes back from its ids, but for U+2581 (see SentencePieceTokenizer). No piece holds a space and what is
+    before it, and digits stand alone. The same text gives the same file, byte for byte.
+
+    Args:
+        data: the `[data]` section; its `tokenizer` is not used.
+        out: the file; it must end in .model and not exist.
+        vocab_size: pieces.
+        training_bytes: text to train on; a sample where the data has more (see texts_of).
+
+    Raises:
+        UserError: `out` cannot be used, or a number is out of range for this text.
+        DataError: the data cannot be read or holds no text.
+    """
+    started = time.monotonic()
+    _check_out(out)
+    if vocab_size <= _FIXED_PIECES:
+        raise UserError(f"a vocabulary of {vocab_size} has no room", hint=f"{_FIXED_PIECES} pieces are bytes and marks")
+    if training_bytes < 1:
+        raise UserError(f"the training text must be at least 1 byte, not {training_bytes}")
+    texts = _Counted(texts_of(data, "train", training_bytes))
+    content = rename_pieces(_train(texts, vocab_size), lambda piece: piece.translate(_FROM_TRAINER))
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.model")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        measured = _measure(temporary, data)
+        _check_out(out)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return TrainingReport(vocab_size, texts.bytes, *measured, time.monotonic() - started)
+
+
+class _Counted:
+    """The texts, and how many bytes of UTF-8 have gone by."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.bytes += len(text.encode())
+            yield text
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    blocks = _Blocks(texts)
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(blocks),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _BLOCK,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # a setting of the run is kept in the model; more would change the file and little else
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        if blocks.error is not None:
+            raise blocks.error from None
+        if not blocks.count:
+            raise DataError("there is no text to train a tokenizer on") from None
+        # "INTERNAL: file.cc(1) [condition] The reason."
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        raise UserError(
+            f"no vocabulary of {vocab_size} can be made from this text: {reason}",
+            hint="choose another size, or give more text",
+        ) from None
+    return model.getvalue()
+
+
+class _Blocks:
+    """The texts as the trainer takes them: pieces of limited length, cut before a space where there is one.
+
+    Attributes:
+        count: blocks given so far.
+        error: what went wrong in reading the texts; the trainer gives only its words on.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
+        self.count = 0
+        self.error: LighthouseError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                for block in _blocks(text.translate(_TO_TRAINER)):
+                    self.count += 1
+                    yield block
+        except LighthouseError as error:
+            self.error = error
+            raise
+
+
+def _blocks(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + _BLOCK
+        if end < len(text):
+            # Words begin with a space, a run of spaces being one word with what follows it.
+            space = end
+            while (space := text.rfind(" ", start + 1, space)) > 0 and text[space - 1] == " ":
+                pass
+            end = space if space > 0 else end
+        yield text[start:end]
+        start = end
+
+
+def _measure(model: Path, data: DataSettings) -> tuple[float, int, bool]:
+    """(bytes per token, bytes of text, whether it was held out) of a model; its round trip is checked on the way."""
+    tokenizer = build_tokenizer(str(model))
+    texts = list(texts_of(data, "validation", _HELD_OUT_BYTES)) if data.validation else []
+    held_out = bool(texts)
+    tokens = size = 0
+    for text in texts or texts_of(data, "train", _HELD_OUT_BYTES):
+        ids = tokenizer.encode(text)
+        if tokenizer.decode(ids) != text.replace("\u2581", " "):
+            raise LighthouseError("the trained tokenizer does not give text back", hint="please report this")
+        tokens += len(ids)
+        size += len(text.encode())
+    return size / max(tokens, 1), size, held_out
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".model":
+        raise UserError(f"{out} does not end in .model", hint="data.tokenizer tells tokenizers apart by their endings")
+    if out.exists():
+        raise UserError(f"{out} exists", hint="give another name; runs may depend on this one")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no directory {out.parent}")

@@ -1,0 +1,126 @@
+"""What lies on the disk: shipped recipes, and where runs stand. Standard library only: completion waits for it.
+
+Runs are read as they are, half-written files included: nothing here raises for what a file holds.
+"""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+# A wheel carries the recipes inside the package; an editable install has them beside it.
+SHELVES = (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Where a run stands; None for what its files do not tell (yet).
+
+    Attributes:
+        name, path: of the run.
+        stage: "lighthouse" or "dense".
+        step, end: of the newest row or checkpoint, and the last one of the stage.
+        loss, leaky: of the newest training row, in nats per token, and whether later tokens took part in it.
+        val_loss, val_leaky: of the newest validation row.
+        updated: when it was last trained, UTC, ISO 8601.
+    """
+
+    name: str
+    path: str
+    stage: str | None
+    step: int | None
+    end: int | None
+    loss: float | None
+    leaky: bool | None
+    val_loss: float | None
+    val_leaky: bool | None
+    updated: str
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for shelf in SHELVES if shelf.is_dir() for file in sorted(shelf.glob("*.toml"))}
+
+
+def recipe_title(path: Path) -> str:
+    """The first comment line of a recipe: what it is."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    return line.lstrip("#").strip() if line.startswith("#") else ""
+
+
+def run_dirs(output_dir: Path | str = "runs") -> list[Path]:
+    """The runs under a directory, newest first: by the modification time of theirs, which training renews."""
+    times = {}
+    for file in Path(output_dir).glob("*/recipe.toml"):
+        # One may be removed meanwhile.
+        with contextlib.suppress(OSError):
+            times[file.parent] = file.parent.stat().st_mtime_ns
+    return sorted(times, key=lambda path: (-times[path], path.name))
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first. One that is still being written has no .metadata file."""
+    folders = run_dir.glob("checkpoints/step-*/.metadata")
+    return sorted(int(name[5:]) for file in folders if re.fullmatch(r"step-\d+", name := file.parent.name))
+
+
+def summarize(run_dir: Path) -> Summary:
+    """Where a run stands."""
+    row, validation = _newest_rows(run_dir / "metrics.jsonl")
+    stage = _last_stage(run_dir / "ledger.json")
+    step = _number(row.get("step"))
+    if step is None:
+        step = next(reversed(checkpoint_steps(run_dir)), None)
+    return Summary(
+        name=run_dir.name,
+        path=str(run_dir),
+        stage=stage.get("stage") or row.get("stage"),
+        step=step,
+        end=_number(stage.get("end")),
+        loss=_number(row.get("loss")),
+        leaky=row.get("leaky"),
+        val_loss=_number(validation.get("val_loss")),
+        val_leaky=validation.get("leaky"),
+        updated=_updated(run_dir),
+    )
+
+
+def _newest_rows(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest training row and the newest validation row of a metrics file; {} for none."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        lines = []
+    for line in reversed(lines):
+        missing = [key for key in ("loss", "val_loss") if key not in found and f'"{key}"'.encode() in line]
+        with contextlib.suppress(ValueError):
+            row = json.loads(line) if missing else None
+            found.update({key: row for key in missing if isinstance(row, dict)})
+        if len(found) == 2:
+            break
+    return found.get("loss", {}), found.get("val_loss", {})
+
+
+def _last_stage(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        stage = json.loads(path.read_bytes())["stages"][-1]
+        if isinstance(stage, dict):
+            return stage
+    return {}
+
+
+def _updated(run_dir: Path) -> str:
+    times = [0.0]
+    for path in (run_dir, run_dir / "metrics.jsonl"):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
+
+
+def _number(value: Any) -> Any:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,112 @@
+"""lighthouse data prepare and inspect."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+RECIPE = """
+[model]
+dim = 64
+layers = 2
+heads = 2
+head_dim = 32
+ffn_dim = 64
+vocab_size = 320
+[lighthouse]
+enabled = false
+[training]
+seq_len = 64
+local_batch_size = 1
+global_batch_size = 1
+steps = 1
+[optimizer]
+lr = 1e-3
+[data]
+source = "files"
+paths = ["src/*.jsonl"]
+validation = 0.25
+"""
+
+
+def lighthouse(*arguments, cwd):
+    command = [sys.executable, "-m", "lighthouse_cli", "data", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "src").mkdir()
+    (root / "r.toml").write_text(RECIPE)
+    lines = [json.dumps({"text": f"ключ {i} " + "y" * (200 if i % 10 == 0 else 0)}) for i in range(100)]
+    (root / "src/a.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def as_tokens(out):
+    return ["--set", 'data.source="tokens"', "--set", f'data.paths=["{out}"]']
+
+
+def test_prepare_then_inspect_agree_with_the_live_source(place):
+    done = lighthouse("prepare", "r.toml", "out", "--workers", "2", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out\n" and "100.0%" in done.stderr
+    live = json.loads(lighthouse("inspect", "r.toml", "--json", cwd=place).stdout)
+    ready = json.loads(lighthouse("inspect", "r.toml", "--json", "--verify", *as_tokens("out"), cwd=place).stdout)
+    assert live == ready
+    train, validation = live
+    assert train["complete"] and train["documents"] + validation["documents"] == 100
+    assert train["longest"] > 64 > train["median"] and 0 < train["share_in_long"] < 1
+    assert len(train["samples"]) == 3 and all(sample.startswith("ключ") for sample in train["samples"])
+    lines = (place / "src/a.jsonl").read_text().splitlines()
+    total = sum(len(json.loads(line)["text"].encode()) + 2 for line in lines)
+    assert train["tokens"] + validation["tokens"] == total
+
+
+def test_an_interrupted_prepare_says_how_to_go_on(place):
+    (place / "many").mkdir()
+    (place / "many/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
+    command = [sys.executable, "-m", "lighthouse_cli", "data", "prepare", "r.toml", "many/out", "--workers", "1"]
+    with subprocess.Popen(
+        [*command, "--set", 'data.paths=["many/*.jsonl"]'], cwd=place, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    (place / "many/a.jsonl").unlink()
+    assert process.returncode == 130 and "same command" in said and "Traceback" not in said
+
+
+def test_inspect_shows_a_table_and_samples(place):
+    done = lighthouse("inspect", "r.toml", "--samples", "1", cwd=place)
+    assert done.returncode == 0 and "in long documents" in done.stdout and "--- document 1\nключ" in done.stdout
+
+
+def test_inspect_ends_in_time_and_says_so(place):
+    (place / "large").mkdir()
+    (place / "large/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
+    done = lighthouse("inspect", "r.toml", "--seconds", "0.5", "--set", 'data.paths=["large/*"]', cwd=place)
+    (place / "large/a.jsonl").unlink()
+    assert done.returncode == 0 and "more than" in done.stdout and "not all" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "r.toml", "src"], "src is not empty"),
+        (["inspect", "r.toml", "--verify"], "--verify is for"),
+        (["inspect", "r.toml", "--set", 'data.paths=["no/*.txt"]'], "no files match"),
+        (["inspect", "r.toml", "--set", 'data.hf_split="x"'], "data.hf_split is for data.source"),
+        (["inspect", "r.toml", "--set", 'data.source="tokens"', "--set", 'data.paths=["a", "b"]'], "one entry"),
+        (
+            ["prepare", "r.toml", "new", "--set", "model.vocab_size=300", "--set", 'data.tokenizer="no.model"'],
+            "no.model",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_2(place, arguments, message):
+    done = lighthouse(*arguments, cwd=place)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

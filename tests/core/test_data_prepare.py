@@ -1,0 +1,248 @@
+"""Prepared directories: resumable after a kill, refused when damaged or made for something else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lighthouse_core.config import loads_recipe
+from lighthouse_core.data import check, shards
+from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.prepare import prepare
+from lighthouse_core.errors import DataError
+
+RECIPE = """
+[model]
+dim = 64
+layers = 2
+heads = 2
+head_dim = 32
+ffn_dim = 64
+vocab_size = 320
+[lighthouse]
+enabled = false
+[training]
+seq_len = 64
+local_batch_size = 1
+global_batch_size = 1
+steps = 1
+[optimizer]
+lr = 1e-3
+[data]
+source = "files"
+validation = 0.1
+"""
+
+
+def recipe(pattern, *settings):
+    return loads_recipe(RECIPE + f"paths = [{json.dumps(str(pattern))}]\n", settings)
+
+
+def tokens(out, *settings):
+    return recipe(out, 'data.source="tokens"', *settings)
+
+
+def write_lines(path, count, size=60):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as f:
+        f.writelines(json.dumps({"text": f"{i} " + "x" * (i % size)}) + "\n" for i in range(count))
+
+
+def quietly(progress):
+    pass
+
+
+@pytest.fixture
+def made(tmp_path):
+    write_lines(tmp_path / "src/a.jsonl", 300)
+    prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 1, quietly)
+    return tmp_path / "out"
+
+
+def first_shard(out):
+    return sorted(out.glob("train-*.tokens"))[0]
+
+
+def test_a_finished_directory_holds_shards_and_an_index_only(made):
+    assert sorted(path.name for path in made.iterdir()) == [
+        "tokens.json",
+        "train-00000.tokens",
+        "validation-00000.tokens",
+    ]
+    assert check(tokens(made)) == []
+
+
+@pytest.mark.parametrize("place", [0, 9, 30, 90, 1000, -1])
+def test_a_flipped_bit_anywhere_is_found_before_training(made, place):
+    content = bytearray(first_shard(made).read_bytes())
+    content[place] ^= 1
+    first_shard(made).write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00000.tokens") as error:
+        check(tokens(made))
+    assert "prepare" in error.value.hint
+
+
+@pytest.mark.parametrize("size", [0, 50, 88, 5000])
+def test_a_truncated_shard_is_found_even_without_checksums(made, size):
+    os.truncate(first_shard(made), size)
+    with pytest.raises(DataError, match=r"damaged|not a token shard"):
+        build_loader(tokens(made).data, 64, 1, 0, 1, 0)
+
+
+def test_a_missing_or_foreign_shard_is_found(made, tmp_path):
+    write_lines(tmp_path / "src2/a.jsonl", 299)
+    prepare(recipe(tmp_path / "src2/*.jsonl"), tmp_path / "out2", 1, quietly)
+    first_shard(tmp_path / "out2").replace(first_shard(made))
+    with pytest.raises(DataError, match="does not belong"):
+        check(tokens(made))
+    first_shard(made).unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        check(tokens(made))
+
+
+def test_a_changed_index_is_found(made):
+    index = made / "tokens.json"
+    index.write_text(index.read_text().replace('"validation": 0.1', '"validation": 0.2'))
+    with pytest.raises(DataError, match=r"tokens.json is damaged"):
+        check(tokens(made))
+    index.unlink()
+    with pytest.raises(DataError, match="holds no prepared tokens"):
+        check(tokens(made))
+
+
+def test_settings_that_do_not_fit_are_refused(made, monkeypatch):
+    with pytest.raises(DataError, match=r"validation = 0.1, not 0.2") as error:
+        check(tokens(made, "data.validation=0.2"))
+    assert "0.1" in error.value.hint
+    from lighthouse_core.data.tokenizer import BytesTokenizer
+
+    monkeypatch.setattr(BytesTokenizer, "fingerprint", 1)
+    with pytest.raises(DataError, match="another tokenizer"):
+        check(tokens(made))
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(made, monkeypatch):
+    from lighthouse_core.data.tokenizer import BytesTokenizer
+
+    monkeypatch.setattr(BytesTokenizer, "vocab_size", 1000)
+    with pytest.raises(DataError, match=r"320 .* 1000"):
+        check(tokens(made))
+
+
+def test_large_directories_say_that_checksums_are_not_read(made, monkeypatch):
+    monkeypatch.setattr(shards, "VERIFY_LIMIT", 10)
+    content = bytearray(first_shard(made).read_bytes())
+    content[1000] ^= 1
+    first_shard(made).write_bytes(content)
+    (note,) = check(tokens(made))
+    assert "checksums" in note and "--verify" in note
+
+
+def test_preparing_again_is_nothing_and_other_data_is_refused(made, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    prepare(recipe(tmp_path / "src/*.jsonl"), made, 1, quietly)
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    write_lines(tmp_path / "src/a.jsonl", 301)
+    with pytest.raises(DataError, match="other data"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), made, 1, quietly)
+    with pytest.raises(DataError, match="not empty"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "src", 1, quietly)
+    with pytest.raises(DataError, match="prepared already"):
+        prepare(tokens(made), tmp_path / "again", 1, quietly)
+
+
+def test_a_bad_line_stops_it_with_file_and_line_and_mending_it_needs_a_new_start(tmp_path):
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    with open(tmp_path / "src/a.jsonl", "a") as f:
+        f.write("bad\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:11: not valid JSON"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 2, quietly)
+    with pytest.raises(DataError, match="is not finished"):
+        check(tokens(tmp_path / "out"))
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    with pytest.raises(DataError, match="begun with other data"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 2, quietly)
+
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+from lighthouse_core.config import load_recipe
+from lighthouse_core.data.prepare import prepare
+
+if __name__ == "__main__":
+    def progress(done):
+        print(done.done, flush=True)
+        time.sleep(0.2)
+    prepare(load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), progress)
+"""
+
+
+def alive(pid):
+    """Processes of the group `pid`, zombies apart."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == pid and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def test_a_kill_loses_no_finished_piece_and_leaves_no_process(tmp_path):
+    write_lines(tmp_path / "src/a.jsonl", 60_000, size=250)
+    made = recipe(tmp_path / "src/*.jsonl")
+    prepare(made, tmp_path / "whole", 2, quietly)
+    from lighthouse_core.config import dump_recipe
+
+    (tmp_path / "recipe.toml").write_text(dump_recipe(made))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", "recipe.toml", "out"]
+    with subprocess.Popen(
+        [*command, "2"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while float(process.stdout.readline()) < 0.2:
+            pass
+        process.kill()
+    deadline = time.monotonic() + 20
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(process.pid)
+    done = list((tmp_path / "out/progress").glob("0*.json"))
+    times = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "out").glob("*.tokens")
+        if path.stem[-5:] in {d.stem for d in done}
+    }
+    assert done and times and not (tmp_path / "out/tokens.json").exists()
+    prepare(made, tmp_path / "out", 1, quietly)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    assert check(tokens(tmp_path / "out")) == []
+
+
+def test_an_interrupt_ends_it_soon_and_its_repetition_finishes(tmp_path):
+    write_lines(tmp_path / "src/a.jsonl", 60_000, size=250)
+    from lighthouse_core.config import dump_recipe
+
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe(tmp_path / "src/*.jsonl")))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", "recipe.toml", "out", "2"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        while float(process.stdout.readline()) < 0.1:
+            pass
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(20)
+    assert not alive(process.pid)
+    prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 2, quietly)
+    assert check(tokens(tmp_path / "out")) == []
