@@ -95,12 +95,20 @@ def check(recipe: "Recipe", plan: "Plan") -> None:
     """Meet what does not fit this machine here, rather than after the processes have started.
 
     Raises:
-        UserError: the batch does not divide among the processes, or a package is missing.
+        UserError: the batch does not divide among the processes, a package is missing, or a
+            backend is not there.
     """
-    from lighthouse_core.launch import check_loggers, check_world
+    from lighthouse_core.attention import check_backends
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.launch import check_loggers, check_world, local_gpus
 
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
+    if recipe.lighthouse.enabled:
+        try:
+            check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu")
+        except ValueError as error:
+            raise UserError(f"lighthouse: {error}") from None
 
 
 def _gib(count: float) -> str:

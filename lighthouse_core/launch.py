@@ -188,7 +188,9 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
             if child is not None and len(received) == 1:
                 child.terminate()
 
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # nohup has the job outlive its terminal.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, forward) for number in handled}
         try:
             # A session of its own: a terminal's Ctrl-C would otherwise reach torchrun twice.

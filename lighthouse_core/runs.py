@@ -216,7 +216,8 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery
     step, begun = run.newest_step(), run.end - run.start
     if step < run.start:
         raise CheckpointError(f"run {run.path} lost its checkpoint of step {run.start}, where its recovery began")
-    if recipe.recover.steps != begun:
+    # Before its first checkpoint nothing of it is lost, so that a mistaken length can be corrected.
+    if recipe.recover.steps != begun and step > run.start:
         raise RunError(
             f"the recovery of run {run.path} was begun with {begun} steps, not {recipe.recover.steps}",
             hint=f"without --steps it is finished at step {run.end}; --extend M adds M steps",
@@ -228,7 +229,7 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery
             f"the recovery of run {run.path} is complete at step {step}",
             hint=f"lighthouse strip {run.path} OUT exports it; --extend M adds M steps",
         )
-    length = begun + (extend or 0)
+    length = recipe.recover.steps + (extend or 0)
     recipe = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"steps": length})})
     return Recovery(recipe, run.start, run.start + length, step, stopped_early=False)
 
@@ -361,11 +362,15 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    """Commit of the checkout that this code runs from; None where it was installed as a package."""
+    checkout = Path(__file__).resolve().parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    top, _, commit = answer.stdout.strip().partition("\n")
+    return commit if answer.returncode == 0 and Path(top) == checkout else None
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -5,13 +5,14 @@ from importlib import import_module
 from lighthouse_core.attention.config import LighthouseConfig
 
 _WHERE = {
+    "check_backends": "lighthouse_core.attention.dense",
     "dense_attention": "lighthouse_core.attention.dense",
     "lighthouse_attention": "lighthouse_core.attention.call",
     "select_indices": "lighthouse_core.attention.call",
     "LighthouseAttention": "lighthouse_core.attention.module",
 }
 
-__all__ = ["LighthouseAttention", "LighthouseConfig", "dense_attention", "lighthouse_attention", "select_indices"]
+__all__ = ["LighthouseAttention", "LighthouseConfig", "check_backends", "dense_attention", "lighthouse_attention", "select_indices"]
 
 
 def __getattr__(name: str):

@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lighthouse_core.backends import log_once
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.backends import kernels, log_once
 
 _SDPA = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
@@ -53,6 +54,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
             *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
         )
     return out.transpose(1, 2)
+
+
+def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
+    """Raise ValueError unless both backends that `cfg` names can run on a device of this type."""
+    kernels(cfg.backend)
+    _backends(cfg.dense_backend, device_type)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -159,3 +159,21 @@ def test_titan_tables_are_checked_before_a_run_is_made(lighthouse, trainer, here
 def test_environment_is_recorded(lighthouse, trainer, here):
     lighthouse("pretrain", "tiny.toml", "--name", "a")
     assert json.loads((here / "runs/a/environment.json").read_text())["argv"][:2] == ["lighthouse", "pretrain"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [('lighthouse.backend="triton"', "'triton'"), ('lighthouse.dense_backend="fa3"', "'fa3'")],
+)
+def test_a_backend_that_is_not_there_is_met_before_the_launch(lighthouse, trainer, here, setting, words):
+    assert words in lighthouse("pretrain", "tiny.toml", "--set", setting).error
+    assert not trainer.launches and not (here / "runs").exists()
+
+
+def test_the_length_of_a_recovery_can_be_corrected_before_its_first_checkpoint(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    trainer.stop, trainer.code = 100, 130
+    assert lighthouse("recover", "a", "--steps", "5000").code == 130
+    trainer.stop, trainer.code = None, 0
+    assert lighthouse("recover", "a", "--steps", "4").code == 0
+    assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 104)]
