@@ -3,7 +3,7 @@
 import atexit
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple, TypeVar
 
@@ -88,7 +88,7 @@ class TokenLoader:
                 self.first_sample, self._samples, self._position = batch.first_sample, batch.samples, batch.position
                 yield batch.inputs, batch.labels
 
-    def _cut(self, samples: int, position: tuple[int, ...]) -> Iterator[_Batch]:
+    def _cut(self, samples: int, position: tuple[int, ...]) -> Generator[_Batch, None, None]:
         shape = (self.local_batch_size, self.seq_len)
         local_tokens = self.local_batch_size * self.seq_len
         cursor = self.stream.cursor(position)
@@ -132,7 +132,7 @@ class TokenLoader:
 class _Maker(threading.Thread):
     """Takes items from an iterator in the background, at most `count` that nobody has asked for."""
 
-    def __init__(self, items: Iterator[T], count: int):
+    def __init__(self, items: Generator[T, None, None], count: int):
         super().__init__(name="data", daemon=True)
         self.made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
         self.free = threading.Semaphore(count)
@@ -149,7 +149,8 @@ class _Maker(threading.Thread):
         except BaseException as error:
             self.made.put((None, error))
         finally:
-            _makers.discard(self)
+            # Here, rather than whenever the last reference goes: what reads files may be slow to end.
+            self._items.close()
 
     def close(self) -> None:
         """Ends it after the item in progress."""
@@ -157,25 +158,22 @@ class _Maker(threading.Thread):
         self.free.release()
 
 
-_makers: set[_Maker] = set()
-
-
 @atexit.register
 def _end_makers() -> None:
     """A thread that the interpreter finds in native code as it goes down would abort the process."""
-    for maker in (makers := tuple(_makers)):
+    makers = [thread for thread in threading.enumerate() if isinstance(thread, _Maker)]
+    for maker in makers:
         maker.close()
     for maker in makers:
         maker.join(timeout=60)
 
 
-def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def _ahead(items: Generator[T, None, None], count: int) -> Generator[T, None, None]:
     """The items, of which a thread makes `count` in advance; none, and no thread, for 0."""
     if not count:
         yield from items
         return
     maker = _Maker(items, count)
-    _makers.add(maker)
     maker.start()
     try:
         while True:
