@@ -12,7 +12,14 @@ _WHERE = {
     "LighthouseAttention": "lighthouse_core.attention.module",
 }
 
-__all__ = ["LighthouseAttention", "LighthouseConfig", "check_backends", "dense_attention", "lighthouse_attention", "select_indices"]
+__all__ = [
+    "LighthouseAttention",
+    "LighthouseConfig",
+    "check_backends",
+    "dense_attention",
+    "lighthouse_attention",
+    "select_indices",
+]
 
 
 def __getattr__(name: str):

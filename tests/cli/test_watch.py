@@ -159,8 +159,8 @@ def rows(*steps):
 
 def test_words_stay_above_the_view(terminal):
     code, seen = terminal(
-        ROW + "print('words of the job', file=sys.stderr, flush=True); rows(1); time.sleep(0.7)\n"
-        "os.write(2, b'cut'); time.sleep(0.5); print(' short', flush=True); rows(100)"
+        ROW + "print('words of the job', file=sys.stderr, flush=True); rows(1); time.sleep(2.8)\n"
+        "os.write(2, b'cut'); time.sleep(2); print(' short', flush=True); rows(100)"
     )
     assert code == 0
     assert seen.index("words of the job\r\n") < seen.index("cut short\r\n") < seen.rindex("step 100/100")
@@ -169,7 +169,7 @@ def test_words_stay_above_the_view(terminal):
 
 
 def test_a_traceback_is_whole_and_comes_last(terminal):
-    code, seen = terminal(ROW + "rows(1); time.sleep(0.5)\nraise ZeroDivisionError('here')")
+    code, seen = terminal(ROW + "rows(1); time.sleep(2)\nraise ZeroDivisionError('here')")
     assert code == 1
     trace = seen[seen.index("Traceback") :]
     assert "ZeroDivisionError: here\r\n" in trace
