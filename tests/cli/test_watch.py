@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -173,9 +174,8 @@ def test_a_traceback_is_whole_and_comes_last(terminal):
     assert code == 1
     trace = seen[seen.index("Traceback") :]
     assert "ZeroDivisionError: here\r\n" in trace
-    assert trace.splitlines()[-1].endswith(
-        "\x1b[Jstep 1/100  lighthouse  loss 2.0000 (leaky)  grad 0.500  lr 1.00e-03  9,000 tok/s  1:39 left"
-    )
+    last = r"\x1b\[Jstep 1/100  lighthouse  loss 2.0000 \(leaky\)  grad 0.500  lr 1.00e-03  9,000 tok/s  1:3\d left"
+    assert re.search(last + "$", trace.splitlines()[-1])
 
 
 def test_ctrl_c_is_passed_on_and_the_last_view_stays(terminal):
