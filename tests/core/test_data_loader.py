@@ -167,6 +167,7 @@ def test_validation_begins_anew_with_each_iterator(data):
     assert global_rows([one], 3) == global_rows([one], 3)
 
 
+@pytest.mark.slow  # depends on the timing of another thread or process
 def test_seeking_reads_nothing_and_a_rank_reads_only_its_samples(data, monkeypatch):
     read = []
     original = Document.read

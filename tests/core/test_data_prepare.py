@@ -229,6 +229,7 @@ def test_a_kill_loses_no_finished_piece_and_leaves_no_process(tmp_path):
     assert check(tokens(tmp_path / "out")) == []
 
 
+@pytest.mark.slow  # depends on the timing of another thread or process
 def test_an_interrupt_ends_it_soon_and_its_repetition_finishes(tmp_path):
     write_lines(tmp_path / "src/a.jsonl", 60_000, size=250)
     from lighthouse_core.config import dump_recipe
