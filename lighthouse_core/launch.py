@@ -3,6 +3,7 @@
 Run as a module this is torchrun itself, less its own report of a failed worker: the worker has said what is wrong.
 """
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -12,10 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
@@ -165,6 +166,25 @@ def report_exit(code: int) -> bool:
     return True
 
 
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Run a process's main function, and end the process with its code after the exit handlers.
+
+    The interpreter's own teardown is left out: torch has threads that never end, and one that it finds in native code
+    aborts the process ("terminate called without an active exception"), though its work is done.
+    """
+    code = 1  # of an exception, whose traceback Python prints before the exit handlers run
+
+    # Registered before all others, and so called after them.
+    @atexit.register
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    code = main()
+    sys.exit(code)
+
+
 def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
     """Train the run's last stage in `plan`'s processes and wait for it, while `watcher` shows it.
 
@@ -284,4 +304,4 @@ def _torchrun(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_torchrun(sys.argv[1:]))
+    end_with(lambda: _torchrun(sys.argv[1:]))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.launch import QUIET, report_exit
+from lighthouse_core.launch import QUIET, end_with, report_exit
 from lighthouse_core.runs import Run
 from lighthouse_core.train.stop import Interrupted, request_stop
 
@@ -56,4 +56,4 @@ def main(run_dir: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    end_with(lambda: main(sys.argv[1]))

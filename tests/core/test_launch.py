@@ -236,3 +236,37 @@ def test_a_signal_reaches_the_worker_once_and_the_code_is_its_own(job, tmp_path)
 
 def test_a_job_that_ends_well(job):
     assert job("pass") == (0, "")
+
+
+# A thread that returns from native code while the interpreter goes down.
+LATE_THREAD = """
+import sys, threading, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from lighthouse_core.launch import end_with
+
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(3)
+
+def main():
+    global slow
+    slow = Slow()
+    threading.Thread(target=store.get, args=["never"], daemon=True).start()
+    time.sleep(0.2)
+    print("done")
+    {last}
+
+end_with(main)
+"""
+
+
+@pytest.mark.parametrize("last, code", [("return 7", 7), ("return 0", 0), ("raise OSError('no')", 1)])
+def test_a_process_ends_with_its_own_code_whatever_threads_there_are(last, code):
+    """With `sys.exit(main())` the process is aborted by the late thread (Python 3.11)."""
+    script = LATE_THREAD.format(last=last)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (code, "done\n")
+    assert ("OSError: no" in ended.stderr) == ("OSError" in last)
