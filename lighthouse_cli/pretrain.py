@@ -48,6 +48,7 @@ def pretrain(
 ) -> None:
     """Train a new run with Lighthouse attention (stage 1)."""
     from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import LighthouseError, UserError
     from lighthouse_core.launch import plan
     from lighthouse_core.runs import create_run, find_run, run_path
@@ -76,6 +77,7 @@ def pretrain(
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
         return
+    resolved = pinned(resolved)
     _check_data(resolved)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")

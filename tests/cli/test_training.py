@@ -2,10 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
+from lighthouse_core.data.build import build_source
 from lighthouse_core.launch import Plan
 from lighthouse_core.runs import Run
 
@@ -177,3 +179,33 @@ def test_the_length_of_a_recovery_can_be_corrected_before_its_first_checkpoint(l
     trainer.code = 0
     assert lighthouse("recover", "a", "--steps", "4").code == 0
     assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 104)]
+
+
+def test_a_run_keeps_the_commit_of_its_data_set(lighthouse, trainer, here, monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    (here / "there").mkdir()
+    (here / "there/a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(50)))
+    commits, build = iter(("1" * 40, "2" * 40)), datasets.load_dataset_builder
+
+    class Api:
+        def dataset_info(self, path, revision=None):
+            return SimpleNamespace(sha=next(commits))
+
+    def load(path, config=None, revision=None):
+        builder = build(str(here / "there"))
+        builder.hash = revision
+        return builder
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    trainer.stop, trainer.code = 40, 130
+    data = ("--set", 'data.source="hf"', "--set", 'data.paths=["someone/some-data"]')
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *data).code == 130
+    assert Run("runs/a").recipe.data.hf_revision == "1" * 40
+    assert f'hf_revision = "{"1" * 40}"' in (here / "runs/a/recipe.toml").read_text()
+
+    trainer.stop, trainer.code = None, 0
+    assert lighthouse("pretrain", "--resume", "a").code == 0
+    assert lighthouse("recover", "a").code == 0
+    assert build_source(Run("runs/a").recipe.data).revision == "1" * 40
+    assert next(commits) == "2" * 40  # asked once, when the run was made
