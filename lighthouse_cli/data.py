@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighthouse_cli import _options, _output
+from lighthouse_cli import _complete, _options, _output
 
 if TYPE_CHECKING:
     from lighthouse_core.data.prepare import Progress
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare and inspect training data.")
 
-_Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
+_Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.", autocompletion=_complete.recipes
+    ),
+]
 
 
 @app.command()
@@ -34,6 +39,7 @@ def prepare(
     """
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.prepare import prepare as run
+    from lighthouse_core.train.progress import clock
 
     resolved = load_recipe(find_recipe(recipe), settings or ())
     cores = len(os.sched_getaffinity(0))
@@ -46,7 +52,7 @@ def prepare(
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
-    _output.say(f"prepared in {_clock(seconds)}; train on it with:")
+    _output.say(f"prepared in {clock(seconds)}; train on it with:")
     _output.say(f"""  --set 'data.source="tokens"' --set 'data.paths=[{json.dumps(str(out))}]'""")
     _output.data(str(out))
 
@@ -130,6 +136,8 @@ def _as_dict(found: "Survey") -> dict:
 
 def _progress():
     """Prints a line at once, then at most one in five seconds, and the last."""
+    from lighthouse_core.train.progress import clock
+
     last = float("-inf")
 
     def show(progress: "Progress") -> None:
@@ -137,13 +145,7 @@ def _progress():
         if time.monotonic() - last < 5 and progress.done < 1:
             return
         last = time.monotonic()
-        left = "" if progress.left is None else f"  {_clock(progress.left)} left"
+        left = "" if progress.left is None else f"  {clock(progress.left)} left"
         _output.say(f"{progress.done:6.1%}  {progress.documents:,} documents  {progress.tokens:,} tokens{left}")
 
     return show
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -49,6 +49,8 @@ def test_what_is_offered(place):
     assert ask("lighthouse recover o", place) == ["older"]
     assert ask("lighthouse pretrain --resume ", place) == ["latest", "newer", "older"]
     assert ask("lighthouse pretrain ", place) == sorted([*shipped_recipes(), "mine.toml"])
+    for command in ("data prepare", "data inspect", "tokenizer train"):
+        assert ask(f"lighthouse {command} ", place) == sorted([*shipped_recipes(), "mine.toml"])
     assert ask("lighthouse recipes copy quick", place) == ["quickstart"]
     assert ask("lighthouse strip ", place) == [
         "newer",
