@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from lighthouse_core.data.survey import Survey
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare and inspect training data.")
+
+# What a document could move the cursor with, or worse; all but newline and tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _Recipe = Annotated[
     str,
@@ -87,7 +91,7 @@ def inspect(
     if resolved.data.validation:
         found.append(survey(resolved, "validation", seconds=seconds, samples=0))
     if as_json:
-        _output.data(json.dumps([_as_dict(one) for one in found], indent=1, ensure_ascii=False))
+        _output.data(json.dumps([_as_dict(one) for one in found], indent=1))
         return
     columns = ("split", "documents", "tokens", "median", "90%", "99%", "longest", "in long documents")
     title = f"tokens of documents; long: more than training.seq_len = {resolved.training.seq_len}"
@@ -96,7 +100,11 @@ def inspect(
         if not one.complete:
             _output.say(f"{one.split}: the documents of the first {seconds:g} seconds of reading, not all")
     for number, text in enumerate(found[0].samples, 1):
-        _output.data(f"--- document {number}\n{text}")
+        _output.data(f"--- document {number}\n{_CONTROL.sub(_escape, text)}")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"
 
 
 def _row(found: "Survey") -> tuple[str, ...]:

@@ -85,6 +85,27 @@ def test_inspect_shows_a_table_and_samples(place):
     assert done.returncode == 0 and "in long documents" in done.stdout and "--- document 1\nключ" in done.stdout
 
 
+def test_what_a_document_holds_does_nothing_to_the_terminal(place):
+    (place / "odd").mkdir()
+    odd = "a\tb\nc\rd\x1b]0;title\x07\x7f\x9b2J\x00"
+    (place / "odd/a.jsonl").write_text(json.dumps({"text": odd}))
+    wanted = ["inspect", "r.toml", "--set", 'data.paths=["odd/*"]', "--set", "data.validation=0.0"]
+    shown = lighthouse(*wanted, cwd=place).stdout
+    assert shown.endswith("--- document 1\na\tb\nc\\x0dd\\x1b]0;title\\x07\\x7f\\x9b2J\\x00\n")
+    as_json = lighthouse(*wanted, "--json", cwd=place).stdout
+    assert json.loads(as_json)[0]["samples"] == [odd] and as_json.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_inspect_escapes_what_the_output_has_no_characters_for(place, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    done = lighthouse("inspect", "r.toml", "--samples", "1", cwd=place)
+    assert done.returncode == 0 and "--- document 1\n\\u043a\\u043b" in done.stdout, done.stderr
+    done = lighthouse("inspect", "r.toml", "--samples", "1", "--json", cwd=place)
+    assert json.loads(done.stdout)[0]["samples"][0].startswith("ключ")
+
+
 def test_inspect_ends_in_time_and_says_so(place):
     (place / "large").mkdir()
     (place / "large/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
