@@ -51,7 +51,7 @@ def pretrain(
     from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import LighthouseError, UserError
     from lighthouse_core.launch import plan
-    from lighthouse_core.runs import create_run, find_run, run_path
+    from lighthouse_core.runs import check_free, create_run, find_run, run_path
 
     _output.set_quiet(quiet)
     if bool(recipe) == bool(resume):
@@ -61,11 +61,11 @@ def pretrain(
         run = find_run(resume)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-            return
         _check_unfinished(run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
-        _finish(run.path, None if node_rank else run, processes, quiet, as_json)
+        if not dry_run:
+            _finish(run.path, None if node_rank else run, processes, quiet, as_json)
         return
 
     path = find_recipe(recipe or "")
@@ -76,13 +76,15 @@ def pretrain(
         check_overrides(resolved)
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
-        return
     resolved = pinned(resolved)
-    _check_data(resolved)
+    _check_data(resolved, checksums=not dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
     _train.check(resolved, processes)
+    if dry_run:
+        check_free(resolved, name)
+        return
     if node_rank:
         _finish(run_path(resolved, name or resolved.output.name), None, processes, quiet, as_json)
         return
@@ -96,10 +98,18 @@ def pretrain(
         raise
 
 
-def _check_data(recipe: "Recipe") -> None:
+def _check_data(recipe: "Recipe", *, checksums: bool) -> None:
     """Meet what is wrong with the data here, rather than after the processes have started."""
     from lighthouse_core.data import check
+    from lighthouse_core.data.build import build_stream
+    from lighthouse_core.data.checks import checked_tokenizer
 
+    if recipe.data.source == "tokens" and not checksums:
+        tokenizer = checked_tokenizer(recipe)
+        build_stream(recipe.data, tokenizer, recipe.training.seed, "train")
+        if recipe.data.validation:
+            build_stream(recipe.data, tokenizer, recipe.training.seed, "validation")
+        return
     for note in check(recipe):
         _output.warn(note)
 

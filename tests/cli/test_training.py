@@ -45,6 +45,61 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
         assert f"\n# {name}" in answer.out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--nproc", "3"),
+        ("--nproc", "none"),
+        ("--nnodes", "2"),
+        ("--name", "a"),
+        ("--name", "a/b"),
+        ("--set", 'data.paths=["nowhere"]'),
+        ("--set", 'data.source="tokens"', "--set", 'data.paths=["nowhere"]'),
+        ("--set", 'lighthouse.backend="triton"'),
+        ("--set", "parallel.shard=2"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(lighthouse, trainer, here, arguments):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    error = lighthouse("pretrain", "tiny.toml", *arguments).error
+    answer = lighthouse("pretrain", "tiny.toml", *arguments, "--dry-run")
+    assert answer.code == 2 and answer.err.startswith(f"{error}\n")
+    assert "# memory (estimate)" in answer.out
+    assert len(trainer.launches) == 1 and os.listdir("runs") == ["a"]
+
+
+def test_a_dry_run_reads_no_checksums(lighthouse, here):
+    (here / "a.txt").write_text("some words")
+    files = ("--set", "data.validation=0.0", "--set", 'data.source="files"', "--set", 'data.paths=["a.txt"]')
+    assert lighthouse("data", "prepare", "tiny.toml", "out", "--workers", "1", *files).code == 0
+    with (here / "out/train-00000.tokens").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    tokens = ("--set", "data.validation=0.0", "--set", 'data.source="tokens"', "--set", 'data.paths=["out"]')
+    assert "checksum" in lighthouse("pretrain", "tiny.toml", *tokens).error
+    assert lighthouse("pretrain", "tiny.toml", *tokens, "--dry-run").code == 0
+    (here / "out/train-00000.tokens").unlink()
+    assert lighthouse("pretrain", "tiny.toml", *tokens, "--dry-run").code == 2
+
+
+def test_dry_runs_of_what_was_begun(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    for arguments in (
+        ("pretrain", "--resume", "a"),
+        ("recover", "a", "--nproc", "3"),
+        ("recover", "a", "--nproc", "x"),
+    ):
+        error = lighthouse(*arguments).error
+        answer = lighthouse(*arguments, "--dry-run")
+        assert answer.code == 2 and error in answer.err and "# memory (estimate)" in answer.out
+    several = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+    assert lighthouse("recover", "a", "--dry-run", *several).code == 0
+    trainer.stop, trainer.code = 40, 130
+    lighthouse("pretrain", "tiny.toml", "--name", "b")
+    assert lighthouse("pretrain", "--resume", "b", "--dry-run").code == 0
+    assert len(trainer.launches) == 2
+
+
 def test_an_interruption_says_how_to_go_on_and_resume_does(lighthouse, trainer):
     trainer.stop, trainer.code = 40, 130
     answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
