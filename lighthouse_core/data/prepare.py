@@ -9,14 +9,14 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
 
 _PLAN = "plan.json"
+_FORMAT = "lighthouse plan"
+# Every name that this program gives: in OUT, and in OUT/progress.
+_SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens(?:\.\d+\.partial)?|tokens\.json\.\d+\.partial")
+_RECORD = re.compile(r"(?:plan|\d{5,})\.json(?:\.\d+\.partial)?")
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
@@ -91,9 +95,7 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
         else:
             state = out / "progress"
             _check_ours(out)
-            state.mkdir(exist_ok=True)
-            for left_over in [*out.glob("*.partial"), *state.glob("*.partial")]:
-                left_over.unlink(missing_ok=True)
+            _remove_partials(out)
             tasks = _plan(state / _PLAN, work, source)
             _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
             index = {
@@ -106,7 +108,7 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
             if not index["splits"]["train"]["units"]:
                 raise DataError("the source has no documents to train on", hint="see data.paths and data.validation")
             write_index(out, index)
-        shutil.rmtree(out / "progress", ignore_errors=True)
+        _remove_progress(out)
     splits = json.loads((out / INDEX).read_text(encoding="utf-8"))["splits"]
     return Prepared(
         {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
@@ -139,14 +141,55 @@ def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any) -> 
 
 
 def _check_ours(out: Path) -> None:
-    if not (out / "progress").is_dir() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty", hint="choose a new directory for OUT")
+    """Raise DataError unless `out` is empty, or holds a plan of this program and nothing but what comes of one."""
+    names = sorted(path.name for path in out.iterdir())
+    state = out / "progress"
+    if not names or (names == ["progress"] and not _read_plan(state) and all(map(_is_partial, _names(state)))):
+        return
+    if not _read_plan(state):
+        raise DataError(f"{out} is not empty: it holds {names[0]}", hint="choose a new directory for OUT")
+    foreign = [out / name for name in names if name != "progress" and not _SHARD.fullmatch(name)]
+    foreign += [state / name for name in _names(state) if not _RECORD.fullmatch(name)]
+    if foreign:
+        raise DataError(f"{foreign[0]} is not of lighthouse data prepare", hint="move it, or choose another OUT")
+
+
+def _names(state: Path) -> list[str]:
+    return sorted(path.name for path in state.iterdir()) if state.is_dir() else []
+
+
+def _is_partial(name: str) -> bool:
+    return name.endswith(".partial") and bool(_SHARD.fullmatch(name) or _RECORD.fullmatch(name))
+
+
+def _remove_partials(out: Path) -> None:
+    for folder in (out, out / "progress"):
+        for name in filter(_is_partial, _names(folder)):
+            (folder / name).unlink()
+
+
+def _remove_progress(out: Path) -> None:
+    """Its records, and the folder if nothing else is in it."""
+    state = out / "progress"
+    if _read_plan(state):
+        for name in filter(_RECORD.fullmatch, _names(state)):
+            (state / name).unlink()
+        with suppress(OSError):
+            state.rmdir()
+
+
+def _read_plan(state: Path) -> dict[str, Any] | None:
+    """The plan in a folder, None if there is none of this program."""
+    try:
+        plan = json.loads((state / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.get("format") == _FORMAT else None
 
 
 def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]:
     """The pieces of every task; those of an earlier, interrupted call if there are any."""
-    if path.is_file():
-        plan = json.loads(path.read_text(encoding="utf-8"))
+    if plan := _read_plan(path.parent):
         if plan["work"] != work:
             raise DataError(
                 f"{path.parents[1]} was begun with other data or settings",
@@ -166,7 +209,8 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
                 filled = 0
             filled += size
             tasks[-1].append(Piece(unit, *place, end, size))
-    write_atomically(path, json.dumps({"work": work, "tasks": tasks}))
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
     return tasks
 
 

@@ -156,6 +156,59 @@ def test_preparing_again_is_nothing_and_other_data_is_refused(made, tmp_path):
         prepare(tokens(made), tmp_path / "again", 1, quietly)
 
 
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begun(tmp_path):
+    """A directory whose preparation was stopped by a bad line."""
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    with open(tmp_path / "src/a.jsonl", "a") as f:
+        f.write("bad\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 1, quietly)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("new", ["progress/thesis.txt", "notes.partial"]),
+        ("new", ["progress/plan.json", "progress/00000.json", "train-00000.tokens.1.partial"]),
+        ("new", ["progress/plan.json.1.partial", "a.txt"]),
+        ("begun", ["download.partial"]),
+        ("begun", ["progress/results/a.txt"]),
+    ],
+)
+def test_files_of_others_are_an_error_and_stay(tmp_path, folder, names):
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    out = begun(tmp_path) if folder == "begun" else tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    before = everything(out)
+    with pytest.raises(DataError, match="not empty" if folder == "new" else r"download|results"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), out, 1, quietly)
+    assert everything(out) == before
+
+
+def test_a_folder_of_that_name_in_a_finished_directory_stays(made, tmp_path):
+    (made / "progress").mkdir()
+    (made / "progress/00000.json").write_text("mine")
+    prepare(recipe(tmp_path / "src/*.jsonl"), made, 1, quietly)
+    assert (made / "progress/00000.json").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    out = begun(tmp_path)
+    left = [out / "train-00000.tokens.12.partial", out / "tokens.json.12.partial", out / "progress/plan.json.9.partial"]
+    for path in left:
+        path.touch()
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), out, 1, quietly)
+    assert not [path for path in left if path.exists()]
+
+
 def test_a_bad_line_stops_it_with_file_and_line_and_mending_it_needs_a_new_start(tmp_path):
     write_lines(tmp_path / "src/a.jsonl", 10)
     with open(tmp_path / "src/a.jsonl", "a") as f:
