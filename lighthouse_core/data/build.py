@@ -60,7 +60,8 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
     stream: Stream
     if data.source == "tokens":
         prepared = open_tokens(data, tokenizer)
-        units, listing = prepared.units(split), prepared.fingerprint
+        # The listing has sizes alone; the checksums tell the content.
+        units, listing = prepared.units(split), stable_hash(prepared.fingerprint, *prepared.checksums)
         if not units:
             raise no_documents(split, data.validation)
         stream = TokenStream(units, seed)

@@ -66,7 +66,13 @@ class Prepared(NamedTuple):
     tokens: dict[Split, int]
 
 
-def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progress], None]) -> Prepared:
+def prepare(
+    recipe: "Recipe",
+    out: Path,
+    workers: int,
+    progress: Callable[[Progress], None],
+    say: Callable[[str], None] | None = None,
+) -> Prepared:
     """Tokenize the source of a recipe into the directory `out`; the same call again finishes what was interrupted.
 
     Args:
@@ -74,6 +80,7 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
         out: a directory that is missing, empty, or holds this very work.
         workers: processes.
         progress: called after every piece.
+        say: called with a line every few seconds while a finished `out` is verified.
 
     Raises:
         DataError: the data cannot be read; `out` holds something else, or is in use.
@@ -91,7 +98,7 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
     }
     with _hold(out):
         if (out / INDEX).is_file():
-            _check_same(out, recipe, source, tokenizer)
+            _check_same(out, recipe, source, tokenizer, say)
         else:
             state = out / "progress"
             _check_ours(out)
@@ -133,11 +140,16 @@ def _hold(out: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any) -> None:
-    """A finished directory is left as it is if it is what was asked for."""
+def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any, say: Callable[[str], None] | None) -> None:
+    """A finished directory is left as it is if it is what was asked for, and whole.
+
+    Raises:
+        DataError: it is damaged, or made of other data; files of other content and the same size are not told apart.
+    """
     finished = open_tokens(recipe.data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
     if finished.fingerprint != source.fingerprint:
         raise DataError(f"{out} was prepared from other data", hint="choose another OUT, or remove it")
+    finished.verify(say)
 
 
 def _check_ours(out: Path) -> None:
