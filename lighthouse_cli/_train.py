@@ -91,6 +91,18 @@ def train(
         raise typer.Exit(code)
 
 
+def check_data(recipe: "Recipe") -> None:
+    """Meet what is wrong with the data here, rather than after the processes have started.
+
+    Raises:
+        DataError: what is wrong.
+    """
+    from lighthouse_core.data import check
+
+    for note in check(recipe, _output.say):
+        _output.warn(note)
+
+
 def check(recipe: "Recipe", plan: "Plan") -> None:
     """Meet what does not fit this machine here, rather than after the processes have started.
 

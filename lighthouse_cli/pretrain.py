@@ -10,7 +10,6 @@ import typer
 from lighthouse_cli import _complete, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.config import Recipe
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
 
@@ -62,6 +61,7 @@ def pretrain(
             _train.describe(run.recipe, nproc, nnodes)
             return
         _check_unfinished(run)
+        _train.check_data(run.recipe)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
         _finish(run.path, None if node_rank else run, processes, quiet, as_json)
@@ -76,7 +76,7 @@ def pretrain(
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
         return
-    _check_data(resolved)
+    _train.check_data(resolved)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
@@ -92,14 +92,6 @@ def pretrain(
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
             shutil.rmtree(run.path)
         raise
-
-
-def _check_data(recipe: "Recipe") -> None:
-    """Meet what is wrong with the data here, rather than after the processes have started."""
-    from lighthouse_core.data import check
-
-    for note in check(recipe):
-        _output.warn(note)
 
 
 def _refuse_with_resume(settings: list[str] | None, name: str) -> None:

@@ -48,6 +48,7 @@ def recover(
     if run is None:
         _output.say(f"newest run: {found.path}")
     if node_rank:
+        _train.check_data(found.recipe)
         # Machine 0 keeps the ledger; the workers read it after they have met there.
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
@@ -61,6 +62,7 @@ def recover(
             _train.describe(recovery.recipe, nproc, nnodes)
             return
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        _train.check_data(recovery.recipe)
         _train.check(recovery.recipe, processes)
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")

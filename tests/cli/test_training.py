@@ -177,3 +177,22 @@ def test_the_length_of_a_recovery_can_be_corrected_before_its_first_checkpoint(l
     trainer.code = 0
     assert lighthouse("recover", "a", "--steps", "4").code == 0
     assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 104)]
+
+
+def test_damaged_shards_are_met_by_resume_and_recover_before_anything_is_written(lighthouse, trainer, here):
+    (here / "src").mkdir()
+    (here / "src/a.txt").write_text("some words\n" * 100)
+    files = ["--set", 'data.paths=["src/*"]', "--set", "data.validation=0", "--set"]
+    assert lighthouse("data", "prepare", "tiny.toml", "out", *files, 'data.source="files"').code == 0
+    tokens = [*files[2:], 'data.source="tokens"', "--set", 'data.paths=["out"]']
+    trainer.stop, trainer.code = 40, 130
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *tokens).code == 130
+    shard = here / "out/train-00000.tokens"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
+    for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
+        assert "train-00000.tokens is damaged" in lighthouse(*command).error
+    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+    assert len(trainer.launches) == 1
