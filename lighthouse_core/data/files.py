@@ -1,4 +1,7 @@
-"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream."""
+"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream.
+
+A line or a row is held whole, a file that is a document in parts.
+"""
 
 import glob
 import json
@@ -12,6 +15,8 @@ from lighthouse_core.errors import DataError
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _BUFFER = 1 << 20
+# Of text that is held and encoded at once.
+_PART = 4 << 20
 # Rows decoded at a time; long documents make a batch of any number of rows large.
 _BATCH_ROWS = 64
 _CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
@@ -42,7 +47,7 @@ class FilesSource:
             return _lines(file, place, keep, self.text_key)
         if file.path.endswith(".parquet"):
             return _rows(file, place, keep, self.text_key)
-        return _whole(file, place, keep)
+        return _text(file, place, keep)
 
     def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
         file = self.files[unit]
@@ -125,17 +130,32 @@ def _open(file: TextFile) -> BinaryIO:
     return opened
 
 
-def _whole(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
+def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
+    """The file as one document, in parts of at most _PART bytes that end after a line where they can."""
     if place.row or not keep(file.identity):
         return
     with _open(file) as opened:
-        content = opened.read()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {error.start} of the file)") from None
-    yield Record(file.identity, text, Place(), Place(1, file.size))
+        rest, byte, lines = b"", 0, 0
+        while byte < file.size and keep(file.identity):
+            read = opened.read(_PART - len(rest))
+            if not read:
+                raise DataError(f"{file.path} changed since it was listed", hint=_CHANGED_HINT)
+            part = rest + read
+            last = byte + len(part) == file.size
+            cut = len(part) if last else part.rfind(b"\n") + 1 or _last_character(part)
+            part, rest = part[:cut], part[cut:]
+            try:
+                text = part.decode()
+            except UnicodeDecodeError as error:
+                line = lines + part.count(b"\n", 0, error.start) + 1
+                raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {byte + error.start} of the file)") from None
+            yield Record(file.identity, text, Place(), Place(1, file.size), byte == 0, last)
+            byte, lines = byte + len(part), lines + part.count(b"\n")
+
+
+def _last_character(part: bytes) -> int:
+    """Where the last character of UTF-8 text begins."""
+    return next((at for at in range(len(part) - 1, len(part) - 5, -1) if part[at] & 0xC0 != 0x80), len(part) - 1)
 
 
 def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:

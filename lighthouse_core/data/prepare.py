@@ -361,9 +361,9 @@ def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
                 if job.stop.is_set():
                     raise LighthouseError("stopped")
                 split: Split = "validation" if held_out(record.identity, job.validation) else "train"
-                tokens = with_ends(job.tokenizer, record.content)
-                writers[split].add(tokens)
-                counts[split][0] += 1
+                tokens = with_ends(job.tokenizer, record.content, first=record.first, last=record.last)
+                writers[split].add(tokens, first=record.first)
+                counts[split][0] += record.first
                 counts[split][1] += len(tokens)
             for split, (documents, total) in counts.items():
                 if documents:

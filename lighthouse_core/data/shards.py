@@ -71,9 +71,10 @@ class ShardWriter:
     def documents(self) -> int:
         return len(self._starts)
 
-    def add(self, tokens: np.ndarray) -> None:
-        """One document, BOS and EOS included."""
-        self._starts.append(self.tokens)
+    def add(self, tokens: np.ndarray, *, first: bool = True) -> None:
+        """One document, BOS and EOS included, or a part of one."""
+        if first:
+            self._starts.append(self.tokens)
         self.tokens += len(tokens)
         self._write(tokens.astype(self._dtype).tobytes())
 

@@ -75,15 +75,18 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
         return Survey(split, lengths, True, recipe.training.seq_len, tuple(texts))
 
     found: list[int] = []
-    complete = False
+    complete, length = False, 0
     try:
-        for before, _, tokens in stream.documents(stream.start, timely(stream.keep, time.monotonic() + seconds)):
+        for before, _, tokens, last in stream.documents(stream.start, timely(stream.keep, time.monotonic() + seconds)):
             if before.epoch:
                 complete = True
                 break
-            found.append(len(tokens))
-            if len(texts) < samples:
-                decode(tokens[:-1])
+            if not length and len(texts) < samples:
+                decode(tokens[: -1 if last else None])
+            length += len(tokens)
+            if last:
+                found.append(length)
+                length = 0
     except TimeIsUp:
         pass
     return Survey(split, np.array(found, dtype=np.int64), complete, recipe.training.seq_len, tuple(texts))

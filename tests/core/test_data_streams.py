@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lighthouse_core.config import loads_recipe
+from lighthouse_core.data import files
 from lighthouse_core.data import prepare as preparing
 from lighthouse_core.data.documents import Place, stable_hash, with_ends
 from lighthouse_core.data.files import FilesSource, list_files
@@ -87,7 +88,7 @@ def recipe(corpus, kind, **change):
     data = {"source": source, "paths": [str(corpus / path) for path in PATHS[kind]], "validation": 0.2} | change
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in data.items())
     return loads_recipe(
-        "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 320\n"
+        "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 400\n"
         "[lighthouse]\nenabled = false\n"
         f"[training]\nseq_len = {SEQ}\nlocal_batch_size = 1\nglobal_batch_size = 1\nsteps = 1\n"
         f"[optimizer]\nlr = 1e-3\n[data]\n{lines}\n"
@@ -412,6 +413,94 @@ def test_pieces_over_several_shards_give_the_same_stream(corpus, tmp_path, monke
     ready = prepared(tmp_path, corpus, "mixed")
     assert len(list((tmp_path / "out").glob("train-*.tokens"))) > 20
     assert global_rows([loader(ready)], 300) == global_rows([loader(settings(corpus, "mixed"))], 300)
+
+
+def slow_parts(content, size):
+    """Cut after the last line that ends within `size` bytes, else before the last character."""
+    while len(content) > size:
+        cut = content[:size].rfind(b"\n") + 1
+        if not cut:
+            # The characters that begin within `size` bytes, but the last.
+            cut = max(at for at in range(size) if content[at] < 0x80 or content[at] >= 0xC0)
+        yield content[:cut]
+        content = content[cut:]
+    yield content
+
+
+LONG = {
+    "a.txt": "one line\n" + "a second, longer line of words\n" * 9,
+    "b.md": "ключ鍵\U0001f511" * 60 + "\n" + "x" * 200,
+    "c.txt": "short\n",
+    "d.txt": "\n" * 90 + "y" * 64,
+}
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 34, 64])
+def test_long_text_comes_in_parts_from_any_place(tmp_path, monkeypatch, foreign_spm, size):
+    monkeypatch.setattr(files, "_PART", size)
+    (tmp_path / "long").mkdir()
+    for name, content in LONG.items():
+        (tmp_path / "long" / name).write_text(content)
+    tokenizer = build_tokenizer(str(foreign_spm("prefix", add_dummy_prefix=True)))
+    data = settings(tmp_path, "docs", paths=[str(tmp_path / "long/*")], validation=0)
+    data = data.model_copy(update={"tokenizer": str(foreign_spm("prefix"))})
+    tokens, places = [], []
+    for epoch in range(3):
+        for name in sorted(LONG, key=lambda name: stable_hash("order", 0, epoch, f"long/{name}")):
+            parts = list(slow_parts(LONG[name].encode(), size))
+            assert len(parts) > 2 or name == "c.txt"
+            document = [tokenizer.bos_id, *(i for part in parts for i in tokenizer.encode(part)), tokenizer.eos_id]
+            tokens += document
+            places += range(len(document))
+    count = (len(tokens) - 1) // SEQ
+    expected = {i: (tokens[i * SEQ :][: SEQ + 1], places[i * SEQ :][:SEQ]) for i in range(count)}
+    assert global_rows([loader(data)], count) == expected
+    one = loader(data)
+    batches = iter(one)
+    for done in range(count - 1):
+        ranks = [loader(data, 1, rank, 2) for rank in range(2)]
+        for rank in ranks:
+            rank.load_state_dict(one.state_dict())
+        assert global_rows(ranks, 1) == {i: expected[i] for i in (done, done + 1)}
+        next(batches)
+
+
+def test_bad_bytes_in_a_later_part_name_their_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 16)
+    for number, content in enumerate((b"line\n" * 20 + b"\xff\n", b"line\n" * 20 + b"x" * 50 + b"\xff" * 50)):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{number}\.txt:21: not UTF-8 text .byte {content.index(255)} of"):
+            list(FilesSource([str(path)], "text").records(0, Place(), bool))
+
+
+def test_a_document_that_became_shorter_is_an_error_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 64)
+    (tmp_path / "a.txt").write_text("ж" * 200)
+    data = settings(tmp_path, "docs", paths=[str(tmp_path / "*.txt")], validation=0)
+    state = loader(data).state_dict() | {"offset": 403}
+    one = loader(data)
+    one.load_state_dict(state)
+    with pytest.raises(DataError, match="its place is not in the data"):
+        next(iter(one))
+
+
+def test_prepared_equals_live_where_text_comes_in_parts(tmp_path, foreign_spm):
+    (tmp_path / "docs").mkdir()
+    line = "the cat sat on the mat with  the other cats "
+    (tmp_path / "docs/a.txt").write_text((line + "\n") * 110_000 + line * 110_000)
+    (tmp_path / "docs/b.txt").write_text("def f(x): return x + 1\n" * 300)
+    change = {"tokenizer": str(foreign_spm("prefix")), "validation": 0, "paths": [str(tmp_path / "docs/*.txt")]}
+    live = loader(recipe(tmp_path, "docs", **change).data, 64)
+    ready = loader(prepared(tmp_path, tmp_path, "docs", **change), 64)
+    steps = 0
+    for (inputs, labels), (others, other_labels) in zip(live, ready, strict=False):
+        assert torch.equal(labels, other_labels)
+        assert all(torch.equal(inputs[key], others[key]) for key in inputs)
+        steps += 1
+        if live.state_dict()["epoch"] == 1:
+            break
+    assert steps > 500
 
 
 def test_ids_above_16_bits_take_32(corpus, tmp_path, monkeypatch):
