@@ -19,6 +19,8 @@ _BUFFER = 1 << 20
 _PART = 4 << 20
 # Rows decoded at a time; long documents make a batch of any number of rows large.
 _BATCH_ROWS = 64
+# A row is sought by decoding what is before it in its row group.
+_GROUP_PIECES = 8
 _CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
 
 
@@ -291,11 +293,15 @@ def _cut_rows(file: TextFile, size: int, text_key: str) -> list[tuple[Place, int
     total = sum(group.total_byte_size for group in groups) or 1
     places, begins, row, byte = [Place()], [0], 0, 0
     for group in groups:
-        if byte - begins[-1] >= size and row:
-            places.append(Place(row))
-            begins.append(byte)
+        share = group.total_byte_size * file.size // total
+        pieces = min(max(share // size, 1), _GROUP_PIECES, group.num_rows)
+        for piece in range(pieces):
+            first, begin = row + group.num_rows * piece // pieces, byte + share * piece // pieces
+            if begin - begins[-1] >= size and first:
+                places.append(Place(first))
+                begins.append(begin)
         row += group.num_rows
-        byte += group.total_byte_size * file.size // total
+        byte += share
     return _with_sizes(places, begins, file.size)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
-from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index
+from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index, writing
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, LighthouseError
 
@@ -38,6 +38,7 @@ _RECORD = re.compile(r"(?:plan|\d{5,})\.json(?:\.\d+\.partial)?")
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
+_REPORT_SECONDS = 1.0
 
 
 class Progress(NamedTuple):
@@ -79,7 +80,7 @@ def prepare(
         recipe: its [data] names the source, the tokenizer and the share held out.
         out: a directory that is missing, empty, or holds this very work.
         workers: processes.
-        progress: called after every piece.
+        progress: called every second; what is done counts pieces, tokens and documents go on within one.
         say: called with a line every few seconds while a finished `out` is verified.
 
     Raises:
@@ -102,7 +103,9 @@ def prepare(
         else:
             state = out / "progress"
             _check_ours(out)
-            _remove_partials(out)
+            with writing(out):
+                _remove_partials(out)
+                state.mkdir(exist_ok=True)
             tasks = _plan(state / _PLAN, work, source)
             _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
             index = {
@@ -115,7 +118,8 @@ def prepare(
             if not index["splits"]["train"]["units"]:
                 raise DataError("the source has no documents to train on", hint="see data.paths and data.validation")
             write_index(out, index)
-        _remove_progress(out)
+        with writing(out):
+            _remove_progress(out)
     splits = json.loads((out / INDEX).read_text(encoding="utf-8"))["splits"]
     return Prepared(
         {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
@@ -221,7 +225,6 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
                 filled = 0
             filled += size
             tasks[-1].append(Piece(unit, *place, end, size))
-    path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
     return tasks
 
@@ -247,10 +250,10 @@ def _run(
             done += weights[number]
             tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
 
-    def report() -> None:
+    def report(more_documents: int = 0, more_tokens: int = 0) -> None:
         seconds = time.monotonic() - begun
         left = seconds / here * (sum(weights) - done) if here else None
-        progress(Progress(done / sum(weights), tokens, documents, left))
+        progress(Progress(done / sum(weights), tokens + more_tokens, documents + more_documents, left))
 
     report()
     if not missing:
@@ -258,10 +261,11 @@ def _run(
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    counts = context.Array("q", 2)
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)), context, _begin_worker, (source, tokenizer, validation, str(out), stop)
+        min(workers, len(missing)), context, _begin_worker, (source, tokenizer, validation, str(out), stop, counts)
     )
-    waiting: dict[Future[dict[str, Any]], int] = {}
+    waiting: dict[Future[None], int] = {}
     queue = iter(missing)
     try:
         while True:
@@ -269,11 +273,11 @@ def _run(
                 waiting[pool.submit(_run_task, number, tasks[number])] = number
             if not waiting:
                 break
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                record, number = future.result(), waiting.pop(future)
+            for future in wait(waiting, _REPORT_SECONDS, return_when=FIRST_COMPLETED).done:
+                future.result()
+                number = waiting.pop(future)
                 done, here = done + weights[number], here + weights[number]
-                tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
-                report()
+            report(*counts)
     except BrokenProcessPool:
         raise LighthouseError(
             "a worker process ended without an error of its own, perhaps for lack of memory",
@@ -325,17 +329,18 @@ class _Job(NamedTuple):
     validation: float
     out: Path
     stop: Any
+    counts: Any
 
 
 _job: _Job | None = None
 
 
-def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, stop: Any) -> None:
+def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, stop: Any, counts: Any) -> None:
     global _job
     # Ctrl-C reaches the whole group; the parent ends the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop)
+    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop, counts)
 
 
 def _end_with_parent() -> None:
@@ -346,12 +351,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
-    """Tokenize pieces into one shard a split. Returns their record, {split: {"shard", "units"}}."""
+def _run_task(number: int, pieces: list[Piece]) -> None:
+    """Tokenize pieces into one shard a split, and write their record, {split: {"shard", "units"}}."""
     job = _job
     assert job is not None
     writers = {split: ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer) for split in _SPLITS}
     units: dict[Split, list[list[int]]] = {split: [] for split in _SPLITS}
+    told, time_told = (0, 0), time.monotonic()
+
+    def tell() -> None:
+        nonlocal told, time_told
+        now = tuple(sum(getattr(writer, what) for writer in writers.values()) for what in ("documents", "tokens"))
+        with job.counts.get_lock():
+            for i in range(2):
+                job.counts[i] += now[i] - told[i]
+        told, time_told = now, time.monotonic()
+
     try:
         for piece in pieces:
             counts = {split: [0, 0] for split in _SPLITS}
@@ -365,6 +380,8 @@ def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
                 writers[split].add(tokens, first=record.first)
                 counts[split][0] += record.first
                 counts[split][1] += len(tokens)
+                if time.monotonic() - time_told > _REPORT_SECONDS:
+                    tell()
             for split, (documents, total) in counts.items():
                 if documents:
                     units[split].append([piece.unit, documents, total])
@@ -376,4 +393,4 @@ def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
         for writer in writers.values():
             writer.discard()
     write_atomically(_record_path(job.out, number), json.dumps(result))
-    return result
+    tell()

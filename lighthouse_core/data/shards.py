@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -64,8 +65,9 @@ class ShardWriter:
         self._starts: list[int] = []
         self._checksum = hashlib.blake2b(digest_size=32)
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
-        self._file.write(bytes(_HEADER_BYTES))
+        with writing(path.parent):
+            self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
+            self._file.write(bytes(_HEADER_BYTES))
 
     @property
     def documents(self) -> int:
@@ -91,21 +93,26 @@ class ShardWriter:
             self.tokens,
             self._checksum.digest(),
         )
-        self._file.seek(0)
-        self._file.write(header + _seal(header))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        with writing(self.path.parent):
+            self._file.seek(0)
+            self._file.write(header + _seal(header))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
         return Shard(self.path.name, self.tokens, self.documents, self._checksum.hexdigest())
 
     def discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        # Closing writes what is left, for which a full disk has no room.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink()
 
     def _write(self, content: bytes) -> None:
         self._checksum.update(content)
-        self._file.write(content)
+        with writing(self.path.parent):
+            self._file.write(content)
 
 
 def write_index(out: Path, index: dict[str, Any]) -> None:
@@ -116,11 +123,25 @@ def write_index(out: Path, index: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path.parent):
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What the system refuses inside is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room, or let it be written; the same command then goes on where this one stopped"
+        raise DataError(f"cannot write {folder}: {error.strerror}", hint=hint) from None
 
 
 class PreparedTokens:

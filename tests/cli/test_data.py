@@ -1,6 +1,7 @@
 """lighthouse data prepare and inspect."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -31,9 +32,9 @@ validation = 0.25
 """
 
 
-def lighthouse(*arguments, cwd):
+def lighthouse(*arguments, cwd, **options):
     command = [sys.executable, "-m", "lighthouse_cli", "data", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,19 @@ def test_an_interrupted_prepare_says_how_to_go_on(place):
         said = process.stderr.read()
     (place / "many/a.jsonl").unlink()
     assert process.returncode == 130 and "same command" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("room", [0, 4096])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, room):
+    (place / "full").mkdir(exist_ok=True)
+    (place / "full/a.txt").write_text("some words\n" * 10_000)
+    arguments = ["prepare", "r.toml", f"full{room}", "--set", 'data.paths=["full/*.txt"]', "--set", "data.validation=0"]
+    done = lighthouse(*arguments, cwd=place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *_, error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: cannot write full{room}") and "the same command" in hint
+    assert not list((place / f"full{room}").rglob("*.partial"))
+    assert lighthouse(*arguments, cwd=place).returncode == 0
 
 
 def test_inspect_shows_a_table_and_samples(place):

@@ -384,3 +384,13 @@ def test_an_interrupt_ends_it_soon_and_its_repetition_finishes(tmp_path):
     assert_all_end(process.pid)
     prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 2, quietly)
     assert check(tokens(tmp_path / "out")) == []
+
+
+def test_a_piece_that_takes_long_counts_on(tmp_path, foreign_spm):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.md").write_text("the cat sat on the mat, " * 800_000)
+    changes = ["data.validation=0", "model.vocab_size=400", f'data.tokenizer="{foreign_spm("plain")}"']
+    seen = []
+    made = prepare(recipe(tmp_path / "src/*.md", *changes), tmp_path / "out", 1, seen.append)
+    assert [one for one in seen if one.done == 0 < one.tokens < made.tokens["train"]]
+    assert seen[-1][:3] == (1, made.tokens["train"], 1)

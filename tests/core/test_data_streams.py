@@ -408,6 +408,17 @@ def test_cuts_cover_every_record_once(corpus):
             assert pieces == whole
 
 
+def test_a_single_row_group_is_cut_by_rows(tmp_path):
+    write_table(tmp_path / "a.parquet", numbered(1000), group=1000)
+    source = FilesSource([str(tmp_path / "*.parquet")], "text")
+    cuts = source.cuts(0, source.sizes[0] // 20)
+    assert [place.row for place, _ in cuts] == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert sum(size for _, size in cuts) == source.sizes[0]
+    whole = list(source.records(0, Place(), bool))
+    for place, _ in cuts:
+        assert list(source.records(0, place, bool)) == [record for record in whole if record.start.row >= place.row]
+
+
 def test_pieces_over_several_shards_give_the_same_stream(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "_SMALLEST", 500)
     ready = prepared(tmp_path, corpus, "mixed")
