@@ -24,6 +24,7 @@ from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
 from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index, writing
+from lighthouse_core.data.stream import no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, LighthouseError
 
@@ -116,7 +117,7 @@ def prepare(
                 "splits": _merge(source, state, len(tasks)),
             }
             if not index["splits"]["train"]["units"]:
-                raise DataError("the source has no documents to train on", hint="see data.paths and data.validation")
+                raise no_documents("train", data.validation)
             write_index(out, index)
         with writing(out):
             _remove_progress(out)

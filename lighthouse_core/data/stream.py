@@ -293,8 +293,14 @@ def _changed() -> DataError:
     )
 
 
-def no_documents(split: Split, validation: float) -> DataError:
-    return DataError(
+class NoDocuments(DataError):
+    """A split that has none."""
+
+
+def no_documents(split: Split, validation: float) -> NoDocuments:
+    if not validation:
+        return NoDocuments("every document is empty", hint="name documents with text in data.paths")
+    return NoDocuments(
         f"data.validation = {validation} leaves no documents for {split}",
-        hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more in data.paths",
+        hint="--set data.validation=0 holds none out, the way for few documents; else name more in data.paths",
     )

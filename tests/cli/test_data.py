@@ -99,6 +99,21 @@ def test_inspect_shows_a_table_and_samples(place):
     assert done.returncode == 0 and "in long documents" in done.stdout and "--- document 1\nключ" in done.stdout
 
 
+@pytest.mark.parametrize("source", ["files", "tokens"])
+def test_inspect_shows_what_is_there_where_a_split_is_empty(place, source):
+    (place / "one").mkdir(exist_ok=True)
+    (place / "one/a.txt").write_text("one document")
+    settings = ["--set", "data.validation=1e-9", "--set"]
+    files = [*settings, 'data.paths=["one/*.txt"]']
+    if source == "tokens":
+        assert lighthouse("prepare", "r.toml", "one/out", *files, cwd=place).returncode == 0
+    chosen = files if source == "files" else [*settings[:2], *as_tokens("one/out")]
+    done = lighthouse("inspect", "r.toml", "--json", *chosen, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [split["documents"] for split in json.loads(done.stdout)] == [1, 0]
+    assert "validation" in lighthouse("inspect", "r.toml", *chosen, cwd=place).stdout
+
+
 def test_inspect_ends_in_time_and_says_so(place):
     (place / "large").mkdir()
     (place / "large/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
