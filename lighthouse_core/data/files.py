@@ -69,7 +69,8 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
     wherever corpus lies. Hidden and empty files are left out.
 
     Raises:
-        DataError: a glob without files, another kind of file, a file matched twice.
+        DataError: a glob without files, another kind of file, a file matched twice, a link to nothing, a folder that
+            cannot be listed.
     """
     files: dict[str, TextFile] = {}
     roots: list[str] = []
@@ -81,7 +82,13 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
         names = [os.path.basename(one) for one in roots[: roots.index(root) + 1]]
         # A name seen before gets a number: no machine's paths enter identities.
         label = names[-1] if names.count(names[-1]) == 1 else f"{names[-1]}:{names.count(names[-1])}"
-        matched = [path for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path)]
+        _check_readable(pattern)
+        found = glob.glob(pattern, recursive=True)
+        if broken := [path for path in found if not os.path.exists(path)]:
+            raise DataError(
+                f"data.paths: {broken[0]} is a link to nothing", hint="remove it, or restore what it links to"
+            )
+        matched = [path for path in found if os.path.isfile(path)]
         if not matched:
             raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
         for path in matched:
@@ -97,16 +104,29 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
                 )
             below = os.path.relpath(path, _fixed_folder(pattern)).replace(os.sep, "/")
             files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real)
-    found = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
-    if not found:
+    listed = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
+    if not listed:
         raise DataError(f"every file under data.paths = {list(paths)} is empty")
-    return found
+    return listed
 
 
 def _fixed_folder(pattern: str) -> str:
     parts = pattern.split(os.sep)
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return os.sep.join(parts[:fixed]) or (os.sep if pattern.startswith(os.sep) else ".")
+
+
+def _check_readable(pattern: str) -> None:
+    """Raise DataError for a folder that cannot be listed; glob passes over it in silence."""
+    parts = pattern.split(os.sep)
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    for above in {os.sep.join(parts[: i + (parts[i] == "**")]) for i in range(first, len(parts))}:
+        # With a separator at its end a glob matches folders alone.
+        for folder in glob.iglob(os.path.join(above, ""), recursive=True):
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise DataError(
+                    f"data.paths: cannot list {folder}", hint=f"make it readable, or leave it out of {pattern}"
+                )
 
 
 def _folder_hint(pattern: str) -> str:

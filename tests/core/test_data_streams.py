@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -242,6 +243,31 @@ def test_a_split_without_documents_is_an_error_and_no_endless_search(corpus, kin
         next(iter(loader(settings(corpus, kind, validation=0.9999999))))
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_hint_for_a_split_without_documents_is_true(tmp_path, split):
+    (tmp_path / "a.txt").write_text("words")
+    change = {"paths": [str(tmp_path / "*.txt")]}
+    data = settings(tmp_path, "docs", validation=0.9999999 if split == "train" else 1e-9, **change)
+    with pytest.raises(DataError, match=f"no documents for {split}") as error:
+        next(iter(loader(data, split=split)))
+    assert "--set data.validation=0 " in error.value.hint
+    if split == "validation":
+        ready = prepared(tmp_path, tmp_path, "docs", validation=1e-9, **change)
+        with pytest.raises(DataError, match="for validation"):
+            loader(ready, split=split)
+        assert next(iter(loader(ready.model_copy(update={"validation": 0.0}))))
+    assert next(iter(loader(data.model_copy(update={"validation": 0.0}))))
+
+
+def test_documents_that_are_all_empty_are_said_to_be(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [(0, ""), (1, "")])
+    change = {"paths": [str(tmp_path / "*.jsonl")], "validation": 0}
+    with pytest.raises(DataError, match="every document is empty"):
+        next(iter(loader(settings(tmp_path, "lines", **change))))
+    with pytest.raises(DataError, match="every document is empty"):
+        prepared(tmp_path, tmp_path, "lines", **change)
+
+
 def test_local_data_sets_need_no_network(corpus, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("network")
@@ -371,6 +397,28 @@ def test_listing_mistakes_have_hints(tmp_path):
         with pytest.raises(DataError, match=message) as error:
             list_files([str(tmp_path / path) for path in paths])
         assert error.value.hint
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "*/deep/*.txt", "**"])
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, pattern):
+    for folder in ("a/deep", "shut/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text("x")
+        (tmp_path / folder / "../x.txt").write_text("y")
+    assert list_files([str(tmp_path / pattern)])
+    # Permissions do not hold root back.
+    monkeypatch.setattr(os, "access", lambda path, mode: "shut" not in path)
+    with pytest.raises(DataError, match=r"cannot list .*/shut/"):
+        list_files([str(tmp_path / pattern)])
+    assert list_files([str(tmp_path / "a" / "*.txt")])
+
+
+def test_a_link_to_nothing_is_an_error_where_it_matches(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.md").symlink_to(tmp_path / "nowhere")
+    assert len(list_files([str(tmp_path / "*.txt")])) == 1
+    with pytest.raises(DataError, match=r"b\.md is a link to nothing"):
+        list_files([str(tmp_path / "*")])
 
 
 def test_identities_tell_roots_apart_and_no_machine(tmp_path):
