@@ -1,6 +1,7 @@
 """The loader: cuts the token stream into samples and hands one rank the batches that are its own."""
 
 import atexit
+import logging
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -11,10 +12,12 @@ import torch
 
 from lighthouse_core.data.build import DataSettings, Stream, build_stream
 from lighthouse_core.data.documents import Split
+from lighthouse_core.data.stream import WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class _Batch(NamedTuple):
@@ -219,6 +222,11 @@ def build_loader(
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
     stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
+    if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
+        _log.warning(
+            "each of the %d processes tokenizes all of the text; lighthouse data prepare does it once, beforehand",
+            world_size,
+        )
     return TokenLoader(
         stream,
         seq_len=seq_len,
