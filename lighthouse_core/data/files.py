@@ -3,6 +3,7 @@
 A line or a row is held whole, a file that is a document in parts.
 """
 
+import codecs
 import glob
 import json
 import os
@@ -139,12 +140,13 @@ def _open(file: TextFile) -> BinaryIO:
     """The open file.
 
     Raises:
-        DataError: it is gone or has another size than when it was listed.
+        DataError: it cannot be read, or is gone or has another size than when it was listed.
     """
     try:
         opened = open(file.path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the callers close it)
     except OSError as error:
-        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=_CHANGED_HINT) from error
+        hint = _CHANGED_HINT if isinstance(error, FileNotFoundError) else None
+        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from error
     size = os.fstat(opened.fileno()).st_size
     if size != file.size:
         opened.close()
@@ -187,6 +189,8 @@ def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[
         for line in opened:
             start = Place(row, byte)
             row, byte = row + 1, byte + len(line)
+            if not start.byte:
+                line = line.removeprefix(codecs.BOM_UTF8)
             identity = f"{file.identity}:{start.row}"
             if keep(identity) and (text := _text_of_line(line, text_key, lambda n=row: f"{file.path}:{n}")):
                 yield Record(identity, text, start, Place(row, byte))
@@ -265,11 +269,12 @@ def _parquet(file: TextFile, text_key: str) -> Any:
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.path}: not a parquet file: {_first_line(error)}") from None
-    kind = schema.field(text_key).type if text_key in schema.names else None
-    if kind is not None and pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        found = f"has the type {kind}" if kind is not None else f"is missing; there are: {', '.join(schema.names)}"
+    kinds = [schema.field(i).type for i, name in enumerate(schema.names) if name == text_key]
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    if len(kinds) != 1 or str(plain[0]) not in ("string", "large_string", "string_view"):
+        found = f"is missing; there are: {', '.join(schema.names)}"
+        if kinds:
+            found = f"has the type {plain[0]}" if len(kinds) == 1 else "is there more than once"
         opened.close()
         raise DataError(f'{file.path}: the column "{text_key}" (data.text_key) {found}')
     return opened

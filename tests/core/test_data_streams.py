@@ -205,6 +205,18 @@ def test_ranks_batch_sizes_and_interruptions_leave_the_stream_alone(corpus, kind
             next(batches)
 
 
+def test_several_processes_that_all_tokenize_are_warned_of_once(corpus, tmp_path, caplog):
+    for split in ("train", "validation"):
+        for rank in range(2):
+            loader(settings(corpus, "lines"), rank=rank, world_size=2, split=split)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "data prepare" in caplog.text
+    caplog.clear()
+    loader(settings(corpus, "lines"))
+    loader(settings(corpus, "python-sources"), world_size=2)
+    loader(prepared(tmp_path, corpus, "lines"), world_size=2)
+    assert not caplog.records
+
+
 def test_the_state_names_its_integers(corpus, tmp_path):
     common = {"samples", "seq_len", "seed", "fingerprint", "epoch", "offset"}
     assert loader(settings(corpus, "lines")).state_dict().keys() == common | {"file", "row", "byte"}
@@ -344,13 +356,52 @@ def test_bad_text_and_tables_name_their_place(tmp_path):
         ("null", {"text": ["a", None]}, "row 2: .*NoneType"),
         ("type", {"text": [1]}, "has the type int64"),
         ("missing", {"other": ["a"]}, "is missing; there are: other"),
+        ("twice", pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), "is there more than once"),
     ]:
-        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table(table) if isinstance(table, dict) else table, tmp_path / f"{name}.parquet")
         with pytest.raises(DataError, match=rf"{name}\.parquet: .*{message}"):
             list(FilesSource([str(tmp_path / f"{name}.parquet")], "text").records(0, Place(), bool))
     (tmp_path / "no.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a parquet file"):
         list(FilesSource([str(tmp_path / "no.parquet")], "text").records(0, Place(), bool))
+
+
+@pytest.mark.parametrize("kind", ["string_view", "large_string", "dictionary"])
+def test_every_kind_of_text_column_is_read(tmp_path, kind):
+    column = pa.array(["a", "ключ" * 9])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif not hasattr(pa, kind):
+        pytest.skip(f"this pyarrow has no {kind}")
+    else:
+        column = column.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert pq.read_schema(tmp_path / "a.parquet").field("text").type == column.type
+    found = FilesSource([str(tmp_path / "a.parquet")], "text").records(0, Place(), bool)
+    assert [record.content for record in found] == ["a", "ключ" * 9]
+
+
+def test_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    source = lines_source(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    records = list(source.records(0, Place(), bool))
+    assert [record.content for record in records] == ["a", "b"] and records[1].start == Place(1, 17)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
+        list(lines_source(tmp_path, b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n').records(0, Place(), bool))
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"), [(PermissionError(13, "shut"), False), (FileNotFoundError(2, "gone"), True)]
+)
+def test_a_hint_of_changed_files_is_for_those_that_are_gone(tmp_path, monkeypatch, error, hint):
+    source = lines_source(tmp_path, b'{"text": "a"}\n')
+
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(DataError, match="cannot read") as found:
+        next(source.records(0, Place(), bool))
+    assert bool(found.value.hint) == hint
 
 
 def test_a_bad_line_ends_training_and_not_only_its_thread(tmp_path, corpus):
