@@ -12,6 +12,8 @@ from lighthouse_core.errors import DataError
 Split = Literal["train", "validation"]
 Keep = Callable[[str], bool]
 
+CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
+
 
 class Place(NamedTuple):
     """A place between two records of a unit.

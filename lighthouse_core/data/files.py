@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, stable_hash
 from lighthouse_core.errors import DataError
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -22,7 +22,6 @@ _PART = 4 << 20
 _BATCH_ROWS = 64
 # A row is sought by decoding what is before it in its row group.
 _GROUP_PIECES = 8
-_CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ def _open(file: TextFile) -> BinaryIO:
     try:
         opened = open(file.path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the callers close it)
     except OSError as error:
-        hint = _CHANGED_HINT if isinstance(error, FileNotFoundError) else None
+        hint = CHANGED_HINT if isinstance(error, FileNotFoundError) else None
         raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from error
     size = os.fstat(opened.fileno()).st_size
     if size != file.size:
         opened.close()
-        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=_CHANGED_HINT)
+        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=CHANGED_HINT)
     return opened
 
 
@@ -163,7 +162,7 @@ def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
         while byte < file.size and keep(file.identity):
             read = opened.read(_PART - len(rest))
             if not read:
-                raise DataError(f"{file.path} changed since it was listed", hint=_CHANGED_HINT)
+                raise DataError(f"{file.path} changed since it was listed", hint=CHANGED_HINT)
             part = rest + read
             last = byte + len(part) == file.size
             cut = len(part) if last else part.rfind(b"\n") + 1 or _last_character(part)

@@ -21,11 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 class _Batch(NamedTuple):
-    """A batch, the global index of its first row, and the data position after it."""
+    """A batch, and the data position after it."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    first_sample: int
     samples: int
     position: tuple[int, ...]
 
@@ -41,7 +40,6 @@ class TokenLoader:
     No rank or batch size is in it, so any of them may change on resume, and seeking passes over no text.
 
     Attributes:
-        first_sample: global index of the first row of the batch last yielded; None before the first.
         prefetch: batches that a thread makes ahead; 0 for none, and no thread.
     """
 
@@ -66,7 +64,6 @@ class TokenLoader:
         self.fingerprint = fingerprint
         self.restart = restart
         self.prefetch = prefetch
-        self.first_sample: int | None = None
         self._samples = 0
         self._position: tuple[int, ...] = stream.start
 
@@ -88,7 +85,7 @@ class TokenLoader:
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         with closing(_ahead(self._cut(self._samples, self._position), self.prefetch)) as batches:
             for batch in batches:
-                self.first_sample, self._samples, self._position = batch.first_sample, batch.samples, batch.position
+                self._samples, self._position = batch.samples, batch.position
                 yield batch.inputs, batch.labels
 
     def _cut(self, samples: int, position: tuple[int, ...]) -> Generator[_Batch, None, None]:
@@ -100,10 +97,9 @@ class TokenLoader:
             ids, places = map(torch.from_numpy, cursor.take(local_tokens))
             labels = torch.cat([ids[1:], torch.tensor([cursor.peek()])])
             cursor.skip((self.world_size - self.rank - 1) * local_tokens)
-            first_sample = samples + self.rank * self.local_batch_size
             samples += self.world_size * self.local_batch_size
             inputs = {"input": ids.view(shape), "positions": places.view(shape)}
-            yield _Batch(inputs, labels.view(shape), first_sample, samples, cursor.position)
+            yield _Batch(inputs, labels.view(shape), samples, cursor.position)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the batch last yielded, and what it holds for; plain integers, equal on every rank."""

@@ -298,9 +298,10 @@ class NoDocuments(DataError):
 
 
 def no_documents(split: Split, validation: float) -> NoDocuments:
-    if not validation:
+    if split == "train" and not validation:
         return NoDocuments("every document is empty", hint="name documents with text in data.paths")
     return NoDocuments(
         f"data.validation = {validation} leaves no documents for {split}",
-        hint="--set data.validation=0 holds none out, the way for few documents; else name more in data.paths",
+        hint="hold none out where there are few: --set data.validation=0 --set metrics.validation_every=0; else name "
+        "more in data.paths",
     )

@@ -107,6 +107,11 @@ def loader(data, local_batch_size=1, rank=0, world_size=1, seed=0, split="train"
     return build_loader(data, SEQ, local_batch_size, rank, world_size, seed, split, **options)
 
 
+def first_sample(one):
+    """Global index of the first row of the batch last taken from a loader."""
+    return one.state_dict()["samples"] - (one.world_size - one.rank) * one.local_batch_size
+
+
 def global_rows(loaders, steps):
     """{sample: (its tokens and the next, their positions)} of `steps` micro-batches of all ranks."""
     samples = {}
@@ -116,7 +121,7 @@ def global_rows(loaders, steps):
             ids = torch.cat([inputs["input"], labels[:, -1:]], dim=1).tolist()
             assert labels.tolist() == [row[1:] for row in ids]
             rows = zip(ids, inputs["positions"].tolist(), strict=True)
-            samples |= dict(enumerate(rows, one.first_sample))
+            samples |= dict(enumerate(rows, first_sample(one)))
     return samples
 
 
