@@ -22,6 +22,7 @@ from lighthouse_core.data.documents import Place, stable_hash, with_ends
 from lighthouse_core.data.files import FilesSource, list_files
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.prepare import prepare
+from lighthouse_core.data.survey import survey
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
@@ -578,6 +579,18 @@ def test_long_text_comes_in_parts_from_any_place(tmp_path, monkeypatch, foreign_
             rank.load_state_dict(one.state_dict())
         assert global_rows(ranks, 1) == {i: expected[i] for i in (done, done + 1)}
         next(batches)
+
+
+def test_a_survey_counts_a_document_in_parts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 64)
+    for name, content in LONG.items():
+        (tmp_path / name).write_text(content)
+    found = survey(
+        recipe(tmp_path, "docs", paths=[str(tmp_path / "*.*")], validation=0), "train", seconds=60, samples=4
+    )
+    assert sorted(found.lengths) == sorted(len(content.encode()) + 2 for content in LONG.values())
+    assert all(sample and any(content.startswith(sample) for content in LONG.values()) for sample in found.samples)
+    assert len({sample[:5] for sample in found.samples}) == 4
 
 
 def test_bad_bytes_in_a_later_part_name_their_line(tmp_path, monkeypatch):
