@@ -49,7 +49,7 @@ def prepare(
     cores = len(os.sched_getaffinity(0))
     begun = time.monotonic()
     try:
-        prepared = run(resolved, out, workers or cores, _progress())
+        prepared = run(resolved, out, workers or cores, _progress(), _output.say)
     except KeyboardInterrupt:
         _output.say("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(130) from None
@@ -85,7 +85,7 @@ def inspect(
     if verify:
         if resolved.data.source != "tokens":
             raise UserError('--verify is for data.source "tokens"')
-        open_tokens(resolved.data, checked_tokenizer(resolved)).verify()
+        open_tokens(resolved.data, checked_tokenizer(resolved)).verify(_output.say)
         _output.say("every checksum agrees")
     found = [survey(resolved, "train", seconds=seconds, samples=samples)]
     if resolved.data.validation:

@@ -10,7 +10,6 @@ import typer
 from lighthouse_cli import _complete, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.config import Recipe
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
 
@@ -62,6 +61,7 @@ def pretrain(
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
         _check_unfinished(run)
+        _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
         if not dry_run:
@@ -77,7 +77,7 @@ def pretrain(
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
     resolved = pinned(resolved)
-    _check_data(resolved, checksums=not dry_run)
+    _train.check_data(resolved, checksums=not dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
@@ -96,22 +96,6 @@ def pretrain(
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
             shutil.rmtree(run.path)
         raise
-
-
-def _check_data(recipe: "Recipe", *, checksums: bool) -> None:
-    """Meet what is wrong with the data here, rather than after the processes have started."""
-    from lighthouse_core.data import check
-    from lighthouse_core.data.build import build_stream
-    from lighthouse_core.data.checks import checked_tokenizer
-
-    if recipe.data.source == "tokens" and not checksums:
-        tokenizer = checked_tokenizer(recipe)
-        build_stream(recipe.data, tokenizer, recipe.training.seed, "train")
-        if recipe.data.validation:
-            build_stream(recipe.data, tokenizer, recipe.training.seed, "validation")
-        return
-    for note in check(recipe):
-        _output.warn(note)
 
 
 def _refuse_with_resume(settings: list[str] | None, name: str) -> None:

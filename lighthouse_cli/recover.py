@@ -48,6 +48,7 @@ def recover(
     if run is None:
         _output.say(f"newest run: {found.path}")
     if node_rank and not dry_run:
+        _train.check_data(found.recipe)
         # Machine 0 keeps the ledger; the workers read it after they have met there.
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
@@ -60,6 +61,7 @@ def recover(
         if dry_run:
             _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        _train.check_data(recovery.recipe, checksums=not dry_run)
         _train.check(recovery.recipe, processes)
         if dry_run:
             return

@@ -264,3 +264,22 @@ def test_a_run_keeps_the_commit_of_its_data_set(lighthouse, trainer, here, monke
     assert lighthouse("recover", "a").code == 0
     assert build_source(Run("runs/a").recipe.data).revision == "1" * 40
     assert next(commits) == "2" * 40  # asked once, when the run was made
+
+
+def test_damaged_shards_are_met_by_resume_and_recover_before_anything_is_written(lighthouse, trainer, here):
+    (here / "src").mkdir()
+    (here / "src/a.txt").write_text("some words\n" * 100)
+    files = ["--set", 'data.paths=["src/*"]', "--set", "data.validation=0", "--set"]
+    assert lighthouse("data", "prepare", "tiny.toml", "out", *files, 'data.source="files"').code == 0
+    tokens = [*files[2:], 'data.source="tokens"', "--set", 'data.paths=["out"]']
+    trainer.stop, trainer.code = 40, 130
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *tokens).code == 130
+    shard = here / "out/train-00000.tokens"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
+    for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
+        assert "train-00000.tokens is damaged" in lighthouse(*command).error
+    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+    assert len(trainer.launches) == 1
