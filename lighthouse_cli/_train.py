@@ -86,7 +86,7 @@ def train(
         if steps:
             _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
-            _output.final("interrupted before the first checkpoint")
+            _output.final("interrupted before the first checkpoint; nothing is kept of this run")
     if code:
         raise typer.Exit(code)
 

@@ -56,6 +56,10 @@ def prepare(
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
+        if not documents and (split == "train" or resolved.data.validation):
+            _output.warn(
+                f"no document fell to {split}: training on this needs another --set data.validation, perhaps 0"
+            )
     _output.say(f"prepared in {clock(seconds)}; train on it with:")
     _output.say(f"""  --set 'data.source="tokens"' --set 'data.paths=[{json.dumps(str(out))}]'""")
     _output.data(str(out))

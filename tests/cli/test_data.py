@@ -160,3 +160,11 @@ def test_inspect_ends_in_time_and_says_so(place):
 def test_mistakes_are_one_line_and_exit_with_2(place, arguments, message):
     done = lighthouse(*arguments, cwd=place)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_preparing_without_a_document_for_validation_says_so(place):
+    (place / "single").mkdir()
+    (place / "single/a.txt").write_text("one document")
+    wanted = ["prepare", "r.toml", "single/out", "--set", 'data.paths=["single/*.txt"]', "--set"]
+    done = lighthouse(*wanted, "data.validation=1e-9", cwd=place)
+    assert done.returncode == 0 and "no document fell to validation" in done.stderr
