@@ -86,7 +86,7 @@ def train(
         if steps:
             _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
-            _output.final("interrupted before the first checkpoint; nothing is kept of this run")
+            _output.final("interrupted before the first checkpoint")
     if code:
         raise typer.Exit(code)
 

@@ -95,6 +95,7 @@ def pretrain(
         # A mistake or a signal before the first step leaves nothing worth keeping, and frees the name.
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
             shutil.rmtree(run.path)
+            _output.say(f"{run.path} held no step and is removed")
         raise
 
 

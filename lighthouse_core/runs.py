@@ -248,8 +248,8 @@ def _check_resumable(overrides: Sequence[str]) -> None:
 def check_free(recipe: Recipe, name: str = "") -> None:
     """Raise RunError if create_run could not give a new run this name, or else the recipe's."""
     name = name or recipe.output.name
-    if name and run_path(recipe, name).exists():
-        raise _taken(run_path(recipe, name), name)
+    if name and (path := run_path(recipe, name)).exists():
+        raise _taken(path, name)
 
 
 def _taken(path: Path, name: str) -> RunError:

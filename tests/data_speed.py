@@ -1,11 +1,14 @@
 """How many tokens a second each source gives: python tests/data_speed.py FOLDER [TOKENIZER ...]
 
 Writes about 100 MB of the standard library's text to FOLDER in every form, and prints a row a source and tokenizer:
-one process, and two ranks at once (tokens of both together; where each walks the stream, both tokenize all of it).
+one process, and two ranks at once (tokens of both together; where each walks the stream, both tokenize all of it). The
+rows also go to FOLDER/data_speed.json.
 """
 
 import itertools
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -57,6 +60,8 @@ def main(folder: Path, tokenizers: list[str]) -> None:
         "hf, local .jsonl": ("hf", f"{folder}/lines"),
         "tokens": ("tokens", None),
     }
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    rows = []
     for tokenizer in ["bytes", *tokenizers]:
         for name, (source, path) in sources.items():
             out = folder / f"tokens-{len(tokenizer)}-{Path(tokenizer).name}"
@@ -84,6 +89,14 @@ def main(folder: Path, tokenizers: list[str]) -> None:
                 rates.append(sum(float(process.communicate()[0]) for process in running))
                 assert not any(process.returncode for process in running)
             print(f"{Path(tokenizer).name:24} {name:18} {rates[0]:14,.0f} {rates[1]:14,.0f}", flush=True)
+            row = {
+                "tokenizer": Path(tokenizer).name,
+                "source": name,
+                "one_process": rates[0],
+                "two_processes": rates[1],
+            }
+            rows.append(row)
+    (folder / "data_speed.json").write_text(json.dumps({"machine": machine, "tokens_a_second": rows}, indent=1))
 
 
 def prepare(folder: Path, out: Path, tokenizer: str) -> None:

@@ -72,15 +72,15 @@ class HubSource:
 
 
 def pinned(recipe: "Recipe") -> "Recipe":
-    """The recipe with the commit that its data set has now as the revision; the same recipe if its data has none.
+    """The recipe with the commit that its data set has now as the revision; the same one if its data is not the hub's.
 
     Raises:
         DataError: there is no such data set or revision, or the hub cannot be asked.
     """
     data = recipe.data
-    if data.source != "hf":
+    if data.source != "hf" or os.path.exists(path := os.path.expanduser(data.paths[0])):
         return recipe
-    revision, _ = _pin(os.path.expanduser(data.paths[0]), data.hf_config, data.hf_revision)
+    revision, _ = _pin(path, data.hf_config, data.hf_revision)
     return recipe.model_copy(update={"data": data.model_copy(update={"hf_revision": revision})})
 
 
