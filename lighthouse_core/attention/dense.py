@@ -58,7 +58,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 
 def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
     """Raise ValueError unless both backends that `cfg` names can run on a device of this type."""
-    kernels(cfg.backend)
+    kernels(cfg.backend, device_type)
     _backends(cfg.dense_backend, device_type)
 
 

@@ -1,0 +1,51 @@
+"""Gathering as an operation of torch. Its gradient is that of gathering and pooling together, so that pooled rows need
+none, and nothing of full length is kept for it."""
+
+from torch import Tensor
+from torch.library import custom_op
+
+from lighthouse_kernels.gather import triton as kernel
+from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.launching import rows_contiguous
+
+
+@custom_op("lighthouse::gather", mutates_args=())
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, stored_q: Tensor, stored_k: Tensor, stored_v: Tensor,
+    indices: Tensor, slots: Tensor, shape: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `triton.gather`. Differentiable in q, k and v, which are not kept for it."""
+    q, k, v = map(rows_contiguous, (q, k, v))
+    return kernel.gather(q, k, v, (stored_q, stored_k, stored_v), indices, Geometry.of(shape))
+
+
+@gather.register_fake
+def _(q, k, v, stored_q, stored_k, stored_v, indices, slots, shape):
+    return tuple(x.new_empty(x.shape[0], indices.shape[2], x.shape[2], x.shape[3]) for x in (q, k, v))
+
+
+@custom_op("lighthouse::gather_backward", mutates_args=())
+def gather_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, slots: Tensor, shape: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `triton.gather_backward`."""
+    grads = (x.contiguous() for x in (grad_q, grad_k, grad_v))
+    return kernel.gather_backward(*grads, slots, Geometry.of(shape))
+
+
+@gather_backward.register_fake
+def _(grad_q, grad_k, grad_v, slots, shape):
+    return tuple(x.new_empty(x.shape[0], shape[0], x.shape[2], x.shape[3]) for x in (grad_q, grad_k, grad_v))
+
+
+def _keep_for_gather(ctx, inputs, output):
+    *_, slots, ctx.shape = inputs
+    ctx.save_for_backward(slots)
+
+
+def _gather_grad(ctx, grad_q, grad_k, grad_v):
+    (slots,) = ctx.saved_tensors
+    return *gather_backward(grad_q, grad_k, grad_v, slots, ctx.shape), None, None, None, None, None, None
+
+
+gather.register_autograd(_gather_grad, setup_context=_keep_for_gather)
