@@ -8,8 +8,9 @@ from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import padded_dim, row_strides, target
 from lighthouse_kernels.pyramid.triton import stored_from, stored_rows
 
-BLOCK_ENTRIES = 16
-BLOCK_TOKENS = 32
+# Rows of a program, and its warps, forward and backward.
+BLOCK_ENTRIES, ENTRY_WARPS = 16, 4
+BLOCK_TOKENS, TOKEN_WARPS = 32, 4
 
 
 @triton.jit
@@ -151,7 +152,7 @@ def gather(
             q, k, v, *stored, indices, *outs, *row_strides(q), *row_strides(k), *row_strides(v),
             tokens, g.padded, entries, blocks, kv_heads, stored_rows(g),
             GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels,
-            STORED=first, FLY=g.window(first - 1), BLOCK=BLOCK_ENTRIES, num_warps=4,
+            STORED=first, FLY=g.window(first - 1), BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return outs
 
@@ -177,6 +178,6 @@ def gather_backward(
             grad_q, grad_k, grad_v, slots, *outs,
             g.tokens, g.padded, entries, blocks, kv_heads, slots.shape[2],
             GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels,
-            BLOCK=BLOCK_TOKENS, num_warps=4,
+            BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
     return outs

@@ -16,6 +16,7 @@ from lighthouse_kernels.launching import padded_dim, row_strides, target
 STORED_TOKENS = 16
 # Rows that one program reduces.
 BLOCK_ROWS = 64
+WARPS = 4
 
 
 def stored_from(g: Geometry) -> int:
@@ -158,7 +159,7 @@ def pyramid(
                 *inputs, *outs, *scores, *(s for x in inputs for s in row_strides(x)),
                 rows, g.padded, blocks, kv_heads, above, length,
                 GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=log_p, BASE=base, COUNT=count, STORED=first,
-                LEVELS=g.levels, BLOCK=block, POOL=length > 0, SCORE=scored, num_warps=4,
+                LEVELS=g.levels, BLOCK=block, POOL=length > 0, SCORE=scored, num_warps=WARPS,
             )  # fmt: skip
         base += count
         if base < highest:

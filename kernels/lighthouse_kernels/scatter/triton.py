@@ -7,8 +7,9 @@ from torch import Tensor
 from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import padded_dim, row_strides, target
 
-BLOCK_TOKENS = 32
-BLOCK_ENTRIES = 16
+# Rows of a program, and its warps, forward and backward.
+BLOCK_TOKENS, TOKEN_WARPS = 32, 4
+BLOCK_ENTRIES, ENTRY_WARPS = 16, 4
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def scatter(rows: Tensor, slots: Tensor, g: Geometry) -> Tensor:
             rows, slots, out, *row_strides(rows),
             g.tokens, g.padded, blocks, heads, slots.shape[2],
             GROUP=heads // slots.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1,
-            LEVELS=g.levels, BLOCK=BLOCK_TOKENS, num_warps=4,
+            LEVELS=g.levels, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
     return out
 
@@ -124,6 +125,6 @@ def scatter_backward(grad: Tensor, indices: Tensor, g: Geometry) -> Tensor:
             grad, indices, out, *row_strides(grad),
             g.tokens, g.padded, entries, blocks, heads,
             GROUP=heads // indices.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1,
-            LEVELS=g.levels, BLOCK=BLOCK_ENTRIES, num_warps=4,
+            LEVELS=g.levels, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return out

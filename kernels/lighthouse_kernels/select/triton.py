@@ -17,7 +17,7 @@ from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import target
 
 # Candidates a program looks at together.
-BLOCK = 1024
+BLOCK, WARPS = 1024, 4
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -224,6 +224,6 @@ def select(
             g.tokens, g.padded, kv_heads, g.tiles, coarse, entries // g.tiles, windows, entries, scratch.shape[1],
             HALF=g.tile_parents // 2, LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels, COVER=g.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",
-            LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK, num_warps=4,
+            LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return indices, slots
