@@ -18,7 +18,7 @@ def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Py
 
 
 def norm_scores(q: Tensor, k: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
-    """(s_Q, s_K) of the levels above 0, each [B, Hkv, M - N'] float32."""
+    """(s_Q [B, H, M - N'] of every query head, s_K [B, Hkv, M - N']) of the levels above 0, float32."""
     q, k = q.detach(), k.detach()
     *_, by_query, by_key = pyramid_op.pyramid(q, k, k, g.shape, False, True)
     return by_query, by_key

@@ -10,7 +10,7 @@ class Pyramid(NamedTuple):
 
     Attributes:
         q: [B, R, H, D]; k, v: [B, R, Hkv, D]: the rows that the backend keeps, in flat pyramid order.
-        scores: (s_Q, s_K), each [B, Hkv, M] float32, or of the levels above 0 alone; None where no scorer reads tokens.
+        scores: what the backend's `select` takes, or None where no scorer reads tokens.
     """
 
     q: Tensor

@@ -9,12 +9,26 @@ from lighthouse_kernels.launching import padded_dim, row_strides, target
 from lighthouse_kernels.pyramid.triton import stored_from, stored_rows
 
 # Rows of a program, and its warps, forward and backward.
-BLOCK_ENTRIES, ENTRY_WARPS = 16, 4
-BLOCK_TOKENS, TOKEN_WARPS = 32, 4
+BLOCK_ENTRIES, ENTRY_WARPS = 8, 4
+BLOCK_TOKENS, TOKEN_WARPS = 16, 4
 
 
 @triton.jit
-def _row(p_x, p_stored, stride_n, stride_stored, o_token, o_stored, window, is_stored, m_entry, tokens, D, D2, FLY):
+def _row(
+    p_x,
+    p_stored,
+    stride_n,
+    stride_stored,
+    o_token,
+    o_stored,
+    window,
+    is_stored,
+    m_entry,
+    tokens,
+    D: tl.constexpr,
+    D2: tl.constexpr,
+    FLY: tl.constexpr,
+):
     """Pooled rows of a block of entries, float32: stored ones read, the others averaged from their tokens."""
     o_d = tl.arange(0, D2)
     m_d = (o_d < D)[None, :]
@@ -87,7 +101,20 @@ def _gather_kernel(
 
 
 @triton.jit
-def _spread(p_grad, p_out, stride, o_n, m_n, p_slots, padded, D, D2, LOG_P, LEVELS, BLOCK):
+def _spread(
+    p_grad,
+    p_out,
+    stride,
+    o_n,
+    m_n,
+    p_slots,
+    padded,
+    D: tl.constexpr,
+    D2: tl.constexpr,
+    LOG_P: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The gradient of a block of tokens: that of every kept window they are in, over the window's tokens."""
     o_d = tl.arange(0, D2)
     m_d = (o_d < D)[None, :]

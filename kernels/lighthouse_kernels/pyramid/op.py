@@ -24,5 +24,5 @@ def _(q, k, v, shape, pooled, scored):
     rows = kernel.stored_rows(g) if pooled else 0
     above = g.pyramid_length - g.padded if scored else 0
     stored = (x.new_empty(x.shape[0], rows, x.shape[2], x.shape[3]) for x in (q, k, v))
-    scores = (q.new_empty(q.shape[0], k.shape[2], above, dtype=torch.float32) for _ in range(2))
+    scores = (x.new_empty(x.shape[0], x.shape[2], above, dtype=torch.float32) for x in (q, k))
     return (*stored, *scores)

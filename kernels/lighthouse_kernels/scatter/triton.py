@@ -8,8 +8,8 @@ from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import padded_dim, row_strides, target
 
 # Rows of a program, and its warps, forward and backward.
-BLOCK_TOKENS, TOKEN_WARPS = 32, 4
-BLOCK_ENTRIES, ENTRY_WARPS = 16, 4
+BLOCK_TOKENS, TOKEN_WARPS = 16, 2
+BLOCK_ENTRIES, ENTRY_WARPS = 4, 2
 
 
 @triton.jit

@@ -19,12 +19,12 @@ def _selection(like: Tensor, batch: int, kv_heads: int, g: Geometry) -> tuple[Te
 def select(by_query: Tensor, by_key: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
     """See `triton.select`; the scores are those of the levels above 0."""
     scores = by_query.contiguous(), by_key.contiguous()
-    return kernel.select(Geometry.of(shape), *by_query.shape[:2], scores=scores)
+    return kernel.select(Geometry.of(shape), *by_key.shape[:2], scores=scores)
 
 
 @select.register_fake
 def _(by_query, by_key, shape):
-    return _selection(by_query, *by_query.shape[:2], Geometry.of(shape))
+    return _selection(by_query, *by_key.shape[:2], Geometry.of(shape))
 
 
 @custom_op("lighthouse::select_drawn", mutates_args=())

@@ -17,7 +17,7 @@ from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import target
 
 # Candidates a program looks at together.
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 512, 2
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -66,7 +66,7 @@ def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
 def _select_kernel(
     p_sq, p_sk, p_key, p_indices, p_slots, p_scratch,
     tokens, padded, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
-    HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr, DRAWN: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr, DRAWN: tl.constexpr,
     LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -84,9 +84,8 @@ def _select_kernel(
     fine: tl.constexpr = (2 * HALF) << LOG_P
 
     o_segment = tl.zeros([], tl.int32)
-    for i in tl.static_range(LEVELS - 1):
-        level: tl.constexpr = LEVELS - 1 - i
-        count = coarse if i == 0 else fine
+    for level in tl.static_range(LEVELS - 1, 0, -1):
+        count = coarse if level == LEVELS - 1 else fine
         o_level = tl.zeros([], tl.int64)
         for j in tl.static_range(level):
             o_level += padded >> (LOG_P * j)
@@ -95,14 +94,18 @@ def _select_kernel(
         for start in range(0, count, BLOCK):
             o = start + tl.arange(0, BLOCK)
             m = o < count
-            if i == 0:
+            if level == LEVELS - 1:
                 window = i_tile.to(tl.int32) * coarse + o
                 tl.store(p_window + o, window, mask=m)
                 tl.store(p_before + o, o * 0, mask=m)
             else:
                 window = tl.load(p_window + o_segment + o, mask=m, other=0)
             if DRAWN == "norm":
-                key = _ordered(tl.load(p_sq + o_scores + o_level + window, mask=m, other=-1.0))
+                score = tl.full([BLOCK], -1.0, tl.float32)
+                for x in tl.static_range(GROUP):
+                    o_query = (i_bh * GROUP + x) * (windows - padded) - padded
+                    score = tl.maximum(score, tl.load(p_sq + o_query + o_level + window, mask=m, other=-1.0))
+                key = _ordered(score)
             else:
                 if DRAWN == "random":
                     key = _drawn(p_key, i_b, i_h, o_level + window)
@@ -167,9 +170,8 @@ def _select_kernel(
     p_indices += i_bh * entries + i_tile * tile_entries
     p_slots += i_bh * windows
     o_segment = tl.zeros([], tl.int32)
-    for i in tl.static_range(LEVELS):
-        level: tl.constexpr = LEVELS - 1 - i
-        count = coarse if i == 0 else fine
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        count = coarse if level == LEVELS - 1 else fine
         o_level = tl.zeros([], tl.int64)
         for j in tl.static_range(level):
             o_level += padded >> (LOG_P * j)
@@ -180,10 +182,10 @@ def _select_kernel(
             first = o + 1
             slot = tl.load(p_before + o_segment + o, mask=m, other=0) + o
             o_finer = o_segment
-            for j in tl.static_range(level):
+            for above in tl.static_range(level, 0, -1):
                 first = tl.load(p_parents + o_finer + first - 1, mask=m & (first > 0), other=0) << LOG_P
                 slot += first
-                o_finer += coarse if i + j == 0 else fine
+                o_finer += coarse if above == LEVELS - 1 else fine
             tl.store(p_indices + slot, (o_level + window).to(tl.int32), mask=m)
             tl.store(p_slots + o_level + window, (i_tile * tile_entries + slot).to(tl.int32), mask=m)
         o_segment += count
@@ -202,7 +204,8 @@ def select(
 
     Args:
         g: the pyramid; not `dense`.
-        scores: (s_Q, s_K), each [B, Hkv, M - N'] float32 contiguous: the levels above 0.
+        scores: (s_Q, s_K), [B, Hkv, M - N'] float32 contiguous: the levels above 0. s_Q may be [B, H, M - N'], of
+            which each KV head takes the maximum of its query heads.
         key: int64 [4], see `random.uniform`; in place of scores.
         score_block: tokens that share one draw; 0 for a draw a window.
 
@@ -217,12 +220,13 @@ def select(
     indices = by.new_empty(batch, kv_heads, entries, dtype=torch.int32)
     slots = by.new_full((batch, kv_heads, windows), -1, dtype=torch.int32)
     scratch = by.new_empty(4, batch * kv_heads * entries, dtype=torch.int32)
-    by_query, by_key = scores if scores is not None else (scratch, scratch)
+    by_query, by_key = scores if scores is not None else (slots, slots)
     with target(by):
         _select_kernel[(batch * kv_heads * g.tiles,)](
             by_query, by_key, by, indices, slots, scratch,
             g.tokens, g.padded, kv_heads, g.tiles, coarse, entries // g.tiles, windows, entries, scratch.shape[1],
-            HALF=g.tile_parents // 2, LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels, COVER=g.cover_prefix,
+            GROUP=by_query.shape[1] // kv_heads, HALF=g.tile_parents // 2, LOG_P=g.pooling.bit_length() - 1,
+            LEVELS=g.levels, COVER=g.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",
             LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
