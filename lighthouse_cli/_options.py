@@ -16,6 +16,9 @@ NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="Number 
 RdzvEndpoint = Annotated[
     str, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machine 0 can be reached.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its costs, and stop.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the resolved recipe and its costs, check that it could start, and stop."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and the final line only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print each logged row on stdout as a JSON object.")]

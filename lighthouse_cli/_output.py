@@ -1,6 +1,7 @@
 """The only printer: data to stdout, words to stderr."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ def set_quiet(quiet: bool) -> None:
 
 def data(text: str) -> None:
     """What a script would read."""
+    _escape_on_stdout()
     print(text, flush=True)
 
 
@@ -53,6 +55,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     from rich.table import Table
     from rich.text import Text
 
+    _escape_on_stdout()
     # Away from a terminal rich assumes 80 columns and would cut cells off.
     console = Console(width=None if sys.stdout.isatty() else 200)
     grid = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", title_style="bold")
@@ -61,6 +64,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     for row in rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
+
+
+def _escape_on_stdout() -> None:
+    """What the encoding of stdout lacks is written as an escape, as stderr does from the start."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def can_redraw() -> bool:

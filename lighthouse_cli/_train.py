@@ -91,6 +91,22 @@ def train(
         raise typer.Exit(code)
 
 
+def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
+    """Meet what is wrong with the data here, rather than after the processes have started.
+
+    Args:
+        recipe: the recipe.
+        checksums: whether prepared tokens are read and compared with theirs.
+
+    Raises:
+        DataError: what is wrong.
+    """
+    from lighthouse_core.data import check
+
+    for note in check(recipe, _output.say, checksums=checksums):
+        _output.warn(note)
+
+
 def check(recipe: "Recipe", plan: "Plan") -> None:
     """Meet what does not fit this machine here, rather than after the processes have started.
 

@@ -11,7 +11,7 @@ from lighthouse_cli.profile import profile
 from lighthouse_cli.recover import recover
 from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
-from lighthouse_core.errors import LighthouseError
+from lighthouse_core.errors import LighthouseError, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (pretrain, recover, strip, profile, runs):
@@ -48,3 +48,7 @@ def main() -> None:
     except LighthouseError as error:
         _output.error(str(error), error.hint)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        # Any path that a user gives may lie where they cannot look.
+        _output.error(f"{error.filename}: {error.strerror}")
+        sys.exit(UserError.exit_code)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighthouse_cli import _options, _output
+from lighthouse_cli import _complete, _options, _output
 
 if TYPE_CHECKING:
     from lighthouse_core.data.prepare import Progress
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare and inspect training data.")
 
-_Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
+# What a document could move the cursor with, or worse; all but newline and tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.", autocompletion=_complete.recipes
+    ),
+]
 
 
 @app.command()
@@ -34,19 +43,20 @@ def prepare(
     """
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.prepare import prepare as run
+    from lighthouse_core.train.progress import clock
 
     resolved = load_recipe(find_recipe(recipe), settings or ())
     cores = len(os.sched_getaffinity(0))
     begun = time.monotonic()
     try:
-        prepared = run(resolved, out, workers or cores, _progress())
+        prepared = run(resolved, out, workers or cores, _progress(), _output.say)
     except KeyboardInterrupt:
         _output.say("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(130) from None
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
-    _output.say(f"prepared in {_clock(seconds)}; train on it with:")
+    _output.say(f"prepared in {clock(seconds)}; train on it with:")
     _output.say(f"""  --set 'data.source="tokens"' --set 'data.paths=[{json.dumps(str(out))}]'""")
     _output.data(str(out))
 
@@ -75,13 +85,13 @@ def inspect(
     if verify:
         if resolved.data.source != "tokens":
             raise UserError('--verify is for data.source "tokens"')
-        open_tokens(resolved.data, checked_tokenizer(resolved)).verify()
+        open_tokens(resolved.data, checked_tokenizer(resolved)).verify(_output.say)
         _output.say("every checksum agrees")
     found = [survey(resolved, "train", seconds=seconds, samples=samples)]
     if resolved.data.validation:
         found.append(survey(resolved, "validation", seconds=seconds, samples=0))
     if as_json:
-        _output.data(json.dumps([_as_dict(one) for one in found], indent=1, ensure_ascii=False))
+        _output.data(json.dumps([_as_dict(one) for one in found], indent=1))
         return
     columns = ("split", "documents", "tokens", "median", "90%", "99%", "longest", "in long documents")
     title = f"tokens of documents; long: more than training.seq_len = {resolved.training.seq_len}"
@@ -90,7 +100,11 @@ def inspect(
         if not one.complete:
             _output.say(f"{one.split}: the documents of the first {seconds:g} seconds of reading, not all")
     for number, text in enumerate(found[0].samples, 1):
-        _output.data(f"--- document {number}\n{text}")
+        _output.data(f"--- document {number}\n{_CONTROL.sub(_escape, text)}")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"
 
 
 def _row(found: "Survey") -> tuple[str, ...]:
@@ -130,6 +144,8 @@ def _as_dict(found: "Survey") -> dict:
 
 def _progress():
     """Prints a line at once, then at most one in five seconds, and the last."""
+    from lighthouse_core.train.progress import clock
+
     last = float("-inf")
 
     def show(progress: "Progress") -> None:
@@ -137,13 +153,7 @@ def _progress():
         if time.monotonic() - last < 5 and progress.done < 1:
             return
         last = time.monotonic()
-        left = "" if progress.left is None else f"  {_clock(progress.left)} left"
+        left = "" if progress.left is None else f"  {clock(progress.left)} left"
         _output.say(f"{progress.done:6.1%}  {progress.documents:,} documents  {progress.tokens:,} tokens{left}")
 
     return show
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

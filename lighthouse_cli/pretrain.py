@@ -10,7 +10,6 @@ import typer
 from lighthouse_cli import _complete, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.config import Recipe
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
 
@@ -48,9 +47,10 @@ def pretrain(
 ) -> None:
     """Train a new run with Lighthouse attention (stage 1)."""
     from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import LighthouseError, UserError
     from lighthouse_core.launch import plan
-    from lighthouse_core.runs import create_run, find_run, run_path
+    from lighthouse_core.runs import check_free, create_run, find_run, run_path
 
     _output.set_quiet(quiet)
     if bool(recipe) == bool(resume):
@@ -60,11 +60,12 @@ def pretrain(
         run = find_run(resume)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-            return
         _check_unfinished(run)
+        _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
-        _finish(run.path, None if node_rank else run, processes, quiet, as_json)
+        if not dry_run:
+            _finish(run.path, None if node_rank else run, processes, quiet, as_json)
         return
 
     path = find_recipe(recipe or "")
@@ -75,12 +76,15 @@ def pretrain(
         check_overrides(resolved)
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
-        return
-    _check_data(resolved)
+    resolved = pinned(resolved)
+    _train.check_data(resolved, checksums=not dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
     _train.check(resolved, processes)
+    if dry_run:
+        check_free(resolved, name)
+        return
     if node_rank:
         _finish(run_path(resolved, name or resolved.output.name), None, processes, quiet, as_json)
         return
@@ -92,14 +96,6 @@ def pretrain(
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
             shutil.rmtree(run.path)
         raise
-
-
-def _check_data(recipe: "Recipe") -> None:
-    """Meet what is wrong with the data here, rather than after the processes have started."""
-    from lighthouse_core.data import check
-
-    for note in check(recipe):
-        _output.warn(note)
 
 
 def _refuse_with_resume(settings: list[str] | None, name: str) -> None:

@@ -47,7 +47,8 @@ def recover(
     found = find_run(run)
     if run is None:
         _output.say(f"newest run: {found.path}")
-    if node_rank:
+    if node_rank and not dry_run:
+        _train.check_data(found.recipe)
         # Machine 0 keeps the ledger; the workers read it after they have met there.
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
@@ -59,9 +60,11 @@ def recover(
             )
         if dry_run:
             _train.describe(recovery.recipe, nproc, nnodes)
-            return
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        _train.check_data(recovery.recipe, checksums=not dry_run)
         _train.check(recovery.recipe, processes)
+        if dry_run:
+            return
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
         again = f"lighthouse recover {found.path}"

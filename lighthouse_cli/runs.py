@@ -19,12 +19,13 @@ def runs(
 
     from lighthouse_core.errors import UserError
     from lighthouse_core.listing import run_dirs, summarize
+    from lighthouse_core.train.progress import finite
 
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
     found = [summarize(path) for path in run_dirs(directory)]
     if as_json:
-        _output.data(json.dumps([asdict(run) for run in found], indent=1))
+        _output.data(json.dumps([finite(asdict(run)) for run in found], indent=1, allow_nan=False))
         return
     if not found:
         _output.say(f"no run under {directory}; lighthouse pretrain RECIPE makes one")

@@ -1,6 +1,5 @@
 """lighthouse tokenizer: making one."""
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -39,12 +38,7 @@ def train(
 
     resolved = load_recipe(find_recipe(recipe), settings or ())
     _output.say(f"training a vocabulary of {vocab} on up to {size / 1e6:g} MB")
-    # sentencepiece returns to Python only when it is done; nothing has been written until then.
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        report = train_tokenizer(resolved.data, out, vocab, size)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    report = train_tokenizer(resolved.data, out, vocab, size)
     _output.say(f"{report.vocab_size} pieces from {report.training_bytes / 1e6:.1f} MB in {report.seconds:.1f} s")
     what = "held-out text" if report.held_out else "training text (data.validation holds nothing out)"
     _output.say(f"{report.bytes_per_token:.2f} bytes per token on {report.measured_bytes / 1e6:.2f} MB of {what}")

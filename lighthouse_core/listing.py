@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.train.progress import parse_row
+
 # A wheel carries the recipes inside the package; an editable install has them beside it.
 SHELVES = (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes")
 
@@ -99,7 +101,7 @@ def _newest_rows(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for line in reversed(lines):
         missing = [key for key in ("loss", "val_loss") if key not in found and f'"{key}"'.encode() in line]
         with contextlib.suppress(ValueError):
-            row = json.loads(line) if missing else None
+            row = parse_row(line) if missing else None
             found.update({key: row for key in missing if isinstance(row, dict)})
         if len(found) == 2:
             break

@@ -245,6 +245,18 @@ def _check_resumable(overrides: Sequence[str]) -> None:
                 raise UserError(f"--set {key}: the checkpoint decides {key}", hint=f"free are {', '.join(wildcards)}")
 
 
+def check_free(recipe: Recipe, name: str = "") -> None:
+    """Raise RunError if create_run could not give a new run this name, or else the recipe's."""
+    name = name or recipe.output.name
+    if name and run_path(recipe, name).exists():
+        raise _taken(run_path(recipe, name), name)
+
+
+def _taken(path: Path, name: str) -> RunError:
+    hint = f"continue it with --resume {name}, or choose another --name" if name else "give the run a --name"
+    return RunError(f"run {path} exists", hint=hint)
+
+
 def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -> Run:
     """Make the directory of a new run.
 
@@ -258,15 +270,14 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
         RunError: the name is taken or cannot be a directory's name.
     """
     name = name or recipe.output.name
-    given = bool(name)
+    given = name
     name = name or f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     path = run_path(recipe, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
-        hint = f"continue it with --resume {name}, or choose another --name" if given else "give the run a --name"
-        raise RunError(f"run {path} exists", hint=hint) from None
+        raise _taken(path, given) from None
     except OSError as error:
         raise RunError(f"cannot create {path}: {error.strerror}", hint="choose another output.dir") from None
     recipe = _keep_tokenizer(recipe, path)

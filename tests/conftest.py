@@ -20,6 +20,14 @@ settings.register_profile(
 settings.load_profile("lighthouse")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What this program remembers about files goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def generator():
     """A seeded CPU generator, so that a test's inputs do not depend on the tests that ran before it."""

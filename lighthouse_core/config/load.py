@@ -27,6 +27,13 @@ _EXPECTED = {
     "dict_type": "a table",
     "model_type": "a table",
 }
+_TYPES = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a string",
+    "array": "a list",
+}
 
 
 def find_recipe(spec: str | Path) -> Path:
@@ -84,7 +91,7 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
     except ValidationError as error:
         lines = {path: f"{source}:{line}" for path, line in line_numbers(text).items()}
         # A flag replaces the file's value, but a table that both write to begins in the file.
-        raise RecipeError(_first_problem(error, headers | lines | flags, source)) from None
+        raise RecipeError(_first_problem(error, headers | lines, flags, source)) from None
 
 
 def parse_override(override: str) -> dict[str, Any]:
@@ -103,10 +110,25 @@ def parse_override(override: str) -> dict[str, Any]:
             raise ValueError
         return tomllib.loads(f"{key} = {value}")
     except ValueError:
-        suggestion = value.lower() if value.lower() in ("true", "false") else toml_value(value.strip("\"'"))
+        wanted = _wanted(key)
+        if value[:1] in ("[", "{") or wanted == "a list":
+            hint = 'a list is written ["a", "b"]'
+        elif wanted == "a string" or value.lower() in ("true", "false"):
+            suggestion = value.lower() if value.lower() in ("true", "false") else toml_value(value.strip("\"'"))
+            hint = f"write --set '{key}={suggestion}'"
+        else:
+            hint = f"{key} takes {wanted}"
         value = value.replace("\n", "\\n")
-        hint = f"write --set '{key}={suggestion}'" if value[:1] not in ("[", "{") else 'a list is written ["a", "b"]'
         raise RecipeError(f"{label}: {value or 'nothing'} is not a TOML value", hint=hint) from None
+
+
+def _wanted(key: str) -> str:
+    """What type a key takes, in words; of a key that is not known, a string."""
+    section, _, name = key.partition(".")
+    kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+    if isinstance(kind, type) and issubclass(kind, Section) and name in kind.model_fields:
+        return _TYPES[kind.model_json_schema()["properties"][name]["type"]]
+    return "a string"
 
 
 def known_keys() -> dict[str, list[str]]:
@@ -134,13 +156,21 @@ def _syntax_error(source: str, text: str, message: str) -> str:
     return f"{source}:{last}: not valid TOML: {message.removesuffix(' (at end of document)')} (at the end of the file)"
 
 
-def _first_problem(error: ValidationError, places: dict[KeyPath, str], source: str) -> str:
-    """One line for the problem to solve first: a misspelt key explains a missing one."""
+def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: dict[KeyPath, str], source: str) -> str:
+    """One line for the problem to solve first: a misspelt key explains a missing one.
+
+    Of keys that conflict, one that a flag set is to blame: the file was right without it.
+    """
     rank = {"extra_forbidden": 0, "missing": 2}
     problem = min(error.errors(include_url=False), key=lambda problem: rank.get(problem["type"], 1))
     path = tuple(part for part in problem["loc"] if isinstance(part, str))
     if problem["type"] == "conflict":
         path += tuple(problem["ctx"]["key"].split("."))
+        words = re.findall(r"[\w.]*\w", problem["ctx"]["message"])
+        involved = [flag for flag in flags if ".".join(flag) in words or (flag[0] == path[0] and flag[-1] in words)]
+        if involved and path not in flags:
+            path = involved[0]
+    places = places | flags
     known = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
     return f"{known}: {_describe(problem, path)}"
 

@@ -60,7 +60,8 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
     stream: Stream
     if data.source == "tokens":
         prepared = open_tokens(data, tokenizer)
-        units, listing = prepared.units(split), prepared.fingerprint
+        # The listing has sizes alone; the checksums tell the content.
+        units, listing = prepared.units(split), stable_hash(prepared.fingerprint, *prepared.checksums)
         if not units:
             raise no_documents(split, data.validation)
         stream = TokenStream(units, seed)
@@ -88,7 +89,8 @@ def open_tokens(data: DataSettings, tokenizer: Tokenizer) -> PreparedTokens:
         DataError: it does not fit the recipe, or is damaged.
     """
     prepared = PreparedTokens(data.paths[0], tokenizer)
-    if prepared.validation != data.validation:
+    # With none held out by chance, they are what 0 gives.
+    if data.validation != prepared.validation and (data.validation or prepared.units("validation")):
         raise DataError(
             f"{prepared.path} was prepared with data.validation = {prepared.validation}, not {data.validation}",
             hint=f"set data.validation = {prepared.validation}",

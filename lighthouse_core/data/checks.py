@@ -1,9 +1,9 @@
 """What can be found wrong with a recipe's data before any process starts."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lighthouse_core.data import shards
 from lighthouse_core.data.build import build_stream, open_tokens
 from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
 from lighthouse_core.data.stream import WalkingStream
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 _SECONDS = 20.0
 
 
-def check(recipe: "Recipe") -> list[str]:
+def check(recipe: "Recipe", say: Callable[[str], None] | None = None, *, checksums: bool = True) -> list[str]:
     """Check that the tokenizer loads and fits the model, and that each split has documents; verify prepared tokens.
+
+    Args:
+        recipe: its [data], its model's vocabulary.
+        say: called with a line every few seconds, should the checksums take long.
+        checksums: whether prepared tokens are read and compared with theirs; their headers always are.
 
     Returns:
         What a user should know was not checked, a sentence each.
@@ -29,14 +34,9 @@ def check(recipe: "Recipe") -> list[str]:
     tokenizer = checked_tokenizer(recipe)
     notes = []
     if recipe.data.source == "tokens":
-        prepared = open_tokens(recipe.data, tokenizer)
-        if prepared.size <= shards.VERIFY_LIMIT:
-            prepared.verify()
-        else:
-            notes.append(
-                f"{prepared.path}: headers and sizes are verified, checksums ({prepared.size / 2**30:.0f} GiB) are "
-                "not; lighthouse data inspect RECIPE --verify reads them"
-            )
+        tokens = open_tokens(recipe.data, tokenizer)
+        if checksums:
+            tokens.verify(say, remember=True)
     splits: tuple[Split, ...] = ("train", "validation") if recipe.data.validation else ("train",)
     for split in splits:
         stream, _ = build_stream(recipe.data, tokenizer, recipe.training.seed, split)

@@ -12,6 +12,8 @@ from lighthouse_core.errors import DataError
 Split = Literal["train", "validation"]
 Keep = Callable[[str], bool]
 
+CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
+
 
 class Place(NamedTuple):
     """A place between two records of a unit.
@@ -26,18 +28,21 @@ class Place(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One document as a source gives it.
+    """One document as a source gives it, or one part of a document that is too large to be held whole.
 
     Attributes:
         identity: the same on every machine; decides whether the document is held out.
         content: never empty.
-        start, end: the places before and after it.
+        start, end: the places before and after the document.
+        first, last: whether the content begins and ends it; its parts follow each other.
     """
 
     identity: str
     content: str | bytes
     start: Place
     end: Place
+    first: bool = True
+    last: bool = True
 
 
 class Source(Protocol):
@@ -129,10 +134,12 @@ def epoch_order(identities: Sequence[str], seed: int, epoch: int) -> list[int]:
     return sorted(range(len(identities)), key=lambda i: (stable_hash("order", seed, epoch, identities[i]), i))
 
 
-def with_ends(tokenizer: Tokenizer, content: str | bytes) -> np.ndarray:
-    """BOS, the ids of a document, EOS; int32.
+def with_ends(tokenizer: Tokenizer, content: str | bytes, *, first: bool = True, last: bool = True) -> np.ndarray:
+    """BOS, the ids of a document, EOS; int32. A part that is not the first has no BOS, one that is not the last no EOS.
 
-    Bytes that are not UTF-8 (Python files may hold any) become U+FFFD for a tokenizer that takes text alone.
+    Parts are encoded each on its own: no id reaches across their border, and a tokenizer that puts a space before a
+    text (sentencepiece's add_dummy_prefix) puts one before every part. Bytes that are not UTF-8 (Python files may hold
+    any) become U+FFFD for a tokenizer that takes text alone.
     """
     try:
         ids = tokenizer.encode(content)
@@ -140,6 +147,10 @@ def with_ends(tokenizer: Tokenizer, content: str | bytes) -> np.ndarray:
         if isinstance(content, str):
             raise
         ids = tokenizer.encode(content.decode("utf-8", errors="replace"))
-    tokens = np.empty(len(ids) + 2, dtype=np.int32)
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    tokens = np.empty(first + len(ids) + last, dtype=np.int32)
+    tokens[first : first + len(ids)] = ids
+    if first:
+        tokens[0] = tokenizer.bos_id
+    if last:
+        tokens[-1] = tokenizer.eos_id
     return tokens

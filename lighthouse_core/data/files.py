@@ -1,5 +1,9 @@
-"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream."""
+"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream.
 
+A line or a row is held whole, a file that is a document in parts.
+"""
+
+import codecs
 import glob
 import json
 import os
@@ -7,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, stable_hash
 from lighthouse_core.errors import DataError
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _BUFFER = 1 << 20
+# Of text that is held and encoded at once.
+_PART = 4 << 20
 # Rows decoded at a time; long documents make a batch of any number of rows large.
 _BATCH_ROWS = 64
-_CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
+# A row is sought by decoding what is before it in its row group.
+_GROUP_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class FilesSource:
             return _lines(file, place, keep, self.text_key)
         if file.path.endswith(".parquet"):
             return _rows(file, place, keep, self.text_key)
-        return _whole(file, place, keep)
+        return _text(file, place, keep)
 
     def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
         file = self.files[unit]
@@ -62,7 +69,8 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
     wherever corpus lies. Hidden and empty files are left out.
 
     Raises:
-        DataError: a glob without files, another kind of file, a file matched twice.
+        DataError: a glob without files, another kind of file, a file matched twice, a link to nothing, a folder that
+            cannot be listed.
     """
     files: dict[str, TextFile] = {}
     roots: list[str] = []
@@ -74,7 +82,13 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
         names = [os.path.basename(one) for one in roots[: roots.index(root) + 1]]
         # A name seen before gets a number: no machine's paths enter identities.
         label = names[-1] if names.count(names[-1]) == 1 else f"{names[-1]}:{names.count(names[-1])}"
-        matched = [path for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path)]
+        _check_readable(pattern)
+        found = glob.glob(pattern, recursive=True)
+        if broken := [path for path in found if not os.path.exists(path)]:
+            raise DataError(
+                f"data.paths: {broken[0]} is a link to nothing", hint="remove it, or restore what it links to"
+            )
+        matched = [path for path in found if os.path.isfile(path)]
         if not matched:
             raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
         for path in matched:
@@ -90,16 +104,29 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
                 )
             below = os.path.relpath(path, _fixed_folder(pattern)).replace(os.sep, "/")
             files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real)
-    found = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
-    if not found:
+    listed = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
+    if not listed:
         raise DataError(f"every file under data.paths = {list(paths)} is empty")
-    return found
+    return listed
 
 
 def _fixed_folder(pattern: str) -> str:
     parts = pattern.split(os.sep)
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return os.sep.join(parts[:fixed]) or (os.sep if pattern.startswith(os.sep) else ".")
+
+
+def _check_readable(pattern: str) -> None:
+    """Raise DataError for a folder that cannot be listed; glob passes over it in silence."""
+    parts = pattern.split(os.sep)
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    for above in {os.sep.join(parts[: i + (parts[i] == "**")]) for i in range(first, len(parts))}:
+        # With a separator at its end a glob matches folders alone.
+        for folder in glob.iglob(os.path.join(above, ""), recursive=True):
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise DataError(
+                    f"data.paths: cannot list {folder}", hint=f"make it readable, or leave it out of {pattern}"
+                )
 
 
 def _folder_hint(pattern: str) -> str:
@@ -112,30 +139,46 @@ def _open(file: TextFile) -> BinaryIO:
     """The open file.
 
     Raises:
-        DataError: it is gone or has another size than when it was listed.
+        DataError: it cannot be read, or is gone or has another size than when it was listed.
     """
     try:
         opened = open(file.path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the callers close it)
     except OSError as error:
-        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=_CHANGED_HINT) from error
+        hint = CHANGED_HINT if isinstance(error, FileNotFoundError) else None
+        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from error
     size = os.fstat(opened.fileno()).st_size
     if size != file.size:
         opened.close()
-        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=_CHANGED_HINT)
+        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=CHANGED_HINT)
     return opened
 
 
-def _whole(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
+def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
+    """The file as one document, in parts of at most _PART bytes that end after a line where they can."""
     if place.row or not keep(file.identity):
         return
     with _open(file) as opened:
-        content = opened.read()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {error.start} of the file)") from None
-    yield Record(file.identity, text, Place(), Place(1, file.size))
+        rest, byte, lines = b"", 0, 0
+        while byte < file.size and keep(file.identity):
+            read = opened.read(_PART - len(rest))
+            if not read:
+                raise DataError(f"{file.path} changed since it was listed", hint=CHANGED_HINT)
+            part = rest + read
+            last = byte + len(part) == file.size
+            cut = len(part) if last else part.rfind(b"\n") + 1 or _last_character(part)
+            part, rest = part[:cut], part[cut:]
+            try:
+                text = part.decode()
+            except UnicodeDecodeError as error:
+                line = lines + part.count(b"\n", 0, error.start) + 1
+                raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {byte + error.start} of the file)") from None
+            yield Record(file.identity, text, Place(), Place(1, file.size), byte == 0, last)
+            byte, lines = byte + len(part), lines + part.count(b"\n")
+
+
+def _last_character(part: bytes) -> int:
+    """Where the last character of UTF-8 text begins."""
+    return next((at for at in range(len(part) - 1, len(part) - 5, -1) if part[at] & 0xC0 != 0x80), len(part) - 1)
 
 
 def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:
@@ -145,6 +188,8 @@ def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[
         for line in opened:
             start = Place(row, byte)
             row, byte = row + 1, byte + len(line)
+            if not start.byte:
+                line = line.removeprefix(codecs.BOM_UTF8)
             identity = f"{file.identity}:{start.row}"
             if keep(identity) and (text := _text_of_line(line, text_key, lambda n=row: f"{file.path}:{n}")):
                 yield Record(identity, text, start, Place(row, byte))
@@ -223,11 +268,12 @@ def _parquet(file: TextFile, text_key: str) -> Any:
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.path}: not a parquet file: {_first_line(error)}") from None
-    kind = schema.field(text_key).type if text_key in schema.names else None
-    if kind is not None and pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        found = f"has the type {kind}" if kind is not None else f"is missing; there are: {', '.join(schema.names)}"
+    kinds = [schema.field(i).type for i, name in enumerate(schema.names) if name == text_key]
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    if len(kinds) != 1 or str(plain[0]) not in ("string", "large_string", "string_view"):
+        found = f"is missing; there are: {', '.join(schema.names)}"
+        if kinds:
+            found = f"has the type {plain[0]}" if len(kinds) == 1 else "is there more than once"
         opened.close()
         raise DataError(f'{file.path}: the column "{text_key}" (data.text_key) {found}')
     return opened
@@ -271,11 +317,15 @@ def _cut_rows(file: TextFile, size: int, text_key: str) -> list[tuple[Place, int
     total = sum(group.total_byte_size for group in groups) or 1
     places, begins, row, byte = [Place()], [0], 0, 0
     for group in groups:
-        if byte - begins[-1] >= size and row:
-            places.append(Place(row))
-            begins.append(byte)
+        share = group.total_byte_size * file.size // total
+        pieces = min(max(share // size, 1), _GROUP_PIECES, group.num_rows)
+        for piece in range(pieces):
+            first, begin = row + group.num_rows * piece // pieces, byte + share * piece // pieces
+            if begin - begins[-1] >= size and first:
+                places.append(Place(first))
+                begins.append(begin)
         row += group.num_rows
-        byte += group.total_byte_size * file.size // total
+        byte += share
     return _with_sizes(places, begins, file.size)
 
 

@@ -1,19 +1,24 @@
 """The source "hf": a data set of the Hugging Face hub, or one on this machine, through the `datasets` library."""
 
 import os
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
 from lighthouse_core.data.files import checked_text
 from lighthouse_core.errors import DataError, LighthouseError
 
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+
 
 class HubSource:
     """A streamed data set. Its units are the data set's own shards (usually files), its records their examples.
 
-    A hub name is pinned to the commit that its revision names now, so that every process and resumption reads the same.
-    Seeking skips examples of one shard; the library reads past them, unless the data set was written by save_to_disk.
+    A hub name is pinned to the commit that its revision names now; a run keeps that commit as its revision (see
+    `pinned`), so that every process and resumption reads the same. Seeking skips examples of one shard; the library
+    reads past them, unless the data set was written by save_to_disk.
 
     Args:
         path: name on the hub, or a directory: of data files, or of save_to_disk.
@@ -25,7 +30,7 @@ class HubSource:
         self.path = os.path.expanduser(path)
         self.name = os.path.basename(os.path.realpath(self.path)) if os.path.exists(self.path) else path
         self.config, self.split, self.text_key = config, split, text_key
-        self.revision, content = _pin(self.path, revision)
+        self.revision, content = _pin(self.path, config, revision)
         self._dataset: Any = None
         columns = self._open().column_names
         if columns is not None and text_key not in columns:
@@ -66,6 +71,19 @@ class HubSource:
         return self._dataset
 
 
+def pinned(recipe: "Recipe") -> "Recipe":
+    """The recipe with the commit that its data set has now as the revision; the same recipe if its data has none.
+
+    Raises:
+        DataError: there is no such data set or revision, or the hub cannot be asked.
+    """
+    data = recipe.data
+    if data.source != "hf":
+        return recipe
+    revision, _ = _pin(os.path.expanduser(data.paths[0]), data.hf_config, data.hf_revision)
+    return recipe.model_copy(update={"data": data.model_copy(update={"hf_revision": revision})})
+
+
 def _datasets() -> Any:
     try:
         import datasets
@@ -74,7 +92,7 @@ def _datasets() -> Any:
     return datasets
 
 
-def _pin(path: str, revision: str) -> tuple[str, str]:
+def _pin(path: str, config: str, revision: str) -> tuple[str, str]:
     """(revision to load, what identifies the content)."""
     _datasets()
     if os.path.isdir(path):
@@ -89,31 +107,71 @@ def _pin(path: str, revision: str) -> tuple[str, str]:
         return "", str(stable_hash(*listing))
     if os.path.exists(path):
         raise DataError(f"data.paths: {path} is not a directory", hint='single files are for data.source "files"')
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision, revision
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         commit = HfApi().dataset_info(path, revision=revision or None).sha
+    except OfflineModeIsEnabled:
+        commit = _builder(path, config, revision).hash
     except Exception as error:
         raise DataError(
             f"cannot find the data set {path}: {_first_line(error)}",
-            hint="data.paths has a name of the Hugging Face hub (this needs the network) or a local directory",
+            hint="data.paths has a local directory, or a name of the Hugging Face hub (this needs the network; with "
+            "HF_HUB_OFFLINE=1, the data set in the cache of `datasets`)",
         ) from None
     return commit, commit
 
 
 def _load(path: str, config: str, split: str, revision: str) -> Any:
-    datasets = _datasets()
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
+        return _load_saved(path, config, split)
+    builder = _builder(path, config, revision)
     try:
-        if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-            return datasets.load_from_disk(path)[split].to_iterable_dataset()
-        if os.path.isfile(os.path.join(path, "state.json")):
-            return datasets.load_from_disk(path).to_iterable_dataset()
-        return datasets.load_dataset(path, config or None, split=split, revision=revision or None, streaming=True)
+        return builder.as_streaming_dataset(split=split)
     except Exception as error:
+        raise _cannot_load(path, error) from error
+
+
+def _load_saved(path: str, config: str, split: str) -> Any:
+    """What save_to_disk wrote, in as many shards as it has files."""
+    try:
+        data = _datasets().load_from_disk(path)
+    except Exception as error:
+        raise _cannot_load(path, error) from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise DataError(f'data set {path} has no split "{split}" (data.hf_split); there are: {", ".join(data)}')
+        data = data[split]
+    elif split not in ("train", str(data.split)):
+        raise DataError(f'data set {path} has no split "{split}" (data.hf_split): it is one split')
+    if config not in ("", data.info.config_name):
+        raise DataError(f'data set {path} has no configuration "{config}" (data.hf_config)')
+    # A shard holds a row at least.
+    return data.to_iterable_dataset(num_shards=max(1, min(len(data.cache_files), len(data))))
+
+
+def _builder(path: str, config: str, revision: str) -> Any:
+    """What reads the data set at a revision. Without the hub it reads the cache, which holds one version or another."""
+    try:
+        builder = _datasets().load_dataset_builder(path, config or None, revision=revision or None)
+    except Exception as error:
+        raise _cannot_load(path, error) from error
+    if revision and builder.hash != revision:
         raise DataError(
-            f"cannot load the data set {path}: {_first_line(error)}",
-            hint="see data.hf_config, data.hf_split and data.hf_revision",
-        ) from error
+            f"the hub cannot be asked for revision {revision} of the data set {path}, and the cache of `datasets` has "
+            f"{builder.hash}"
+        )
+    return builder
+
+
+def _cannot_load(path: str, error: Exception) -> DataError:
+    return DataError(
+        f"cannot load the data set {path}: {_first_line(error)}",
+        hint="see data.hf_config, data.hf_split and data.hf_revision",
+    )
 
 
 def _first_line(error: Exception) -> str:

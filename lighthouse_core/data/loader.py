@@ -1,6 +1,7 @@
 """The loader: cuts the token stream into samples and hands one rank the batches that are its own."""
 
 import atexit
+import logging
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -11,18 +12,19 @@ import torch
 
 from lighthouse_core.data.build import DataSettings, Stream, build_stream
 from lighthouse_core.data.documents import Split
+from lighthouse_core.data.stream import WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class _Batch(NamedTuple):
-    """A batch, the global index of its first row, and the data position after it."""
+    """A batch, and the data position after it."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    first_sample: int
     samples: int
     position: tuple[int, ...]
 
@@ -38,7 +40,6 @@ class TokenLoader:
     No rank or batch size is in it, so any of them may change on resume, and seeking passes over no text.
 
     Attributes:
-        first_sample: global index of the first row of the batch last yielded; None before the first.
         prefetch: batches that a thread makes ahead; 0 for none, and no thread.
     """
 
@@ -63,7 +64,6 @@ class TokenLoader:
         self.fingerprint = fingerprint
         self.restart = restart
         self.prefetch = prefetch
-        self.first_sample: int | None = None
         self._samples = 0
         self._position: tuple[int, ...] = stream.start
 
@@ -85,7 +85,7 @@ class TokenLoader:
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         with closing(_ahead(self._cut(self._samples, self._position), self.prefetch)) as batches:
             for batch in batches:
-                self.first_sample, self._samples, self._position = batch.first_sample, batch.samples, batch.position
+                self._samples, self._position = batch.samples, batch.position
                 yield batch.inputs, batch.labels
 
     def _cut(self, samples: int, position: tuple[int, ...]) -> Generator[_Batch, None, None]:
@@ -97,10 +97,9 @@ class TokenLoader:
             ids, places = map(torch.from_numpy, cursor.take(local_tokens))
             labels = torch.cat([ids[1:], torch.tensor([cursor.peek()])])
             cursor.skip((self.world_size - self.rank - 1) * local_tokens)
-            first_sample = samples + self.rank * self.local_batch_size
             samples += self.world_size * self.local_batch_size
             inputs = {"input": ids.view(shape), "positions": places.view(shape)}
-            yield _Batch(inputs, labels.view(shape), first_sample, samples, cursor.position)
+            yield _Batch(inputs, labels.view(shape), samples, cursor.position)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the batch last yielded, and what it holds for; plain integers, equal on every rank."""
@@ -190,7 +189,7 @@ def _ahead(items: Generator[T, None, None], count: int) -> Generator[T, None, No
 def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:
     if key == "fingerprint":
         return (
-            "the training data changed since the checkpoint was written (files, their sizes, the tokenizer, the split)",
+            "the training data changed since the checkpoint was written (files, sizes, shards, tokenizer, split)",
             "restore the files (or the Python installation) that the run started with, or start a new run",
         )
     return (
@@ -219,6 +218,11 @@ def build_loader(
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
     stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
+    if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
+        _log.warning(
+            "each of the %d processes tokenizes all of the text; lighthouse data prepare does it once, beforehand",
+            world_size,
+        )
     return TokenLoader(
         stream,
         seq_len=seq_len,

@@ -9,21 +9,22 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
-from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index
+from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index, writing
+from lighthouse_core.data.stream import no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, LighthouseError
 
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
 
 _PLAN = "plan.json"
+_FORMAT = "lighthouse plan"
+# Every name that this program gives: in OUT, and in OUT/progress.
+_SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens(?:\.\d+\.partial)?|tokens\.json\.\d+\.partial")
+_RECORD = re.compile(r"(?:plan|\d{5,})\.json(?:\.\d+\.partial)?")
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
+_REPORT_SECONDS = 1.0
 
 
 class Progress(NamedTuple):
@@ -62,14 +68,21 @@ class Prepared(NamedTuple):
     tokens: dict[Split, int]
 
 
-def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progress], None]) -> Prepared:
+def prepare(
+    recipe: "Recipe",
+    out: Path,
+    workers: int,
+    progress: Callable[[Progress], None],
+    say: Callable[[str], None] | None = None,
+) -> Prepared:
     """Tokenize the source of a recipe into the directory `out`; the same call again finishes what was interrupted.
 
     Args:
         recipe: its [data] names the source, the tokenizer and the share held out.
         out: a directory that is missing, empty, or holds this very work.
         workers: processes.
-        progress: called after every piece.
+        progress: called every second; what is done counts pieces, tokens and documents go on within one.
+        say: called with a line every few seconds while a finished `out` is verified.
 
     Raises:
         DataError: the data cannot be read; `out` holds something else, or is in use.
@@ -87,13 +100,13 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
     }
     with _hold(out):
         if (out / INDEX).is_file():
-            _check_same(out, recipe, source, tokenizer)
+            _check_same(out, recipe, source, tokenizer, say)
         else:
             state = out / "progress"
             _check_ours(out)
-            state.mkdir(exist_ok=True)
-            for left_over in [*out.glob("*.partial"), *state.glob("*.partial")]:
-                left_over.unlink(missing_ok=True)
+            with writing(out):
+                _remove_partials(out)
+                state.mkdir(exist_ok=True)
             tasks = _plan(state / _PLAN, work, source)
             _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
             index = {
@@ -104,9 +117,10 @@ def prepare(recipe: "Recipe", out: Path, workers: int, progress: Callable[[Progr
                 "splits": _merge(source, state, len(tasks)),
             }
             if not index["splits"]["train"]["units"]:
-                raise DataError("the source has no documents to train on", hint="see data.paths and data.validation")
+                raise no_documents("train", data.validation)
             write_index(out, index)
-        shutil.rmtree(out / "progress", ignore_errors=True)
+        with writing(out):
+            _remove_progress(out)
     splits = json.loads((out / INDEX).read_text(encoding="utf-8"))["splits"]
     return Prepared(
         {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
@@ -131,22 +145,68 @@ def _hold(out: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any) -> None:
-    """A finished directory is left as it is if it is what was asked for."""
+def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any, say: Callable[[str], None] | None) -> None:
+    """A finished directory is left as it is if it is what was asked for, and whole.
+
+    Raises:
+        DataError: it is damaged, or made of other data; files of other content and the same size are not told apart.
+    """
     finished = open_tokens(recipe.data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
     if finished.fingerprint != source.fingerprint:
         raise DataError(f"{out} was prepared from other data", hint="choose another OUT, or remove it")
+    finished.verify(say)
 
 
 def _check_ours(out: Path) -> None:
-    if not (out / "progress").is_dir() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty", hint="choose a new directory for OUT")
+    """Raise DataError unless `out` is empty, or holds a plan of this program and nothing but what comes of one."""
+    names = sorted(path.name for path in out.iterdir())
+    state = out / "progress"
+    if not names or (names == ["progress"] and not _read_plan(state) and all(map(_is_partial, _names(state)))):
+        return
+    if not _read_plan(state):
+        raise DataError(f"{out} is not empty: it holds {names[0]}", hint="choose a new directory for OUT")
+    foreign = [out / name for name in names if name != "progress" and not _SHARD.fullmatch(name)]
+    foreign += [state / name for name in _names(state) if not _RECORD.fullmatch(name)]
+    if foreign:
+        raise DataError(f"{foreign[0]} is not of lighthouse data prepare", hint="move it, or choose another OUT")
+
+
+def _names(state: Path) -> list[str]:
+    return sorted(path.name for path in state.iterdir()) if state.is_dir() else []
+
+
+def _is_partial(name: str) -> bool:
+    return name.endswith(".partial") and bool(_SHARD.fullmatch(name) or _RECORD.fullmatch(name))
+
+
+def _remove_partials(out: Path) -> None:
+    for folder in (out, out / "progress"):
+        for name in filter(_is_partial, _names(folder)):
+            (folder / name).unlink()
+
+
+def _remove_progress(out: Path) -> None:
+    """Its records, and the folder if nothing else is in it."""
+    state = out / "progress"
+    if _read_plan(state):
+        for name in filter(_RECORD.fullmatch, _names(state)):
+            (state / name).unlink()
+        with suppress(OSError):
+            state.rmdir()
+
+
+def _read_plan(state: Path) -> dict[str, Any] | None:
+    """The plan in a folder, None if there is none of this program."""
+    try:
+        plan = json.loads((state / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.get("format") == _FORMAT else None
 
 
 def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]:
     """The pieces of every task; those of an earlier, interrupted call if there are any."""
-    if path.is_file():
-        plan = json.loads(path.read_text(encoding="utf-8"))
+    if plan := _read_plan(path.parent):
         if plan["work"] != work:
             raise DataError(
                 f"{path.parents[1]} was begun with other data or settings",
@@ -166,7 +226,7 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
                 filled = 0
             filled += size
             tasks[-1].append(Piece(unit, *place, end, size))
-    write_atomically(path, json.dumps({"work": work, "tasks": tasks}))
+    write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
     return tasks
 
 
@@ -191,10 +251,10 @@ def _run(
             done += weights[number]
             tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
 
-    def report() -> None:
+    def report(more_documents: int = 0, more_tokens: int = 0) -> None:
         seconds = time.monotonic() - begun
         left = seconds / here * (sum(weights) - done) if here else None
-        progress(Progress(done / sum(weights), tokens, documents, left))
+        progress(Progress(done / sum(weights), tokens + more_tokens, documents + more_documents, left))
 
     report()
     if not missing:
@@ -202,10 +262,11 @@ def _run(
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    counts = context.Array("q", 2)
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)), context, _begin_worker, (source, tokenizer, validation, str(out), stop)
+        min(workers, len(missing)), context, _begin_worker, (source, tokenizer, validation, str(out), stop, counts)
     )
-    waiting: dict[Future[dict[str, Any]], int] = {}
+    waiting: dict[Future[None], int] = {}
     queue = iter(missing)
     try:
         while True:
@@ -213,11 +274,11 @@ def _run(
                 waiting[pool.submit(_run_task, number, tasks[number])] = number
             if not waiting:
                 break
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                record, number = future.result(), waiting.pop(future)
+            for future in wait(waiting, _REPORT_SECONDS, return_when=FIRST_COMPLETED).done:
+                future.result()
+                number = waiting.pop(future)
                 done, here = done + weights[number], here + weights[number]
-                tokens, documents = tokens + _total(record, "tokens"), documents + _total(record, "documents")
-                report()
+            report(*counts)
     except BrokenProcessPool:
         raise LighthouseError(
             "a worker process ended without an error of its own, perhaps for lack of memory",
@@ -269,17 +330,18 @@ class _Job(NamedTuple):
     validation: float
     out: Path
     stop: Any
+    counts: Any
 
 
 _job: _Job | None = None
 
 
-def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, stop: Any) -> None:
+def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, stop: Any, counts: Any) -> None:
     global _job
     # Ctrl-C reaches the whole group; the parent ends the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop)
+    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop, counts)
 
 
 def _end_with_parent() -> None:
@@ -290,12 +352,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
-    """Tokenize pieces into one shard a split. Returns their record, {split: {"shard", "units"}}."""
+def _run_task(number: int, pieces: list[Piece]) -> None:
+    """Tokenize pieces into one shard a split, and write their record, {split: {"shard", "units"}}."""
     job = _job
     assert job is not None
     writers = {split: ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer) for split in _SPLITS}
     units: dict[Split, list[list[int]]] = {split: [] for split in _SPLITS}
+    told, time_told = (0, 0), time.monotonic()
+
+    def tell() -> None:
+        nonlocal told, time_told
+        now = tuple(sum(getattr(writer, what) for writer in writers.values()) for what in ("documents", "tokens"))
+        with job.counts.get_lock():
+            for i in range(2):
+                job.counts[i] += now[i] - told[i]
+        told, time_told = now, time.monotonic()
+
     try:
         for piece in pieces:
             counts = {split: [0, 0] for split in _SPLITS}
@@ -305,10 +377,12 @@ def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
                 if job.stop.is_set():
                     raise LighthouseError("stopped")
                 split: Split = "validation" if held_out(record.identity, job.validation) else "train"
-                tokens = with_ends(job.tokenizer, record.content)
-                writers[split].add(tokens)
-                counts[split][0] += 1
+                tokens = with_ends(job.tokenizer, record.content, first=record.first, last=record.last)
+                writers[split].add(tokens, first=record.first)
+                counts[split][0] += record.first
                 counts[split][1] += len(tokens)
+                if time.monotonic() - time_told > _REPORT_SECONDS:
+                    tell()
             for split, (documents, total) in counts.items():
                 if documents:
                     units[split].append([piece.unit, documents, total])
@@ -320,4 +394,4 @@ def _run_task(number: int, pieces: list[Piece]) -> dict[str, Any]:
         for writer in writers.values():
             writer.discard()
     write_atomically(_record_path(job.out, number), json.dumps(result))
-    return result
+    tell()

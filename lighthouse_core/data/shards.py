@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lighthouse_core.data.documents import Split, Tokenizer
+from lighthouse_core.data.verified import Sealed, verify_files
 from lighthouse_core.errors import DataError
 
 INDEX = "tokens.json"
-# Above this many bytes a start verifies headers and sizes only.
-VERIFY_LIMIT = 4 << 30
 _MAGIC = b"LHTOKENS"
 _VERSION = 1
 # magic, version, bytes a token, vocabulary hash, vocabulary size, documents, tokens, checksum of all after the header
@@ -29,7 +29,6 @@ _HEADER = struct.Struct("<8sIIQQQQ32s")
 _SEAL = 8
 _HEADER_BYTES = _HEADER.size + _SEAL
 _BLOCK = 1 << 22
-_PREPARE_AGAIN = "prepare it again: lighthouse data prepare RECIPE OUT"
 
 
 class Shard(NamedTuple):
@@ -66,16 +65,18 @@ class ShardWriter:
         self._starts: list[int] = []
         self._checksum = hashlib.blake2b(digest_size=32)
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
-        self._file.write(bytes(_HEADER_BYTES))
+        with writing(path.parent):
+            self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
+            self._file.write(bytes(_HEADER_BYTES))
 
     @property
     def documents(self) -> int:
         return len(self._starts)
 
-    def add(self, tokens: np.ndarray) -> None:
-        """One document, BOS and EOS included."""
-        self._starts.append(self.tokens)
+    def add(self, tokens: np.ndarray, *, first: bool = True) -> None:
+        """One document, BOS and EOS included, or a part of one."""
+        if first:
+            self._starts.append(self.tokens)
         self.tokens += len(tokens)
         self._write(tokens.astype(self._dtype).tobytes())
 
@@ -92,21 +93,26 @@ class ShardWriter:
             self.tokens,
             self._checksum.digest(),
         )
-        self._file.seek(0)
-        self._file.write(header + _seal(header))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        with writing(self.path.parent):
+            self._file.seek(0)
+            self._file.write(header + _seal(header))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
         return Shard(self.path.name, self.tokens, self.documents, self._checksum.hexdigest())
 
     def discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        # Closing writes what is left, for which a full disk has no room.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink()
 
     def _write(self, content: bytes) -> None:
         self._checksum.update(content)
-        self._file.write(content)
+        with writing(self.path.parent):
+            self._file.write(content)
 
 
 def write_index(out: Path, index: dict[str, Any]) -> None:
@@ -117,11 +123,25 @@ def write_index(out: Path, index: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path.parent):
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What the system refuses inside is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room, or let it be written; the same command then goes on where this one stopped"
+        raise DataError(f"cannot write {folder}: {error.strerror}", hint=hint) from None
 
 
 class PreparedTokens:
@@ -143,7 +163,7 @@ class PreparedTokens:
             raise DataError(
                 f"{self.path} was prepared with another tokenizer ({index['vocab_size']} ids) than data.tokenizer's "
                 f"({tokenizer.vocab_size} ids)",
-                hint="set data.tokenizer to the one it was prepared with, or prepare it again",
+                hint="set data.tokenizer to the one it was prepared with, or prepare into another OUT",
             )
         self.fingerprint: int = index["fingerprint"]
         self.validation: float = index["validation"]
@@ -151,11 +171,6 @@ class PreparedTokens:
         self._itemsize = token_bytes(tokenizer.vocab_size)
         for shard in self._all_shards():
             self._verify_header(shard, tokenizer)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(_shard_bytes(shard, self._itemsize) for shard in self._all_shards())
 
     def units(self, split: Split) -> "list[ShardUnit]":
         """The units of a split that have documents in it, in the order of the source's listing."""
@@ -171,21 +186,19 @@ class PreparedTokens:
             units.append(ShardUnit(identity, tuple(segments), maps))
         return units
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum.
+    @property
+    def checksums(self) -> list[str]:
+        """Of all shards."""
+        return [shard.checksum for shard in self._all_shards()]
+
+    def verify(self, say: Callable[[str], None] | None = None, *, remember: bool = False) -> None:
+        """Compare every shard with its checksum; `say` and `remember` as in `verify_files`.
 
         Raises:
             DataError: a shard differs.
         """
-        for shard in self._all_shards():
-            path = self.path / shard.file
-            checksum = hashlib.blake2b(digest_size=32)
-            with open(path, "rb") as f:
-                f.seek(_HEADER_BYTES)
-                while block := f.read(_BLOCK):
-                    checksum.update(block)
-            if checksum.hexdigest() != shard.checksum:
-                raise DataError(f"{path} is damaged: its checksum differs", hint=_PREPARE_AGAIN)
+        files = [Sealed(self.path / shard.file, _HEADER_BYTES, shard.checksum) for shard in self._all_shards()]
+        verify_files(files, _again(self.path), say, remember=remember)
 
     def _all_shards(self) -> Iterator[Shard]:
         for split in self._splits.values():
@@ -193,27 +206,27 @@ class PreparedTokens:
                 yield Shard(*one)
 
     def _verify_header(self, shard: Shard, tokenizer: Tokenizer) -> None:
-        path = self.path / shard.file
+        path, again = self.path / shard.file, _again(self.path)
         try:
             with open(path, "rb") as f:
                 header = f.read(_HEADER_BYTES)
                 size = os.fstat(f.fileno()).st_size
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}", hint=_PREPARE_AGAIN) from None
+            raise DataError(f"cannot read {path}: {error.strerror}", hint=again) from None
         if header[:8] != _MAGIC:
-            raise DataError(f"{path} is not a token shard", hint=_PREPARE_AGAIN)
+            raise DataError(f"{path} is not a token shard", hint=again)
         if len(header) < _HEADER_BYTES or header[-_SEAL:] != _seal(header[:-_SEAL]):
-            raise DataError(f"{path} is damaged: its header's checksum differs", hint=_PREPARE_AGAIN)
+            raise DataError(f"{path} is damaged: its header's checksum differs", hint=again)
         _, version, itemsize, vocabulary, vocab_size, documents, tokens, checksum = _HEADER.unpack(header[:-_SEAL])
         if version != _VERSION:
-            raise DataError(f"{path} has format version {version}, not {_VERSION}", hint=_PREPARE_AGAIN)
+            raise DataError(f"{path} has format version {version}, not {_VERSION}", hint=again)
         here = (itemsize, vocabulary, vocab_size, documents, tokens, checksum.hex())
         listed = (self._itemsize, tokenizer.fingerprint, tokenizer.vocab_size, shard.documents, shard.tokens)
         if here != (*listed, shard.checksum):
-            raise DataError(f"{path} does not belong to {self.path / INDEX}", hint=_PREPARE_AGAIN)
+            raise DataError(f"{path} does not belong to {self.path / INDEX}", hint=again)
         expected = _shard_bytes(shard, itemsize)
         if size != expected:
-            raise DataError(f"{path} is damaged: {size} bytes instead of {expected}", hint=_PREPARE_AGAIN)
+            raise DataError(f"{path} is damaged: {size} bytes instead of {expected}", hint=again)
 
 
 class _Maps:
@@ -233,7 +246,9 @@ class _Maps:
             try:
                 whole = np.memmap(self._folder / shard.file, dtype=np.uint8, mode="r", offset=0)
             except (OSError, ValueError) as error:
-                raise DataError(f"cannot read {self._folder / shard.file}: {error}", hint=_PREPARE_AGAIN) from None
+                raise DataError(
+                    f"cannot read {self._folder / shard.file}: {error}", hint=_again(self._folder)
+                ) from None
             end = _HEADER_BYTES + shard.tokens * self._itemsize
             starts = _HEADER_BYTES + _padded(shard.tokens * self._itemsize)
             found = (
@@ -289,6 +304,10 @@ def _positions(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
     return (np.arange(begin, end) - np.repeat(begins, counts)).astype(np.int32)
 
 
+def _again(folder: Path) -> str:
+    return f"remove {folder} and prepare it again: lighthouse data prepare RECIPE {folder}"
+
+
 def _padded(count: int) -> int:
     return count + -count % 8
 
@@ -313,12 +332,14 @@ def _read_index(path: Path) -> dict[str, Any]:
         if seal != _index_seal(index) or index["format"] != "lighthouse tokens":
             raise ValueError("its checksum differs")
     except FileNotFoundError:
-        what = "is not finished" if (path / "progress").is_dir() else "holds no prepared tokens"
-        raise DataError(f"{path} {what} (no {INDEX})", hint=_PREPARE_AGAIN) from None
+        command = f"lighthouse data prepare RECIPE {path}"
+        if (path / "progress").is_dir():
+            raise DataError(f"{path} is not finished (no {INDEX})", hint=f"go on with: {command}") from None
+        raise DataError(f"{path} holds no prepared tokens (no {INDEX})", hint=f"prepare them: {command}") from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{file} is damaged: {error}", hint=_PREPARE_AGAIN) from None
+        raise DataError(f"{file} is damaged: {error}", hint=_again(path)) from None
     if index["version"] != _VERSION:
-        raise DataError(f"{file} has format version {index['version']}, not {_VERSION}", hint=_PREPARE_AGAIN)
+        raise DataError(f"{file} has format version {index['version']}, not {_VERSION}", hint=_again(path))
     return index

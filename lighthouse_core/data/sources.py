@@ -9,16 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lighthouse_core.data.documents import Keep, Place, Record, held_out, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, stable_hash
 from lighthouse_core.errors import DataError
 
 
 class File(NamedTuple):
     name: str
     size: int
-
-
-_CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,10 @@ class Document:
             with open(path, "rb") as f:
                 content = f.read()
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}", hint=_CHANGED_HINT) from error
+            raise DataError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
         if len(content) != file.size:
             change = f"from {file.size} to {len(content)} bytes"
-            raise DataError(f"{path} changed {change} since it was listed", hint=_CHANGED_HINT)
+            raise DataError(f"{path} changed {change} since it was listed", hint=CHANGED_HINT)
         return content
 
 
@@ -91,15 +88,6 @@ def list_documents(paths: Sequence[str]) -> list[Document]:
             hint='name a directory that holds .py files, or "stdlib"',
         )
     return sorted(documents.values(), key=lambda document: document.identity)
-
-
-def split_documents(documents: Sequence[Document], validation: float) -> tuple[list[Document], list[Document]]:
-    """(train, validation), by `held_out` of the identities."""
-    out = [held_out(document.identity, validation) for document in documents]
-    return (
-        [document for document, held in zip(documents, out, strict=True) if not held],
-        [document for document, held in zip(documents, out, strict=True) if held],
-    )
 
 
 def fingerprint(documents: Sequence[Document]) -> int:

@@ -171,7 +171,8 @@ class WalkPosition(NamedTuple):
         file: index into this epoch's order of units (files, or shards of a data set).
         row: records of that unit already passed.
         byte: offset of the next record in a line file, else 0.
-        offset: tokens of the next record already passed, BOS counted.
+        offset: tokens of the next record already passed, BOS counted. A document in parts is read from its beginning
+            to find them.
     """
 
     epoch: int = 0
@@ -199,10 +200,11 @@ class WalkingStream:
 
     def documents(
         self, position: WalkPosition, keep: Keep | None = None
-    ) -> Iterator[tuple[WalkPosition, WalkPosition, np.ndarray]]:
-        """(place before, place after, tokens with BOS and EOS) of every document from `position` on, for ever.
+    ) -> Iterator[tuple[WalkPosition, WalkPosition, np.ndarray, bool]]:
+        """(place before, place after, tokens with BOS and EOS, True) of every document from `position` on, for ever.
 
-        `keep` takes the place of `self.keep`.
+        A document in parts comes as several, of which all but the last have False for True. `keep` takes the place of
+        `self.keep`.
 
         Raises:
             DataError: text that cannot be read, or a whole epoch without a document.
@@ -217,7 +219,8 @@ class WalkingStream:
                     found = True
                     before = WalkPosition(epoch, number, *record.start)
                     after = WalkPosition(epoch, number, *record.end)
-                    yield before, after, with_ends(self.tokenizer, record.content)
+                    tokens = with_ends(self.tokenizer, record.content, first=record.first, last=record.last)
+                    yield before, after, tokens, record.last
                 place = Place()
             if not found:
                 raise no_documents(self.split, self.validation)
@@ -227,12 +230,17 @@ class WalkingStream:
 class _Walker:
     def __init__(self, stream: WalkingStream, position: WalkPosition):
         self.position = position
-        self._bos = stream.tokenizer.bos_id
         self._documents = stream.documents(position)
-        self._tokens: np.ndarray | None = None
+        # The part that is held, and the tokens of its document before it.
+        self._tokens = np.empty(0, dtype=np.int32)
+        self._passed, self._last = 0, True
         self._before = self._after = position
+        self._bos = stream.tokenizer.bos_id
         if position.offset:
-            self._next_document()
+            self._next_part()
+            if self._before != position._replace(offset=0):
+                raise _changed()
+            self._hold()
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, places = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
@@ -245,7 +253,10 @@ class _Walker:
         return tokens, places
 
     def peek(self) -> int:
-        return self._bos if self._tokens is None else int(self._tokens[self.position.offset])
+        if not self.position.offset:
+            return self._bos
+        self._hold()
+        return int(self._tokens[self.position.offset - self._passed])
 
     def skip(self, count: int) -> None:
         for _ in self._pass(count):
@@ -253,30 +264,44 @@ class _Walker:
 
     def _pass(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
         while count:
-            if self._tokens is None:
-                self._next_document()
-            assert self._tokens is not None
+            self._hold()
             offset = self.position.offset
-            part = self._tokens[offset : offset + count]
+            part = self._tokens[offset - self._passed :][:count]
             count -= len(part)
-            if offset + len(part) == len(self._tokens):
-                self.position, self._tokens = self._after, None
-            else:
-                self.position = self._before._replace(offset=offset + len(part))
+            done = self._last and offset + len(part) == self._passed + len(self._tokens)
+            self.position = self._after if done else self._before._replace(offset=offset + len(part))
             yield offset, part
 
-    def _next_document(self) -> None:
-        self._before, self._after, self._tokens = next(self._documents)
-        offset = self.position.offset
-        if offset and (self._before != self.position._replace(offset=0) or offset >= len(self._tokens)):
-            raise DataError(
-                "the training data changed since the checkpoint was written: its place is not in the data any more",
-                hint="restore the files that the run started with, or start a new run",
-            )
+    def _hold(self) -> None:
+        """Have the part that the next token is in."""
+        if not self.position.offset:
+            self._next_part()
+        while self.position.offset >= self._passed + len(self._tokens):
+            if self._last:
+                raise _changed()
+            self._next_part()
+
+    def _next_part(self) -> None:
+        self._passed = 0 if self._last else self._passed + len(self._tokens)
+        self._before, self._after, self._tokens, self._last = next(self._documents)
 
 
-def no_documents(split: Split, validation: float) -> DataError:
+def _changed() -> DataError:
     return DataError(
+        "the training data changed since the checkpoint was written: its place is not in the data any more",
+        hint="restore the files that the run started with, or start a new run",
+    )
+
+
+class NoDocuments(DataError):
+    """A split that has none."""
+
+
+def no_documents(split: Split, validation: float) -> NoDocuments:
+    if split == "train" and not validation:
+        return NoDocuments("every document is empty", hint="name documents with text in data.paths")
+    return NoDocuments(
         f"data.validation = {validation} leaves no documents for {split}",
-        hint=f"{'lower' if split == 'train' else 'raise'} data.validation, or name more in data.paths",
+        hint="hold none out where there are few: --set data.validation=0 --set metrics.validation_every=0; else name "
+        "more in data.paths",
     )

@@ -8,8 +8,8 @@ import numpy as np
 
 from lighthouse_core.data.build import build_stream
 from lighthouse_core.data.checks import checked_tokenizer
-from lighthouse_core.data.documents import Split, TimeIsUp, timely
-from lighthouse_core.data.stream import TokenStream
+from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
+from lighthouse_core.data.stream import NoDocuments, TokenStream
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
@@ -44,7 +44,7 @@ class Survey:
 
 
 def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, sample_tokens: int = 100) -> Survey:
-    """Look at one split of a recipe's data.
+    """Look at one split of a recipe's data, which may be empty.
 
     Args:
         recipe: its data, context and seed.
@@ -54,9 +54,18 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
         sample_tokens: tokens to decode of each.
 
     Raises:
-        DataError: as training would.
+        DataError: as training would, but for a split without documents.
     """
     tokenizer = checked_tokenizer(recipe)
+    try:
+        return _survey(recipe, tokenizer, split, seconds, samples, sample_tokens)
+    except NoDocuments:
+        return Survey(split, np.zeros(0, dtype=np.int64), True, recipe.training.seq_len, ())
+
+
+def _survey(
+    recipe: "Recipe", tokenizer: Tokenizer, split: Split, seconds: float, samples: int, sample_tokens: int
+) -> Survey:
     stream, _ = build_stream(recipe.data, tokenizer, recipe.training.seed, split)
     texts: list[str] = []
 
@@ -75,15 +84,18 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
         return Survey(split, lengths, True, recipe.training.seq_len, tuple(texts))
 
     found: list[int] = []
-    complete = False
+    complete, length = False, 0
     try:
-        for before, _, tokens in stream.documents(stream.start, timely(stream.keep, time.monotonic() + seconds)):
+        for before, _, tokens, last in stream.documents(stream.start, timely(stream.keep, time.monotonic() + seconds)):
             if before.epoch:
                 complete = True
                 break
-            found.append(len(tokens))
-            if len(texts) < samples:
-                decode(tokens[:-1])
+            if not length and len(texts) < samples:
+                decode(tokens[: -1 if last else None])
+            length += len(tokens)
+            if last:
+                found.append(length)
+                length = 0
     except TimeIsUp:
         pass
     return Survey(split, np.array(found, dtype=np.int64), complete, recipe.training.seq_len, tuple(texts))

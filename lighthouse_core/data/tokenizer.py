@@ -2,34 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from lighthouse_core.data.documents import stable_hash
+from lighthouse_core.data.documents import Tokenizer, stable_hash
 from lighthouse_core.data.tokenizers.text import to_text
 from lighthouse_core.errors import DataError
-
-
-class Tokenizer(Protocol):
-    """What training needs of a tokenizer.
-
-    Attributes:
-        vocab_size: every id is below it.
-        bos_id, eos_id: what every document begins and ends with.
-        fingerprint: 63 bits of the vocabulary and the rules; tokenizers with the same one give the same ids.
-    """
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    fingerprint: int
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids of `text`, int32 [length], without BOS and EOS; DataError if it cannot take the text."""
-
-    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Text of `ids`, without BOS and EOS."""
 
 
 class BytesTokenizer:

@@ -21,6 +21,7 @@ from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from lighthouse_core.errors import UserError
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.train.progress import finite
 
 if TYPE_CHECKING:
     from lighthouse_core.titan.trainer import Stage
@@ -89,7 +90,7 @@ class Metrics(MetricsProcessor):
     selection saw later tokens, so that the loss is no language-model loss), `grad_norm`, `lr`, `tokens` (since the
     start of the run), `tokens_per_second` (all ranks), `seconds` (per step), `memory_gib` (peak of one rank), `mfu`
     (fraction of the accelerator's bf16 peak; absent on CPU) and `data_seconds` (waiting for data, per step).
-    A validation row has `step`, `stage`, `leaky`, `val_loss`.
+    A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
     """
 
     def __init__(self, stage: "Stage", job_config, parallel_dims, model_args=None):
@@ -155,7 +156,7 @@ class Metrics(MetricsProcessor):
         self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
         if self.file:
             row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
             self.file.flush()
 
     def close(self) -> None:

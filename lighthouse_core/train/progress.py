@@ -1,6 +1,7 @@
 """Following a run in training: the new rows of its metrics.jsonl, what they add up to, and each as a plain line."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,17 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with None for what JSON has no number for: NaN and the infinities."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def parse_row(text: str | bytes) -> Any:
+    """What a line of a metrics file holds; NaN for a figure that was not finite."""
+    row = json.loads(text)
+    return {key: math.nan if value is None else value for key, value in row.items()} if isinstance(row, dict) else row
 
 
 def progress_line(step: int, end: int, stage: str, row: dict[str, Any], seconds_left: float, leaky: bool) -> str:
@@ -64,7 +76,7 @@ class Tail:
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
         lines = text.decode("utf-8", errors="replace").splitlines()
-        return [(line, json.loads(line)) for line in lines if line.strip()]
+        return [(line, parse_row(line)) for line in lines if line.strip()]
 
     def _inode(self) -> int | None:
         try:

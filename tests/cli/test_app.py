@@ -41,7 +41,6 @@ def shell(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["pretrain"], ("torch",)),
         (["pretrain", "none.toml"], ("torch",)),
         (["pretrain", "quickstart", "--set", "training.step=3"], ("torch",)),
-        (["pretrain", "quickstart", "--dry-run"], ("torch",)),
         (["recover", "none"], ("torch",)),
         (["strip", "none", "out"], ("torch",)),
     ],

@@ -1,6 +1,7 @@
 """lighthouse data prepare and inspect."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -31,9 +32,9 @@ validation = 0.25
 """
 
 
-def lighthouse(*arguments, cwd):
+def lighthouse(*arguments, cwd, **options):
     command = [sys.executable, "-m", "lighthouse_cli", "data", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,58 @@ def test_an_interrupted_prepare_says_how_to_go_on(place):
     assert process.returncode == 130 and "same command" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("room", [0, 4096])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, room):
+    (place / "full").mkdir(exist_ok=True)
+    (place / "full/a.txt").write_text("some words\n" * 10_000)
+    arguments = ["prepare", "r.toml", f"full{room}", "--set", 'data.paths=["full/*.txt"]', "--set", "data.validation=0"]
+    done = lighthouse(*arguments, cwd=place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *_, error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: cannot write full{room}") and "the same command" in hint
+    assert not list((place / f"full{room}").rglob("*.partial"))
+    assert lighthouse(*arguments, cwd=place).returncode == 0
+
+
 def test_inspect_shows_a_table_and_samples(place):
     done = lighthouse("inspect", "r.toml", "--samples", "1", cwd=place)
     assert done.returncode == 0 and "in long documents" in done.stdout and "--- document 1\nключ" in done.stdout
+
+
+def test_what_a_document_holds_does_nothing_to_the_terminal(place):
+    (place / "odd").mkdir()
+    odd = "a\tb\nc\rd\x1b]0;title\x07\x7f\x9b2J\x00"
+    (place / "odd/a.jsonl").write_text(json.dumps({"text": odd}))
+    wanted = ["inspect", "r.toml", "--set", 'data.paths=["odd/*"]', "--set", "data.validation=0.0"]
+    shown = lighthouse(*wanted, cwd=place).stdout
+    assert shown.endswith("--- document 1\na\tb\nc\\x0dd\\x1b]0;title\\x07\\x7f\\x9b2J\\x00\n")
+    as_json = lighthouse(*wanted, "--json", cwd=place).stdout
+    assert json.loads(as_json)[0]["samples"] == [odd] and as_json.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_inspect_escapes_what_the_output_has_no_characters_for(place, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    done = lighthouse("inspect", "r.toml", "--samples", "1", cwd=place)
+    assert done.returncode == 0 and "--- document 1\n\\u043a\\u043b" in done.stdout, done.stderr
+    done = lighthouse("inspect", "r.toml", "--samples", "1", "--json", cwd=place)
+    assert json.loads(done.stdout)[0]["samples"][0].startswith("ключ")
+
+
+@pytest.mark.parametrize("source", ["files", "tokens"])
+def test_inspect_shows_what_is_there_where_a_split_is_empty(place, source):
+    (place / "one").mkdir(exist_ok=True)
+    (place / "one/a.txt").write_text("one document")
+    settings = ["--set", "data.validation=1e-9", "--set"]
+    files = [*settings, 'data.paths=["one/*.txt"]']
+    if source == "tokens":
+        assert lighthouse("prepare", "r.toml", "one/out", *files, cwd=place).returncode == 0
+    chosen = files if source == "files" else [*settings[:2], *as_tokens("one/out")]
+    done = lighthouse("inspect", "r.toml", "--json", *chosen, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [split["documents"] for split in json.loads(done.stdout)] == [1, 0]
+    assert "validation" in lighthouse("inspect", "r.toml", *chosen, cwd=place).stdout
 
 
 def test_inspect_ends_in_time_and_says_so(place):

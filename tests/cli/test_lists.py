@@ -1,7 +1,9 @@
 """lighthouse runs and lighthouse recipes."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,15 @@ def test_runs_where_there_is_none(lighthouse, here):
     assert (answer.code, answer.out) == (0, "") and "no run under runs" in answer.err
     assert json.loads(lighthouse("runs", "elsewhere", "--json").out) == []
     assert "is not a directory" in lighthouse("runs", "tiny.toml").error
+
+
+def test_a_folder_that_may_not_be_searched(lighthouse, here, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # Root may search any.
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert lighthouse("runs", "closed/runs").error == "error: closed/runs: Permission denied"
 
 
 def test_recipes_are_listed_with_what_they_are(lighthouse):

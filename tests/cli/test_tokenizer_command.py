@@ -1,6 +1,10 @@
 """lighthouse tokenizer train."""
 
+import os
+import signal
+
 from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.data.tokenizers import train
 
 
 def test_train(lighthouse, here, tmp_path):
@@ -21,3 +25,15 @@ def test_mistakes(lighthouse, here):
     assert ".model" in lighthouse("tokenizer", "train", "tiny.toml", "a.txt").error
     assert "data.sauce" in lighthouse("tokenizer", "train", "tiny.toml", "a.model", "--set", "data.sauce=1").error
     assert not (here / "a.model").exists()
+
+
+def test_an_interruption_leaves_no_file(lighthouse, here, monkeypatch):
+    def send(model, data):
+        assert model.is_file()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "_measure", send)
+    (here / "a.py").write_text("\n".join(f"def f{i}(x): return x + {i}" for i in range(200)))
+    done = lighthouse("tokenizer", "train", "tiny.toml", "a.model", "--vocab", "290", "--set", 'data.paths=["."]')
+    assert done.code == 130 and "Traceback" not in done.err
+    assert sorted(path.name for path in here.iterdir()) == ["a.py", "tiny.toml"]

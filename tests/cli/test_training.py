@@ -2,10 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
+from lighthouse_core.data.build import build_source
 from lighthouse_core.launch import Plan
 from lighthouse_core.runs import Run
 
@@ -41,6 +43,61 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     assert "# S                     192 of 1024 tokens\n" in answer.out
     for name in ("parameters", "FLOPs per token", "tokens per step", "memory (estimate)"):
         assert f"\n# {name}" in answer.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--nproc", "3"),
+        ("--nproc", "none"),
+        ("--nnodes", "2"),
+        ("--name", "a"),
+        ("--name", "a/b"),
+        ("--set", 'data.paths=["nowhere"]'),
+        ("--set", 'data.source="tokens"', "--set", 'data.paths=["nowhere"]'),
+        ("--set", 'lighthouse.backend="triton"'),
+        ("--set", "parallel.shard=2"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(lighthouse, trainer, here, arguments):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    error = lighthouse("pretrain", "tiny.toml", *arguments).error
+    answer = lighthouse("pretrain", "tiny.toml", *arguments, "--dry-run")
+    assert answer.code == 2 and answer.err.startswith(f"{error}\n")
+    assert "# memory (estimate)" in answer.out
+    assert len(trainer.launches) == 1 and os.listdir("runs") == ["a"]
+
+
+def test_a_dry_run_reads_no_checksums(lighthouse, here):
+    (here / "a.txt").write_text("some words")
+    files = ("--set", "data.validation=0.0", "--set", 'data.source="files"', "--set", 'data.paths=["a.txt"]')
+    assert lighthouse("data", "prepare", "tiny.toml", "out", "--workers", "1", *files).code == 0
+    with (here / "out/train-00000.tokens").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    tokens = ("--set", "data.validation=0.0", "--set", 'data.source="tokens"', "--set", 'data.paths=["out"]')
+    assert "checksum" in lighthouse("pretrain", "tiny.toml", *tokens).error
+    assert lighthouse("pretrain", "tiny.toml", *tokens, "--dry-run").code == 0
+    (here / "out/train-00000.tokens").unlink()
+    assert lighthouse("pretrain", "tiny.toml", *tokens, "--dry-run").code == 2
+
+
+def test_dry_runs_of_what_was_begun(lighthouse, trainer):
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    for arguments in (
+        ("pretrain", "--resume", "a"),
+        ("recover", "a", "--nproc", "3"),
+        ("recover", "a", "--nproc", "x"),
+    ):
+        error = lighthouse(*arguments).error
+        answer = lighthouse(*arguments, "--dry-run")
+        assert answer.code == 2 and error in answer.err and "# memory (estimate)" in answer.out
+    several = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+    assert lighthouse("recover", "a", "--dry-run", *several).code == 0
+    trainer.stop, trainer.code = 40, 130
+    lighthouse("pretrain", "tiny.toml", "--name", "b")
+    assert lighthouse("pretrain", "--resume", "b", "--dry-run").code == 0
+    assert len(trainer.launches) == 2
 
 
 def test_an_interruption_says_how_to_go_on_and_resume_does(lighthouse, trainer):
@@ -177,3 +234,52 @@ def test_the_length_of_a_recovery_can_be_corrected_before_its_first_checkpoint(l
     trainer.code = 0
     assert lighthouse("recover", "a", "--steps", "4").code == 0
     assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 104)]
+
+
+def test_a_run_keeps_the_commit_of_its_data_set(lighthouse, trainer, here, monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    (here / "there").mkdir()
+    (here / "there/a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(50)))
+    commits, build = iter(("1" * 40, "2" * 40)), datasets.load_dataset_builder
+
+    class Api:
+        def dataset_info(self, path, revision=None):
+            return SimpleNamespace(sha=next(commits))
+
+    def load(path, config=None, revision=None):
+        builder = build(str(here / "there"))
+        builder.hash = revision
+        return builder
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    trainer.stop, trainer.code = 40, 130
+    data = ("--set", 'data.source="hf"', "--set", 'data.paths=["someone/some-data"]')
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *data).code == 130
+    assert Run("runs/a").recipe.data.hf_revision == "1" * 40
+    assert f'hf_revision = "{"1" * 40}"' in (here / "runs/a/recipe.toml").read_text()
+
+    trainer.stop, trainer.code = None, 0
+    assert lighthouse("pretrain", "--resume", "a").code == 0
+    assert lighthouse("recover", "a").code == 0
+    assert build_source(Run("runs/a").recipe.data).revision == "1" * 40
+    assert next(commits) == "2" * 40  # asked once, when the run was made
+
+
+def test_damaged_shards_are_met_by_resume_and_recover_before_anything_is_written(lighthouse, trainer, here):
+    (here / "src").mkdir()
+    (here / "src/a.txt").write_text("some words\n" * 100)
+    files = ["--set", 'data.paths=["src/*"]', "--set", "data.validation=0", "--set"]
+    assert lighthouse("data", "prepare", "tiny.toml", "out", *files, 'data.source="files"').code == 0
+    tokens = [*files[2:], 'data.source="tokens"', "--set", 'data.paths=["out"]']
+    trainer.stop, trainer.code = 40, 130
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *tokens).code == 130
+    shard = here / "out/train-00000.tokens"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
+    for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
+        assert "train-00000.tokens is damaged" in lighthouse(*command).error
+    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+    assert len(trainer.launches) == 1

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from lighthouse_cli import _output, _watch
+from lighthouse_cli import _output, _view, _watch
 from lighthouse_core.config import load_recipe
 from lighthouse_core.runs import create_run
 
@@ -41,6 +41,19 @@ def test_away_from_a_terminal_rows_are_plain_lines(lighthouse, trainer, rows):
     assert lines[3] == "step 100  lighthouse  validation loss 1.5000 (leaky)"
     assert lines[4].startswith("done; ") and answer.out == "runs/a\n"
     assert "\x1b" not in answer.err
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_file_and_nan_in_words(lighthouse, trainer):
+    trainer.rows = [row(1, loss=None, grad_norm=None), row(2, loss=None), VALIDATION | {"val_loss": None}]
+    err = lighthouse("pretrain", "tiny.toml", "--name", "a").err
+    assert "\nstep 1/100  lighthouse  loss nan (leaky)  grad nan  lr" in err
+    assert "\nstep 100  lighthouse  validation loss nan (leaky)\n" in err
+    shown = "\n".join(line.plain for line in _view.render(trainer.watcher.progress, time.monotonic(), 80))
+    assert "loss       nan leaky  !!\n" in shown and "validation nan leaky at 100" in shown
+
+    assert "nan (leaky)" in lighthouse("runs").out
+    (found,) = json.loads(lighthouse("runs", "--json").out, parse_constant=pytest.fail)
+    assert (found["loss"], found["val_loss"], found["step"]) == (None, None, 2)
 
 
 def test_a_second_stage_shows_its_own_rows_alone(lighthouse, trainer, rows):

@@ -150,6 +150,46 @@ def test_an_override_error_names_the_flag(override, message):
     assert problem(BASE, override).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.heads=3", "--set model.heads: model.dim 64 is not a multiple of model.heads 3"),
+        ("model.layers=3", "--set model.layers: model.dense_layers: layer 3"),
+        ("training.seq_len=64", "--set training.seq_len: the gathered sequence"),
+        ("lighthouse.tile_parents=6", "--set lighthouse.tile_parents: lighthouse.topk must be"),
+        ("data.validation=0.0", "--set data.validation: metrics.validation_every needs"),
+    ],
+)
+def test_of_keys_that_conflict_the_one_that_a_flag_set_is_named(override, message):
+    text = BASE + "[metrics]\nvalidation_every = 1\n"
+    assert problem(text, override).startswith(message)
+    assert problem(text, "training.steps=7", override).startswith(message)
+
+
+def test_a_flag_that_has_no_part_in_a_conflict_is_not_named():
+    text = BASE.replace("[training]", "[training]\nlocal_batch_size = 3")
+    assert problem(text, "training.steps=7").startswith("r.toml:20: training.global_batch_size (4) must be")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("training.steps=abc", "training.steps takes an integer"),
+        ("training.steps=", "training.steps takes an integer"),
+        ("optimizer.lr=1e-3x", "optimizer.lr takes a number"),
+        ("training.compile=yes", "training.compile takes true or false"),
+        ("training.compile=True", "write --set 'training.compile=true'"),
+        ("data.paths=src", 'a list is written ["a", "b"]'),
+        ("data.tokenizer=a.model", "write --set 'data.tokenizer=\"a.model\"'"),
+        ("data.nothing=a", "write --set 'data.nothing=\"a\"'"),
+    ],
+)
+def test_the_hint_fits_what_the_key_takes(override, hint):
+    with pytest.raises(RecipeError) as caught:
+        parse_override(override)
+    assert caught.value.hint == hint
+
+
 def test_the_hint_of_a_bare_word_is_a_flag_that_works():
     with pytest.raises(RecipeError) as caught:
         loads_recipe(BASE, ["lighthouse.scorer=random"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lighthouse_core.config import loads_recipe
-from lighthouse_core.data import check, shards
+from lighthouse_core.data import check, verified
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.prepare import prepare
 from lighthouse_core.errors import DataError
@@ -134,13 +135,91 @@ def test_a_vocabulary_larger_than_the_model_is_refused(made, monkeypatch):
         check(tokens(made))
 
 
-def test_large_directories_say_that_checksums_are_not_read(made, monkeypatch):
-    monkeypatch.setattr(shards, "VERIFY_LIMIT", 10)
-    content = bytearray(first_shard(made).read_bytes())
-    content[1000] ^= 1
-    first_shard(made).write_bytes(content)
-    (note,) = check(tokens(made))
-    assert "checksums" in note and "--verify" in note
+def flip(path, place=1000):
+    """Damage a file as a disk may, or a copy that keeps times."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/lighthouse/verified.json"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files that are compared with their checksums."""
+    paths = []
+    opened = open
+    monkeypatch.setattr(verified, "open", lambda path, *a, **o: paths.append(path.name) or opened(path, *a, **o), False)
+    return paths
+
+
+def test_shards_that_agreed_are_not_read_again_until_they_change(made, cache, read):
+    names = ["train-00000.tokens", "validation-00000.tokens"]
+    check(tokens(made))
+    assert sorted(read) == names and list(cache.parent.iterdir()) == [cache]
+    check(tokens(made))
+    assert sorted(read) == names
+    os.utime(first_shard(made))
+    check(tokens(made))
+    assert read[2:] == names[:1]
+    flip(first_shard(made))
+    os.utime(first_shard(made))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train-00000.tokens is damaged"):
+            check(tokens(made))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": ', "\0"])
+def test_a_damaged_or_unwritable_cache_is_no_error(made, cache, read, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    check(tokens(made))
+    assert len(json.loads(cache.read_text())) == 2
+    cache.unlink()
+    cache.parent.rmdir()
+    cache.parent.write_text("no folder")
+    check(tokens(made))
+    assert len(read) == 4
+
+
+def test_verification_that_takes_long_says_how_far_it_is(made, cache, monkeypatch):
+    monkeypatch.setattr(verified, "_REPORT_SECONDS", 0.01)
+    opened = open
+    monkeypatch.setattr(verified, "open", lambda *a, **o: time.sleep(0.1) or opened(*a, **o), False)
+    said = []
+    check(tokens(made), said.append)
+    assert said and said[0].startswith("verifying checksums: 0.0 of 0.0 GiB")
+
+
+def test_preparing_a_damaged_directory_again_says_what_helps(made, tmp_path):
+    flip(first_shard(made))
+    again = recipe(tmp_path / "src/*.jsonl")
+    with pytest.raises(DataError, match=r"train-00000.tokens is damaged") as error:
+        prepare(again, made, 1, quietly)
+    os.truncate(first_shard(made), 5000)
+    with pytest.raises(DataError, match="5000 bytes") as other:
+        prepare(again, made, 1, quietly)
+    assert error.value.hint == other.value.hint and error.value.hint.startswith(f"remove {made} and")
+    shutil.rmtree(made)
+    prepare(again, made, 1, quietly)
+    assert check(tokens(made)) == []
+
+
+def test_prepared_tokens_of_other_content_are_other_data(made, tmp_path):
+    state = build_loader(tokens(made).data, 64, 1, 0, 1, 0).state_dict()
+    build_loader(tokens(made).data, 64, 1, 0, 1, 0).load_state_dict(state)
+    source = tmp_path / "src/a.jsonl"
+    source.write_text(source.read_text().replace("xx", "yy"))
+    shutil.rmtree(made)
+    prepare(recipe(tmp_path / "src/*.jsonl"), made, 1, quietly)
+    with pytest.raises(DataError, match="training data changed"):
+        build_loader(tokens(made).data, 64, 1, 0, 1, 0).load_state_dict(state)
 
 
 def test_preparing_again_is_nothing_and_other_data_is_refused(made, tmp_path):
@@ -154,6 +233,59 @@ def test_preparing_again_is_nothing_and_other_data_is_refused(made, tmp_path):
         prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "src", 1, quietly)
     with pytest.raises(DataError, match="prepared already"):
         prepare(tokens(made), tmp_path / "again", 1, quietly)
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begun(tmp_path):
+    """A directory whose preparation was stopped by a bad line."""
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    with open(tmp_path / "src/a.jsonl", "a") as f:
+        f.write("bad\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 1, quietly)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("new", ["progress/thesis.txt", "notes.partial"]),
+        ("new", ["progress/plan.json", "progress/00000.json", "train-00000.tokens.1.partial"]),
+        ("new", ["progress/plan.json.1.partial", "a.txt"]),
+        ("begun", ["download.partial"]),
+        ("begun", ["progress/results/a.txt"]),
+    ],
+)
+def test_files_of_others_are_an_error_and_stay(tmp_path, folder, names):
+    write_lines(tmp_path / "src/a.jsonl", 10)
+    out = begun(tmp_path) if folder == "begun" else tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    before = everything(out)
+    with pytest.raises(DataError, match="not empty" if folder == "new" else r"download|results"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), out, 1, quietly)
+    assert everything(out) == before
+
+
+def test_a_folder_of_that_name_in_a_finished_directory_stays(made, tmp_path):
+    (made / "progress").mkdir()
+    (made / "progress/00000.json").write_text("mine")
+    prepare(recipe(tmp_path / "src/*.jsonl"), made, 1, quietly)
+    assert (made / "progress/00000.json").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    out = begun(tmp_path)
+    left = [out / "train-00000.tokens.12.partial", out / "tokens.json.12.partial", out / "progress/plan.json.9.partial"]
+    for path in left:
+        path.touch()
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(recipe(tmp_path / "src/*.jsonl"), out, 1, quietly)
+    assert not [path for path in left if path.exists()]
 
 
 def test_a_bad_line_stops_it_with_file_and_line_and_mending_it_needs_a_new_start(tmp_path):
@@ -252,3 +384,13 @@ def test_an_interrupt_ends_it_soon_and_its_repetition_finishes(tmp_path):
     assert_all_end(process.pid)
     prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 2, quietly)
     assert check(tokens(tmp_path / "out")) == []
+
+
+def test_a_piece_that_takes_long_counts_on(tmp_path, foreign_spm):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.md").write_text("the cat sat on the mat, " * 800_000)
+    changes = ["data.validation=0", "model.vocab_size=400", f'data.tokenizer="{foreign_spm("plain")}"']
+    seen = []
+    made = prepare(recipe(tmp_path / "src/*.md", *changes), tmp_path / "out", 1, seen.append)
+    assert [one for one in seen if one.done == 0 < one.tokens < made.tokens["train"]]
+    assert seen[-1][:3] == (1, made.tokens["train"], 1)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse_core.data.documents import stable_hash
-from lighthouse_core.data.sources import fingerprint, list_documents, split_documents
+from lighthouse_core.data.documents import keeper, stable_hash
+from lighthouse_core.data.sources import fingerprint, list_documents
 from lighthouse_core.errors import DataError
 
 
@@ -19,6 +19,12 @@ def write(root, files):
 
 def listed(*paths):
     return list_documents([str(path) for path in paths])
+
+
+def split(documents, validation):
+    """(train, validation)"""
+    keeps = [keeper(name, validation) for name in ("train", "validation")]
+    return tuple([document for document in documents if keep(document.identity)] for keep in keeps)
 
 
 def contents(documents):
@@ -109,7 +115,7 @@ def test_mistakes_are_the_users_errors_with_hints(tmp_path):
 
 
 def test_the_top_of_the_stdlib_is_trained_on():
-    train, held_out = split_documents(listed("stdlib"), 0.05)
+    train, held_out = split(listed("stdlib"), 0.05)
     assert "stdlib" in {document.identity for document in train} and held_out
 
 
@@ -134,13 +140,13 @@ def test_site_packages_is_the_interpreters():
 def test_split_is_disjoint_complete_and_indifferent_to_other_documents(tmp_path):
     root = write(tmp_path / "src", {f"{i}/a.py": b"text" for i in range(400)})
     documents = listed(root)
-    train, held_out = split_documents(documents, 0.25)
+    train, held_out = split(documents, 0.25)
     assert sorted([*train, *held_out], key=lambda d: d.identity) == documents
     assert 70 < len(held_out) < 130
     assert not {d.identity for d in train} & {d.identity for d in held_out}
-    assert split_documents(documents[::3], 0.25)[1] == [d for d in documents[::3] if d in held_out]
-    assert set(split_documents(documents, 0.1)[1]) < set(held_out)
-    assert split_documents(documents, 0.0) == (documents, [])
+    assert split(documents[::3], 0.25)[1] == [d for d in documents[::3] if d in held_out]
+    assert set(split(documents, 0.1)[1]) < set(held_out)
+    assert split(documents, 0.0) == (documents, [])
 
 
 def test_hash_never_changes():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from lighthouse_core.config import loads_recipe
+from lighthouse_core.data import files
 from lighthouse_core.data import prepare as preparing
 from lighthouse_core.data.documents import Place, stable_hash, with_ends
 from lighthouse_core.data.files import FilesSource, list_files
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.prepare import prepare
+from lighthouse_core.data.survey import survey
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
@@ -87,7 +90,7 @@ def recipe(corpus, kind, **change):
     data = {"source": source, "paths": [str(corpus / path) for path in PATHS[kind]], "validation": 0.2} | change
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in data.items())
     return loads_recipe(
-        "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 320\n"
+        "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 400\n"
         "[lighthouse]\nenabled = false\n"
         f"[training]\nseq_len = {SEQ}\nlocal_batch_size = 1\nglobal_batch_size = 1\nsteps = 1\n"
         f"[optimizer]\nlr = 1e-3\n[data]\n{lines}\n"
@@ -105,6 +108,11 @@ def loader(data, local_batch_size=1, rank=0, world_size=1, seed=0, split="train"
     return build_loader(data, SEQ, local_batch_size, rank, world_size, seed, split, **options)
 
 
+def first_sample(one):
+    """Global index of the first row of the batch last taken from a loader."""
+    return one.state_dict()["samples"] - (one.world_size - one.rank) * one.local_batch_size
+
+
 def global_rows(loaders, steps):
     """{sample: (its tokens and the next, their positions)} of `steps` micro-batches of all ranks."""
     samples = {}
@@ -114,7 +122,7 @@ def global_rows(loaders, steps):
             ids = torch.cat([inputs["input"], labels[:, -1:]], dim=1).tolist()
             assert labels.tolist() == [row[1:] for row in ids]
             rows = zip(ids, inputs["positions"].tolist(), strict=True)
-            samples |= dict(enumerate(rows, one.first_sample))
+            samples |= dict(enumerate(rows, first_sample(one)))
     return samples
 
 
@@ -203,6 +211,18 @@ def test_ranks_batch_sizes_and_interruptions_leave_the_stream_alone(corpus, kind
             next(batches)
 
 
+def test_several_processes_that_all_tokenize_are_warned_of_once(corpus, tmp_path, caplog):
+    for split in ("train", "validation"):
+        for rank in range(2):
+            loader(settings(corpus, "lines"), rank=rank, world_size=2, split=split)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "data prepare" in caplog.text
+    caplog.clear()
+    loader(settings(corpus, "lines"))
+    loader(settings(corpus, "python-sources"), world_size=2)
+    loader(prepared(tmp_path, corpus, "lines"), world_size=2)
+    assert not caplog.records
+
+
 def test_the_state_names_its_integers(corpus, tmp_path):
     common = {"samples", "seq_len", "seed", "fingerprint", "epoch", "offset"}
     assert loader(settings(corpus, "lines")).state_dict().keys() == common | {"file", "row", "byte"}
@@ -239,6 +259,31 @@ def test_another_order_split_or_key_is_another_stream(corpus, tmp_path):
 def test_a_split_without_documents_is_an_error_and_no_endless_search(corpus, kind):
     with pytest.raises(DataError, match="for train"):
         next(iter(loader(settings(corpus, kind, validation=0.9999999))))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_hint_for_a_split_without_documents_is_true(tmp_path, split):
+    (tmp_path / "a.txt").write_text("words")
+    change = {"paths": [str(tmp_path / "*.txt")]}
+    data = settings(tmp_path, "docs", validation=0.9999999 if split == "train" else 1e-9, **change)
+    with pytest.raises(DataError, match=f"no documents for {split}") as error:
+        next(iter(loader(data, split=split)))
+    assert "--set data.validation=0 " in error.value.hint
+    if split == "validation":
+        ready = prepared(tmp_path, tmp_path, "docs", validation=1e-9, **change)
+        with pytest.raises(DataError, match="for validation"):
+            loader(ready, split=split)
+        assert next(iter(loader(ready.model_copy(update={"validation": 0.0}))))
+    assert next(iter(loader(data.model_copy(update={"validation": 0.0}))))
+
+
+def test_documents_that_are_all_empty_are_said_to_be(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [(0, ""), (1, "")])
+    change = {"paths": [str(tmp_path / "*.jsonl")], "validation": 0}
+    with pytest.raises(DataError, match="every document is empty"):
+        next(iter(loader(settings(tmp_path, "lines", **change))))
+    with pytest.raises(DataError, match="every document is empty"):
+        prepared(tmp_path, tmp_path, "lines", **change)
 
 
 def test_local_data_sets_need_no_network(corpus, monkeypatch):
@@ -317,13 +362,52 @@ def test_bad_text_and_tables_name_their_place(tmp_path):
         ("null", {"text": ["a", None]}, "row 2: .*NoneType"),
         ("type", {"text": [1]}, "has the type int64"),
         ("missing", {"other": ["a"]}, "is missing; there are: other"),
+        ("twice", pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), "is there more than once"),
     ]:
-        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table(table) if isinstance(table, dict) else table, tmp_path / f"{name}.parquet")
         with pytest.raises(DataError, match=rf"{name}\.parquet: .*{message}"):
             list(FilesSource([str(tmp_path / f"{name}.parquet")], "text").records(0, Place(), bool))
     (tmp_path / "no.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a parquet file"):
         list(FilesSource([str(tmp_path / "no.parquet")], "text").records(0, Place(), bool))
+
+
+@pytest.mark.parametrize("kind", ["string_view", "large_string", "dictionary"])
+def test_every_kind_of_text_column_is_read(tmp_path, kind):
+    column = pa.array(["a", "ключ" * 9])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif not hasattr(pa, kind):
+        pytest.skip(f"this pyarrow has no {kind}")
+    else:
+        column = column.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert pq.read_schema(tmp_path / "a.parquet").field("text").type == column.type
+    found = FilesSource([str(tmp_path / "a.parquet")], "text").records(0, Place(), bool)
+    assert [record.content for record in found] == ["a", "ключ" * 9]
+
+
+def test_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    source = lines_source(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    records = list(source.records(0, Place(), bool))
+    assert [record.content for record in records] == ["a", "b"] and records[1].start == Place(1, 17)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
+        list(lines_source(tmp_path, b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n').records(0, Place(), bool))
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"), [(PermissionError(13, "shut"), False), (FileNotFoundError(2, "gone"), True)]
+)
+def test_a_hint_of_changed_files_is_for_those_that_are_gone(tmp_path, monkeypatch, error, hint):
+    source = lines_source(tmp_path, b'{"text": "a"}\n')
+
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(DataError, match="cannot read") as found:
+        next(source.records(0, Place(), bool))
+    assert bool(found.value.hint) == hint
 
 
 def test_a_bad_line_ends_training_and_not_only_its_thread(tmp_path, corpus):
@@ -372,6 +456,28 @@ def test_listing_mistakes_have_hints(tmp_path):
         assert error.value.hint
 
 
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "*/deep/*.txt", "**"])
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, pattern):
+    for folder in ("a/deep", "shut/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text("x")
+        (tmp_path / folder / "../x.txt").write_text("y")
+    assert list_files([str(tmp_path / pattern)])
+    # Permissions do not hold root back.
+    monkeypatch.setattr(os, "access", lambda path, mode: "shut" not in path)
+    with pytest.raises(DataError, match=r"cannot list .*/shut/"):
+        list_files([str(tmp_path / pattern)])
+    assert list_files([str(tmp_path / "a" / "*.txt")])
+
+
+def test_a_link_to_nothing_is_an_error_where_it_matches(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.md").symlink_to(tmp_path / "nowhere")
+    assert len(list_files([str(tmp_path / "*.txt")])) == 1
+    with pytest.raises(DataError, match=r"b\.md is a link to nothing"):
+        list_files([str(tmp_path / "*")])
+
+
 def test_identities_tell_roots_apart_and_no_machine(tmp_path):
     for root in ("x/src", "y/src"):
         (tmp_path / root / "d").mkdir(parents=True)
@@ -407,11 +513,122 @@ def test_cuts_cover_every_record_once(corpus):
             assert pieces == whole
 
 
+def test_a_single_row_group_is_cut_by_rows(tmp_path):
+    write_table(tmp_path / "a.parquet", numbered(1000), group=1000)
+    source = FilesSource([str(tmp_path / "*.parquet")], "text")
+    cuts = source.cuts(0, source.sizes[0] // 20)
+    assert [place.row for place, _ in cuts] == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert sum(size for _, size in cuts) == source.sizes[0]
+    whole = list(source.records(0, Place(), bool))
+    for place, _ in cuts:
+        assert list(source.records(0, place, bool)) == [record for record in whole if record.start.row >= place.row]
+
+
 def test_pieces_over_several_shards_give_the_same_stream(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "_SMALLEST", 500)
     ready = prepared(tmp_path, corpus, "mixed")
     assert len(list((tmp_path / "out").glob("train-*.tokens"))) > 20
     assert global_rows([loader(ready)], 300) == global_rows([loader(settings(corpus, "mixed"))], 300)
+
+
+def slow_parts(content, size):
+    """Cut after the last line that ends within `size` bytes, else before the last character."""
+    while len(content) > size:
+        cut = content[:size].rfind(b"\n") + 1
+        if not cut:
+            # The characters that begin within `size` bytes, but the last.
+            cut = max(at for at in range(size) if content[at] < 0x80 or content[at] >= 0xC0)
+        yield content[:cut]
+        content = content[cut:]
+    yield content
+
+
+LONG = {
+    "a.txt": "one line\n" + "a second, longer line of words\n" * 9,
+    "b.md": "ключ鍵\U0001f511" * 60 + "\n" + "x" * 200,
+    "c.txt": "short\n",
+    "d.txt": "\n" * 90 + "y" * 64,
+}
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 34, 64])
+def test_long_text_comes_in_parts_from_any_place(tmp_path, monkeypatch, foreign_spm, size):
+    monkeypatch.setattr(files, "_PART", size)
+    (tmp_path / "long").mkdir()
+    for name, content in LONG.items():
+        (tmp_path / "long" / name).write_text(content)
+    tokenizer = build_tokenizer(str(foreign_spm("prefix", add_dummy_prefix=True)))
+    data = settings(tmp_path, "docs", paths=[str(tmp_path / "long/*")], validation=0)
+    data = data.model_copy(update={"tokenizer": str(foreign_spm("prefix"))})
+    tokens, places = [], []
+    for epoch in range(3):
+        for name in sorted(LONG, key=lambda name: stable_hash("order", 0, epoch, f"long/{name}")):
+            parts = list(slow_parts(LONG[name].encode(), size))
+            assert len(parts) > 2 or name == "c.txt"
+            document = [tokenizer.bos_id, *(i for part in parts for i in tokenizer.encode(part)), tokenizer.eos_id]
+            tokens += document
+            places += range(len(document))
+    count = (len(tokens) - 1) // SEQ
+    expected = {i: (tokens[i * SEQ :][: SEQ + 1], places[i * SEQ :][:SEQ]) for i in range(count)}
+    assert global_rows([loader(data)], count) == expected
+    one = loader(data)
+    batches = iter(one)
+    for done in range(count - 1):
+        ranks = [loader(data, 1, rank, 2) for rank in range(2)]
+        for rank in ranks:
+            rank.load_state_dict(one.state_dict())
+        assert global_rows(ranks, 1) == {i: expected[i] for i in (done, done + 1)}
+        next(batches)
+
+
+def test_a_survey_counts_a_document_in_parts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 64)
+    for name, content in LONG.items():
+        (tmp_path / name).write_text(content)
+    found = survey(
+        recipe(tmp_path, "docs", paths=[str(tmp_path / "*.*")], validation=0), "train", seconds=60, samples=4
+    )
+    assert sorted(found.lengths) == sorted(len(content.encode()) + 2 for content in LONG.values())
+    assert all(sample and any(content.startswith(sample) for content in LONG.values()) for sample in found.samples)
+    assert len({sample[:5] for sample in found.samples}) == 4
+
+
+def test_bad_bytes_in_a_later_part_name_their_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 16)
+    for number, content in enumerate((b"line\n" * 20 + b"\xff\n", b"line\n" * 20 + b"x" * 50 + b"\xff" * 50)):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{number}\.txt:21: not UTF-8 text .byte {content.index(255)} of"):
+            list(FilesSource([str(path)], "text").records(0, Place(), bool))
+
+
+def test_a_document_that_became_shorter_is_an_error_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 64)
+    (tmp_path / "a.txt").write_text("ж" * 200)
+    data = settings(tmp_path, "docs", paths=[str(tmp_path / "*.txt")], validation=0)
+    state = loader(data).state_dict() | {"offset": 403}
+    one = loader(data)
+    one.load_state_dict(state)
+    with pytest.raises(DataError, match="its place is not in the data"):
+        next(iter(one))
+
+
+def test_prepared_equals_live_where_text_comes_in_parts(tmp_path, foreign_spm):
+    (tmp_path / "docs").mkdir()
+    line = "the cat sat on the mat with  the other cats "
+    (tmp_path / "docs/a.txt").write_text((line + "\n") * 110_000 + line * 110_000)
+    (tmp_path / "docs/b.txt").write_text("def f(x): return x + 1\n" * 300)
+    change = {"tokenizer": str(foreign_spm("prefix")), "validation": 0, "paths": [str(tmp_path / "docs/*.txt")]}
+    live = loader(recipe(tmp_path, "docs", **change).data, 64)
+    ready = loader(prepared(tmp_path, tmp_path, "docs", **change), 64)
+    steps = 0
+    for (inputs, labels), (others, other_labels) in zip(live, ready, strict=False):
+        assert torch.equal(labels, other_labels)
+        assert all(torch.equal(inputs[key], others[key]) for key in inputs)
+        steps += 1
+        if live.state_dict()["epoch"] == 1:
+            break
+    assert steps > 500
 
 
 def test_ids_above_16_bits_take_32(corpus, tmp_path, monkeypatch):
@@ -436,4 +653,4 @@ def test_ids_above_16_bits_take_32(corpus, tmp_path, monkeypatch):
     found.verify()
     ids, places = found.units("train")[0].open()(0, 9)
     assert ids.tolist() == tokens.tolist() and places.tolist() == [0, 1, 2]
-    assert Path(tmp_path / shard[0]).stat().st_size == found.size == 88 + 16 + 8
+    assert Path(tmp_path / shard[0]).stat().st_size == 88 + 16 + 8

@@ -1,9 +1,11 @@
 """strip: a checkpoint becomes a Hugging Face Llama with the same weights and logits, or nothing at all."""
 
 import json
+import re
 import shutil
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -480,3 +482,21 @@ def test_arguments_out_of_range(arguments, run, tmp_path):
     with pytest.raises(UserError):
         strip(run, tmp_path / "out", **arguments)
     assert nothing_left(tmp_path)
+
+
+def test_the_python_of_the_readme_runs(run, tmp_path, monkeypatch, capsys):
+    """In the place of a model of the quickstart it finds one that was not trained."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert ["transformers" in block for block in blocks] == [True, False]
+    strip(run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("def main(")
+        and said.endswith("\n2560\n")
+        and "print(gathered_length(8192, cfg))  # 2560" in text
+    )

@@ -1,5 +1,8 @@
 """The recipe as torchtitan sees it, and the Llama it trains."""
 
+import io
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import parameters
 from lighthouse_core.titan import build_dense_model, build_job, check_overrides
+from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import use_lighthouse
 
 
@@ -108,3 +112,12 @@ def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
     seed = recipe.training.seed
     assert seen == [[seed, 7, 1, 9], [seed, 7, 2, 9]]
     assert one.micro_batch == 2
+
+
+def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
+    metrics = Metrics.__new__(Metrics)
+    metrics.logger = SimpleNamespace(log=lambda row, step: None)
+    metrics.stage, metrics.leaky, metrics.file = SimpleNamespace(name="dense"), False, io.StringIO()
+    metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5})
+    row = json.loads(metrics.file.getvalue(), parse_constant=pytest.fail)
+    assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -108,6 +109,27 @@ def test_a_file_that_is_something_else(tmp_path, spm):
     (tmp_path / "other.json").write_text('{"model": {"type": "None of these"}}')
     for name in ("a.model", "cut.model", "empty.model", "a.json", "list.json", "other.json"):
         assert name in str(refused(tmp_path / name))
+
+
+def test_damaged_models_are_the_users_error(spm, tmp_path):
+    """Bytes changed, dropped and put in: a damaged model either works or is named in one line."""
+    whole, draw, refused = spm.read_bytes(), random.Random(0), 0
+    path = tmp_path / "a.model"
+    for number in range(800):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            # Half of them near the end, where the settings are.
+            at = draw.randrange(len(content) - 700 if number % 2 else 0, len(content))
+            change = draw.randrange(3)
+            content[at : at + (change != 1) * draw.randint(1, 5)] = draw.randbytes((change != 0) * draw.randint(1, 5))
+        path.write_bytes(b"\x08\x01" if number == 0 else content)
+        try:
+            tokenizer = build_tokenizer(str(path))
+            tokenizer.decode(tokenizer.encode("def f(x): \xe9\n"))
+        except DataError as error:
+            refused += 1
+            assert "a.model" in str(error) and "\n" not in str(error)
+    assert refused > 200
 
 
 def test_lone_surrogates_are_named(trained):

@@ -1,11 +1,14 @@
 """Training a tokenizer: the text it sees, the pieces it learns, the errors."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 
 from lighthouse_core.config.data import DataSection
 from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.data.tokenizers import train
 from lighthouse_core.data.tokenizers.train import _BLOCK, _blocks, texts_of, train_tokenizer
 from lighthouse_core.errors import DataError, UserError
 
@@ -106,6 +109,28 @@ def test_what_cannot_be_made(name, vocab, size, message, sources, tmp_path):
     with pytest.raises(UserError) as caught:
         train_tokenizer(sources, tmp_path / name, vocab, size)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_met_before_training(sources, monkeypatch):
+    monkeypatch.setattr(train, "_train", lambda texts, vocab_size: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"cannot write /proc/a\.model"):
+        train_tokenizer(sources, Path("/proc/a.model"), 1000)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interruption_after_training_leaves_nothing(sources, tmp_path, monkeypatch, handler):
+    def interrupt(model, data):
+        assert model.is_file() and signal.getsignal(signal.SIGINT) is handler
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_measure", interrupt)
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(sources, tmp_path / "a.model", 400, 10_000)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,11 +53,14 @@ def parse(content: bytes) -> ModelFile:
     """
     pieces = []
     sections: dict[int, dict[int, Any]] = {2: {}, 3: {}, 5: {}}
-    for number, _, value in _fields(content):
-        if number == 1:
-            pieces.append(_piece(value))
-        elif number in sections:
-            sections[number] = {inner: given for inner, _, given in _fields(value)}
+    try:
+        for number, _, value in _fields(content):
+            if number == 1:
+                pieces.append(_piece(value))
+            elif number in sections:
+                sections[number] = {inner: given for inner, _, given in _fields(value)}
+    except (AttributeError, TypeError, struct.error):
+        raise ValueError("a field has another type than in a model") from None
     trainer, normalizer, denormalizer = sections[2], sections[3], sections[5]
     if not pieces:
         raise ValueError("it holds no pieces")

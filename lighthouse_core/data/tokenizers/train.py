@@ -2,6 +2,9 @@
 
 import io
 import os
+import signal
+import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -139,6 +142,9 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
 
     model = io.BytesIO()
     blocks = _Blocks(texts)
+    # sentencepiece returns to Python only when it is done, so Ctrl-C ends the process; nothing has been written yet.
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(blocks),
@@ -170,6 +176,9 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
             f"no vocabulary of {vocab_size} can be made from this text: {reason}",
             hint="choose another size, or give more text",
         ) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
     return model.getvalue()
 
 
@@ -233,3 +242,7 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} exists", hint="give another name; runs may depend on this one")
     if not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent}")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None

@@ -1,0 +1,109 @@
+"""Comparing files with their checksums, in threads; a file that agreed is not read again until it changes."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from lighthouse_core.errors import DataError
+
+_BLOCK = 1 << 22
+# More threads than this wait for the disk.
+_THREADS = 16
+_REPORT_SECONDS = 3.0
+
+
+class Sealed(NamedTuple):
+    """A file, and the blake2b of all that follows its first `skip` bytes, hexadecimal."""
+
+    path: Path
+    skip: int
+    checksum: str
+
+
+def verify_files(
+    files: Sequence[Sealed], hint: str, say: Callable[[str], None] | None = None, *, remember: bool
+) -> None:
+    """Compare files with their checksums.
+
+    Args:
+        files: what to compare.
+        hint: of the error.
+        say: called with a line on how far it is, every few seconds.
+        remember: pass over files that agreed before and have the size and modification time that they had then.
+
+    Raises:
+        DataError: a file differs, or cannot be read.
+    """
+    known = _load() if remember else {}
+    files = [file for file in files if not known or known.get(_key(file)) != _state(file, os.stat(file.path))]
+    total = sum(os.stat(file.path).st_size for file in files)
+    done = [0] * len(files)
+    found: dict[str, list] = {}
+
+    def verify(number: int) -> None:
+        file = files[number]
+        checksum = hashlib.blake2b(digest_size=32)
+        try:
+            with open(file.path, "rb", buffering=0) as f:
+                state = _state(file, os.fstat(f.fileno()))
+                f.seek(file.skip)
+                # Hashing and reading let other threads run.
+                while block := f.read(_BLOCK):
+                    checksum.update(block)
+                    done[number] += len(block)
+        except OSError as error:
+            raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from None
+        if checksum.hexdigest() != file.checksum:
+            raise DataError(f"{file.path} is damaged: its checksum differs", hint=hint)
+        found[_key(file)] = state
+
+    pool = ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))))
+    try:
+        waiting = {pool.submit(verify, number) for number in range(len(files))}
+        while waiting:
+            ended, waiting = wait(waiting, _REPORT_SECONDS, return_when="FIRST_EXCEPTION")
+            for future in ended:
+                future.result()
+            if say is not None and waiting:
+                say(f"verifying checksums: {sum(done) / 2**30:.1f} of {total / 2**30:.1f} GiB")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if found:
+            _save(found)
+
+
+def _key(file: Sealed) -> str:
+    return os.path.realpath(file.path)
+
+
+def _state(file: Sealed, stat: os.stat_result) -> list:
+    return [stat.st_size, stat.st_mtime_ns, file.checksum]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base, "lighthouse", "verified.json")
+
+
+def _load() -> dict[str, list]:
+    try:
+        known = json.loads(_cache().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _save(found: dict[str, list]) -> None:
+    """A cache that cannot be written is no error: the files are read again."""
+    path = _cache()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_load() | found), encoding="utf-8")
+        os.replace(temporary, path)
