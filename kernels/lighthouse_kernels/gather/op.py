@@ -2,38 +2,37 @@
 none, and nothing of full length is kept for it."""
 
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import register_autograd, register_fake
 
 from lighthouse_kernels.gather import triton as kernel
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.launching import rows_contiguous
+from lighthouse_kernels.launching import layout, operation, rows_contiguous
 
 
-@custom_op("lighthouse::gather", mutates_args=())
+@operation
 def gather(
     q: Tensor, k: Tensor, v: Tensor, stored_q: Tensor, stored_k: Tensor, stored_v: Tensor,
     indices: Tensor, slots: Tensor, shape: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `triton.gather`. Differentiable in q, k and v, which are not kept for it."""
     q, k, v = map(rows_contiguous, (q, k, v))
-    return kernel.gather(q, k, v, (stored_q, stored_k, stored_v), indices, Geometry.of(shape))
+    return kernel.gather(q, k, v, (stored_q, stored_k, stored_v), indices, layout(shape))
 
 
-@gather.register_fake
+@register_fake("lighthouse::gather")
 def _(q, k, v, stored_q, stored_k, stored_v, indices, slots, shape):
     return tuple(x.new_empty(x.shape[0], indices.shape[2], x.shape[2], x.shape[3]) for x in (q, k, v))
 
 
-@custom_op("lighthouse::gather_backward", mutates_args=())
+@operation
 def gather_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, slots: Tensor, shape: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `triton.gather_backward`."""
     grads = (x.contiguous() for x in (grad_q, grad_k, grad_v))
-    return kernel.gather_backward(*grads, slots, Geometry.of(shape))
+    return kernel.gather_backward(*grads, slots, layout(shape))
 
 
-@gather_backward.register_fake
+@register_fake("lighthouse::gather_backward")
 def _(grad_q, grad_k, grad_v, slots, shape):
     return tuple(x.new_empty(x.shape[0], shape[0], x.shape[2], x.shape[3]) for x in (grad_q, grad_k, grad_v))
 
@@ -48,4 +47,4 @@ def _gather_grad(ctx, grad_q, grad_k, grad_v):
     return *gather_backward(grad_q, grad_k, grad_v, slots, ctx.shape), None, None, None, None, None, None
 
 
-gather.register_autograd(_gather_grad, setup_context=_keep_for_gather)
+register_autograd("lighthouse::gather", _gather_grad, setup_context=_keep_for_gather)

@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.launching import padded_dim, row_strides, target
-from lighthouse_kernels.pyramid.triton import stored_from, stored_rows
+from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps, forward and backward.
 BLOCK_ENTRIES, ENTRY_WARPS = 8, 4
@@ -157,7 +155,7 @@ def _gather_backward_kernel(
 
 
 def gather(
-    q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor, Tensor], indices: Tensor, g: Geometry
+    q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor, Tensor], indices: Tensor, g: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept rows in causal order.
 
@@ -172,20 +170,20 @@ def gather(
     batch, tokens, heads, dim = q.shape
     kv_heads, entries = k.shape[2], indices.shape[2]
     blocks = -(-entries // BLOCK_ENTRIES)
-    first = stored_from(g)
+    first = g.stored_from
     outs = tuple(x.new_empty(batch, entries, x.shape[2], dim) for x in (q, k, v))
     with target(q):
         _gather_kernel[(batch * kv_heads * blocks,)](
             q, k, v, *stored, indices, *outs, *row_strides(q), *row_strides(k), *row_strides(v),
-            tokens, g.padded, entries, blocks, kv_heads, stored_rows(g),
-            GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels,
-            STORED=first, FLY=g.window(first - 1), BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
+            tokens, g.padded, entries, blocks, kv_heads, g.stored_rows,
+            GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.log_p, LEVELS=g.levels,
+            STORED=first, FLY=g.pooling ** (first - 1), BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return outs
 
 
 def gather_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, slots: Tensor, g: Geometry
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, slots: Tensor, g: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the tokens from those of the gathered rows; each token reads at most L rows.
 
@@ -204,7 +202,7 @@ def gather_backward(
         _gather_backward_kernel[(batch * kv_heads * blocks,)](
             grad_q, grad_k, grad_v, slots, *outs,
             g.tokens, g.padded, entries, blocks, kv_heads, slots.shape[2],
-            GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1, LEVELS=g.levels,
+            GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.log_p, LEVELS=g.levels,
             BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
     return outs

@@ -1,7 +1,7 @@
 """Pooled rows and window scores in one pass over q, k and v.
 
-Windows of fewer than `STORED_TOKENS` tokens are not stored: the gather averages them from the tokens, which costs less
-than writing all of them to read the few that are kept.
+Windows of fewer than `launching.STORED_TOKENS` tokens are not stored: the gather averages them from the tokens, which
+costs less than writing all of them to read the few that are kept.
 
 The two finest levels are reduced row by row in registers; only the coarser ones exchange data between threads.
 """
@@ -11,23 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.launching import padded_dim, row_strides, target
+from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
-# A window this wide is pooled once, for all.
-STORED_TOKENS = 16
 # Rows that one program reduces, and its warps.
-BLOCK_ROWS, WARPS = 128, 4
-
-
-def stored_from(g: Geometry) -> int:
-    """The first level whose pooled rows are stored; `levels` where none is."""
-    return next((level for level in range(1, g.levels) if g.window(level) >= STORED_TOKENS), g.levels)
-
-
-def stored_rows(g: Geometry) -> int:
-    """Rows of all stored levels, in flat pyramid order."""
-    return g.pyramid_length - g.offset(stored_from(g))
+BLOCK_ROWS, WARPS = 64, 2
 
 
 @triton.jit
@@ -120,12 +107,12 @@ def _reduce_kernel(
             _store_mean(total, p_out, stride, o_i, padded, 1 << (LOG_P * i), BASE + i, STORED, LOG_P, D, D2)
 
 
-def _reduce(x: Tensor, g: Geometry, pooled: bool, scored: bool) -> tuple[Tensor, Tensor]:
+def _reduce(x: Tensor, g: Layout, pooled: bool, scored: bool) -> tuple[Tensor, Tensor]:
     """Pooled rows [B, R, H, D] and scores [B, H, M - N'] of one tensor, empty where not asked for."""
     batch, tokens, heads, dim = x.shape
-    p, log_p, first = g.pooling, g.pooling.bit_length() - 1, stored_from(g)
-    length = stored_rows(g) if pooled else 0
-    above = g.pyramid_length - g.padded if scored else 0
+    p, log_p, first = g.pooling, g.log_p, g.stored_from
+    length = g.stored_rows if pooled else 0
+    above = g.scored if scored else 0
     out = x.new_empty(batch, length, heads, dim)
     scores = x.new_empty(batch, heads, above, dtype=torch.float32)
     block = max(BLOCK_ROWS, p)
@@ -134,7 +121,7 @@ def _reduce(x: Tensor, g: Geometry, pooled: bool, scored: bool) -> tuple[Tensor,
         # All levels whose windows fit in a block of rows; the next launch goes on from the last of them.
         count = min(highest - base, (block.bit_length() - 1) // log_p)
         outer = p if count > 1 and p <= 4 else 1
-        blocks = -(-g.windows(base) // block)
+        blocks = -(-g.windows[base] // block)
         with target(x):
             _reduce_kernel[(batch * heads * blocks,)](
                 x, out, scores, *row_strides(x), rows, g.padded, blocks, heads, above, length,
@@ -142,15 +129,15 @@ def _reduce(x: Tensor, g: Geometry, pooled: bool, scored: bool) -> tuple[Tensor,
                 WINDOWS=block // (outer * p), POOL=length > 0, SCORE=scored, num_warps=WARPS,
             )  # fmt: skip
         base += count
-        rows = g.windows(base)
+        rows = g.windows[base]
         if length and base < highest:
-            start = g.offset(base) - g.offset(first)
+            start = sum(g.windows[first:base])
             x = out[:, start : start + rows]
     return out, scores
 
 
 def pyramid(
-    q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, pooled: bool, scored: bool
+    q: Tensor, k: Tensor, v: Tensor, g: Layout, *, pooled: bool, scored: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool and score.
 
@@ -161,7 +148,7 @@ def pyramid(
         scored: whether to store scores.
 
     Returns:
-        pooled q [B, R, H, D], k and v [B, R, Hkv, D] with R = `stored_rows(g)`; s_Q [B, H, M - N'] of every query head
+        pooled q [B, R, H, D], k and v [B, R, Hkv, D] with R = `g.stored_rows`; s_Q [B, H, M - N'] of every query head
         and s_K [B, Hkv, M - N'], float32, of the levels above 0. What was not asked for is empty.
     """
     pooled_q, by_query = _reduce(q, g, pooled, scored)

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.launching import padded_dim, row_strides, target
+from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps, forward and backward.
 BLOCK_TOKENS, TOKEN_WARPS = 16, 2
@@ -83,7 +82,7 @@ def _scatter_backward_kernel(
     )
 
 
-def scatter(rows: Tensor, slots: Tensor, g: Geometry) -> Tensor:
+def scatter(rows: Tensor, slots: Tensor, g: Layout) -> Tensor:
     """Sum, for every position, the rows of the windows that end at it or last before it.
 
     Args:
@@ -100,13 +99,13 @@ def scatter(rows: Tensor, slots: Tensor, g: Geometry) -> Tensor:
         _scatter_kernel[(batch * heads * blocks,)](
             rows, slots, out, *row_strides(rows),
             g.tokens, g.padded, blocks, heads, slots.shape[2],
-            GROUP=heads // slots.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1,
+            GROUP=heads // slots.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
             LEVELS=g.levels, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
     return out
 
 
-def scatter_backward(grad: Tensor, indices: Tensor, g: Geometry) -> Tensor:
+def scatter_backward(grad: Tensor, indices: Tensor, g: Layout) -> Tensor:
     """The gradient of the rows: the sum of the positions each wrote to.
 
     Args:
@@ -124,7 +123,7 @@ def scatter_backward(grad: Tensor, indices: Tensor, g: Geometry) -> Tensor:
         _scatter_backward_kernel[(batch * heads * blocks,)](
             grad, indices, out, *row_strides(grad),
             g.tokens, g.padded, entries, blocks, heads,
-            GROUP=heads // indices.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.pooling.bit_length() - 1,
+            GROUP=heads // indices.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
             LEVELS=g.levels, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return out

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.launching import target
+from lighthouse_kernels.launching import Layout, target
 
 # Candidates a program looks at together.
 BLOCK, WARPS = 512, 2
@@ -66,8 +65,8 @@ def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
 def _select_kernel(
     p_sq, p_sk, p_key, p_indices, p_slots, p_scratch,
     tokens, padded, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
-    GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr, DRAWN: tl.constexpr,
-    LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr,
+    DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     i_tile = pid % tiles
@@ -192,7 +191,7 @@ def _select_kernel(
 
 
 def select(
-    g: Geometry,
+    g: Layout,
     batch: int,
     kv_heads: int,
     *,
@@ -213,9 +212,9 @@ def select(
         indices [B, Hkv, S] int32 in causal order, and slots [B, Hkv, M] int32: the place of each window among them, -1
         for windows that are not kept.
     """
-    entries = g.selected_length
+    entries = g.entries
     windows = g.pyramid_length
-    coarse = g.windows(g.levels - 1) // g.tiles
+    coarse = g.windows[-1] // g.tiles
     by = scores[0] if scores is not None else key
     indices = by.new_empty(batch, kv_heads, entries, dtype=torch.int32)
     slots = by.new_full((batch, kv_heads, windows), -1, dtype=torch.int32)
@@ -225,8 +224,8 @@ def select(
         _select_kernel[(batch * kv_heads * g.tiles,)](
             by_query, by_key, by, indices, slots, scratch,
             g.tokens, g.padded, kv_heads, g.tiles, coarse, entries // g.tiles, windows, entries, scratch.shape[1],
-            GROUP=by_query.shape[1] // kv_heads, HALF=g.tile_parents // 2, LOG_P=g.pooling.bit_length() - 1,
-            LEVELS=g.levels, COVER=g.cover_prefix,
+            GROUP=by_query.shape[1] // kv_heads, HALF=g.geometry.tile_parents // 2, LOG_P=g.log_p,
+            LEVELS=g.levels, COVER=g.geometry.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",
             LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
