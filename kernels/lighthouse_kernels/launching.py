@@ -12,6 +12,9 @@ from lighthouse_kernels.geometry import Geometry
 # A window this wide is pooled once, for all; the gather averages narrower ones from the tokens.
 STORED_TOKENS = 16
 
+# The guard under which an operation's gradient formula calls the operation itself.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
 
 def target(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make that the tensor's."""

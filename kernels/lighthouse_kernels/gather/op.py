@@ -1,11 +1,12 @@
 """Gathering as an operation of torch. Its gradient is that of gathering and pooling together, so that pooled rows need
 none, and nothing of full length is kept for it."""
 
+import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
 from lighthouse_kernels.gather import triton as kernel
-from lighthouse_kernels.launching import layout, operation, rows_contiguous
+from lighthouse_kernels.launching import below_autograd, layout, operation, rows_contiguous
 
 
 @operation
@@ -37,14 +38,18 @@ def _(grad_q, grad_k, grad_v, slots, shape):
     return tuple(x.new_empty(x.shape[0], shape[0], x.shape[2], x.shape[3]) for x in (grad_q, grad_k, grad_v))
 
 
-def _keep_for_gather(ctx, inputs, output):
-    *_, slots, ctx.shape = inputs
-    ctx.save_for_backward(slots)
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, stored_q, stored_k, stored_v, indices, slots, shape):
+        ctx.save_for_backward(slots)
+        ctx.shape = shape
+        with below_autograd():
+            return gather(q, k, v, stored_q, stored_k, stored_v, indices, slots, shape)
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k, grad_v):
+        (slots,) = ctx.saved_tensors
+        return *gather_backward(grad_q, grad_k, grad_v, slots, ctx.shape), None, None, None, None, None, None
 
 
-def _gather_grad(ctx, grad_q, grad_k, grad_v):
-    (slots,) = ctx.saved_tensors
-    return *gather_backward(grad_q, grad_k, grad_v, slots, ctx.shape), None, None, None, None, None, None
-
-
-register_autograd("lighthouse::gather", _gather_grad, setup_context=_keep_for_gather)
+torch.library.impl("lighthouse::gather", "Autograd", _Gather.apply)

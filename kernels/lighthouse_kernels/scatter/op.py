@@ -1,9 +1,10 @@
 """Scattering as an operation of torch, and its gradient."""
 
+import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
-from lighthouse_kernels.launching import layout, operation, rows_contiguous
+from lighthouse_kernels.launching import below_autograd, layout, operation, rows_contiguous
 from lighthouse_kernels.scatter import triton as kernel
 
 
@@ -29,14 +30,18 @@ def _(grad, indices, shape):
     return grad.new_empty(grad.shape[0], indices.shape[2], grad.shape[2], grad.shape[3])
 
 
-def _keep_for_scatter(ctx, inputs, output):
-    _, indices, _, ctx.shape = inputs
-    ctx.save_for_backward(indices)
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, indices, slots, shape):
+        ctx.save_for_backward(indices)
+        ctx.shape = shape
+        with below_autograd():
+            return scatter(rows, indices, slots, shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        return scatter_backward(grad, indices, ctx.shape), None, None, None
 
 
-def _scatter_grad(ctx, grad):
-    (indices,) = ctx.saved_tensors
-    return scatter_backward(grad, indices, ctx.shape), None, None, None
-
-
-register_autograd("lighthouse::scatter", _scatter_grad, setup_context=_keep_for_scatter)
+torch.library.impl("lighthouse::scatter", "Autograd", _Scatter.apply)

@@ -43,22 +43,25 @@ def _drawn(p_key, i_b, i_h, index):
 
 @triton.jit
 def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
-    """The `wanted`-th largest of the keys + 2**31, and how many keys equal to it are among the `wanted` largest."""
+    """The `wanted`-th largest of the keys + 2**31, and how many keys equal to it are among the `wanted` largest.
+
+    A radix search: each pass counts the keys that agree with the digits found so far by their next 8 bits.
+    """
     found = tl.zeros([], tl.int64)
-    for i in range(32):
-        trial = found + (tl.full([], 1, tl.int64) << (31 - i))
-        enough = tl.zeros([], tl.int32)
+    o_digit = tl.arange(0, 256)
+    for i in tl.static_range(4):
+        counts = tl.zeros([256], tl.int32)
         for start in range(0, count, BLOCK):
             o = start + tl.arange(0, BLOCK)
-            key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.int64) + 2147483648
-            enough += tl.sum((key >= trial).to(tl.int32), axis=0)
-        found = tl.where(enough >= wanted, trial, found)
-    larger = tl.zeros([], tl.int32)
-    for start in range(0, count, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.int64) + 2147483648
-        larger += tl.sum((key > found).to(tl.int32), axis=0)
-    return found, wanted - larger
+            m = o < count
+            key = tl.load(p_order + o, mask=m, other=_LOWEST).to(tl.int64) + 2147483648
+            m = m & ((key >> (32 - 8 * i)) == (found >> (32 - 8 * i)))
+            counts += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=m)
+        larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
+        digit = tl.sum((larger >= wanted).to(tl.int32), axis=0)
+        wanted -= tl.sum(tl.where(o_digit == digit, larger, 0), axis=0)
+        found += digit.to(tl.int64) << (24 - 8 * i)
+    return found, wanted
 
 
 @triton.jit
