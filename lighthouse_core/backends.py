@@ -94,7 +94,7 @@ def kernels(name: str, device_type: str, dtype: "torch.dtype | None" = None) -> 
         raise ValueError(f"backend 'triton' {obstacle}; use 'reference' or 'auto'")
     if name == "reference" or obstacle:
         if name == "auto":
-            log_once(f"attention backend: reference, for triton {obstacle}")
+            log_once(f"attention backend: reference, because triton {obstacle}")
         from lighthouse_kernels import reference
 
         return reference

@@ -168,7 +168,7 @@ def test_scores_of_any_sign_and_size():
     assert torch.equal(select_indices(q, k, cfg, scores=tuple(pair)), expected)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[3:5], *SHAPES[len(SMALL) :][::4]])
+@pytest.mark.parametrize("shape", [SHAPES[3], *SHAPES[len(SMALL) :][::4]])
 def test_two_runs_are_bitwise_equal(shape):
     """With torch asked to be deterministic, for the dense kernel's sake; nothing of ours heeds it."""
     runs = 20 if CUDA else 2
