@@ -111,9 +111,8 @@ def strip(
         size = check_tokenizer(directory, tokenizer, transformers=not problem)
         verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
         if problem:
-            skipped.append(
-                f"logits at lengths {_join(lengths)}: transformers cannot be used ({problem}); it comes with 'lighthouse-pretrain[hf]'"
-            )
+            why = f"transformers cannot be used ({problem}); lighthouse-pretrain[hf] brings it"
+            skipped.append(f"logits at lengths {_join(lengths)}: {why}")
         else:
             for weight in weights.values():  # in place: a second copy of a large model is not affordable
                 weight.copy_(weight.to(_DTYPES[dtype]))
