@@ -1,12 +1,21 @@
 """Which kernels run: the only module that imports lighthouse_kernels. Importing it does not import torch."""
 
+import importlib.util
 import logging
+import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_kernels.geometry import Geometry
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
+# Constants, for torch.compile follows what `kernels` reads.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _logged: set[str] = set()
 
 
@@ -17,6 +26,37 @@ def log_once(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
         logger.info(message)
+
+
+def window_scores(
+    scores: "tuple[torch.Tensor, torch.Tensor]", shape: tuple[int, int, int], kv_heads: int, g: Geometry
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """(s_Q, s_K), each [B, Hkv, M] float32, from scores of tokens or of windows.
+
+    Args:
+        scores: a pair [B, N, H] and [B, N, Hkv], or both [B, Hkv, M].
+        shape: (B, N, H).
+        kv_heads: Hkv.
+        g: the pyramid.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    from lighthouse_kernels.pyramid import reference
+
+    by_query, by_key = (x.detach().float() for x in scores)
+    windows = (shape[0], kv_heads, g.pyramid_length)
+    if by_query.shape == windows and by_key.shape == windows:
+        return reference.mask_padding(by_query, g), reference.mask_padding(by_key, g)
+    if by_query.shape == shape and by_key.shape == (*shape[:2], kv_heads):
+        return (
+            reference.window_scores(reference.group_max(by_query, kv_heads), g),
+            reference.window_scores(by_key.transpose(1, 2), g),
+        )
+    raise ValueError(
+        f"scores must be a pair of token scores [B, N, H] and [B, N, Hkv], or of window scores {list(windows)}; "
+        f"got {tuple(by_query.shape)} and {tuple(by_key.shape)}"
+    )
 
 
 def geometry(tokens: int, cfg: LighthouseConfig) -> Geometry:
@@ -37,16 +77,40 @@ def gathered_length(N: int, cfg: LighthouseConfig) -> int:
     return geometry(N, cfg).gathered_length
 
 
-def kernels(name: str) -> ModuleType:
+def kernels(name: str, device_type: str, dtype: "torch.dtype | None" = None) -> ModuleType:
     """The operations of one backend, as a module; `auto` picks, and logs why.
 
-    Raises:
-        ValueError: for a backend that is not there.
-    """
-    if name == "triton":
-        raise ValueError("backend 'triton' is not available in this release; use 'reference' or 'auto'")
-    if name == "auto":
-        log_once("attention backend: reference, the only one of this release")
-    from lighthouse_kernels import reference
+    Args:
+        name: of the backend.
+        device_type: of the tensors.
+        dtype: of the tensors, where they are there already.
 
-    return reference
+    Raises:
+        ValueError: for a backend that cannot take such tensors.
+    """
+    # Triton's interpreter runs the kernels on a CPU, but so slowly that nobody gets it unasked.
+    obstacle = _triton_obstacle(device_type, dtype, interpreter=_INTERPRETED and name == "triton")
+    if name == "triton" and obstacle:
+        raise ValueError(f"backend 'triton' {obstacle}; use 'reference' or 'auto'")
+    if name == "reference" or obstacle:
+        if name == "auto":
+            log_once(f"attention backend: reference, because triton {obstacle}")
+        from lighthouse_kernels import reference
+
+        return reference
+    if name == "auto":
+        log_once(f"attention backend: triton, the faster one on {device_type}")
+    from lighthouse_kernels import triton
+
+    return triton
+
+
+def _triton_obstacle(device_type: str, dtype: "torch.dtype | None", interpreter: bool) -> str | None:
+    """Why the Triton kernels cannot run; None if they can."""
+    if not _HAS_TRITON:
+        return "is not installed"
+    if device_type != "cuda" and not interpreter:
+        return f"needs a CUDA device, not {device_type}"
+    if dtype is not None and dtype.itemsize > 4:
+        return f"takes no {dtype}"
+    return None

@@ -1,10 +1,16 @@
 """What every test shares: where the slow truth lives, how hypothesis draws, and a small seeded call."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Read when the kernels are imported, by whichever test does it first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 
@@ -31,16 +37,12 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture
 def generator():
     """A seeded CPU generator, so that a test's inputs do not depend on the tests that ran before it."""
-    import torch
-
     return torch.Generator().manual_seed(20260)
 
 
 @pytest.fixture
 def small(generator):
     """(q, k, v, cfg): float64, B=2, N=37, two query heads to one KV head, 23 of 37 entries kept, one token padded."""
-    import torch
-
     from lighthouse_core import LighthouseConfig
 
     def draw(heads):

@@ -32,6 +32,16 @@ class Geometry:
         if self.tokens < 1:
             raise ValueError(f"the sequence must hold at least one token, not {self.tokens}")
 
+    @classmethod
+    def of(cls, shape: list[int]) -> "Geometry":
+        """The pyramid that `shape` stands for."""
+        return cls(*shape[:5], cover_prefix=bool(shape[5]))
+
+    @property
+    def shape(self) -> list[int]:
+        """The fields as integers, which is what an operation of torch can take."""
+        return [self.tokens, self.pooling, self.levels, self.topk, self.tile_parents, int(self.cover_prefix)]
+
     @property
     def tiles(self) -> int:
         """Number of contiguous tiles T the coarsest level is split into."""

@@ -1,27 +1,51 @@
-"""Every operation in plain PyTorch, on any device: the readable truth."""
+"""Every operation in plain PyTorch, on any device: the readable truth.
 
-from lighthouse_kernels.gather.reference import gather
-from lighthouse_kernels.pyramid.op import norm_scores
-from lighthouse_kernels.pyramid.reference import (
-    block_scores,
-    group_max,
-    mask_padding,
-    pool,
-    random_scores,
-    window_scores,
-)
-from lighthouse_kernels.scatter.reference import scatter
-from lighthouse_kernels.select.reference import select
+A backend is a module with `pyramid`, `norm_scores`, `select`, `select_drawn`, `given`, `gather` and `scatter`.
+"""
 
-__all__ = [
-    "block_scores",
-    "gather",
-    "group_max",
-    "mask_padding",
-    "norm_scores",
-    "pool",
-    "random_scores",
-    "scatter",
-    "select",
-    "window_scores",
-]
+from torch import Tensor
+
+from lighthouse_kernels.gather.reference import gather as gather_rows
+from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.pyramid.reference import block_scores, pool, random_scores
+from lighthouse_kernels.pyramid.reference_op import norm_scores
+from lighthouse_kernels.scatter.reference import scatter as scatter_rows
+from lighthouse_kernels.select.reference import select as select_windows
+from lighthouse_kernels.types import Pyramid, Selection
+
+
+def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Pyramid:
+    """Rows of all levels, differentiable, and the norm scores if `scored`."""
+    scores = norm_scores(q.detach(), k.detach(), g) if scored else None
+    return Pyramid(pool(q, g), pool(k, g), pool(v, g), scores)
+
+
+def select(scores: tuple[Tensor, Tensor], g: Geometry) -> Selection:
+    """The selection from (s_Q, s_K), each [B, Hkv, M] float32."""
+    return given(select_windows(*scores, g), g)
+
+
+def select_drawn(key: Tensor, batch: int, kv_heads: int, score_block: int, g: Geometry) -> Selection:
+    """The selection from scores drawn from `key`, one a window, or one a block of `score_block` tokens if not 0."""
+    if score_block:
+        drawn = block_scores(key, batch, kv_heads, score_block, g)
+    else:
+        drawn = random_scores(key, batch, kv_heads, g)
+    return select((drawn, drawn), g)
+
+
+def given(indices: Tensor, g: Geometry) -> Selection:
+    """The selection that these indices make."""
+    return Selection(indices, None)
+
+
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, selection: Selection, g: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, D], k and v [B, S, Hkv, D]: the kept rows in causal order."""
+    return tuple(gather_rows(x, selection.indices) for x in pyramid[:3])
+
+
+def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
+    """[B, N, H, D] from the dense call's rows, [B, S, H, D]."""
+    return scatter_rows(rows, selection.indices, g)

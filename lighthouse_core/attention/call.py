@@ -8,44 +8,23 @@ from torch import Tensor
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense import check_inputs, dense_attention
-from lighthouse_core.backends import Geometry, geometry, kernels, log_once
+from lighthouse_core.backends import Geometry, geometry, kernels, log_once, window_scores
 
 Scores = tuple[Tensor, Tensor]
 
 
-def _scores(q: Tensor, k: Tensor, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key: Tensor | None):
-    """(s_Q, s_K), each [B, Hkv, M] float32, from the scores given or from the scorer of `cfg`."""
-    ops = kernels(cfg.backend)
-    batch, tokens, heads, _ = q.shape
-    kv_heads = k.shape[2]
+def _select(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key):
+    """The selection from window scores, or else from those that a content-free scorer draws from the key."""
     if scores is not None:
-        by_query, by_key = scores
-        windows = (batch, kv_heads, g.pyramid_length)
-        if by_query.shape == windows and by_key.shape == windows:
-            return tuple(ops.mask_padding(x.detach().float(), g) for x in scores)
-        if by_query.shape == (batch, tokens, heads) and by_key.shape == (batch, tokens, kv_heads):
-            return (
-                ops.window_scores(ops.group_max(by_query.detach().float(), kv_heads), g),
-                ops.window_scores(by_key.detach().float().transpose(1, 2), g),
-            )
-        raise ValueError(
-            f"scores must be a pair of token scores [B, N, H] and [B, N, Hkv], or of window scores {list(windows)}; "
-            f"got {tuple(by_query.shape)} and {tuple(by_key.shape)}"
-        )
-    if cfg.scorer == "norm":
-        return ops.norm_scores(q.detach(), k.detach(), g)
+        return ops.select(scores, g)
     if key is None:
         raise ValueError(f"scorer {cfg.scorer!r} draws its scores from `key`, an int64 tensor (seed, step, layer)")
     if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4):
         raise ValueError(
             f"key must be int64 (seed, step, layer) or (seed, step, layer, sample); got {key.dtype} {tuple(key.shape)}"
         )
-    key = key.to(q.device)
-    if cfg.scorer == "random":
-        drawn = ops.random_scores(key, batch, kv_heads, g)
-    else:
-        drawn = ops.block_scores(key, batch, kv_heads, cfg.score_block, g)
-    return drawn, drawn
+    block = cfg.score_block if cfg.scorer == "block" else 0
+    return ops.select_drawn(key.to(q.device), q.shape[0], kv_heads, block, g)
 
 
 def select_indices(
@@ -80,7 +59,12 @@ def select_indices(
     g = geometry(q.shape[1], cfg)
     if g.dense:
         return torch.arange(g.tokens, dtype=torch.int32, device=q.device).repeat(q.shape[0], k.shape[2], 1)
-    return kernels(cfg.backend).select(*_scores(q, k, cfg, g, scores, key), g)
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
+    if scores is not None:
+        scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
+    elif cfg.scorer == "norm":
+        scores = ops.norm_scores(q.detach(), k.detach(), g)
+    return _select(ops, q, k.shape[2], cfg, g, scores, key).indices
 
 
 def lighthouse_attention(
@@ -117,14 +101,20 @@ def lighthouse_attention(
         why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
         log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
         return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
-    if indices is None:
-        indices = select_indices(q, k, cfg, v=v, scores=scores, key=key)
-    elif indices.is_floating_point() or indices.shape != (q.shape[0], k.shape[2], g.gathered_length):
-        expected = [q.shape[0], k.shape[2], g.gathered_length]
+    expected = [q.shape[0], k.shape[2], g.gathered_length]
+    if indices is not None and (indices.is_floating_point() or list(indices.shape) != expected):
         raise ValueError(
             f"indices must be integers [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
         )
-    ops = kernels(cfg.backend)
-    gathered = (ops.gather(ops.pool(x, g), indices) for x in (q, k, v))
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
+    by_norm = indices is None and scores is None and cfg.scorer == "norm"
+    pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
+    if indices is not None:
+        selection = ops.given(indices, g)
+    else:
+        if scores is not None:
+            scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
+        selection = _select(ops, q, k.shape[2], cfg, g, pyramid.scores if by_norm else scores, key)
+    gathered = ops.gather(q, k, v, pyramid, selection, g)
     rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)
-    return ops.scatter(rows, indices, g)
+    return ops.scatter(rows, selection, g)

@@ -1,9 +1,11 @@
 """Dense causal attention by a stock kernel."""
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lighthouse_core.attention import flash
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.backends import kernels, log_once
 
@@ -19,14 +21,30 @@ _AUTO = {
 }
 
 
-def _backends(name: str, device_type: str) -> list[SDPBackend]:
-    if name == "auto":
+def _choose(name: str, device_type: str, dtype: torch.dtype, dim: int) -> list[SDPBackend] | None:
+    """SDPA backends in order of preference, or None for FlashAttention-4.
+
+    Raises:
+        ValueError: for a backend that is not there.
+    """
+    if name in ("auto", "fa4"):
+        why_not = flash.obstacle(device_type, dtype, dim)
+        if why_not is None:
+            log_once(f"dense attention on {device_type}: FlashAttention-4")
+            return None
+        if name == "fa4":
+            raise ValueError(f"dense backend 'fa4' {why_not}")
         order = _AUTO.get(device_type, [SDPBackend.MATH])
         names = ", ".join(b.name.removesuffix("_ATTENTION").lower() for b in order)
-        log_once(f"dense attention on {device_type}: the first of torch's {names} that supports the inputs")
+        faster = f"; FlashAttention-4 {why_not}" if device_type == "cuda" else ""
+        log_once(f"dense attention on {device_type}: the first of torch's {names} that supports the inputs{faster}")
         return order
+    return _sdpa(name, device_type)
+
+
+def _sdpa(name: str, device_type: str) -> list[SDPBackend]:
     if name not in _SDPA:
-        raise ValueError(f"dense backend {name!r} is not available in this release; use auto, {', '.join(_SDPA)}")
+        raise ValueError(f"dense backend {name!r} is not available in this release; use auto, fa4, {', '.join(_SDPA)}")
     if name == "cudnn" and device_type != "cuda":
         raise ValueError(f"dense backend 'cudnn' needs a CUDA device, not {device_type}")
     return _SDPA[name]
@@ -39,7 +57,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         q: [B, N, H, D].
         k, v: [B, N, Hkv, D]; H is a multiple of Hkv.
         scale: factor on the scores; 1/sqrt(D) by default.
-        backend: `auto`, `cudnn`, `flash` or `math`.
+        backend: `auto`, `fa4`, `cudnn`, `flash` or `math`. `auto` is FlashAttention-4 where it is installed and takes
+            the inputs, else the first of torch's that does.
 
     Returns:
         [B, N, H, D] in the dtype of `q`.
@@ -48,8 +67,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         ValueError: for shapes that do not fit together, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    backends = _choose(backend, q.device.type, q.dtype, q.shape[3])
+    if backends is None:
+        return flash.flash4(q, k, v, scale)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(_backends(backend, q.device.type), set_priority=True):
+    with sdpa_kernel(backends, set_priority=True):
         out = scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
         )
@@ -57,9 +79,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 
 
 def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
-    """Raise ValueError unless both backends that `cfg` names can run on a device of this type."""
-    kernels(cfg.backend)
-    _backends(cfg.dense_backend, device_type)
+    """Raise ValueError unless both backends that `cfg` names are there on a device of this type. Touches no GPU."""
+    kernels(cfg.backend, device_type)
+    if cfg.dense_backend == "fa4" and not flash.INSTALLED:
+        raise ValueError(f"dense backend 'fa4' {flash.NOT_INSTALLED}")
+    if cfg.dense_backend not in ("auto", "fa4"):
+        _sdpa(cfg.dense_backend, device_type)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

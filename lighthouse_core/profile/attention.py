@@ -163,21 +163,32 @@ def run(
         for h in (heads, kv_heads, kv_heads)
     )
     key = torch.zeros(3, dtype=torch.int64, device=device)
-    ops = kernels(cfg.backend)
+    ops = kernels(cfg.backend, device.type, number)
     timing = {"device": device, "repeats": repeats, "budget": budget}
 
-    indices = select_indices(q, k, cfg, key=key)
-    pyramids = tuple(ops.pool(x, g) for x in (q, k, v))
-    gathered = tuple(ops.gather(x, indices) for x in pyramids)
+    by_norm = cfg.scorer == "norm"
+    pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
+    selection = ops.given(select_indices(q, k, cfg, key=key), g)
+    gathered = ops.gather(q, k, v, pyramid, selection, g)
     rows = dense_attention(*gathered, backend=cfg.dense_backend)
+
+    def gather(q: Tensor, k: Tensor, v: Tensor, *pooled: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather(q, k, v, pyramid._replace(q=pooled[0], k=pooled[1], v=pooled[2]), selection, g)
+
+    def select(*x: Tensor) -> Tensor:
+        if by_norm:
+            return ops.select(pyramid.scores, g).indices
+        return select_indices(*x, cfg, key=key)
+
     stages = [
-        _time(lambda *x: tuple(ops.pool(y, g) for y in x), (q, k, v), "pool", **timing),
-        _time(lambda *x: select_indices(*x, cfg, key=key), (q, k), "score + select", **timing),
-        _time(lambda *x: tuple(ops.gather(y, indices) for y in x), pyramids, "gather", **timing),
+        _time(lambda *x: tuple(ops.pyramid(*x, g, scored=by_norm)[:3]), (q, k, v), "pyramid + score", **timing),
+        _time(select, (q, k), "select", **timing),
+        _time(gather, (q, k, v, *pyramid[:3]), "gather", **timing),
         _time(lambda *x: dense_attention(*x, backend=cfg.dense_backend), gathered, "dense call on S", **timing),
-        _time(lambda x: ops.scatter(x, indices, g), (rows,), "scatter", **timing),
+        _time(lambda x: ops.scatter(x, selection, g), (rows,), "scatter", **timing),
     ]
-    del pyramids, gathered, rows
+    # Let go of them before the memory of whole calls is measured.
+    pyramid = gathered = rows = None
 
     def lighthouse(*x: Tensor) -> Tensor:
         return lighthouse_attention(*x, cfg, key=key)

@@ -1,30 +1,27 @@
-"""The norm scores as one operation that a compiler leaves whole.
-
-A selection follows from the exact bits of the scores. Compiled together with what surrounds them, the norms would round
-otherwise than in eager mode, so that recomputation and eager runs would select other windows; torch 2.11's inductor
-even gets the maximum over grouped heads wrong on CUDA.
-"""
+"""Pooling and scoring as one operation of torch. Carries no gradient: `gather` has that of both."""
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
-from lighthouse_kernels.geometry import Geometry
-from lighthouse_kernels.pyramid import reference
-
-
-def norm_scores(q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """See `reference.norm_scores`; the same bits in eager mode and under torch.compile."""
-    g = geometry
-    return _norm_scores(q, k, [g.pooling, g.levels, g.topk, g.tile_parents])
+from lighthouse_kernels.launching import layout, operation, rows_contiguous
+from lighthouse_kernels.pyramid import triton as kernel
 
 
-@torch.library.custom_op("lighthouse::norm_scores", mutates_args=())
-def _norm_scores(q: Tensor, k: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    return reference.norm_scores(q, k, Geometry(q.shape[1], *shape))
+@operation
+def pyramid(
+    q: Tensor, k: Tensor, v: Tensor, shape: list[int], pooled: bool, scored: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `triton.pyramid`."""
+    q, k, v = map(rows_contiguous, (q, k, v))
+    return kernel.pyramid(q, k, v, layout(shape), pooled=pooled, scored=scored)
 
 
-@_norm_scores.register_fake
-def _(q: Tensor, k: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    windows = Geometry(q.shape[1], *shape).pyramid_length
-    scores = q.new_empty(q.shape[0], k.shape[2], windows, dtype=torch.float32)
-    return scores, torch.empty_like(scores)
+@register_fake("lighthouse::pyramid")
+def _(q, k, v, shape, pooled, scored):
+    g = layout(shape)
+    rows = g.stored_rows if pooled else 0
+    above = g.scored if scored else 0
+    stored = (x.new_empty(x.shape[0], rows, x.shape[2], x.shape[3]) for x in (q, k, v))
+    scores = (x.new_empty(x.shape[0], x.shape[2], above, dtype=torch.float32) for x in (q, k))
+    return (*stored, *scores)

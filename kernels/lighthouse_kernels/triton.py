@@ -1,0 +1,59 @@
+"""Every operation as Triton kernels: what `reference.py` does, in the fewest passes over memory, without atomics."""
+
+import torch
+from torch import Tensor
+
+from lighthouse_kernels.gather import op as gather_op
+from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.pyramid import op as pyramid_op
+from lighthouse_kernels.scatter import op as scatter_op
+from lighthouse_kernels.select import op as select_op
+from lighthouse_kernels.types import Pyramid, Selection
+
+
+def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Pyramid:
+    """Rows of the wider windows, without a gradient (`gather` has it), and the norm scores if `scored`."""
+    *rows, by_query, by_key = pyramid_op.pyramid(q.detach(), k.detach(), v.detach(), g.shape, True, scored)
+    return Pyramid(*rows, (by_query, by_key) if scored else None)
+
+
+def norm_scores(q: Tensor, k: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+    """(s_Q [B, H, M - N'] of every query head, s_K [B, Hkv, M - N']) of the levels above 0, float32."""
+    q, k = q.detach(), k.detach()
+    *_, by_query, by_key = pyramid_op.pyramid(q, k, k, g.shape, False, True)
+    return by_query, by_key
+
+
+def select(scores: tuple[Tensor, Tensor], g: Geometry) -> Selection:
+    """The selection from (s_Q, s_K), [B, Hkv, M] float32 or of the levels above 0 alone."""
+    above = g.pyramid_length - g.padded
+    return Selection(*select_op.select(*(x[..., -above:] for x in scores), g.shape))
+
+
+def select_drawn(key: Tensor, batch: int, kv_heads: int, score_block: int, g: Geometry) -> Selection:
+    """The selection from scores drawn from `key`, one a window, or one a block of `score_block` tokens if not 0."""
+    return Selection(*select_op.select_drawn(_with_sample(key), batch, kv_heads, score_block, g.shape))
+
+
+def _with_sample(key: Tensor) -> Tensor:
+    return key if key.numel() > 3 else torch.cat((key, key.new_zeros(1)))
+
+
+def given(indices: Tensor, g: Geometry) -> Selection:
+    """The selection that these indices make."""
+    batch, kv_heads, entries = indices.shape
+    places = torch.arange(entries, dtype=torch.int32, device=indices.device).expand(indices.shape)
+    slots = torch.full((batch, kv_heads, g.pyramid_length), -1, dtype=torch.int32, device=indices.device)
+    return Selection(indices.int().contiguous(), slots.scatter(-1, indices.long(), places))
+
+
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, selection: Selection, g: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, D], k and v [B, S, Hkv, D]: the kept rows in causal order. Differentiable in q, k and v."""
+    return gather_op.gather(q, k, v, *pyramid[:3], *selection, g.shape)
+
+
+def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
+    """[B, N, H, D] from the dense call's rows, [B, S, H, D]. Differentiable."""
+    return scatter_op.scatter(rows, *selection, g.shape)

@@ -1,0 +1,32 @@
+"""What one operation hands to the next, the same for every backend."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Pyramid(NamedTuple):
+    """Pooled rows and window scores of one call.
+
+    Attributes:
+        q: [B, R, H, D]; k, v: [B, R, Hkv, D]: the rows that the backend keeps, in flat pyramid order.
+        scores: what the backend's `select` takes, or None where no scorer reads tokens.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: tuple[Tensor, Tensor] | None
+
+
+class Selection(NamedTuple):
+    """The entries of one call.
+
+    Attributes:
+        indices: [B, Hkv, S] integers, flat pyramid indices in causal order.
+        slots: [B, Hkv, M] int32, the place of each window among `indices`, -1 for those not kept; None where the
+            backend needs none.
+    """
+
+    indices: Tensor
+    slots: Tensor | None

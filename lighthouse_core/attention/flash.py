@@ -1,0 +1,94 @@
+"""FlashAttention-4 as a pair of operations of torch, so that compiled graphs hold it whole.
+
+https://github.com/Dao-AILab/flash-attention, package flash-attn-4 (extra `flash`). Its own autograd function cannot be
+used inside an operation of torch, and breaks a compiled graph outside of one.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+INSTALLED = importlib.util.find_spec("flash_attn") is not None and (
+    importlib.util.find_spec("flash_attn.cute") is not None
+)
+NOT_INSTALLED = "is not installed (pip install 'lighthouse-pretrain[flash]')"
+# Compute capabilities that it has kernels for: Hopper and Blackwell.
+_MAJORS = (9, 10)
+
+
+def obstacle(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
+    """Why FlashAttention-4 cannot take such tensors; None if it can."""
+    if not INSTALLED:
+        return NOT_INSTALLED
+    if device_type != "cuda" or _major() not in _MAJORS:
+        return "needs a Hopper or Blackwell GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes no {dtype}"
+    if dim % 8 or dim > 128:
+        return f"takes no head dimension of {dim}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _major() -> int:
+    return torch.cuda.get_device_capability()[0]
+
+
+@custom_op("lighthouse::flash4", mutates_args=())
+def _flash4(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True)
+    return out, lse
+
+
+@_flash4.register_fake
+def _(q, k, v, scale, deterministic):
+    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@custom_op("lighthouse::flash4_backward", mutates_args=())
+def _flash4_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = _flash_attn_bwd(
+        q, k, v, out, grad.contiguous(), lse, softmax_scale=scale, causal=True, deterministic=deterministic
+    )
+    return tuple(grads[:3])
+
+
+@_flash4_backward.register_fake
+def _(grad, q, k, v, out, lse, scale, deterministic):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _grad(ctx, grad, _):
+    return *_flash4_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.deterministic), None, None
+
+
+_flash4.register_autograd(_grad, setup_context=_keep)
+
+
+def flash4(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention by FlashAttention-4. Its backward pass is deterministic where torch is asked to be.
+
+    Args:
+        q: [B, N, H, D], bfloat16 or float16.
+        k, v: [B, N, Hkv, D].
+        scale: factor on the scores; 1/sqrt(D) by default.
+
+    Returns:
+        [B, N, H, D].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled())[0]

@@ -1,0 +1,197 @@
+"""The Triton kernels against the plain PyTorch truth: values and every gradient, through the public API.
+
+On a machine without a GPU the kernels run in Triton's interpreter at small shapes; `pytest -m gpu` runs all of them.
+"""
+
+from dataclasses import replace
+
+import draws
+import pytest
+import torch
+
+from lighthouse_core import lighthouse_attention, select_indices
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+# (N, B, H, Hkv, D, p, L, k, m)
+SMALL = [
+    (64, 1, 1, 1, 4, 2, 3, 4, 2),
+    (37, 2, 4, 2, 3, 2, 2, 2, 2),
+    (50, 1, 4, 1, 8, 2, 4, 2, 2),
+    (61, 2, 2, 1, 5, 2, 5, 2, 2),
+    (150, 1, 2, 1, 3, 4, 4, 2, 2),
+    (165, 1, 2, 2, 4, 8, 3, 4, 4),
+    (21, 2, 2, 1, 4, 4, 3, 2, 2),
+    (400, 1, 1, 1, 8, 16, 2, 4, 4),
+    (900, 1, 2, 1, 4, 4, 5, 2, 2),  # the coarsest windows are wider than the block that the first launch reduces
+]
+LARGE = [
+    (4096, 2, 4, 2, 64, 4, 3, 64, 16),
+    (4099, 1, 16, 1, 80, 4, 3, 64, 32),
+    (5000, 3, 2, 2, 96, 2, 2, 128, 128),
+    (8191, 1, 8, 4, 128, 2, 6, 64, 64),
+    (8192, 1, 2, 1, 256, 8, 2, 128, 64),
+    (7001, 2, 3, 3, 16, 8, 3, 32, 16),
+    (20000, 1, 2, 2, 128, 16, 2, 128, 128),
+    (40000, 1, 2, 1, 32, 16, 3, 32, 16),
+    (30000, 1, 2, 1, 8, 4, 5, 32, 32),
+    (70000, 1, 1, 1, 64, 4, 6, 32, 16),
+    (32768, 1, 2, 2, 128, 4, 3, 1024, 128),
+    (65537, 1, 1, 1, 128, 4, 2, 128, 128),  # more candidates in a tile than a program looks at together
+]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.float16, id="float16", marks=pytest.mark.gpu),
+    # Triton's interpreter cuts off bits where hardware rounds.
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu),
+]
+
+
+def ident(shape):
+    return "N{}-B{}-H{}-Hkv{}-D{}-p{}-L{}-k{}-m{}".format(*shape)
+
+
+def on_gpu(shapes):
+    return [pytest.param(shape, id=ident(shape), marks=pytest.mark.gpu) for shape in shapes]
+
+
+SHAPES = [pytest.param(shape, id=ident(shape)) for shape in SMALL] + on_gpu(LARGE)
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    q, k, v, cfg = draws.make(shape, seed=seed, dtype=dtype)
+    return *(x.to(DEVICE) for x in (q, k, v)), replace(cfg, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Every empty tensor begins as NaN (integers as -12345), so that an element nobody writes fails a comparison."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **options):
+        x = original(self, *size, **options)
+        return x.fill_(float("nan") if x.is_floating_point() else -12345)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def gradients(call, tensors, grad):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = call(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, grad)
+
+
+def relative(got, exact):
+    assert got.isfinite().all()
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def assert_as_good(got, plain, exact, what):
+    """`got` loses little more than plain PyTorch loses in the same dtype, and both are near the float64 truth."""
+    ours, theirs = relative(got, exact), relative(plain, exact)
+    # Two roundings instead of one, and float32 sums in another order.
+    assert ours <= 2 * theirs + 1e-6, f"{what}: {ours:.2e}, plain PyTorch {theirs:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, dtype):
+    q, k, v, cfg = inputs(shape, dtype)
+    indices = select_indices(q, k, replace(cfg, backend="reference"))
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    cfg = replace(cfg, dense_backend="math")
+
+    def call(backend):
+        return lambda *x: lighthouse_attention(*x, replace(cfg, backend=backend), indices=indices)
+
+    got, got_grads = gradients(call("triton"), (q, k, v), grad.to(dtype))
+    plain, plain_grads = gradients(call("reference"), (q, k, v), grad.to(dtype))
+    exact, exact_grads = gradients(call("reference"), [x.double() for x in (q, k, v)], grad)
+    assert_as_good(got, plain, exact, "out")
+    for name, ours, theirs, truth in zip("qkv", got_grads, plain_grads, exact_grads, strict=True):
+        assert_as_good(ours, theirs, truth, f"d{name}")
+
+
+@pytest.mark.parametrize("cover_prefix", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selection_from_scores(shape, cover_prefix):
+    q, k, _, cfg = inputs(shape)
+    cfg = replace(cfg, cover_prefix=cover_prefix)
+    for scores in (draws.token_scores(q.cpu(), k.cpu(), seed=3), (q.norm(dim=-1), k.norm(dim=-1))):
+        scores = tuple(x.to(DEVICE) for x in scores)
+        expected = select_indices(q, k, replace(cfg, backend="reference"), scores=scores)
+        assert torch.equal(select_indices(q, k, cfg, scores=scores), expected)
+
+
+@pytest.mark.parametrize("scorer, block", [("random", 64), ("block", 64), ("block", 2)])
+@pytest.mark.parametrize("shape", [*SHAPES[2:5], *SHAPES[len(SMALL) :]])
+def test_selection_from_a_key(shape, scorer, block):
+    q, k, _, cfg = inputs(shape)
+    cfg = replace(cfg, scorer=scorer, score_block=block)
+    for key in ((1, 2, 3), (-5, 2**33 + 1, 70, 9)):
+        key = torch.tensor(key, device=DEVICE)
+        expected = select_indices(q, k, replace(cfg, backend="reference"), key=key)
+        assert torch.equal(select_indices(q, k, cfg, key=key), expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[1:4], *SHAPES[len(SMALL) :]])
+def test_norm_scores_choose_as_the_reference_does(shape):
+    """Norms far enough apart that the last bit, which depends on the order of addition, decides nothing."""
+    q, k, v, cfg = inputs(shape)
+    ranks = [torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(5)) for x in (q, k)]
+    q, k = (
+        torch.nn.functional.normalize(x, dim=-1) * (1 + r.view(x.shape[:3]).to(x)[..., None] / 1024)
+        for x, r in zip((q, k), ranks, strict=True)
+    )
+    expected = select_indices(q, k, replace(cfg, backend="reference"))
+    assert torch.equal(select_indices(q, k, cfg), expected)
+    # The one pass that also pools chooses the same.
+    whole = lighthouse_attention(q, k, v, cfg)
+    assert torch.equal(whole, lighthouse_attention(q, k, v, cfg, indices=expected))
+
+
+def test_scores_of_any_sign_and_size():
+    q, k, _, cfg = inputs(SMALL[4])
+    windows = 192 + 48 + 12 + 3
+    generator = torch.Generator().manual_seed(7)
+    pair = [torch.randn(1, 1, windows, generator=generator).exp().mul(10).to(DEVICE) - 0.99 for _ in range(2)]
+    pair[0][..., ::3] = 0.0
+    pair[1][..., ::2] = -0.0
+    expected = select_indices(q, k, replace(cfg, backend="reference"), scores=tuple(pair))
+    assert torch.equal(select_indices(q, k, cfg, scores=tuple(pair)), expected)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[3], *SHAPES[len(SMALL) :][::4]])
+def test_two_runs_are_bitwise_equal(shape):
+    """With torch asked to be deterministic, for the dense kernel's sake; nothing of ours heeds it."""
+    runs = 20 if CUDA else 2
+    torch.use_deterministic_algorithms(True)
+    q, k, v, cfg = inputs(shape, torch.bfloat16 if CUDA else torch.float32)
+    grad = torch.ones_like(q)
+    first = gradients(lambda *x: lighthouse_attention(*x, cfg), (q, k, v), grad)
+    for _ in range(runs - 1):
+        again = gradients(lambda *x: lighthouse_attention(*x, cfg), (q, k, v), grad)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+def test_strided_inputs_give_the_same(monkeypatch):
+    q, k, v, cfg = inputs(SMALL[1])
+    expected = lighthouse_attention(q, k, v, cfg)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(lighthouse_attention(*heads_first, cfg), expected)
+    last_strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    assert torch.equal(lighthouse_attention(*last_strided, cfg), expected)
+
+
+def test_what_cannot_run_is_refused():
+    q, k, v, cfg = inputs(SMALL[0], torch.float64)
+    with pytest.raises(ValueError, match=r"takes no torch\.float64"):
+        lighthouse_attention(q, k, v, cfg)
