@@ -26,6 +26,11 @@ settings.register_profile(
 settings.load_profile("lighthouse")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that one of two processes has it while the other runs the rest."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """What this program remembers about files goes to a folder of the tests."""

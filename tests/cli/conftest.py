@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lighthouse_cli.app import main
-from lighthouse_core import launch
+from lighthouse_core import backends, launch
 from lighthouse_core.runs import Run
 
 TINY = """\
@@ -63,7 +63,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def lighthouse(here, monkeypatch, capsys):
-    """Calls the command line as a shell would."""
+    """Calls the command line as a shell would, one in which Triton's interpreter is not asked for."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
 
     def call(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["lighthouse", *arguments])
