@@ -1,8 +1,11 @@
 """Every operation in plain PyTorch, on any device: the readable truth.
 
-A backend is a module with `pyramid`, `norm_scores`, `select`, `select_drawn`, `given`, `gather` and `scatter`.
+A backend is a module with `pyramid`, `norm_scores`, `select`, `select_drawn`, `given`, `gather` and `scatter`, and
+with what activation checkpointing has to know: SELECTING, the operations that decide the selection, and GATHERING,
+those whose results are better kept than made again.
 """
 
+import torch
 from torch import Tensor
 
 from lighthouse_kernels.gather.reference import gather as gather_rows
@@ -12,6 +15,9 @@ from lighthouse_kernels.pyramid.reference_op import norm_scores
 from lighthouse_kernels.scatter.reference import scatter as scatter_rows
 from lighthouse_kernels.select.reference import select as select_windows
 from lighthouse_kernels.types import Pyramid, Selection
+
+SELECTING = (torch.ops.lighthouse.norm_scores.default,)
+GATHERING = ()
 
 
 def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Pyramid:

@@ -10,6 +10,9 @@ from lighthouse_kernels.scatter import op as scatter_op
 from lighthouse_kernels.select import op as select_op
 from lighthouse_kernels.types import Pyramid, Selection
 
+SELECTING = (select_op.select, select_op.select_drawn)
+GATHERING = (gather_op.gather,)
+
 
 def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Pyramid:
     """Rows of the wider windows, without a gradient (`gather` has it), and the norm scores if `scored`."""

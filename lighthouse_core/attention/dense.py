@@ -87,6 +87,16 @@ def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
         _sdpa(cfg.dense_backend, device_type)
 
 
+def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int) -> None:
+    """Say in the log which backends such calls take, and why: a compiled call cannot.
+
+    Raises:
+        ValueError: for a backend that is not there.
+    """
+    kernels(cfg.backend, device_type, dtype)
+    _choose(cfg.dense_backend, device_type, dtype, dim)
+
+
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q is [B, N, H, D] and k, v are [B, N, Hkv, D] of the same dtype and device."""
     if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:

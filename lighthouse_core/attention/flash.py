@@ -78,6 +78,10 @@ def _grad(ctx, grad, _):
 _flash4.register_autograd(_grad, setup_context=_keep)
 
 
+# Operations of the forward pass.
+ATTENDING = (torch.ops.lighthouse.flash4.default,)
+
+
 def flash4(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal attention by FlashAttention-4. Its backward pass is deterministic where torch is asked to be.
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 import torchtitan.protocols.train_spec as train_specs
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.checkpoint import MODEL as MODEL_STATE
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.components.validate import Validator as TitanValidator
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from torchtitan.train import Trainer as TitanTrainer
 
+from lighthouse_core.attention.dense import log_choices
 from lighthouse_core.attention.module import set_selection_keys
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
@@ -30,6 +29,7 @@ from lighthouse_core.runs import Run
 from lighthouse_core.titan.job import MODEL, build_job
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
+from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
 from lighthouse_core.train.schedule import lr_factor
 from lighthouse_core.train.stop import Interrupted, stop_requested
@@ -64,20 +64,14 @@ class LighthouseConverter:
         self.recipe = recipe
 
     def convert(self, model: nn.Module) -> None:
-        use_lighthouse(model, self.recipe.lighthouse.attention(), self.recipe.model.dense_layers)
+        recipe = self.recipe
+        cfg = recipe.lighthouse.attention()
+        device_type = "cuda" if HAS_ACCELERATOR else "cpu"
+        log_choices(cfg, device_type, getattr(torch, recipe.training.dtype), recipe.model.head_dim)
+        use_lighthouse(model, cfg, recipe.model.dense_layers)
 
     def post_optimizer_hook(self, model) -> None:
         pass
-
-
-def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
-    model = parallelize_llama(model, parallel_dims, job_config)
-    if not HAS_ACCELERATOR:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # gloo has no scaled sum, which FSDP2 asks for otherwise.
-                module.set_force_sum_reduction_for_comms(True)
-    return model
 
 
 class _Schedulers(LRSchedulersContainer):
@@ -183,11 +177,12 @@ class Trainer(TitanTrainer):
     def _register(stage: Stage) -> None:
         recipe = stage.recipe
         flops = flops_per_token(recipe, stage.name)
+        attention = recipe.lighthouse.attention()
         args = model_args(recipe.model, recipe.training.seq_len, recipe.training.seed, flops)
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
             model_cls=Transformer,
             model_args={MODEL: args},
-            parallelize_fn=_parallelize,
+            parallelize_fn=functools.partial(parallelize, cfg=attention if stage.name == "lighthouse" else None),
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),

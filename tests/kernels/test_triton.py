@@ -9,7 +9,7 @@ import draws
 import pytest
 import torch
 
-from lighthouse_core import lighthouse_attention, select_indices
+from lighthouse_core import LighthouseConfig, lighthouse_attention, select_indices
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -195,3 +195,54 @@ def test_what_cannot_run_is_refused():
     q, k, v, cfg = inputs(SMALL[0], torch.float64)
     with pytest.raises(ValueError, match=r"takes no torch\.float64"):
         lighthouse_attention(q, k, v, cfg)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    """The last head's part of a call whose q, output and gradients need 64-bit offsets, against that head alone."""
+    tokens, heads, kv_heads, dim = 2**20, 18, 9, 128
+    assert tokens * heads * dim > 2**31
+    generator = torch.Generator("cuda").manual_seed(2)
+
+    def draw(count):
+        return torch.randn(1, tokens, count, dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    cfg = LighthouseConfig(levels=5, topk=1024, backend="triton", dense_backend="flash")
+    tensors, grad = [draw(heads), draw(kv_heads), draw(kv_heads)], draw(heads)
+    out, grads = gradients(lambda *x: lighthouse_attention(*x, cfg), tensors, grad)
+    last = [tensors[0][:, :, -2:], tensors[1][:, :, -1:], tensors[2][:, :, -1:]]
+    alone, alone_grads = gradients(lambda *x: lighthouse_attention(*x, cfg), last, grad[:, :, -2:])
+    assert torch.equal(out[:, :, -2:], alone)
+    for whole, part in zip(grads, alone_grads, strict=True):
+        # The dense kernel splits its sums by the number of heads.
+        assert relative(whole[:, :, -part.shape[2] :], part) < 1e-2
+
+
+@pytest.mark.gpu
+def test_rows_beyond_2_31_elements():
+    """The same for the last row of a batch."""
+    batch, tokens, heads, dim = 3, 2**20, 8, 128
+    assert (batch - 1) * tokens * heads * dim >= 2**31
+    generator = torch.Generator("cuda").manual_seed(2)
+    cfg = LighthouseConfig(levels=5, topk=1024, backend="triton", dense_backend="flash")
+    tensors = [torch.randn(batch, tokens, heads, dim, device="cuda", dtype=torch.bfloat16, generator=generator)] * 3
+    with torch.no_grad():
+        assert torch.equal(
+            lighthouse_attention(*tensors, cfg)[-1:], lighthouse_attention(*(x[-1:] for x in tensors), cfg)
+        )
+
+
+@pytest.mark.gpu
+def test_more_than_65535_entries():
+    shape = (262144, 1, 2, 1, 64, 4, 2, 1024, 128)
+    q, k, v, cfg = inputs(shape)
+    indices = select_indices(q, k, replace(cfg, backend="reference"))
+    assert indices.shape[2] > 65536
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def call(backend):
+        return lambda *x: lighthouse_attention(*x, replace(cfg, backend=backend), indices=indices)
+
+    ours, plain = (gradients(call(backend), (q, k, v), grad) for backend in ("triton", "reference"))
+    for got, expected in zip((ours[0], *ours[1]), (plain[0], *plain[1]), strict=True):
+        assert relative(got, expected) < 1e-5

@@ -1,0 +1,91 @@
+"""What torchtitan does to a Llama before it trains; our operations are among those that checkpointing knows."""
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import apply_compile, apply_ddp, apply_fsdp
+
+from lighthouse_core.attention import flash
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.backends import kernels
+from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+
+aten = torch.ops.aten
+# What selective checkpointing keeps of a dense layer, torchtitan's choice: attention and every second matrix product.
+_DENSE = {
+    aten.mm.default,
+    aten._scaled_dot_product_attention_math.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+
+
+def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> set[OpOverload]:
+    """Operations whose results activation checkpointing keeps.
+
+    Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another
+    selection would give another gradient. `selective` also keeps the gathered rows, with which the backward pass of an
+    attention call needs neither the tokens' q, k and v nor the pyramid again.
+
+    Args:
+        mode: "selective" or "full".
+        cfg: settings of the Lighthouse layers, None where there are none.
+        device_type: of the model.
+    """
+    kept = set(_DENSE) if mode == "selective" else set()
+    if cfg is not None:
+        ops = kernels(cfg.backend, device_type)
+        kept.update(ops.SELECTING)
+        if mode == "selective":
+            kept.update(ops.GATHERING, flash.ATTENDING)
+    return kept
+
+
+def parallelize(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cfg: LighthouseConfig | None = None
+) -> nn.Module:
+    """Checkpoint, compile and shard the model, in torchtitan's order and with its functions.
+
+    Args:
+        model: a Llama whose blocks are `model.layers`.
+        parallel_dims, job_config: torchtitan's.
+        cfg: settings of the Lighthouse layers, None where there are none.
+    """
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    checkpointing = job_config.activation_checkpoint
+    if checkpointing.mode != "none":
+        kept = kept_results(checkpointing.mode, cfg, "cuda" if HAS_ACCELERATOR else "cpu")
+        if checkpointing.mode == "full" and kept:
+            # torchtitan's "full" keeps nothing, so this is "selective" with next to nothing.
+            checkpointing = dataclasses.replace(checkpointing, mode="selective", selective_ac_option="op")
+        apply_ac(model, checkpointing, model_compile_enabled=compiled, op_sac_save_list=kept)
+    if compiled:
+        apply_compile(model, job_config.compile)
+    if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        apply_fsdp(
+            model,
+            parallel_dims.get_mesh(names),
+            param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+            pp_enabled=False,
+            cpu_offload=job_config.training.enable_cpu_offload,
+            reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
+        )
+    elif parallel_dims.dp_replicate_enabled:
+        apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
+    if not HAS_ACCELERATOR:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no scaled sum, which FSDP2 asks for otherwise.
+                module.set_force_sum_reduction_for_comms(True)
+    return model

@@ -1,0 +1,139 @@
+"""A whole Llama, checkpointed, compiled and sharded, against the same one as it is."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lighthouse_core import LighthouseConfig
+from lighthouse_core.config import load_recipe
+from lighthouse_core.titan import build_job
+from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
+from lighthouse_core.titan.parallelize import kept_results, parallelize
+
+from torch.distributed.fsdp import FSDPModule  # isort: skip
+from torchtitan.distributed import ParallelDims  # isort: skip
+from torchtitan.models.llama3.infra.parallelize import apply_fsdp  # isort: skip
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+TOKENS = 64
+# The interpreter takes seconds a call; a few are enough there.
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.gpu)]
+SIZE = ["model.dim=32", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.ffn_dim=48"]
+
+
+def config(**settings):
+    return LighthouseConfig(pooling=2, levels=3, topk=4, tile_parents=4, dense_backend="math", **settings)
+
+
+def recipe(*settings):
+    return load_recipe("recipes/quickstart.toml", [*SIZE, "model.vocab_size=259", "model.dense_layers=[0]", *settings])
+
+
+def model(cfg):
+    args = model_args(recipe().model, TOKENS, seed=3)
+    with torch.device(DEVICE):
+        built = Transformer(args)
+    use_lighthouse(built, cfg, [0])
+    with torch.no_grad():
+        built.init_weights()
+    for block in list(built.layers.values())[1:]:
+        block.attention.inner_attention.key.copy_(torch.tensor((1, 2, 3, 4)))
+    return built
+
+
+def tokens():
+    return torch.randint(257, (2, TOKENS), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+
+
+def results(built):
+    loss = torch.nn.functional.cross_entropy(built(tokens()).float().flatten(0, 1), tokens().flatten().roll(-1))
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in built.parameters()]
+
+
+def prepared(cfg, tmp_path, mode, compiled):
+    job = build_job(recipe(f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1, converters=[])
+    job.compile.enable = compiled
+    job.compile.backend = "inductor" if CUDA else "aot_eager"
+    return parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_checkpointing_and_compiling_change_nothing(tmp_path, mode, compiled, backend):
+    """Blocks are compiled with fullgraph=True, so that a graph break fails."""
+    cfg = config(backend=backend, scorer="norm" if mode != "none" else "block")
+    loss, grads = results(model(cfg))
+    got, got_grads = results(prepared(cfg, tmp_path, mode, compiled))
+    torch.testing.assert_close(got, loss)
+    for ours, theirs in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Count(TorchDispatchMode):
+    """Calls of our operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lighthouse":
+            name = function.__name__.removesuffix(".default")
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "gathered"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_a_selection_is_made_once(tmp_path, mode, gathered):
+    cfg = config(backend="triton")
+    built = prepared(cfg, tmp_path, mode, compiled=False)
+    with Count() as count:
+        results(built)
+    assert count.calls["select"] == 1
+    assert count.calls["gather"] == gathered
+
+
+def test_what_is_kept():
+    ops = torch.ops.lighthouse
+    full = kept_results("full", config(backend="triton"), DEVICE)
+    assert full == {ops.select.default, ops.select_drawn.default}
+    assert ops.gather.default in kept_results("selective", config(backend="triton"), DEVICE)
+    assert kept_results("full", None, DEVICE) == set()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    group = torch.distributed
+    group.init_process_group("nccl" if CUDA else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    group.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sharded_parameters_in_mixed_precision(tmp_path, process_group, backend, compiled):
+    """bfloat16 parameters and activations, float32 gradients, against the same model cast as a whole."""
+    cfg = config(backend=backend, scorer="block")
+    loss, grads = results(model(cfg).bfloat16())
+    built = prepared(cfg, tmp_path, "selective", compiled)
+    mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("fsdp",))
+    apply_fsdp(built, mesh, torch.bfloat16, torch.float32, pp_enabled=False)
+    for module in built.modules():
+        if isinstance(module, FSDPModule) and not CUDA:
+            module.set_force_sum_reduction_for_comms(True)
+    got, got_grads = results(built)
+    torch.testing.assert_close(got, loss, rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(got_grads, grads, strict=True):
+        assert ours.dtype == torch.float32
+        difference = (ours.full_tensor() - theirs.float()).norm() / theirs.float().norm()
+        assert difference < 0.05
