@@ -60,3 +60,5 @@ def compile_all(tokens, p, levels, k, m, heads, kv_heads, dim, dtype):
 
 compile_all(12288, 4, 3, 128, 128, 8, 8, 128, torch.bfloat16)
 compile_all(1000, 2, 4, 16, 16, 4, 2, 96, torch.float32)
+# More candidates in a tile than one block holds.
+compile_all(8192, 16, 2, 128, 128, 1, 1, 64, torch.bfloat16)

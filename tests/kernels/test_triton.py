@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, lighthouse_attention, select_indices
+from lighthouse_kernels.select import triton as select
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -130,6 +131,15 @@ def test_selection_from_scores(shape, cover_prefix):
         assert torch.equal(select_indices(q, k, cfg, scores=scores), expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES[2:5:2])
+def test_selection_from_more_candidates_than_a_block_holds(monkeypatch, shape):
+    monkeypatch.setattr(select, "BLOCK", 4)
+    q, k, _, cfg = inputs(shape)
+    scores = tuple(x.to(DEVICE) for x in draws.token_scores(q.cpu(), k.cpu(), seed=3))
+    expected = select_indices(q, k, replace(cfg, backend="reference"), scores=scores)
+    assert torch.equal(select_indices(q, k, cfg, scores=scores), expected)
+
+
 @pytest.mark.parametrize("scorer, block", [("random", 64), ("block", 64), ("block", 2)])
 @pytest.mark.parametrize("shape", [*SHAPES[2:5], *SHAPES[len(SMALL) :]])
 def test_selection_from_a_key(shape, scorer, block):
@@ -234,7 +244,7 @@ def test_rows_beyond_2_31_elements():
 
 @pytest.mark.gpu
 def test_more_than_65535_entries():
-    shape = (262144, 1, 2, 1, 64, 4, 2, 1024, 128)
+    shape = (262144, 1, 1, 1, 64, 4, 2, 1024, 128)
     q, k, v, cfg = inputs(shape)
     indices = select_indices(q, k, replace(cfg, backend="reference"))
     assert indices.shape[2] > 65536

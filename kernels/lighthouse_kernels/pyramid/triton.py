@@ -45,23 +45,19 @@ def _store_score(best, p_score, o_w, padded, LEVEL: tl.constexpr, LOG_P: tl.cons
 
 
 @triton.jit
-def _reduce_kernel(
-    p_x, p_out, p_score, stride_b, stride_n, stride_h,
-    rows, padded, blocks, heads, score_length, stored_length,
+def _reduce(
+    p_x, p_out, p_score, stride_b, stride_n, stride_h, i_b, i_block, i_h,
+    rows, padded, heads, score_length, stored_length,
     D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, BASE: tl.constexpr, COUNT: tl.constexpr,
     STORED: tl.constexpr, OUTER: tl.constexpr, WINDOWS: tl.constexpr, POOL: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
-    """Reduce a block of rows of level BASE, of one head, to the COUNT levels above it.
+    """Reduce a block of rows of level BASE, of one head of one tensor, to the COUNT levels above it.
 
-    A program holds WINDOWS windows of OUTER * p rows; OUTER is p where two levels are reduced in registers, else 1.
+    The block is WINDOWS windows of OUTER * p rows; OUTER is p where two levels are reduced in registers, else 1.
     """
     P: tl.constexpr = 1 << LOG_P
     # Levels reduced in registers.
     INNER: tl.constexpr = 1 if OUTER == 1 else 2
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
     o_w = i_block * WINDOWS + tl.arange(0, WINDOWS)
     o_d = tl.arange(0, D2)
     p_x += i_b * stride_b + i_h * stride_h
@@ -107,33 +103,38 @@ def _reduce_kernel(
             _store_mean(total, p_out, stride, o_i, padded, 1 << (LOG_P * i), BASE + i, STORED, LOG_P, D, D2)
 
 
-def _reduce(x: Tensor, g: Layout, pooled: bool, scored: bool) -> tuple[Tensor, Tensor]:
-    """Pooled rows [B, R, H, D] and scores [B, H, M - N'] of one tensor, empty where not asked for."""
-    batch, tokens, heads, dim = x.shape
-    p, log_p, first = g.pooling, g.log_p, g.stored_from
-    length = g.stored_rows if pooled else 0
-    above = g.scored if scored else 0
-    out = x.new_empty(batch, length, heads, dim)
-    scores = x.new_empty(batch, heads, above, dtype=torch.float32)
-    block = max(BLOCK_ROWS, p)
-    base, rows, highest = 0, tokens, g.levels - 1 if length or scored else 0
-    while base < highest:
-        # All levels whose windows fit in a block of rows; the next launch goes on from the last of them.
-        count = min(highest - base, (block.bit_length() - 1) // log_p)
-        outer = p if count > 1 and p <= 4 else 1
-        blocks = -(-g.windows[base] // block)
-        with target(x):
-            _reduce_kernel[(batch * heads * blocks,)](
-                x, out, scores, *row_strides(x), rows, g.padded, blocks, heads, above, length,
-                D=dim, D2=padded_dim(dim), LOG_P=log_p, BASE=base, COUNT=count, STORED=first, OUTER=outer,
-                WINDOWS=block // (outer * p), POOL=length > 0, SCORE=scored, num_warps=WARPS,
-            )  # fmt: skip
-        base += count
-        rows = g.windows[base]
-        if length and base < highest:
-            start = sum(g.windows[first:base])
-            x = out[:, start : start + rows]
-    return out, scores
+@triton.jit
+def _reduce_kernel(
+    p_q, p_k, p_v, p_pooled_q, p_pooled_k, p_pooled_v, p_by_query, p_by_key,
+    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
+    rows, padded, blocks, heads, kv_heads, score_length, stored_length,
+    D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, BASE: tl.constexpr, COUNT: tl.constexpr,
+    STORED: tl.constexpr, OUTER: tl.constexpr, WINDOWS: tl.constexpr, POOL: tl.constexpr, SCORE: tl.constexpr,
+):  # fmt: skip
+    """A block of one head of q, k or v; v only where rows are stored, for it has no scores."""
+    pid = tl.program_id(0).to(tl.int64)
+    all_heads = heads + kv_heads * 2 if POOL else heads + kv_heads
+    i_h = pid % all_heads
+    i_block = (pid // all_heads) % blocks
+    i_b = pid // (all_heads * blocks)
+    if i_h < heads:
+        _reduce(
+            p_q, p_pooled_q, p_by_query, sqb, sqn, sqh, i_b, i_block, i_h,
+            rows, padded, heads, score_length, stored_length,
+            D, D2, LOG_P, BASE, COUNT, STORED, OUTER, WINDOWS, POOL, SCORE,
+        )  # fmt: skip
+    elif i_h < heads + kv_heads:
+        _reduce(
+            p_k, p_pooled_k, p_by_key, skb, skn, skh, i_b, i_block, i_h - heads,
+            rows, padded, kv_heads, score_length, stored_length,
+            D, D2, LOG_P, BASE, COUNT, STORED, OUTER, WINDOWS, POOL, SCORE,
+        )  # fmt: skip
+    elif POOL:
+        _reduce(
+            p_v, p_pooled_v, p_by_key, svb, svn, svh, i_b, i_block, i_h - heads - kv_heads,
+            rows, padded, kv_heads, score_length, stored_length,
+            D, D2, LOG_P, BASE, COUNT, STORED, OUTER, WINDOWS, True, False,
+        )  # fmt: skip
 
 
 def pyramid(
@@ -151,7 +152,32 @@ def pyramid(
         pooled q [B, R, H, D], k and v [B, R, Hkv, D] with R = `g.stored_rows`; s_Q [B, H, M - N'] of every query head
         and s_K [B, Hkv, M - N'], float32, of the levels above 0. What was not asked for is empty.
     """
-    pooled_q, by_query = _reduce(q, g, pooled, scored)
-    pooled_k, by_key = _reduce(k, g, pooled, scored)
-    pooled_v, _ = _reduce(v, g, pooled, False)
-    return pooled_q, pooled_k, pooled_v, by_query, by_key
+    batch, tokens, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    p, log_p, first = g.pooling, g.log_p, g.stored_from
+    length = g.stored_rows if pooled else 0
+    above = g.scored if scored else 0
+    outs = [x.new_empty(batch, length, x.shape[2], dim) for x in (q, k, v)]
+    scores = [x.new_empty(batch, x.shape[2], above, dtype=torch.float32) for x in (q, k)]
+    block = max(BLOCK_ROWS, p)
+    sources = q, k, v
+    base, rows, highest = 0, tokens, g.levels - 1 if length or scored else 0
+    while base < highest:
+        # All levels whose windows fit in a block of rows; the next launch goes on from the last of them.
+        count = min(highest - base, (block.bit_length() - 1) // log_p)
+        outer = p if count > 1 and p <= 4 else 1
+        blocks = -(-g.windows[base] // block)
+        programs = batch * blocks * (heads + kv_heads * (2 if length else 1))
+        with target(q):
+            _reduce_kernel[(programs,)](
+                *sources, *outs, *scores, *(stride for x in sources for stride in row_strides(x)),
+                rows, g.padded, blocks, heads, kv_heads, above, length,
+                D=dim, D2=padded_dim(dim), LOG_P=log_p, BASE=base, COUNT=count, STORED=first, OUTER=outer,
+                WINDOWS=block // (outer * p), POOL=length > 0, SCORE=scored, num_warps=WARPS,
+            )  # fmt: skip
+        base += count
+        rows = g.windows[base]
+        if length and base < highest:
+            start = sum(g.windows[first:base])
+            sources = [x[:, start : start + rows] for x in outs]
+    return *outs, *scores

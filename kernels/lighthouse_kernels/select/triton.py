@@ -42,25 +42,41 @@ def _drawn(p_key, i_b, i_h, index):
 
 
 @triton.jit
-def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
+def _threshold(p_order, count, wanted, BLOCK: tl.constexpr, ONE: tl.constexpr):
     """The `wanted`-th largest of the keys + 2**31, and how many keys equal to it are among the `wanted` largest.
 
-    A radix search: each pass counts the keys that agree with the digits found so far by their next 8 bits.
+    A radix search from the top: 2 bits at a time where ONE block holds all keys, so that they stay in registers, and 8
+    bits a pass over memory where it does not.
     """
     found = tl.zeros([], tl.int64)
-    o_digit = tl.arange(0, 256)
-    for i in tl.static_range(4):
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, count, BLOCK):
-            o = start + tl.arange(0, BLOCK)
-            m = o < count
-            key = tl.load(p_order + o, mask=m, other=_LOWEST).to(tl.int64) + 2147483648
-            m = m & ((key >> (32 - 8 * i)) == (found >> (32 - 8 * i)))
-            counts += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=m)
-        larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
-        digit = tl.sum((larger >= wanted).to(tl.int32), axis=0)
-        wanted -= tl.sum(tl.where(o_digit == digit, larger, 0), axis=0)
-        found += digit.to(tl.int64) << (24 - 8 * i)
+    if ONE:
+        o = tl.arange(0, BLOCK)
+        key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.int64) + 2147483648
+        for i in tl.static_range(16):
+            # The counts of the keys from 1, 2 and 3 on, of at most BLOCK, in one sum.
+            above = (key >= found + (1 << (30 - 2 * i))).to(tl.int64)
+            above += (key >= found + (2 << (30 - 2 * i))).to(tl.int64) << 20
+            above += (key >= found + (3 << (30 - 2 * i))).to(tl.int64) << 40
+            above = tl.sum(above, axis=0)
+            digit = ((above & 0xFFFFF) >= wanted).to(tl.int64)
+            digit += (((above >> 20) & 0xFFFFF) >= wanted).to(tl.int64)
+            digit += ((above >> 40) >= wanted).to(tl.int64)
+            found += digit << (30 - 2 * i)
+        wanted -= tl.sum((key > found).to(tl.int32), axis=0)
+    else:
+        o_digit = tl.arange(0, 256)
+        for i in tl.static_range(4):
+            counts = tl.zeros([256], tl.int32)
+            for start in range(0, count, BLOCK):
+                o = start + tl.arange(0, BLOCK)
+                m = o < count
+                key = tl.load(p_order + o, mask=m, other=_LOWEST).to(tl.int64) + 2147483648
+                m = m & ((key >> (32 - 8 * i)) == (found >> (32 - 8 * i)))
+                counts += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=m)
+            larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
+            digit = tl.sum((larger >= wanted).to(tl.int32), axis=0)
+            wanted -= tl.sum(tl.where(o_digit == digit, larger, 0), axis=0)
+            found += digit.to(tl.int64) << (24 - 8 * i)
     return found, wanted
 
 
@@ -69,7 +85,7 @@ def _select_kernel(
     p_sq, p_sk, p_key, p_indices, p_slots, p_scratch,
     tokens, padded, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
     GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr,
-    DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     i_tile = pid % tiles
@@ -128,7 +144,7 @@ def _select_kernel(
 
         if DRAWN == "norm":
             # By query: the chosen leave, the others go on by key.
-            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK)
+            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK, ONE)
             tl.debug_barrier()
             for start in range(0, count, BLOCK):
                 o = start + tl.arange(0, BLOCK)
@@ -142,10 +158,10 @@ def _select_kernel(
                 tl.store(p_order + o_segment + o, tl.where(chosen, _LOWEST, by_key), mask=m)
                 tl.store(p_parents + o_segment + o, chosen.to(tl.int32), mask=m)
             tl.debug_barrier()
-            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK)
+            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK, ONE)
         else:
             # Both scores are one, so the largest by query and then by key are the largest.
-            found, equal = _threshold(p_order + o_segment, count, 2 * HALF, BLOCK)
+            found, equal = _threshold(p_order + o_segment, count, 2 * HALF, BLOCK, ONE)
 
         parents = tl.zeros([], tl.int32)
         for start in range(0, count, BLOCK):
@@ -230,6 +246,7 @@ def select(
             GROUP=by_query.shape[1] // kv_heads, HALF=g.geometry.tile_parents // 2, LOG_P=g.log_p,
             LEVELS=g.levels, COVER=g.geometry.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",
-            LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS,
+            LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK,
+            ONE=max(coarse, g.geometry.tile_parents * g.pooling) <= BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return indices, slots
