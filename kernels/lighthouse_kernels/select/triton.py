@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lighthouse_kernels.launching import Layout, target
 
-# Candidates a program looks at together.
+# Candidates a program looks at together, fewer than 1024.
 BLOCK, WARPS = 512, 2
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
@@ -48,24 +48,29 @@ def _threshold(p_order, count, wanted, BLOCK: tl.constexpr, ONE: tl.constexpr):
     A radix search from the top: 2 bits at a time where ONE block holds all keys, so that they stay in registers, and 8
     bits a pass over memory where it does not.
     """
-    found = tl.zeros([], tl.int64)
+    wanted = tl.full([], 0, tl.int32) + wanted
+    # Rolled loops: this code runs a few times only, so that fetching it would take longer than running it.
     if ONE:
         o = tl.arange(0, BLOCK)
-        key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.int64) + 2147483648
-        for i in tl.static_range(16):
-            # The counts of the keys from 1, 2 and 3 on, of at most BLOCK, in one sum.
-            above = (key >= found + (1 << (30 - 2 * i))).to(tl.int64)
-            above += (key >= found + (2 << (30 - 2 * i))).to(tl.int64) << 20
-            above += (key >= found + (3 << (30 - 2 * i))).to(tl.int64) << 40
+        key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.uint32, bitcast=True) ^ 0x80000000
+        best = tl.zeros([], tl.uint32)
+        step = tl.full([], 1 << 30, tl.uint32)
+        for _ in range(16):
+            # How many keys are at least best + 1, 2 and 3 steps, BLOCK at most, in one sum.
+            above = (key >= best + step).to(tl.int32)
+            above += (key >= best + step * 2).to(tl.int32) << 10
+            above += (key >= best + step * 3).to(tl.int32) << 20
             above = tl.sum(above, axis=0)
-            digit = ((above & 0xFFFFF) >= wanted).to(tl.int64)
-            digit += (((above >> 20) & 0xFFFFF) >= wanted).to(tl.int64)
-            digit += ((above >> 40) >= wanted).to(tl.int64)
-            found += digit << (30 - 2 * i)
-        wanted -= tl.sum((key > found).to(tl.int32), axis=0)
+            best += step * ((above & 1023) >= wanted).to(tl.uint32)
+            best += step * (((above >> 10) & 1023) >= wanted).to(tl.uint32)
+            best += step * ((above >> 20) >= wanted).to(tl.uint32)
+            step = step >> 2
+        wanted -= tl.sum((key > best).to(tl.int32), axis=0)
+        found = best.to(tl.int64)
     else:
+        found = tl.zeros([], tl.int64)
         o_digit = tl.arange(0, 256)
-        for i in tl.static_range(4):
+        for i in range(4):
             counts = tl.zeros([256], tl.int32)
             for start in range(0, count, BLOCK):
                 o = start + tl.arange(0, BLOCK)
