@@ -31,6 +31,11 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"the sequence must hold at least one token, not {self.tokens}")
+        if self.padded >= 2**30 and not self.dense and self.pyramid_length >= 2**31:
+            raise ValueError(
+                f"a pyramid of {self.pyramid_length} windows is too large, indices have 32 bits; "
+                f"its coarsest level holds at least topk = {self.topk} windows of {self.window(self.levels - 1)} tokens"
+            )
 
     @classmethod
     def of(cls, shape: list[int]) -> "Geometry":

@@ -74,5 +74,10 @@ def _layout(shape: tuple[int, ...]) -> Layout:
 
 
 def layout(shape: list[int]) -> Layout:
-    """The layout of `Geometry.shape`."""
+    """The layout of `Geometry.shape`, worked out once for each."""
     return _layout(tuple(shape))
+
+
+def symbolic_layout(shape: list[int]) -> Layout:
+    """The same where a compiler may not know the length yet: such a shape cannot be looked up."""
+    return Layout(Geometry.of(shape))

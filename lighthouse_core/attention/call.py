@@ -45,7 +45,7 @@ def select_indices(
         v: [B, N, Hkv, D]; only scorers that attend read it. None of the present ones does.
         scores: replaces the scorer. A pair (s_Q, s_K), per token ([B, N, H] and [B, N, Hkv]; a window takes the
             maximum of its tokens, a KV head the maximum of its query heads) or per window (both [B, Hkv, M] in flat
-            pyramid order). Finite and above -1, the score of padding.
+            pyramid order). Finite and above -1, the score of padding; what NaN selects is not defined.
         key: int64 (seed, step, layer) or (seed, step, layer, sample), for the scorers `random` and `block`;
             `sample` numbers the first row within the global batch.
 
@@ -57,9 +57,9 @@ def select_indices(
     """
     check_inputs(q, k, k if v is None else v)
     g = geometry(q.shape[1], cfg)
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
     if g.dense:
         return torch.arange(g.tokens, dtype=torch.int32, device=q.device).repeat(q.shape[0], k.shape[2], 1)
-    ops = kernels(cfg.backend, q.device.type, q.dtype)
     if scores is not None:
         scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
     elif cfg.scorer == "norm":
@@ -78,13 +78,14 @@ def lighthouse_attention(
     scale: float | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule). Differentiable in q, k and v.
+    """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule). Differentiable in q, k and v, by
+    the Triton kernels once.
 
     Args:
         q: [B, N, H, D], after RoPE.
         k, v: [B, N, Hkv, D]; H is a multiple of Hkv, which share one selection per KV head.
         cfg: settings of the call.
-        indices: [B, Hkv, S] integers that fix the selection, as `select_indices` returns them.
+        indices: [B, Hkv, S] int32 or int64 that fix the selection, as `select_indices` returns them; no window twice.
         scores, key: see `select_indices`.
         scale: factor on the attention scores; 1/sqrt(D) by default.
 
@@ -97,16 +98,16 @@ def lighthouse_attention(
     """
     check_inputs(q, k, v)
     g = geometry(q.shape[1], cfg)
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
     if g.dense:
         why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
         log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
         return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
     expected = [q.shape[0], k.shape[2], g.gathered_length]
-    if indices is not None and (indices.is_floating_point() or list(indices.shape) != expected):
+    if indices is not None and (indices.dtype not in (torch.int32, torch.int64) or list(indices.shape) != expected):
         raise ValueError(
-            f"indices must be integers [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
+            f"indices must be int32 or int64 [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
         )
-    ops = kernels(cfg.backend, q.device.type, q.dtype)
     by_norm = indices is None and scores is None and cfg.scorer == "norm"
     pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
     if indices is not None:

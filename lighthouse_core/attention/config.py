@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 SCORERS = ("norm", "random", "block")
 BACKENDS = ("auto", "reference", "triton")
-DENSE_BACKENDS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "math")
+DENSE_BACKENDS = ("auto", "fa4", "cudnn", "flash", "math")
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,36 @@ https://github.com/Dao-AILab/flash-attention, package flash-attn-4 (extra `flash
 used inside an operation of torch, and breaks a compiled graph outside of one.
 """
 
-import importlib.util
+import importlib.metadata
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-INSTALLED = importlib.util.find_spec("flash_attn") is not None and (
-    importlib.util.find_spec("flash_attn.cute") is not None
-)
+
+def _installed() -> bool:
+    # Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
+    try:
+        return importlib.metadata.version("flash-attn-4") is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+INSTALLED = _installed()
+NEEDS_GPU = "needs a Hopper or Blackwell GPU"
 NOT_INSTALLED = "is not installed (pip install 'lighthouse-pretrain[flash]')"
-# Compute capabilities that it has kernels for: Hopper and Blackwell.
+# Compute capabilities that it has kernels for, Hopper and Blackwell, and below, head dimensions tried with it.
 _MAJORS = (9, 10)
 
 
 def obstacle(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why FlashAttention-4 cannot take such tensors; None if it can."""
+    if device_type != "cuda":
+        return NEEDS_GPU
     if not INSTALLED:
         return NOT_INSTALLED
-    if device_type != "cuda" or _major() not in _MAJORS:
-        return "needs a Hopper or Blackwell GPU"
+    if _major() not in _MAJORS:
+        return NEEDS_GPU
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes no {dtype}"
     if dim % 8 or dim > 128:

@@ -76,13 +76,15 @@ def _check(cfg: LighthouseConfig, heads: int, kv_heads: int, dim: int, dtype: to
         for h in (heads, kv_heads, kv_heads)
     )
     key = torch.zeros(3, dtype=torch.int64, device=device)
+    plain = replace(cfg, backend="reference", dense_backend="math")
+    scores = tuple(x.float().norm(dim=-1) for x in (q, k))
+    if not torch.equal(select_indices(q, k, cfg, scores=scores), select_indices(q, k, plain, scores=scores)):
+        raise LighthouseError("the selection is not that of plain PyTorch: nothing was timed")
     indices = select_indices(q, k, cfg, key=key)
-    exact = lighthouse_attention(
-        q.float(), k.float(), v.float(), replace(cfg, backend="reference", dense_backend="math"), indices=indices
-    )
+    exact = lighthouse_attention(q.float(), k.float(), v.float(), plain, indices=indices)
     short = slice(_CHECK_TOKENS)
     checks = {
-        "lighthouse_relative_error": _relative_error(lighthouse_attention(q, k, v, cfg, indices=indices), exact),
+        "lighthouse_relative_error": _relative_error(lighthouse_attention(q, k, v, cfg, key=key), exact),
         "dense_relative_error": _relative_error(
             dense_attention(q[:, short], k[:, short], v[:, short], backend=cfg.dense_backend),
             dense_attention(*(x[:, short].float() for x in (q, k, v)), backend="math"),

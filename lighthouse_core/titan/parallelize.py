@@ -33,8 +33,8 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
     """Operations whose results activation checkpointing keeps.
 
     Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another
-    selection would give another gradient. `selective` also keeps the gathered rows, with which the backward pass of an
-    attention call needs neither the tokens' q, k and v nor the pyramid again.
+    selection would give another gradient. `selective` also keeps the gathered rows, so that a compiled block recomputes
+    neither the pyramid nor, for the attention call, the tokens' q, k and v.
 
     Args:
         mode: "selective" or "full".

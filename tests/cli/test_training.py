@@ -220,7 +220,7 @@ def test_environment_is_recorded(lighthouse, trainer, here):
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [('lighthouse.backend="triton"', "'triton'"), ('lighthouse.dense_backend="fa3"', "'fa3'")],
+    [('lighthouse.backend="triton"', "'triton'"), ('lighthouse.dense_backend="fa4"', "'fa4'")],
 )
 def test_a_backend_that_is_not_there_is_met_before_the_launch(lighthouse, trainer, here, setting, words):
     assert words in lighthouse("pretrain", "tiny.toml", "--set", setting).error

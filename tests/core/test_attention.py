@@ -1,5 +1,8 @@
 """The attention call as a user makes it: values, gradients, causality, precision, compilation, and its errors."""
 
+import subprocess
+import sys
+
 import draws
 import pytest
 import slow
@@ -8,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
+from lighthouse_core import (
+    LighthouseConfig,
+    backends,
+    dense_attention,
+    gathered_length,
+    lighthouse_attention,
+    select_indices,
+)
 from lighthouse_core.errors import LighthouseError
 
 USER_ERRORS = (ValueError, LighthouseError)
@@ -448,3 +458,24 @@ def test_compiled_code_selects_what_eager_code_does(device):
     expected = lighthouse_attention(q, k, v, cfg)
     error = (compiled(q, k, v, cfg) - expected).norm() / expected.norm()
     assert error < 1e-6
+
+
+def test_a_pyramid_of_more_windows_than_indices_is_refused():
+    with pytest.raises(USER_ERRORS, match="too large"):
+        gathered_length(2**20, LighthouseConfig(pooling=16, levels=6, topk=2048))
+
+
+def test_a_backend_that_is_not_there_is_refused_though_the_call_is_dense(monkeypatch):
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    q, k, v = draws.qkv(8, 1, 4, 2, 4)
+    with pytest.raises(USER_ERRORS, match="needs a CUDA device"):
+        lighthouse_attention(q, k, v, LighthouseConfig(backend="triton"))
+
+
+def test_another_flash_attention_is_not_taken_for_the_fourth(tmp_path):
+    """Nor imported: one built for another torch fails there."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lighthouse_core.attention import flash, call"
+    subprocess.run([sys.executable, "-c", code + "; assert not flash.INSTALLED"], check=True, timeout=100)

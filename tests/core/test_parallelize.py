@@ -107,7 +107,11 @@ def test_what_is_kept():
     ops = torch.ops.lighthouse
     full = kept_results("full", config(backend="triton"), DEVICE)
     assert full == {ops.select.default, ops.select_drawn.default}
-    assert ops.gather.default in kept_results("selective", config(backend="triton"), DEVICE)
+    selective = kept_results("selective", config(backend="triton"), DEVICE)
+    aten = torch.ops.aten
+    assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}
+    assert aten._scaled_dot_product_cudnn_attention.default in selective
+    assert aten._scaled_dot_product_flash_attention.default in selective
     assert kept_results("full", None, DEVICE) == set()
 
 

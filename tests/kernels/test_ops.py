@@ -66,6 +66,25 @@ def test_one_graph_and_the_same_results(scorer):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_compiled_call_takes_any_length():
+    compiled = torch.compile(attention, fullgraph=True, backend=COMPILER)
+    for tokens in (37, 48, 61):
+        q, k, v, cfg = draws.make((tokens, *draws.SHAPES[1][1:]), dtype=torch.float32)
+        tensors = [x.to(DEVICE).requires_grad_() for x in (q, k, v)]
+        cfg = replace(cfg, backend="triton", dense_backend="math")
+        results = [call(*tensors, cfg) for call in (compiled, attention)]
+        torch.testing.assert_close(*results)
+        grads = [torch.autograd.grad(x.square().sum(), tensors) for x in results]
+        torch.testing.assert_close(*grads)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, cfg = call(dense_backend="math")
+    grads = torch.autograd.grad(attention(q, k, v, cfg).square().sum(), (q, k, v), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(x.square().sum() for x in grads).backward()
+
+
 @pytest.mark.parametrize("scorer", ["norm", "random"])
 def test_recomputation_selects_the_same(scorer):
     q, k, v, cfg = call(scorer=scorer, dense_backend="math")

@@ -172,8 +172,10 @@ def test_scores_of_any_sign_and_size():
     windows = 192 + 48 + 12 + 3
     generator = torch.Generator().manual_seed(7)
     pair = [torch.randn(1, 1, windows, generator=generator).exp().mul(10).to(DEVICE) - 0.99 for _ in range(2)]
-    pair[0][..., ::3] = 0.0
-    pair[1][..., ::2] = -0.0
+    for scores in pair:
+        # Both zeros, which are equal, among the largest and the smallest.
+        scores[..., ::2] = 0.0
+        scores[..., 1::4] = -0.0
     expected = select_indices(q, k, replace(cfg, backend="reference"), scores=tuple(pair))
     assert torch.equal(select_indices(q, k, cfg, scores=tuple(pair)), expected)
 
@@ -199,6 +201,12 @@ def test_strided_inputs_give_the_same(monkeypatch):
     assert torch.equal(lighthouse_attention(*heads_first, cfg), expected)
     last_strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
     assert torch.equal(lighthouse_attention(*last_strided, cfg), expected)
+    # Gradients whose rows are one element, or lie across.
+    across = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for grad in (torch.ones((), device=DEVICE).expand(q.shape), across.transpose(1, 3).contiguous().transpose(1, 3)):
+        _, strided = gradients(lambda *x: lighthouse_attention(*x, cfg), (q, k, v), grad)
+        _, contiguous = gradients(lambda *x: lighthouse_attention(*x, cfg), (q, k, v), grad.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
 
 
 def test_what_cannot_run_is_refused():

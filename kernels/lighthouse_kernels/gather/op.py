@@ -3,6 +3,7 @@ none, and nothing of full length is kept for it."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from lighthouse_kernels.gather import triton as kernel
@@ -47,6 +48,7 @@ class _Gather(torch.autograd.Function):
             return gather(q, k, v, stored_q, stored_k, stored_v, indices, slots, shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_q, grad_k, grad_v):
         (slots,) = ctx.saved_tensors
         return *gather_backward(grad_q, grad_k, grad_v, slots, ctx.shape), None, None, None, None, None, None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from lighthouse_kernels.launching import layout, operation, rows_contiguous
+from lighthouse_kernels.launching import layout, operation, rows_contiguous, symbolic_layout
 from lighthouse_kernels.pyramid import triton as kernel
 
 
@@ -19,7 +19,7 @@ def pyramid(
 
 @register_fake("lighthouse::pyramid")
 def _(q, k, v, shape, pooled, scored):
-    g = layout(shape)
+    g = symbolic_layout(shape)
     rows = g.stored_rows if pooled else 0
     above = g.scored if scored else 0
     stored = (x.new_empty(x.shape[0], rows, x.shape[2], x.shape[3]) for x in (q, k, v))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from lighthouse_kernels.launching import below_autograd, layout, operation, rows_contiguous
@@ -39,6 +40,7 @@ class _Scatter(torch.autograd.Function):
             return scatter(rows, indices, slots, shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (indices,) = ctx.saved_tensors
         return scatter_backward(grad, indices, ctx.shape), None, None, None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from lighthouse_kernels.launching import Layout, layout, operation
+from lighthouse_kernels.launching import Layout, layout, operation, symbolic_layout
 from lighthouse_kernels.select import triton as kernel
 
 
@@ -24,7 +24,7 @@ def select(by_query: Tensor, by_key: Tensor, shape: list[int]) -> tuple[Tensor, 
 
 @register_fake("lighthouse::select")
 def _(by_query, by_key, shape):
-    return _selection(by_query, *by_key.shape[:2], layout(shape))
+    return _selection(by_query, *by_key.shape[:2], symbolic_layout(shape))
 
 
 @operation
@@ -35,4 +35,4 @@ def select_drawn(key: Tensor, batch: int, kv_heads: int, score_block: int, shape
 
 @register_fake("lighthouse::select_drawn")
 def _(key, batch, kv_heads, score_block, shape):
-    return _selection(key, batch, kv_heads, layout(shape))
+    return _selection(key, batch, kv_heads, symbolic_layout(shape))
