@@ -5,8 +5,8 @@ it is timed, with each dense kernel, is compared with plain PyTorch in float32, 
 PyTorch loses in bfloat16 as the measure; all heads up to 131072 tokens, one head beyond.
 
 Batch 1, 8 heads of 128, bfloat16, the norm scorer. Times are medians between CUDA events around each call, called one
-after the other as in training, with the L2 cache overwritten before each. "Stages" is the device time of one call, all
-kernels, fills and copies, less that of the dense call alone, in torch's profiler with cuDNN inside.
+after the other as in training, with the L2 cache overwritten before each. "Stages" is the device time of one call in
+torch's profiler, of all kernels, fills and copies but those that the dense call alone (by cuDNN) has, too.
 """
 
 import argparse
@@ -146,8 +146,8 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
     """Milliseconds of our kernels in one forward and backward pass, and of the rest outside the dense call."""
     whole = device_ms(lambda *x: lighthouse_attention(*x, cfg), *inputs(tokens))
     dense = device_ms(lambda *x: dense_attention(*x, backend="cudnn"), *inputs(gathered_length(tokens, cfg)))
-    named = {stage: whole[kernel] for stage, kernel in KERNELS.items()}
-    return named | {"rest": sum(whole.values()) - sum(dense.values()) - sum(named.values())}
+    named = {stage: whole.pop(kernel) for stage, kernel in KERNELS.items()}
+    return named | {"rest": sum(time for name, time in whole.items() if name not in dense)}
 
 
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
