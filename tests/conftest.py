@@ -26,18 +26,10 @@ settings.register_profile(
 settings.load_profile("lighthouse")
 
 
-# Files whose every test runs the kernels, or compiles for the device there is.
-ON_THE_GPU = {"test_triton.py", "test_ops.py", "test_flash.py", "test_parallelize.py"}
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`-m gpu` runs all of those files where there is a GPU, and says that it needs one where there is none."""
+    """`-m gpu` says that it needs a GPU where there is none."""
     for item in items:
-        if torch.cuda.is_available():
-            if item.path.name in ON_THE_GPU:
-                item.add_marker(pytest.mark.gpu)
-        elif item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     # The longest file first, so that one of two processes has it while the other runs the rest.
     items.sort(key=lambda item: "integration" not in item.path.parts)

@@ -147,7 +147,7 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
     whole = device_ms(lambda *x: lighthouse_attention(*x, cfg), *inputs(tokens))
     dense = device_ms(lambda *x: dense_attention(*x, backend="cudnn"), *inputs(gathered_length(tokens, cfg)))
     named = {stage: whole.pop(kernel) for stage, kernel in KERNELS.items()}
-    return named | {"rest": sum(time for name, time in whole.items() if name not in dense)}
+    return named | {"rest": sum(ms for name, ms in whole.items() if name not in dense)}
 
 
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:

@@ -81,8 +81,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
     """Raise ValueError unless both backends that `cfg` names are there on a device of this type. Touches no GPU."""
     kernels(cfg.backend, device_type)
-    if cfg.dense_backend == "fa4" and (device_type != "cuda" or not flash.INSTALLED):
-        raise ValueError(f"dense backend 'fa4' {flash.NEEDS_GPU if device_type != 'cuda' else flash.NOT_INSTALLED}")
+    if cfg.dense_backend == "fa4" and (why_not := flash.absence(device_type)):
+        raise ValueError(f"dense backend 'fa4' {why_not}")
     if cfg.dense_backend not in ("auto", "fa4"):
         _sdpa(cfg.dense_backend, device_type)
 

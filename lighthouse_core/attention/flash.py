@@ -10,30 +10,26 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-
-def _installed() -> bool:
-    # Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
-    try:
-        return importlib.metadata.version("flash-attn-4") is not None
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-INSTALLED = _installed()
-NEEDS_GPU = "needs a Hopper or Blackwell GPU"
-NOT_INSTALLED = "is not installed (pip install 'lighthouse-pretrain[flash]')"
-# Compute capabilities that it has kernels for, Hopper and Blackwell, and below, head dimensions tried with it.
+# Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
+INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
+_NEEDS_GPU = "needs a Hopper or Blackwell GPU"
+# Compute capabilities that it has kernels for: Hopper and Blackwell.
 _MAJORS = (9, 10)
+
+
+def absence(device_type: str) -> str | None:
+    """Why FlashAttention-4 is not there for any tensor on such a device; None if it is. Touches no GPU."""
+    if device_type != "cuda":
+        return _NEEDS_GPU
+    return None if INSTALLED else "is not installed (pip install 'lighthouse-pretrain[flash]')"
 
 
 def obstacle(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why FlashAttention-4 cannot take such tensors; None if it can."""
-    if device_type != "cuda":
-        return NEEDS_GPU
-    if not INSTALLED:
-        return NOT_INSTALLED
+    if why_not := absence(device_type):
+        return why_not
     if _major() not in _MAJORS:
-        return NEEDS_GPU
+        return _NEEDS_GPU
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes no {dtype}"
     if dim % 8 or dim > 128:

@@ -14,10 +14,11 @@ from torchtitan.models.llama3.infra.parallelize import apply_compile, apply_ddp,
 from lighthouse_core.attention import flash
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.backends import kernels
-from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 aten = torch.ops.aten
-# What selective checkpointing keeps of a dense layer, torchtitan's choice: attention and every second matrix product.
+# What selective checkpointing keeps of a dense layer, of torchtitan's list what this model can run, and attention on a
+# CPU. Of the matrix products it keeps every second.
 _DENSE = {
     aten.mm.default,
     aten._scaled_dot_product_attention_math.default,
@@ -63,7 +64,7 @@ def parallelize(
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     checkpointing = job_config.activation_checkpoint
     if checkpointing.mode != "none":
-        kept = kept_results(checkpointing.mode, cfg, "cuda" if HAS_ACCELERATOR else "cpu")
+        kept = kept_results(checkpointing.mode, cfg, DEVICE_TYPE)
         if checkpointing.mode == "full" and kept:
             # torchtitan's "full" keeps nothing, so this is "selective" with next to nothing.
             checkpointing = dataclasses.replace(checkpointing, mode="selective", selective_ac_option="op")
@@ -83,9 +84,13 @@ def parallelize(
         )
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
+    use_plain_sums(model)
+    return model
+
+
+def use_plain_sums(model: nn.Module) -> None:
+    """Without an accelerator, have sharded parameters add gradients by plain sums: gloo has no scaled ones."""
     if not HAS_ACCELERATOR:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # gloo has no scaled sum, which FSDP2 asks for otherwise.
                 module.set_force_sum_reduction_for_comms(True)
-    return model

@@ -8,6 +8,7 @@ import torch
 import torch._utils
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
+DEVICE_TYPE = "cuda" if HAS_ACCELERATOR else "cpu"
 
 if not HAS_ACCELERATOR:
     _ask = torch._utils._get_available_device_type

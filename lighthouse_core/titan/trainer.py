@@ -30,7 +30,7 @@ from lighthouse_core.titan.job import MODEL, build_job
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
 from lighthouse_core.titan.parallelize import parallelize
-from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.titan.runtime import DEVICE_TYPE
 from lighthouse_core.train.schedule import lr_factor
 from lighthouse_core.train.stop import Interrupted, stop_requested
 
@@ -66,8 +66,7 @@ class LighthouseConverter:
     def convert(self, model: nn.Module) -> None:
         recipe = self.recipe
         cfg = recipe.lighthouse.attention()
-        device_type = "cuda" if HAS_ACCELERATOR else "cpu"
-        log_choices(cfg, device_type, getattr(torch, recipe.training.dtype), recipe.model.head_dim)
+        log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim)
         use_lighthouse(model, cfg, recipe.model.dense_layers)
 
     def post_optimizer_hook(self, model) -> None:
@@ -177,12 +176,12 @@ class Trainer(TitanTrainer):
     def _register(stage: Stage) -> None:
         recipe = stage.recipe
         flops = flops_per_token(recipe, stage.name)
-        attention = recipe.lighthouse.attention()
+        attention = recipe.lighthouse.attention() if stage.name == "lighthouse" else None
         args = model_args(recipe.model, recipe.training.seq_len, recipe.training.seed, flops)
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
             model_cls=Transformer,
             model_args={MODEL: args},
-            parallelize_fn=functools.partial(parallelize, cfg=attention if stage.name == "lighthouse" else None),
+            parallelize_fn=functools.partial(parallelize, cfg=attention),
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),

@@ -8,14 +8,15 @@ from lighthouse_core import LighthouseConfig
 from lighthouse_core.config import load_recipe
 from lighthouse_core.titan import build_job
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
-from lighthouse_core.titan.parallelize import kept_results, parallelize
+from lighthouse_core.titan.parallelize import kept_results, parallelize, use_plain_sums
 
-from torch.distributed.fsdp import FSDPModule  # isort: skip
 from torchtitan.distributed import ParallelDims  # isort: skip
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp  # isort: skip
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+# On a GPU all of it is the GPU's.
+pytestmark = [pytest.mark.gpu] if CUDA else []
 TOKENS = 64
 # The interpreter takes seconds a call; a few are enough there.
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -132,9 +133,7 @@ def test_sharded_parameters_in_mixed_precision(tmp_path, process_group, backend,
     built = prepared(cfg, tmp_path, "selective", compiled)
     mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("fsdp",))
     apply_fsdp(built, mesh, torch.bfloat16, torch.float32, pp_enabled=False)
-    for module in built.modules():
-        if isinstance(module, FSDPModule) and not CUDA:
-            module.set_force_sum_reduction_for_comms(True)
+    use_plain_sums(built)
     got, got_grads = results(built)
     torch.testing.assert_close(got, loss, rtol=1e-2, atol=1e-2)
     for ours, theirs in zip(got_grads, grads, strict=True):

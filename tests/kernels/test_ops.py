@@ -14,6 +14,8 @@ from lighthouse_core import lighthouse_attention, select_indices
 from lighthouse_kernels import triton as operations  # registers them
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a GPU all of it is the GPU's.
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 # On a CPU all but the last step, whose code would be that of plain PyTorch alone.
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"
 KEY = (3, 1, 4, 1)

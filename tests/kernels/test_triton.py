@@ -14,6 +14,8 @@ from lighthouse_kernels.select import triton as select
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+# On a GPU all of it is the GPU's.
+pytestmark = [pytest.mark.gpu] if CUDA else []
 
 # (N, B, H, Hkv, D, p, L, k, m)
 SMALL = [
