@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lighthouse_kernels.launching import Layout, target
 
-# Candidates a program looks at together, fewer than 1024.
-BLOCK, WARPS = 512, 2
+# Candidates a program looks at together.
+BLOCK, WARPS = 512, 4
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -42,46 +42,27 @@ def _drawn(p_key, i_b, i_h, index):
 
 
 @triton.jit
-def _threshold(p_order, count, wanted, BLOCK: tl.constexpr, ONE: tl.constexpr):
+def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
     """The `wanted`-th largest of the keys + 2**31, and how many keys equal to it are among the `wanted` largest.
 
-    A radix search from the top: 2 bits at a time where ONE block holds all keys, so that they stay in registers, and 8
-    bits a pass over memory where it does not.
+    A radix search from the top, 8 bits a pass.
     """
     wanted = tl.full([], 0, tl.int32) + wanted
-    # Rolled loops: this code runs a few times only, so that fetching it would take longer than running it.
-    if ONE:
-        o = tl.arange(0, BLOCK)
-        key = tl.load(p_order + o, mask=o < count, other=_LOWEST).to(tl.uint32, bitcast=True) ^ 0x80000000
-        best = tl.zeros([], tl.uint32)
-        step = tl.full([], 1 << 30, tl.uint32)
-        for _ in range(16):
-            # How many keys are at least best + 1, 2 and 3 steps, BLOCK at most, in one sum.
-            above = (key >= best + step).to(tl.int32)
-            above += (key >= best + step * 2).to(tl.int32) << 10
-            above += (key >= best + step * 3).to(tl.int32) << 20
-            above = tl.sum(above, axis=0)
-            best += step * ((above & 1023) >= wanted).to(tl.uint32)
-            best += step * (((above >> 10) & 1023) >= wanted).to(tl.uint32)
-            best += step * ((above >> 20) >= wanted).to(tl.uint32)
-            step = step >> 2
-        wanted -= tl.sum((key > best).to(tl.int32), axis=0)
-        found = best.to(tl.int64)
-    else:
-        found = tl.zeros([], tl.int64)
-        o_digit = tl.arange(0, 256)
-        for i in range(4):
-            counts = tl.zeros([256], tl.int32)
-            for start in range(0, count, BLOCK):
-                o = start + tl.arange(0, BLOCK)
-                m = o < count
-                key = tl.load(p_order + o, mask=m, other=_LOWEST).to(tl.int64) + 2147483648
-                m = m & ((key >> (32 - 8 * i)) == (found >> (32 - 8 * i)))
-                counts += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=m)
-            larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
-            digit = tl.sum((larger >= wanted).to(tl.int32), axis=0)
-            wanted -= tl.sum(tl.where(o_digit == digit, larger, 0), axis=0)
-            found += digit.to(tl.int64) << (24 - 8 * i)
+    found = tl.zeros([], tl.int64)
+    o_digit = tl.arange(0, 256)
+    # A rolled loop: this code runs a few times only, so that fetching it would take longer than running it.
+    for i in range(4):
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, count, BLOCK):
+            o = start + tl.arange(0, BLOCK)
+            m = o < count
+            key = tl.load(p_order + o, mask=m, other=_LOWEST).to(tl.int64) + 2147483648
+            m = m & ((key >> (32 - 8 * i)) == (found >> (32 - 8 * i)))
+            counts += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=m)
+        larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
+        digit = tl.sum((larger >= wanted).to(tl.int32), axis=0)
+        wanted -= tl.sum(tl.where(o_digit == digit, larger, 0), axis=0)
+        found += digit.to(tl.int64) << (24 - 8 * i)
     return found, wanted
 
 
@@ -90,7 +71,7 @@ def _select_kernel(
     p_sq, p_sk, p_key, p_indices, p_slots, p_scratch,
     tokens, padded, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
     GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr,
-    DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr,
+    DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     i_tile = pid % tiles
@@ -149,7 +130,7 @@ def _select_kernel(
 
         if DRAWN == "norm":
             # By query: the chosen leave, the others go on by key.
-            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK, ONE)
+            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK)
             tl.debug_barrier()
             for start in range(0, count, BLOCK):
                 o = start + tl.arange(0, BLOCK)
@@ -163,10 +144,10 @@ def _select_kernel(
                 tl.store(p_order + o_segment + o, tl.where(chosen, _LOWEST, by_key), mask=m)
                 tl.store(p_parents + o_segment + o, chosen.to(tl.int32), mask=m)
             tl.debug_barrier()
-            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK, ONE)
+            found, equal = _threshold(p_order + o_segment, count, HALF, BLOCK)
         else:
             # Both scores are one, so the largest by query and then by key are the largest.
-            found, equal = _threshold(p_order + o_segment, count, 2 * HALF, BLOCK, ONE)
+            found, equal = _threshold(p_order + o_segment, count, 2 * HALF, BLOCK)
 
         parents = tl.zeros([], tl.int32)
         for start in range(0, count, BLOCK):
@@ -252,6 +233,6 @@ def select(
             LEVELS=g.levels, COVER=g.geometry.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",
             LOG_BLOCK_TOKENS=max(score_block, 1).bit_length() - 1, BLOCK=BLOCK,
-            ONE=max(coarse, g.geometry.tile_parents * g.pooling) <= BLOCK, num_warps=WARPS,
+            num_warps=WARPS,
         )  # fmt: skip
     return indices, slots
