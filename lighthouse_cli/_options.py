@@ -20,5 +20,8 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the resolved recipe and its costs, check that it could start, and stop."),
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse to go on from an older checkpoint where the newest is damaged.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and the final line only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print each logged row on stdout as a JSON object.")]

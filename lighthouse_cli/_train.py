@@ -91,6 +91,14 @@ def train(
         raise typer.Exit(code)
 
 
+def warn_of_damage(run: "Run", step: int) -> None:
+    """Say which checkpoints were passed over for the one of `step`."""
+    for text in run.damaged.values():
+        _output.warn(text)
+    if run.damaged:
+        _output.warn(f"going on from step {step}; --strict refuses to")
+
+
 def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
     """Meet what is wrong with the data here, rather than after the processes have started.
 

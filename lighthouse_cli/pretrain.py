@@ -41,6 +41,7 @@ def pretrain(
     nnodes: _options.Nnodes = 1,
     node_rank: _options.NodeRank = 0,
     rdzv_endpoint: _options.RdzvEndpoint = "",
+    strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
@@ -60,7 +61,7 @@ def pretrain(
         run = find_run(resume)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-        _check_unfinished(run)
+        _check_unfinished(run, strict)
         _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
@@ -108,12 +109,13 @@ def _refuse_with_resume(settings: list[str] | None, name: str) -> None:
         raise UserError("--name is for a new run, --resume for an existing one")
 
 
-def _check_unfinished(run: "Run") -> None:
+def _check_unfinished(run: "Run", strict: bool) -> None:
     from lighthouse_core.errors import RunError
 
     if run.recovering:
         raise RunError(f"run {run.path} is in its recovery", hint=f"lighthouse recover {run.path} continues it")
-    step = run.newest_step()
+    step = run.newest_step(strict)
+    _train.warn_of_damage(run, step)
     if step >= run.end:
         after = "recover" if run.stage == "lighthouse" else "strip"
         raise RunError(
@@ -130,6 +132,8 @@ def _has_metrics(run: "Run") -> bool:
 def _finish(run_dir: Path, run: "Run | None", processes: "Plan", quiet: bool, as_json: bool) -> None:
     _output.say(f"run {run_dir}")
     with run.lock() if run is not None else nullcontext():
+        if run is not None:
+            run.set_aside()
         again = f"lighthouse pretrain --resume {run_dir}"
         _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
     if run is not None:

@@ -29,6 +29,7 @@ def recover(
     nnodes: _options.Nnodes = 1,
     node_rank: _options.NodeRank = 0,
     rdzv_endpoint: _options.RdzvEndpoint = "",
+    strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
@@ -53,7 +54,8 @@ def recover(
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
     with nullcontext() if dry_run else found.lock():
-        recovery = plan_recovery(found, steps, extend, settings or ())
+        recovery = plan_recovery(found, steps, extend, settings or (), strict)
+        _train.warn_of_damage(found, recovery.step)
         if recovery.stopped_early:
             _output.warn(
                 f"stage 1 of {found.path} stopped at step {recovery.start} of {found.end}; recovery begins there"
@@ -65,6 +67,7 @@ def recover(
         _train.check(recovery.recipe, processes)
         if dry_run:
             return
+        found.set_aside()
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
         again = f"lighthouse recover {found.path}"

@@ -34,6 +34,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, or belongs to another model."""
 
 
+class StorageError(LighthouseError):
+    """A checkpoint that could not be written: the disk is full, or fails."""
+
+
 class DataError(UserError):
     """Training data that is missing or cannot be read."""
 

@@ -65,8 +65,8 @@ def run_dirs(output_dir: Path | str = "runs") -> list[Path]:
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first. One that is still being written has no .metadata file."""
-    folders = run_dir.glob("checkpoints/step-*/.metadata")
+    """Steps of the published checkpoints, oldest first. One that is still being written has another name."""
+    folders = run_dir.glob("checkpoints/step-*/manifest.json")
     return sorted(int(name[5:]) for file in folders if re.fullmatch(r"step-\d+", name := file.parent.name))
 
 

@@ -23,6 +23,7 @@ from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError
 from lighthouse_core.listing import checkpoint_steps, run_dirs
+from lighthouse_core.seal import damage
 
 # Sections and keys that still take effect when training goes on from a checkpoint.
 RESUMABLE = (
@@ -44,6 +45,7 @@ class Run:
         path: the directory.
         name: its last part.
         recipe: the resolved recipe of the stage in progress (recover.toml in a recovery, else recipe.toml).
+        damaged: what `newest_step` found wrong with newer checkpoints, by step.
         ledger: `{"version": 1, "stages": [{"stage": "lighthouse" | "dense", "start": 0, "end": 120}, ...]}`;
             a stage trains the steps start + 1 .. end.
 
@@ -57,6 +59,7 @@ class Run:
         if not (self.path / "recipe.toml").is_file():
             raise RunError(f"{path} is not a run: it has no recipe.toml")
         self.ledger = self._read_ledger()
+        self.damaged: dict[int, str] = {}
 
     @property
     def recipe_path(self) -> Path:
@@ -86,25 +89,43 @@ class Run:
         return len(self.ledger["stages"]) > 1
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first. One that is still being written has no .metadata file."""
+        """Steps of the published checkpoints, oldest first."""
         return checkpoint_steps(self.path)
 
     def checkpoint_dir(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step}"
 
-    def newest_step(self) -> int:
-        """Step of the newest complete checkpoint.
+    def newest_step(self, strict: bool = False) -> int:
+        """Step of the newest checkpoint whose every byte is as it was written. Newer ones go into `damaged`.
+
+        Args:
+            strict: refuse to fall back to an older one.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or the newest is damaged and `strict` forbids another.
         """
-        steps = self.checkpoint_steps()
-        if not steps:
-            raise CheckpointError(
-                f"run {self.path} has no complete checkpoint",
-                hint="start it again under another name; a smaller checkpoint.interval saves earlier",
-            )
-        return steps[-1]
+        self.damaged.clear()
+        for step in reversed(self.checkpoint_steps()):
+            path = self.checkpoint_dir(step)
+            reason = damage(path)
+            if reason is None:
+                return step
+            self.damaged[step] = f"checkpoint {path} is damaged: {reason}"
+            if strict:
+                raise CheckpointError(self.damaged[step], hint="without --strict the newest sound one is taken")
+        if self.damaged:
+            raise CheckpointError(f"every checkpoint of {self.path} is damaged; {self.damaged[max(self.damaged)]}")
+        raise CheckpointError(
+            f"run {self.path} has no complete checkpoint",
+            hint="start it again under another name; a smaller checkpoint.interval saves earlier",
+        )
+
+    def set_aside(self) -> None:
+        """Rename what `newest_step` found damaged to step-N.damaged, so that training goes on before it."""
+        for step in self.damaged:
+            path = self.checkpoint_dir(step)
+            names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(1000))
+            path.rename(next(name for name in names if not name.exists()))
 
     def write_recovery(self, recovery: "Recovery") -> None:
         """Make the recovery the last stage, and its recipe recover.toml."""
@@ -168,7 +189,11 @@ class Recovery:
 
 
 def plan_recovery(
-    run: Run, steps: int | None = None, extend: int | None = None, overrides: Sequence[str] = ()
+    run: Run,
+    steps: int | None = None,
+    extend: int | None = None,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
 ) -> Recovery:
     """What `lighthouse recover` has to train: a new recovery, or the rest of one that was begun. Writes nothing.
 
@@ -177,6 +202,7 @@ def plan_recovery(
         steps: length of the recovery; else `[recover] steps`.
         extend: steps to add to a recovery that was begun.
         overrides: `a.b=value` settings, of those that take effect on resuming.
+        strict: refuse to fall back to an older checkpoint where the newest is damaged.
 
     Raises:
         RunError: the run is dense from the start, or its recovery is complete or of another length.
@@ -200,20 +226,21 @@ def plan_recovery(
         # The ledger has the length; recover.toml runs ahead of it if an --extend was cut off between the two.
         overrides = [f"recover.steps={run.end - run.start}", *overrides]
     recipe = _with_own_tokenizer(load_recipe(run.recipe_path, overrides), run.path)
-    return _continue_recovery(run, recipe, extend) if run.recovering else _begin_recovery(run, recipe, extend)
+    plan = _continue_recovery if run.recovering else _begin_recovery
+    return plan(run, recipe, extend, strict)
 
 
-def _begin_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery:
+def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) -> Recovery:
     if extend is not None:
         raise RunError(f"run {run.path} has no recovery to extend", hint="lighthouse recover --steps N begins one")
     if not recipe.recover.steps:
         raise UserError(f"the recipe of run {run.path} has no recover.steps", hint="give --steps N")
-    step = run.newest_step()
+    step = run.newest_step(strict)
     return Recovery(recipe, step, step + recipe.recover.steps, step, stopped_early=step < run.end)
 
 
-def _continue_recovery(run: Run, recipe: Recipe, extend: int | None) -> Recovery:
-    step, begun = run.newest_step(), run.end - run.start
+def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) -> Recovery:
+    step, begun = run.newest_step(strict), run.end - run.start
     if step < run.start:
         raise CheckpointError(f"run {run.path} lost its checkpoint of step {run.start}, where its recovery began")
     # Before its first checkpoint nothing of it is lost, so that a mistaken length can be corrected.

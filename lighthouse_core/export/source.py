@@ -15,6 +15,7 @@ from lighthouse_core.checkpoint import check_model
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.export.llama import Entry
 from lighthouse_core.runs import Run
+from lighthouse_core.seal import damage
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,21 @@ def find_source(checkpoint: Path) -> Source:
 
     Raises:
         RunError: the directory is not a run.
-        CheckpointError: the run has no checkpoint, or this one is incomplete.
+        CheckpointError: the run has no checkpoint, or this one is incomplete or damaged.
     """
     path = checkpoint.resolve()
     match = re.fullmatch(r"step-(\d+)", path.name)
     if not match or path.parent.name != "checkpoints":
         run = Run(path)
-        return Source(run, run.newest_step())
-    source = Source(Run(path.parent.parent), int(match[1]))
+        # Nobody wants an older model than the run has, unasked.
+        steps = run.checkpoint_steps()
+        source = Source(run, steps[-1] if steps else run.newest_step())
+    else:
+        source = Source(Run(path.parent.parent), int(match[1]))
     if source.step not in source.run.checkpoint_steps():
-        raise CheckpointError(f"{checkpoint} is missing or incomplete: it has no .metadata file")
+        raise CheckpointError(f"{source.path} is missing or incomplete: it has no manifest.json")
+    if reason := damage(source.path):
+        raise CheckpointError(f"{source.path} is damaged: {reason}", hint="name an older checkpoints/step-N of the run")
     return source
 
 

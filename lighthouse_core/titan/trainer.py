@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchtitan.protocols.train_spec as train_specs
 from torch import nn
+from torchtitan import train as titan_train
 from torchtitan.components.checkpoint import MODEL as MODEL_STATE
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
@@ -16,7 +17,6 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.components.validate import Validator as TitanValidator
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
-from torchtitan.train import Trainer as TitanTrainer
 
 from lighthouse_core.attention.dense import log_choices
 from lighthouse_core.attention.module import set_selection_keys
@@ -26,6 +26,7 @@ from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.runs import Run
+from lighthouse_core.titan.checkpointer import Checkpointer
 from lighthouse_core.titan.job import MODEL, build_job
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
@@ -156,7 +157,7 @@ def _amp(recipe: Recipe, autocast: contextlib.AbstractContextManager) -> context
     return contextlib.nullcontext() if recipe.training.dtype == "float32" else autocast
 
 
-class Trainer(TitanTrainer):
+class Trainer(titan_train.Trainer):
     """torchtitan's trainer for one stage of a run."""
 
     def __init__(self, stage: Stage):
@@ -164,6 +165,7 @@ class Trainer(TitanTrainer):
         self.stage = stage
         self._register(stage)
         converters = [MODEL] if stage.name == "lighthouse" else []
+        titan_train.CheckpointManager = Checkpointer
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end, converters=converters))
         self.maybe_enable_amp = _amp(recipe, self.maybe_enable_amp)
         self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
@@ -220,7 +222,8 @@ class Trainer(TitanTrainer):
 
     def should_continue_training(self) -> bool:
         if self._stop_requested():
-            if not (self.stage.run.checkpoint_dir(self.step) / ".metadata").exists():
+            self.checkpointer._async_wait()
+            if self.step not in self.stage.run.checkpoint_steps():
                 self.checkpointer.save(self.step, last_step=True)
             raise Interrupted
         return super().should_continue_training()

@@ -10,6 +10,7 @@ import pytest
 from lighthouse_cli.app import main
 from lighthouse_core import backends, launch
 from lighthouse_core.runs import Run
+from lighthouse_core.seal import seal
 
 TINY = """\
 [model]
@@ -102,7 +103,7 @@ class Trainer:
             step = Run(run_dir).end if self.stop is None else self.stop
             folder = Run(run_dir).checkpoint_dir(step)
             folder.mkdir(parents=True)
-            (folder / ".metadata").touch()
+            seal(folder)
         return self.code
 
 

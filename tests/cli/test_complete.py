@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lighthouse_core.listing import shipped_recipes
+from lighthouse_core.seal import seal
 
 SCRIPT = """
 import sys
@@ -43,7 +44,7 @@ def place(tmp_path):
     for name, time_ in (("older", 1000), ("newer", 2000)):
         for step in (5, 10):
             (tmp_path / f"runs/{name}/checkpoints/step-{step}").mkdir(parents=True)
-        (tmp_path / f"runs/{name}/checkpoints/step-5/.metadata").touch()
+        seal(tmp_path / f"runs/{name}/checkpoints/step-5")
         (tmp_path / f"runs/{name}/recipe.toml").touch()
         os.utime(tmp_path / f"runs/{name}", (time_, time_))
     (tmp_path / "mine.toml").touch()

@@ -197,7 +197,7 @@ def test_ctrl_c_is_passed_on_and_the_last_view_stays(terminal):
         def save(number, frame):
             time.sleep(1)
             os.makedirs("runs/a/checkpoints/step-7")
-            open("runs/a/checkpoints/step-7/.metadata", "w").close()
+            open("runs/a/checkpoints/step-7/manifest.json", "w").close()
             open(os.environ["LIGHTHOUSE_EXIT_FILE"], "w").write("143")
             os._exit(143)
         signal.signal(signal.SIGTERM, save)

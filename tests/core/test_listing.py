@@ -6,6 +6,7 @@ import os
 import pytest
 
 from lighthouse_core import listing
+from lighthouse_core.seal import seal
 
 LEDGER = {"version": 1, "stages": [{"stage": "lighthouse", "start": 0, "end": 100}]}
 
@@ -74,7 +75,7 @@ def test_without_rows_the_step_is_the_newest_complete_checkpoints(make):
     for name in ("step-5", "step-40", "step-50", "step-x"):
         (run / "checkpoints" / name).mkdir(parents=True)
         if name != "step-50":
-            (run / "checkpoints" / name / ".metadata").touch()
+            seal(run / "checkpoints" / name)
     assert listing.summarize(run).step == 40
 
 

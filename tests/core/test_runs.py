@@ -9,6 +9,7 @@ import pytest
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
 from lighthouse_core.runs import Run, create_run, find_run, plan_recovery
+from lighthouse_core.seal import seal
 
 RECIPE = """
 [model]
@@ -39,7 +40,7 @@ def recipe(tmp_path):
 def save(run, *steps):
     for step in steps:
         run.checkpoint_dir(step).mkdir(parents=True)
-        (run.checkpoint_dir(step) / ".metadata").touch()
+        seal(run.checkpoint_dir(step))
 
 
 def stages(run):
@@ -95,7 +96,7 @@ def test_only_complete_checkpoints_count_and_in_numeric_order(recipe):
     run.checkpoint_dir(110).mkdir()
     for odd in ("step-120.tmp", "old-step-130", "step-", "step-x"):
         (run.path / "checkpoints" / odd).mkdir()
-        (run.path / "checkpoints" / odd / ".metadata").touch()
+        seal(run.path / "checkpoints" / odd)
     assert run.checkpoint_steps() == [90, 100]
     assert run.newest_step() == 100
 
@@ -197,7 +198,7 @@ def test_a_lost_switch_checkpoint_is_an_error(recipe):
     run = create_run(recipe, "tiny", "a")
     save(run, 40, 100)
     run.write_recovery(plan_recovery(run))
-    (run.checkpoint_dir(100) / ".metadata").unlink()
+    (run.checkpoint_dir(100) / "manifest.json").unlink()
     assert "step 100" in str(refused(CheckpointError, run))
 
 

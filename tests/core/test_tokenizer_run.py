@@ -14,6 +14,7 @@ from lighthouse_core.errors import RunError, UserError
 from lighthouse_core.export import llama, strip
 from lighthouse_core.export.tokenizer import write_tokenizer
 from lighthouse_core.runs import Run, create_run, find_run, plan_recovery
+from lighthouse_core.seal import seal
 
 RECIPE = """
 [model]
@@ -49,6 +50,7 @@ def start(tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(state, checkpoint_id=run.checkpoint_dir(10), no_dist=True)
+            seal(run.checkpoint_dir(10))
         return run
 
     return start

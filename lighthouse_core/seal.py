@@ -1,0 +1,141 @@
+"""Sealed directories: every file's SHA-256 in a manifest, and published under their name as a whole or not at all.
+
+A directory is written under a temporary name. `seal` brings its files to the disk and writes the manifest; `publish`
+renames it. What has its name and a manifest was therefore complete once, and `damage` tells what has changed since.
+Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+# Parts of a file have digests of their own, so that all cores can work on a large one.
+PART_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+
+
+def seal(folder: Path) -> None:
+    """Bring every file of `folder` to the disk and write its manifest.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    digests: dict[str, list[str]] = {}
+    with ThreadPoolExecutor() as pool:
+        names = _files(folder)
+        synced = [pool.submit(_sync, folder / name) for name in names]
+        hashed = {
+            name: [pool.submit(_digest, folder / name, i, PART_BYTES) for i in _parts(folder / name)] for name in names
+        }
+        for name, parts in hashed.items():
+            digests[name] = [part.result() for part in parts]
+        for sync in synced:
+            sync.result()
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
+    path = folder / MANIFEST
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(_text({"version": 1, "part_bytes": PART_BYTES, "files": files}))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def publish(folder: Path, name: Path) -> None:
+    """Rename a sealed folder, once and for all."""
+    os.rename(folder, name)
+    _sync(name.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed directory, naming the file; None if every byte is as it was sealed."""
+    manifest = read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    files = manifest["files"]
+    found = _files(folder)
+    for name in sorted(files.keys() - set(found)):
+        return f"{name} is missing"
+    for name in sorted(set(found) - files.keys()):
+        return f"{name} does not belong to it"
+    for name, entry in files.items():
+        size = (folder / name).stat().st_size
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes, not {entry['bytes']}"
+    with ThreadPoolExecutor() as pool:
+        hashed = [
+            (name, digest, pool.submit(_digest, folder / name, i, manifest["part_bytes"]))
+            for name, entry in files.items()
+            for i, digest in enumerate(entry["sha256"])
+        ]
+        for name, digest, part in hashed:
+            try:
+                if part.result() != digest:
+                    return f"{name} is damaged: its SHA-256 is another"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | str:
+    """The manifest of a sealed directory, or what is wrong with it. Reads no other file."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    try:
+        manifest = json.loads(text)
+        version = manifest["version"]
+        del manifest["seal"]
+        intact = _text(manifest).encode() == text
+    except (ValueError, LookupError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if not intact:
+        return f"{MANIFEST} is damaged"
+    return manifest if version == 1 else f"{MANIFEST} is of version {version}, which this release does not read"
+
+
+def sealed_bytes(folder: Path) -> int | None:
+    """What the files of a sealed directory take, as its manifest says; None where it has none."""
+    manifest = read_manifest(folder)
+    return None if isinstance(manifest, str) else sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    """The only text that this manifest has: with its own digest, so that no byte of it can change unseen."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _parts(path: Path) -> range:
+    return range(max(1, -(-path.stat().st_size // PART_BYTES)))
+
+
+def _digest(path: Path, part: int, part_bytes: int) -> str:
+    digest = hashlib.sha256()
+    left = part_bytes
+    with path.open("rb", buffering=0) as file:
+        file.seek(part * part_bytes)
+        while left and (chunk := file.read(min(left, _READ_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

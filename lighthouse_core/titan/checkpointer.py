@@ -1,0 +1,127 @@
+"""torchtitan's checkpoints, published as a whole: written under a temporary name, sealed, renamed."""
+
+import errno
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+
+from lighthouse_core.errors import StorageError
+from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(CheckpointManager):
+    """Saves to `.step-N.saving`; what is named `step-N` is complete and sealed."""
+
+    def __init__(self, *parts: Any, **named: Any):
+        super().__init__(*parts, **named)
+        self.path = Path(self.folder)
+        self.rank = torch.distributed.get_rank()
+        # For agreements that must not wait for an accelerator.
+        self.group = torch.distributed.new_group(backend="gloo")
+        self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
+        if self.rank == 0:
+            # Of a process that was killed; the caller holds the run.
+            for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
+                shutil.rmtree(leftover)
+        torch.distributed.barrier(self.group)
+
+    def dcp_save(
+        self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *rest: Any, **named: Any
+    ) -> Future | None:
+        name = Path(checkpoint_id)
+        temporary = name.with_name(f".{name.name}.saving")
+        self._agree(self._lacks_space)
+        try:
+            saved = super().dcp_save(state_dict, str(temporary), async_mode, *rest, **named)
+        except CheckpointException as error:
+            raise _storage_error(name, error) from error
+        if async_mode == AsyncMode.DISABLED:
+            self._agree(lambda: self._publish(temporary, name))
+            return None
+        return self.finisher.submit(self._finish, saved, temporary, name)
+
+    def _finish(self, saved: Future, temporary: Path, name: Path) -> None:
+        try:
+            saved.result()
+        except CheckpointException as error:
+            raise _storage_error(name, error) from error
+        # All processes have written their files once the coordinator's part is done.
+        failure = self._publish(temporary, name) if self.rank == 0 else None
+        if failure:
+            raise StorageError(failure)
+
+    def _publish(self, temporary: Path, name: Path) -> str | None:
+        try:
+            seal(temporary)
+            publish(temporary, name)
+        except OSError as error:
+            return f"checkpoint {name} could not be written: {error.strerror}"
+        return None
+
+    def _lacks_space(self) -> str | None:
+        steps = checkpoint_steps(self.path.parent)
+        needed = sealed_bytes(self._dir(steps[-1])) if steps else None
+        if needed is None:
+            # Weights and AdamW's two moments in float32.
+            needed = 12 * sum(weight.numel() for weight in self.states[MODEL].state_dict().values())
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            return (
+                f"no space for a checkpoint in {self.path}: it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free"
+            )
+        return None
+
+    def _agree(self, action) -> None:
+        """Run `action` on the first process; all processes fail with what it returns."""
+        answer = [action() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(answer, src=0, group=self.group)
+        if answer[0]:
+            raise StorageError(answer[0])
+
+    def maybe_wait_for_staging(self) -> None:
+        # Called once a step: a save that failed meanwhile ends the run now, not at the next save.
+        if self.save_future is not None and self.save_future.done():
+            self.save_future.result()
+        super().maybe_wait_for_staging()
+
+    def close(self) -> None:
+        if getattr(self, "finisher", None) is not None:
+            finisher, self.finisher = self.finisher, None
+            finisher.shutdown()
+        super().close()
+
+    def _find_load_step(self, folder: str = "") -> int:
+        return next(reversed(checkpoint_steps(self.path.parent)), -1)
+
+    def _dir(self, step: int) -> Path:
+        return self.path / f"step-{step}"
+
+    def _purge_stale_checkpoints(self) -> None:
+        """Delete what is sealed, and older than the newest that are to be kept."""
+        if self.rank or not self.keep_latest_k:
+            return
+        for step in checkpoint_steps(self.path.parent)[: -self.keep_latest_k]:
+            if isinstance(read_manifest(self._dir(step)), str):
+                logger.warning("%s has no sound manifest and is not deleted", self._dir(step))
+                continue
+            # Out of the way at once, so that nothing half deleted has the name of a checkpoint.
+            doomed = self.path / f".step-{step}.deleting"
+            self._dir(step).rename(doomed)
+            self.purge_queue.put(str(doomed))
+
+
+def _storage_error(name: Path, error: CheckpointException) -> StorageError:
+    causes = [failure[0] for failure in error.failures.values()]
+    full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)
+    reason = "no space left on the device" if full else str(causes[0]).strip().splitlines()[-1]
+    return StorageError(f"checkpoint {name} could not be written: {reason}")
