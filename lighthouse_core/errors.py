@@ -34,6 +34,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, or belongs to another model."""
 
 
+class TrainingError(LighthouseError):
+    """Training cannot go on: a loss or a gradient is not finite."""
+
+
 class StorageError(LighthouseError):
     """A checkpoint that could not be written: the disk is full, or fails."""
 

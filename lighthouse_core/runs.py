@@ -31,6 +31,8 @@ RESUMABLE = (
     "training.compile",
     "training.activation_checkpointing",
     "training.local_batch_size",
+    "training.nonfinite",
+    "training.nonfinite_limit",
     "parallel",
     "checkpoint",
     "metrics",

@@ -8,7 +8,11 @@ from lighthouse_core.config.section import Positive, Section, conflict
 
 
 class TrainingSection(Section):
-    """Batch sizes count sequences of `seq_len` tokens; `local_batch_size` is what one process holds at a time."""
+    """Batch sizes count sequences of `seq_len` tokens; `local_batch_size` is what one process holds at a time.
+
+    `nonfinite` is what becomes of an update whose loss or gradient is NaN or infinite: "halt" ends the run there,
+    "skip" leaves it out, and ends the run after `nonfinite_limit` in a row.
+    """
 
     seq_len: Positive
     local_batch_size: Positive = 1
@@ -19,6 +23,8 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     deterministic: bool = False
+    nonfinite: Literal["halt", "skip"] = "halt"
+    nonfinite_limit: Positive = 10
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSection":

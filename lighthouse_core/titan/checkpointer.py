@@ -27,6 +27,8 @@ class Checkpointer(CheckpointManager):
         self.rank = torch.distributed.get_rank()
         # For agreements that must not wait for an accelerator.
         self.group = torch.distributed.new_group(backend="gloo")
+        # What has to be known of the steps before a checkpoint may hold them.
+        self.before_save = lambda: None
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
         if self.rank == 0:
             # Of a process that was killed; the caller holds the run.
@@ -39,6 +41,7 @@ class Checkpointer(CheckpointManager):
     ) -> Future | None:
         name = Path(checkpoint_id)
         temporary = name.with_name(f".{name.name}.saving")
+        self.before_save()
         self._agree(self._lacks_space)
         try:
             saved = super().dcp_save(state_dict, str(temporary), async_mode, *rest, **named)

@@ -55,6 +55,8 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "model.flavor": MODEL,
         "model.converters": [],
         "optimizer.name": "AdamW",
+        # The guard against bad numbers needs it.
+        "optimizer.implementation": "fused",
         "optimizer.lr": recipe.optimizer.lr,
         "optimizer.beta1": recipe.optimizer.beta1,
         "optimizer.beta2": recipe.optimizer.beta2,

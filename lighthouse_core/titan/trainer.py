@@ -16,6 +16,7 @@ from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.components.validate import Validator as TitanValidator
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
 from lighthouse_core.attention.dense import log_choices
@@ -27,6 +28,7 @@ from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
+from lighthouse_core.titan.guard import Guard, NotingUtils
 from lighthouse_core.titan.job import MODEL, build_job
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
@@ -171,6 +173,16 @@ class Trainer(titan_train.Trainer):
         self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+        self.guard = Guard(
+            recipe.training.nonfinite,
+            recipe.training.nonfinite_limit,
+            recipe.training.global_batch_size,
+            list(self.optimizers),
+            self.device,
+            None if mesh is None else mesh.get_group(),
+        )
+        titan_train.dist_utils = NotingUtils(dist_utils, lambda norm: self.guard.judge(self.step, norm))
+        self.checkpointer.before_save = functools.partial(self.guard.look, lag=0)
         # Agreements between the processes that must not wait for an accelerator.
         self.host_group = torch.distributed.new_group(backend="gloo")
 
@@ -203,6 +215,7 @@ class Trainer(titan_train.Trainer):
     def train_step(self, data_iterator) -> None:
         self.micro_batch = 0
         super().train_step(data_iterator)
+        self.guard.look()
 
     def post_dataloading_process(self, input_dict, labels):
         return super().post_dataloading_process(_for_model(input_dict), labels)
@@ -218,6 +231,7 @@ class Trainer(titan_train.Trainer):
         loss = super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / averaged
         )
+        self.guard.see(loss)
         return loss / averaged
 
     def should_continue_training(self) -> bool:

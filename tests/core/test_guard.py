@@ -1,0 +1,99 @@
+"""The guard against bad numbers: what it leaves out leaves no trace, and what it does not is made."""
+
+import pytest
+import torch
+
+from lighthouse_core.errors import TrainingError
+from lighthouse_core.titan.guard import Guard
+
+
+class Job:
+    """A small model trained under a guard; `train` takes what to spoil: "", "gradient" or "loss"."""
+
+    def __init__(self, policy="skip", limit=3):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(5, 5)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
+        self.guard = Guard(policy, limit, 4, [self.optimizer], torch.device("cpu"))
+        self.step = 0
+
+    def train(self, *spoiled, value=float("nan")):
+        for spoil in spoiled:
+            self.step += 1
+            self.optimizer.zero_grad()
+            loss = self.model(torch.linspace(0, 1, 5) * self.step).square().sum()
+            loss.backward()
+            if spoil == "gradient":
+                self.model.weight.grad[2, 3] = value
+            self.guard.see(loss * value if spoil == "loss" else loss)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.guard.judge(self.step, norm)
+            self.optimizer.step()
+            self.guard.look()
+
+    def state(self):
+        states = self.optimizer.state.values()
+        return [
+            *self.model.parameters(),
+            *(state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step")),
+        ]
+
+    def snapshot(self):
+        return [x.detach().clone() for x in self.state()]
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoil", ["gradient", "loss"])
+def test_a_bad_step_keeps_every_bit_and_the_next_one_counts(spoil, value):
+    job = Job()
+    job.train("", "")
+    before = job.snapshot()
+    job.train(spoil, value=value)
+    assert equal(job.snapshot(), before)
+    job.train("")
+    assert not any(torch.equal(a, b) for a, b in zip(job.snapshot(), before, strict=True))
+
+
+def test_healthy_steps_are_those_of_a_run_without_a_guard():
+    job, plain = Job(), Job()
+    del plain.optimizer.found_inf
+    job.train("", "", "", "")
+    plain.train("", "", "", "")
+    assert equal(job.snapshot(), plain.snapshot())
+
+
+def test_left_out_steps_are_logged_with_their_data(caplog):
+    job = Job()
+    job.train("", "gradient", "", "")
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        "step 2 (sequences 4 to 7 of the training data)"
+    ]
+
+
+def test_it_ends_after_the_limit_in_a_row_and_no_sooner():
+    job = Job(limit=3)
+    job.train("", *("gradient", "loss", "") * 4)
+    before = job.snapshot()
+    with pytest.raises(TrainingError, match=r"step 16 \(sequences 60 to 63 .*\) is not finite, 3 in a row"):
+        job.train("gradient", "gradient", "gradient", "", "")
+    assert equal(job.snapshot(), before)
+
+
+def test_halt_keeps_the_weights_of_before_until_the_host_notices():
+    job = Job("halt")
+    job.train("", "")
+    before = job.snapshot()
+    with pytest.raises(TrainingError, match="step 3 "):
+        job.train("gradient", "", "")
+    assert job.step == 4 and equal(job.snapshot(), before)
+
+
+def test_a_checkpoint_waits_for_the_verdict():
+    job = Job("halt")
+    job.train("gradient")
+    with pytest.raises(TrainingError, match="step 1 "):
+        job.guard.look(lag=0)
