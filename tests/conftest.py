@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Read when the kernels are imported, by whichever test does it first.
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
 
 # Derandomised, so that a failure on one machine is a failure on every machine.
 settings.register_profile(

@@ -79,9 +79,7 @@ class Checkpointer(CheckpointManager):
         self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            return (
-                f"no space for a checkpoint in {self.path}: it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free"
-            )
+            return f"a checkpoint needs {needed / 1e9:.3g} GB, but {self.path} has {free / 1e9:.3g} GB free"
         return None
 
     def _agree(self, action) -> None:

@@ -101,6 +101,31 @@ def test_only_complete_checkpoints_count_and_in_numeric_order(recipe):
     assert run.newest_step() == 100
 
 
+def test_a_damaged_checkpoint_is_named_passed_over_and_set_aside(recipe):
+    run = create_run(recipe, "tiny", "a")
+    save(run, 80, 90, 100)
+    (run.checkpoint_dir(100) / "extra").touch()
+    (run.checkpoint_dir(90) / "manifest.json").write_text("{}")
+    refused_words = "step-100 is damaged: extra does not belong to it"
+    with pytest.raises(CheckpointError, match=refused_words):
+        run.newest_step(strict=True)
+    assert run.newest_step() == 80
+    assert list(run.damaged) == [100, 90] and refused_words in run.damaged[100]
+    assert "manifest.json is damaged" in run.damaged[90]
+    run.set_aside()
+    assert run.checkpoint_steps() == [80] and run.newest_step() == 80
+    assert (run.path / "checkpoints/step-100.damaged/extra").exists()
+
+
+def test_nothing_to_fall_back_to_is_an_error_that_names_the_newest(recipe):
+    run = create_run(recipe, "tiny", "a")
+    save(run, 90, 100)
+    for step in (90, 100):
+        (run.checkpoint_dir(step) / "extra").touch()
+    with pytest.raises(CheckpointError, match=r"every checkpoint .*step-100 is damaged: extra"):
+        run.newest_step()
+
+
 def test_finding_runs(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError, match="no run under runs"):

@@ -103,10 +103,11 @@ def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
         seen.extend(model.layers[name].attention.inner_attention.key.tolist() for name in ("1", "2"))
         return 0.0
 
-    monkeypatch.setattr(trainer.TitanTrainer, "forward_backward_step", forward_backward_step)
+    monkeypatch.setattr(trainer.titan_train.Trainer, "forward_backward_step", forward_backward_step)
     one = trainer.Trainer.__new__(trainer.Trainer)
     one.__dict__ |= dict(needs_keys=True, micro_batch=1, ranks=2, rank=1, step=7, model_parts=[model])
     one.stage = SimpleNamespace(recipe=recipe)
+    one.guard = SimpleNamespace(see=lambda loss: None)
     one.parallel_dims = SimpleNamespace(fsdp_enabled=True)
     one.forward_backward_step(input_dict={}, labels=torch.zeros(3, 32), global_valid_tokens=1.0)
     seed = recipe.training.seed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,8 @@ def test_an_extended_recovery_takes_its_rate_from_the_new_end(workspace, recover
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
-    stopped = pretrain(workspace, "stopped", "--nproc", "1", "--set", "training.steps=3")
+    settings = options("training.steps=3", "checkpoint.interval=1", "checkpoint.keep=0")
+    stopped = pretrain(workspace, "stopped", "--nproc", "1", *settings)
     recipe = stopped / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("\nsteps = 3\n", "\nsteps = 6\n", 1))
     ledger = json.loads((stopped / "ledger.json").read_text())
@@ -133,13 +135,33 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
     # Rows that a crash left behind after the checkpoint, one of them cut short.
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "stage": "lighthouse", "loss": 99.0}\n{"step": 5, "st')
-    succeed("pretrain", "--resume", "stopped", cwd=workspace)
+    # And a checkpoint that has changed since.
+    damaged = next((stopped / "checkpoints/step-3").glob("*.distcp"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    refused = lighthouse("pretrain", "--resume", "stopped", "--strict", cwd=workspace)
+    assert refused.returncode == 2 and f"{damaged.name} is damaged" in refused.stderr
+    done = succeed("pretrain", "--resume", "stopped", cwd=workspace)
+    assert f"{damaged.name} is damaged" in done.stderr and "going on from step 2" in done.stderr
+    assert (stopped / "checkpoints/step-3.damaged").is_dir() and checkpoint_steps(stopped) == [1, 2, 3, 4, 5, 6]
     expected = {step: row for step, row in rows(one).items() if step <= 6}  # it may have been recovered since
     seen = rows(stopped)
     assert seen.keys() == expected.keys()
     for step in expected:
         assert seen[step]["loss"] == expected[step]["loss"]
         assert seen[step]["grad_norm"] == expected[step]["grad_norm"]
+
+
+def test_bad_numbers_end_a_run_before_they_are_saved(workspace):
+    settings = options(*TINY, "optimizer.lr=1e30", "checkpoint.interval=1", "checkpoint.keep=0")
+    command = ["pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", "exploded", "--nproc", "2", *settings]
+    done = lighthouse(*command, cwd=workspace)
+    steps = checkpoint_steps(workspace / "runs/exploded")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert f"gradient of step {steps[-1] + 1} (sequences {4 * steps[-1]} to {4 * steps[-1] + 3} of" in error
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

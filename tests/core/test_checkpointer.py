@@ -1,0 +1,134 @@
+"""Saving: published as a whole, kept and deleted with care, its failures met at once."""
+
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import kill_saves
+import pytest
+import torch
+
+from lighthouse_core.errors import StorageError
+from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.seal import damage
+from lighthouse_core.titan import checkpointer
+
+
+@pytest.fixture(autouse=True)
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Builds a job that saves under tmp_path/run; closes it afterwards."""
+    jobs = []
+
+    def build(keep=2, asynchronous=False):
+        jobs.append(kill_saves.job(tmp_path / "run", keep, asynchronous))
+        return jobs[-1]
+
+    yield build
+    for saver, *_ in jobs:
+        saver.close()
+
+
+def save(saver, step, *numbers):
+    for number in numbers:
+        step.step = number
+        saver.save(number)
+
+
+def names(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_saved_steps_are_sealed_and_the_oldest_go(start, tmp_path):
+    saver, step, _ = start()
+    save(saver, step, 1, 2, 3)
+    saver.close()
+    run = tmp_path / "run"
+    assert names(run) == {"step-2", "step-3"}
+    assert [damage(run / "checkpoints" / name) for name in ("step-2", "step-3")] == [None, None]
+
+
+def test_what_cannot_be_proven_ours_and_whole_is_not_deleted(start, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints/step-0").mkdir(parents=True)
+    (run / "checkpoints/step-0/manifest.json").write_text("mine")
+    (run / "checkpoints/step-9-notes").mkdir()
+    saver, step, _ = start()
+    save(saver, step, 1, 2, 3, 4)
+    saver.close()
+    assert names(run) == {"step-0", "step-9-notes", "step-3", "step-4"}
+
+
+def test_leftovers_of_a_killed_process_go(start, tmp_path):
+    for name in (".step-7.saving", ".step-3.deleting"):
+        (tmp_path / "run/checkpoints" / name).mkdir(parents=True)
+    start()
+    assert names(tmp_path / "run") == set()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_met_before_the_save_and_costs_nothing(start, tmp_path, monkeypatch, asynchronous):
+    saver, step, _ = start(asynchronous=asynchronous)
+    save(saver, step, 1)
+    saver._async_wait()
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"needs 0\.007\d+ GB, but .* has 0\.001 GB free"):
+        save(saver, step, 2)
+    assert checkpoint_steps(tmp_path / "run") == [1] and damage(tmp_path / "run/checkpoints/step-1") is None
+
+
+def fails(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failure_to_publish_ends_the_run(start, tmp_path, monkeypatch):
+    saver, step, _ = start()
+    save(saver, step, 1)
+    monkeypatch.setattr(checkpointer, "seal", fails)
+    with pytest.raises(StorageError, match="step-2 could not be written: No space left"):
+        save(saver, step, 2)
+    assert checkpoint_steps(tmp_path / "run") == [1]
+
+
+def test_a_failure_behind_the_scenes_is_met_at_the_next_step(start, monkeypatch):
+    saver, step, _ = start(asynchronous=True)
+    monkeypatch.setattr(checkpointer, "seal", fails)
+    save(saver, step, 1)
+    with pytest.raises(StorageError, match="step-1 could not be written"):
+        for _ in range(200):
+            # What torchtitan calls before every update.
+            saver.maybe_wait_for_staging()
+            time.sleep(0.05)
+
+
+def test_closing_waits_for_the_last_save(start, tmp_path):
+    saver, step, _ = start(asynchronous=True)
+    save(saver, step, 1)
+    saver.close()
+    assert checkpoint_steps(tmp_path / "run") == [1] and damage(tmp_path / "run/checkpoints/step-1") is None
+
+
+def test_kills_lose_nothing():
+    script = Path(kill_saves.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "8"], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "8 restarts" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--asynchronous"]])
+def test_200_kills_lose_nothing(options):
+    script = Path(kill_saves.__file__)
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=900, check=True)
+    print(done.stdout)
+    assert "200 restarts" in done.stdout
