@@ -4,6 +4,7 @@ Run as a module this is torchrun itself, less its own report of a failed worker:
 """
 
 import atexit
+import ctypes
 import importlib.util
 import logging
 import os
@@ -24,6 +25,7 @@ from lighthouse_core.errors import LighthouseError, UserError
 EXIT_FILE = "LIGHTHOUSE_EXIT_FILE"
 QUIET = "LIGHTHOUSE_QUIET"
 _STDERR = 2  # as a file descriptor
+_PR_SET_PDEATHSIG = 1
 # Between two looks at a job.
 _POLL_SECONDS = 0.2
 # A checkpoint of a large model takes longer than torchrun's 30 seconds between a signal and SIGKILL.
@@ -185,11 +187,20 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def follow_parent() -> None:
+    """Have this process sent SIGTERM when the one that started it ends, however that ends. For Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
     """Train the run's last stage in `plan`'s processes and wait for it, while `watcher` shows it.
 
-    SIGINT, SIGTERM and SIGHUP all go on to the workers as SIGTERM, upon which they save a checkpoint and end (SIGINT
-    would leave tracebacks wherever Python is still importing). Only the first one counts.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 (of batch systems, before a time limit) all go on to the workers as SIGTERM,
+    upon which they save a checkpoint and end (SIGINT would leave tracebacks wherever Python is still importing). A
+    second signal ends all of them at once.
 
     Returns:
         0 done, 2 the user's mistake (the worker has printed it), 130 or 143 interrupted, 1 any other failure (the
@@ -205,11 +216,15 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
 
         def forward(number: int, frame: object) -> None:
             received.append(number)
-            if child is not None and len(received) == 1:
-                child.terminate()
+            if child is not None:
+                if len(received) == 1:
+                    child.terminate()
+                else:
+                    # Its workers follow it, and this is the second time they are asked.
+                    child.kill()
 
         # nohup has the job outlive its terminal.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, forward) for number in handled}
         try:
@@ -291,6 +306,7 @@ def _torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    follow_parent()
     # Its log would repeat, at length and in its own words, what the worker printed.
     logging.disable(logging.ERROR)
     try:

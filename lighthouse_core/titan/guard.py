@@ -59,11 +59,14 @@ class Guard:
         self.in_row.copy_(torch.maximum((self.in_row + 1) * bad, self.in_row * ended))
         self.verdict.copy_(torch.maximum(bad, ended))
         self.loss_bad.zero_()
-        on_cuda = self.in_row.is_cuda
-        host = self.in_row.to("cpu", non_blocking=True) if on_cuda else self.in_row.clone()
-        event = torch.cuda.Event() if on_cuda else None
-        if event:
+        event = None
+        if self.in_row.is_cuda:
+            # To pinned memory: into any other, the host would wait for it.
+            host = torch.empty((), pin_memory=True).copy_(self.in_row, non_blocking=True)
+            event = torch.cuda.Event()
             event.record()
+        else:
+            host = self.in_row.clone()
         self.pending.append((step, host, event))
 
     def look(self, lag: int = 1) -> None:

@@ -1,5 +1,7 @@
 """Stopping early: a signal asks for it, the trainer saves a checkpoint at the end of its step and ends."""
 
+import os
+
 _requested = False
 
 
@@ -8,8 +10,10 @@ class Interrupted(Exception):
 
 
 def request_stop(signal_number: int, frame: object) -> None:
-    """Signal handler: end after the step in progress."""
+    """Signal handler: end after the step in progress; asked again, end at once."""
     global _requested
+    if _requested:
+        os._exit(128 + signal_number)
     _requested = True
 
 

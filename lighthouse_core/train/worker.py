@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.launch import QUIET, end_with, report_exit
+from lighthouse_core.launch import QUIET, end_with, follow_parent, report_exit
 from lighthouse_core.runs import Run
 from lighthouse_core.train.stop import Interrupted, request_stop
 
@@ -36,7 +36,9 @@ def main(run_dir: str) -> int:
         The exit code of the process: 0 done, 2 the user's mistake, 143 stopped on request after a checkpoint.
     """
     rank = int(os.environ.get("RANK", 0))
-    signal.signal(signal.SIGTERM, request_stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, request_stop)
+    follow_parent()
     try:
         run = Run(Path(run_dir))
         _set_up_logging(run.path, rank)

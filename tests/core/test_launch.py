@@ -202,36 +202,77 @@ def test_a_fault_shows_its_own_traceback_only(job):
     assert stderr.count("Traceback") == 1 and "ZeroDivisionError: here" in stderr
 
 
-def test_a_signal_reaches_the_worker_once_and_the_code_is_its_own(job, tmp_path):
+WORKER = """
+    from pathlib import Path
+    from lighthouse_core.launch import follow_parent
+    from lighthouse_core.train.stop import request_stop, stop_requested
+    here = Path(__file__).parent
+
+    signal.signal(signal.SIGTERM, request_stop)
+    follow_parent()
+    (here / "ready").write_text(str(os.getpid()))
+    while not stop_requested():
+        time.sleep(0.05)
+    (here / "saving").touch()
+    time.sleep({saving})
+    (here / "saved").touch()
+    report_exit(143)
+    os._exit(143)
+"""
+
+
+def wait_for(path: Path) -> str:
+    while not path.exists():
+        time.sleep(0.05)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_a_signal_has_the_worker_save_first(job, tmp_path, number, code):
     def interrupt(process, folder):
-        while not (folder / "ready").exists():
-            time.sleep(0.05)
+        wait_for(folder / "ready")
+        process.send_signal(number)
+
+    assert job(WORKER.format(saving=1), after=interrupt) == (code, "")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_signal_ends_everything_at_once(job, tmp_path):
+    def interrupt(process, folder):
+        wait_for(folder / "ready")
         process.send_signal(signal.SIGINT)
-        while not (folder / "saving").exists():
-            time.sleep(0.05)
+        wait_for(folder / "saving")
         process.send_signal(signal.SIGINT)
 
-    code, stderr = job(
-        """
-        from pathlib import Path
-        here = Path(__file__).parent
+    begin = time.monotonic()
+    assert job(WORKER.format(saving=100), after=interrupt) == (130, "")
+    assert time.monotonic() - begin < 60 and not (tmp_path / "saved").exists()
+    assert ends(int((tmp_path / "ready").read_text()))
 
-        def save(number, frame):
-            (here / "saving").touch()
-            time.sleep(1)
-            with open(here / "saved", "a") as file:
-                file.write("x")
-            report_exit(128 + number)
-            os._exit(128 + number)
 
-        signal.signal(signal.SIGTERM, save)
-        (here / "ready").touch()
-        time.sleep(60)
-        """,
-        after=interrupt,
-    )
-    assert (code, stderr) == (130, "")
-    assert (tmp_path / "saved").read_text() == "x"
+def ends(pid: int) -> bool:
+    """Whether a process that is no child of ours ends within ten seconds."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_workers_save_and_end_with_a_launcher_that_was_killed(job, tmp_path):
+    def kill(process, folder):
+        wait_for(folder / "ready")
+        process.kill()
+
+    code, _ = job(WORKER.format(saving=0), after=kill)
+    assert code == -signal.SIGKILL
+    assert ends(int((tmp_path / "ready").read_text()))
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_job_that_ends_well(job):
