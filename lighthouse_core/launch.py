@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from typing import NoReturn, Protocol
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.train.heartbeat import Listener
+from lighthouse_core.train.stop import SAME_REQUEST_SECONDS, SIGNALS
 
-EXIT_FILE = "LIGHTHOUSE_EXIT_FILE"
+# The folder in which the processes of a job tell their launcher of themselves.
+JOB_FOLDER = "LIGHTHOUSE_JOB"
 QUIET = "LIGHTHOUSE_QUIET"
 _STDERR = 2  # as a file descriptor
 _PR_SET_PDEATHSIG = 1
@@ -140,7 +144,7 @@ def command(run_dir: Path, plan: Plan) -> list[str]:
     return [sys.executable, "-m", "lighthouse_core.launch", *where, f"--nproc-per-node={plan.nproc}", *worker]
 
 
-def environment(plan: Plan, base: Mapping[str, str], exit_file: Path) -> dict[str, str]:
+def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The workers' environment: `base`, and what it leaves open."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
@@ -148,7 +152,7 @@ def environment(plan: Plan, base: Mapping[str, str], exit_file: Path) -> dict[st
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
     }
-    return {**defaults, **base, EXIT_FILE: str(exit_file)}
+    return {**defaults, **base, JOB_FOLDER: str(folder)}
 
 
 def report_exit(code: int) -> bool:
@@ -157,11 +161,11 @@ def report_exit(code: int) -> bool:
     Returns:
         Whether this was the first one on this machine.
     """
-    path = os.environ.get(EXIT_FILE)
-    if not path:
+    folder = os.environ.get(JOB_FOLDER)
+    if not folder:
         return True
     try:
-        with open(path, "x", encoding="ascii") as file:
+        with open(Path(folder, "exit"), "x", encoding="ascii") as file:
             file.write(str(code))
     except FileExistsError:
         return False
@@ -210,18 +214,22 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
         LighthouseError: a worker was killed and could not say why.
     """
     received: list[int] = []
-    with tempfile.TemporaryDirectory(prefix="lighthouse-") as folder:
-        exit_file = Path(folder) / "exit"
+    with tempfile.TemporaryDirectory(prefix="lighthouse-") as name:
+        folder = Path(name)
+        listener = Listener(folder)
         child: subprocess.Popen | None = None
+        first = 0.0
 
         def forward(number: int, frame: object) -> None:
+            nonlocal first
+            first = first or time.monotonic()
             received.append(number)
             if child is not None:
                 if len(received) == 1:
                     child.terminate()
-                else:
-                    # Its workers follow it, and this is the second time they are asked.
+                elif time.monotonic() - first > SAME_REQUEST_SECONDS:
                     child.kill()
+                    listener.kill()
 
         # nohup has the job outlive its terminal.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -229,7 +237,7 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
         previous = {number: signal.signal(number, forward) for number in handled}
         try:
             # A session of its own: a terminal's Ctrl-C would otherwise reach torchrun twice.
-            surroundings = environment(plan, os.environ, exit_file)
+            surroundings = environment(plan, os.environ, folder)
             if watcher is not None and watcher.quiet:
                 surroundings[QUIET] = "1"
             # stdout is for data, of which the processes have none.
@@ -244,7 +252,7 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
             )
             if received:
                 child.terminate()
-            status = _watch(child, watcher, received)
+            status = _watch(child, watcher, listener, received)
         except BaseException:
             # The job must not go on without its launcher.
             if child is not None:
@@ -254,18 +262,29 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        exit_file = folder / "exit"
         text = exit_file.read_text(encoding="ascii").strip() if exit_file.is_file() else ""
     return _exit_code(status, int(text) if text.isdigit() else None, received)
 
 
-def _watch(child: subprocess.Popen, watcher: Watcher | None, received: list[int]) -> int:
-    """Wait for the job, and give the watcher its turns. Returns the job's status."""
-    if watcher is None:
-        return child.wait()
+def _watch(child: subprocess.Popen, watcher: Watcher | None, listener: Listener, received: list[int]) -> int:
+    """Wait for the job, and give the watcher its turns. Returns the job's status.
+
+    Raises:
+        LighthouseError: a process does not answer any more. The job has been ended.
+    """
     pipe = child.stdout.fileno() if child.stdout else None
     while child.poll() is None:
         pipe = _pass_on(pipe, watcher, _POLL_SECONDS)
-        watcher.tick(bool(received))
+        if watcher is not None:
+            watcher.tick(bool(received))
+        if silent := listener.silent():
+            child.kill()
+            listener.kill()
+            raise LighthouseError(
+                " and ".join(str(pulse) for pulse in silent) + f" did not answer for {silent[0].patience} s",
+                hint="parallel.hang_seconds is how long it may take; --resume goes on from the newest checkpoint",
+            )
     # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
     while pipe is not None and select.select([pipe], [], [], 0)[0]:
         pipe = _pass_on(pipe, watcher, 0)
@@ -274,7 +293,7 @@ def _watch(child: subprocess.Popen, watcher: Watcher | None, received: list[int]
     return child.returncode
 
 
-def _pass_on(pipe: int | None, watcher: Watcher, seconds: float) -> int | None:
+def _pass_on(pipe: int | None, watcher: Watcher | None, seconds: float) -> int | None:
     """Give the watcher what arrives within that time. Returns the pipe, None once it has ended."""
     if select.select([] if pipe is None else [pipe], [], [], seconds)[0]:
         chunk = os.read(pipe, 1 << 16)
@@ -290,9 +309,11 @@ def _exit_code(status: int, reported: int | None, received: list[int]) -> int:
         return 0
     if received:
         return reported if reported in (1, 2) else 130 if received[0] == signal.SIGINT else 143
-    if reported == 2 or status in (130, 143):
-        return reported or status
+    if reported == 2:
+        return 2
     killed = -status if status < 0 else status - 128
+    if killed in SIGNALS:
+        return 130 if killed == signal.SIGINT else 143
     if killed > 0:
         name = signal.Signals(killed).name if killed in set(signal.Signals) else f"signal {killed}"
         hint = "the machine ran out of memory?" if name == "SIGKILL" else None
@@ -303,9 +324,18 @@ def _exit_code(status: int, reported: int | None, received: list[int]) -> int:
 def _torchrun(arguments: list[str]) -> int:
     """torchrun in this process. Returns the first failed worker's exit code, 128 + N for signal N."""
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    def once(number: int, frame: object) -> NoReturn:
+        # A batch system may signal this process, too, and the launcher again: the workers are to have their time.
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        raise SignalException("", signal.Signals(number))
+
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    api._terminate_process_handler = once
+    signal.signal(signal.SIGUSR1, once)
     follow_parent()
     # Its log would repeat, at length and in its own words, what the worker printed.
     logging.disable(logging.ERROR)

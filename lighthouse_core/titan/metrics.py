@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import time
@@ -22,9 +23,13 @@ from torchtitan.tools.utils import NoColor, get_peak_flops
 from lighthouse_core.errors import UserError
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
 from lighthouse_core.train.progress import finite
+from lighthouse_core.train.spikes import Spikes
 
 if TYPE_CHECKING:
     from lighthouse_core.titan.trainer import Stage
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Peak(NamedTuple):
@@ -90,6 +95,7 @@ class Metrics(MetricsProcessor):
     selection saw later tokens, so that the loss is no language-model loss), `grad_norm`, `lr`, `tokens` (since the
     start of the run), `tokens_per_second` (all ranks), `seconds` (per step), `memory_gib` (peak of one rank), `mfu`
     (fraction of the accelerator's bf16 peak; absent on CPU) and `data_seconds` (waiting for data, per step).
+    `spike` is there where the loss is one: its robust z-score among the last logged losses.
     A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
     """
 
@@ -106,20 +112,29 @@ class Metrics(MetricsProcessor):
         self.data_loading_times: list[float] = []
         self.optimizers = self.lr_schedulers = self.model_parts = None
         self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.scorer == "norm"
+        self.spikes = Spikes()
         self.file = None
         self.last_step = self.start_step = stage.start
         self.last_time = 0.0
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> bool:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
 
         Args:
             step: the last finished step of the checkpoint that training goes on from.
+
+        Returns:
+            Whether there is a validation row of that step; on processes other than the first, False.
         """
+        validated = False
         if torch.distributed.get_rank() == 0:
-            self.file = keep_rows(self.stage.run.path / "metrics.jsonl", step).open("a", encoding="utf-8")
+            path = keep_rows(self.stage.run.path / "metrics.jsonl", step)
+            rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            validated = any(row["step"] == step and "val_loss" in row for row in rows)
+            self.file = path.open("a", encoding="utf-8")
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
+        return validated
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.stage.end or step == self.start_step + 1
@@ -142,6 +157,11 @@ class Metrics(MetricsProcessor):
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             row["mfu"] = self.num_flops_per_token * per_device / self.gpu_peak_flops
+        if spike := self.spikes.score(row["loss"]):
+            row["spike"] = spike
+            logger.warning(
+                "step %d: loss %.4f is a spike, %.1f robust deviations above the last", step, row["loss"], spike
+            )
         self._write(step, row)
         self.last_step, self.last_time = step, now
         self.data_loading_times.clear()

@@ -34,8 +34,9 @@ from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
+from lighthouse_core.train.heartbeat import note_step
 from lighthouse_core.train.schedule import lr_factor
-from lighthouse_core.train.stop import Interrupted, stop_requested
+from lighthouse_core.train.stop import Interrupted, stop_requested, training_begins
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,10 @@ def _for_model(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in input_dict.items() if key != "positions"}
 
 
+class _Abandoned(Exception):
+    """A validation was given up, for the run was asked to end."""
+
+
 class Validator(TitanValidator):
     """torchtitan's validator over the held-out split, every `metrics.validation_every` steps and at the stage's end."""
 
@@ -144,9 +149,16 @@ class Validator(TitanValidator):
 
     def validate(self, model_parts, step: int) -> None:
         self.batch = 0
-        super().validate(model_parts, step)
+        # At the end of the stage there is no later step to do it again.
+        self.may_end = step < self.stage.end
+        try:
+            super().validate(model_parts, step)
+        except _Abandoned:
+            model_parts[0].train()
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
+        if self.may_end and self.anywhere(stop_requested()):
+            raise _Abandoned
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
@@ -183,8 +195,8 @@ class Trainer(titan_train.Trainer):
         )
         titan_train.dist_utils = NotingUtils(dist_utils, lambda norm: self.guard.judge(self.step, norm))
         self.checkpointer.before_save = functools.partial(self.guard.look, lag=0)
-        # Agreements between the processes that must not wait for an accelerator.
-        self.host_group = torch.distributed.new_group(backend="gloo")
+        if recipe.data.validation:
+            self.validator.anywhere = self.anywhere
 
     @staticmethod
     def _register(stage: Stage) -> None:
@@ -209,10 +221,16 @@ class Trainer(titan_train.Trainer):
 
     def batch_generator(self, data_iterable):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
-        self.metrics_processor.begin(self.step)
+        validated = self.metrics_processor.begin(self.step)
+        training_begins()
+        # A validation that the end of the process cut off, after the checkpoint of its step.
+        due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
+        if due and self.validator.should_validate(self.step):
+            self.validator.validate(self.model_parts, self.step)
         return super().batch_generator(data_iterable)
 
     def train_step(self, data_iterator) -> None:
+        note_step(self.step)
         self.micro_batch = 0
         super().train_step(data_iterator)
         self.guard.look()
@@ -235,19 +253,19 @@ class Trainer(titan_train.Trainer):
         return loss / averaged
 
     def should_continue_training(self) -> bool:
-        if self._stop_requested():
+        if self.anywhere(stop_requested()):
             self.checkpointer._async_wait()
             if self.step not in self.stage.run.checkpoint_steps():
                 self.checkpointer.save(self.step, last_step=True)
             raise Interrupted
         return super().should_continue_training()
 
-    def _stop_requested(self) -> bool:
-        """Whether any process was asked to end; the answer is the same on all of them."""
-        asked = torch.tensor(stop_requested())
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is so on any process; the answer is the same on all of them."""
+        answer = torch.tensor(here)
         if self.ranks > 1:
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self.host_group)
-        return bool(asked)
+            torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX, group=self.checkpointer.group)
+        return bool(answer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

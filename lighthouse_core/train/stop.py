@@ -1,22 +1,53 @@
 """Stopping early: a signal asks for it, the trainer saves a checkpoint at the end of its step and ends."""
 
 import os
+import signal
+import threading
+import time
 
-_requested = False
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A batch system signals every process of a job, and the launcher sends its own on: that is one request.
+SAME_REQUEST_SECONDS = 1.0
+_requested = threading.Event()
+_training = threading.Event()
 
 
 class Interrupted(Exception):
     """Training ended on request, after a checkpoint."""
 
 
-def request_stop(signal_number: int, frame: object) -> None:
-    """Signal handler: end after the step in progress; asked again, end at once."""
-    global _requested
-    if _requested:
-        os._exit(128 + signal_number)
-    _requested = True
+def listen_for_stop() -> None:
+    """Take signals from now on as requests to end: after the step in progress, or at once before training begins.
+
+    A later signal ends this process at once. Called once, on the main thread.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    # A handler in Python would wait while the main thread is in native code, in a collective for example.
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard,), name="signals", daemon=True).start()
+
+
+def _listen(heard: int) -> None:
+    first = None
+    while True:
+        for number in os.read(heard, 64):
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            _requested.set()
+            if now - first > SAME_REQUEST_SECONDS or not _training.is_set():
+                os._exit(128 + number)
+
+
+def training_begins() -> None:
+    """From now on there is something to save."""
+    _training.set()
 
 
 def stop_requested() -> bool:
     """Whether this process was asked to end."""
-    return _requested
+    return _requested.is_set()

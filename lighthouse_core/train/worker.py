@@ -6,13 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
-from lighthouse_core.errors import LighthouseError
-from lighthouse_core.launch import QUIET, end_with, follow_parent, report_exit
-from lighthouse_core.runs import Run
-from lighthouse_core.train.stop import Interrupted, request_stop
+from lighthouse_core.train.stop import Interrupted, listen_for_stop
 
 
-def _set_up_logging(run_dir: Path, rank: int) -> None:
+def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
     """Everything goes to the run's log file; what we say ourselves also goes to stderr, on rank 0."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
@@ -25,7 +22,7 @@ def _set_up_logging(run_dir: Path, rank: int) -> None:
     if rank == 0:
         ours = logging.StreamHandler(sys.stderr)
         ours.setFormatter(logging.Formatter("%(message)s"))
-        ours.setLevel(logging.ERROR if os.environ.get(QUIET) else logging.INFO)
+        ours.setLevel(logging.ERROR if quiet else logging.INFO)
         logging.getLogger("lighthouse_core").addHandler(ours)
 
 
@@ -33,15 +30,21 @@ def main(run_dir: str) -> int:
     """Train the last stage of the run.
 
     Returns:
-        The exit code of the process: 0 done, 2 the user's mistake, 143 stopped on request after a checkpoint.
+        The exit code of the process: 0 done, 1 a fault, 2 the user's mistake, 143 stopped on request after a
+        checkpoint.
     """
+    from lighthouse_core.errors import LighthouseError
+    from lighthouse_core.launch import JOB_FOLDER, QUIET, follow_parent, report_exit
+    from lighthouse_core.runs import Run
+    from lighthouse_core.train.heartbeat import beat
+
     rank = int(os.environ.get("RANK", 0))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, request_stop)
     follow_parent()
     try:
         run = Run(Path(run_dir))
-        _set_up_logging(run.path, rank)
+        _set_up_logging(run.path, rank, QUIET in os.environ)
+        if folder := os.environ.get(JOB_FOLDER):
+            beat(Path(folder), rank, run.recipe.parallel.hang_seconds)
         from lighthouse_core.titan import train
 
         train(run)
@@ -58,4 +61,8 @@ def main(run_dir: str) -> int:
 
 
 if __name__ == "__main__":
+    # Before what takes time to import: until then a signal ends this process in its own way.
+    listen_for_stop()
+    from lighthouse_core.launch import end_with
+
     end_with(lambda: main(sys.argv[1]))

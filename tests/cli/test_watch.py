@@ -198,7 +198,7 @@ def test_ctrl_c_is_passed_on_and_the_last_view_stays(terminal):
             time.sleep(1)
             os.makedirs("runs/a/checkpoints/step-7")
             open("runs/a/checkpoints/step-7/manifest.json", "w").close()
-            open(os.environ["LIGHTHOUSE_EXIT_FILE"], "w").write("143")
+            open(os.path.join(os.environ["LIGHTHOUSE_JOB"], "exit"), "w").write("143")
             os._exit(143)
         signal.signal(signal.SIGTERM, save)
         print("ready", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,8 @@ from lighthouse_core import launch
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.launch import Plan, check_world, command, environment, plan
+from lighthouse_core.train import heartbeat
+from lighthouse_core.train.heartbeat import Listener
 
 RECIPE = """
 [model]
@@ -114,17 +117,17 @@ def test_environment(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     found = environment(Plan(3), {"PYTHONPATH": "a:b", "X": "1"}, Path("/e"))
     assert found["OMP_NUM_THREADS"] == "2"
-    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_EXIT_FILE"]) == ("a:b", "1", "/e")
+    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_JOB"]) == ("a:b", "1", "/e")
     assert environment(Plan(30), {}, Path("/e"))["OMP_NUM_THREADS"] == "1"
     assert environment(Plan(3), {"OMP_NUM_THREADS": "7"}, Path("/e"))["OMP_NUM_THREADS"] == "7"
 
 
 def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIGHTHOUSE_EXIT_FILE", str(tmp_path / "exit"))
+    monkeypatch.setenv("LIGHTHOUSE_JOB", str(tmp_path))
     launch.report_exit(2)
     launch.report_exit(143)
     assert (tmp_path / "exit").read_text() == "2"
-    monkeypatch.delenv("LIGHTHOUSE_EXIT_FILE")
+    monkeypatch.delenv("LIGHTHOUSE_JOB")
     launch.report_exit(1)
 
 
@@ -137,6 +140,8 @@ def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
         (1, 2, [], 2),
         (1, None, [], 1),
         (1, 143, [], 1),  # a rank crashed, and the others were told to stop
+        (128 + signal.SIGUSR1, None, [], 143),  # a worker that did not take signals yet
+        (128 + signal.SIGINT, None, [], 130),
         (143, 143, [], 143),  # a scheduler stopped everything itself
         (143, None, [signal.SIGINT], 130),
         (143, 143, [signal.SIGINT], 130),
@@ -205,12 +210,16 @@ def test_a_fault_shows_its_own_traceback_only(job):
 WORKER = """
     from pathlib import Path
     from lighthouse_core.launch import follow_parent
-    from lighthouse_core.train.stop import request_stop, stop_requested
+    from lighthouse_core.train.heartbeat import beat, note_step
+    from lighthouse_core.train.stop import listen_for_stop, stop_requested, training_begins
     here = Path(__file__).parent
 
-    signal.signal(signal.SIGTERM, request_stop)
+    listen_for_stop()
     follow_parent()
-    (here / "ready").write_text(str(os.getpid()))
+    beat(Path(os.environ["LIGHTHOUSE_JOB"]), int(os.environ["RANK"]), 2)
+    note_step(7)
+    training_begins()
+    (here / ("ready" if os.environ["RANK"] == "0" else "ready1")).write_text(str(os.getpid()))
     while not stop_requested():
         time.sleep(0.05)
     (here / "saving").touch()
@@ -242,6 +251,7 @@ def test_a_second_signal_ends_everything_at_once(job, tmp_path):
         wait_for(folder / "ready")
         process.send_signal(signal.SIGINT)
         wait_for(folder / "saving")
+        time.sleep(1.2)
         process.send_signal(signal.SIGINT)
 
     begin = time.monotonic()
@@ -261,6 +271,90 @@ def ends(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def processes(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in processes(int(child)))]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_every_process_at_once_is_one_request(job, tmp_path, number, code):
+    """So does a batch system; the launcher sends its own on to processes that have theirs already."""
+
+    def interrupt(process, folder):
+        wait_for(folder / "ready1")
+        wait_for(folder / "ready")
+        for pid in processes(process.pid):
+            os.kill(pid, number)
+
+    assert job(WORKER.format(saving=3), nproc=2, after=interrupt) == (code, "")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_process_that_does_not_answer_is_named_and_ends_the_job(job, tmp_path):
+    def stop(process, folder):
+        pids.append(int(wait_for(folder / "ready")))
+        pids.append(int(wait_for(folder / "ready1")))
+        os.kill(pids[1], signal.SIGSTOP)
+
+    pids: list[int] = []
+    code, stderr = job(WORKER.format(saving=0), nproc=2, after=stop)
+    assert code == 1
+    assert f"LighthouseError: rank 1 (process {pids[1]}), in step 7, did not answer for 2 s" in stderr
+    assert all(ends(pid) for pid in pids)
+
+
+def test_a_job_that_is_held_up_as_a_whole_goes_on(tmp_path, monkeypatch):
+    """As by a batch system that suspends it: then the launcher, too, has seen no time pass."""
+    record = struct.Struct("<qqqq")
+    (tmp_path / "rank3").write_bytes(record.pack(os.getpid(), 5, 0, 10))
+    now = 0.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    listener = Listener(tmp_path)
+    for now in (0.2, 0.4, 3600.0, 3600.2):  # noqa: B007  (the clock reads it)
+        assert listener.silent() == []
+    for i in range(60):
+        now = 3600.2 + 0.2 * i
+        silent = listener.silent()
+    assert [str(pulse) for pulse in silent] == [f"rank 3 (process {os.getpid()}), before its first step,"]
+    (tmp_path / "rank3").write_bytes(record.pack(os.getpid(), 6, 0, 10))
+    assert listener.silent() == []
+
+
+def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
+    script = """
+        import ctypes, sys
+        from lighthouse_core.train.stop import listen_for_stop, training_begins
+        listen_for_stop()
+        training_begins()
+        print("ready", flush=True)
+        # A signal ends each call; with this one it is too soon for Python to see it.
+        ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64)) or ctypes.CDLL(None).pause()
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+
+
+def test_a_signal_before_training_ends_a_process_at_once(tmp_path):
+    script = """
+        import time
+        from lighthouse_core.train.stop import listen_for_stop
+        listen_for_stop()
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
