@@ -3,7 +3,7 @@
 import errno
 import logging
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,29 @@ class Checkpointer(CheckpointManager):
 
     def maybe_wait_for_staging(self) -> None:
         # Called once a step: a save that failed meanwhile ends the run now, not at the next save.
-        if self.save_future is not None and self.save_future.done():
-            self.save_future.result()
+        self._settle()
         super().maybe_wait_for_staging()
+
+    def _async_wait(self) -> None:
+        if self.save_future is not None:
+            wait([self.save_future])
+            self._settle()
+        super()._async_wait()
+
+    def _settle(self) -> None:
+        """Agree on how the asynchronous save in progress stands: the processes end theirs at different times."""
+        if self.save_future is None:
+            return
+        failure = self.save_future.exception() if self.save_future.done() else None
+        stands = torch.tensor([not self.save_future.done(), failure is not None])
+        torch.distributed.all_reduce(stands, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        pending, failed = stands.tolist()
+        if failed:
+            words = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(words, failure and str(failure), group=self.group)
+            raise failure or StorageError(next(filter(None, words)))
+        if not pending:
+            self.save_future = None
 
     def close(self) -> None:
         if getattr(self, "finisher", None) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchtitan.protocols.train_spec as train_specs
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as titan_train
 from torchtitan.components.checkpoint import MODEL as MODEL_STATE
 from torchtitan.components.loss import build_cross_entropy_loss
@@ -155,6 +156,10 @@ class Validator(TitanValidator):
             super().validate(model_parts, step)
         except _Abandoned:
             model_parts[0].train()
+        # Without a backward pass FSDP keeps some weights whole, and they could not be saved.
+        for module in model_parts[0].modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
         if self.may_end and self.anywhere(stop_requested()):
@@ -255,7 +260,9 @@ class Trainer(titan_train.Trainer):
     def should_continue_training(self) -> bool:
         if self.anywhere(stop_requested()):
             self.checkpointer._async_wait()
-            if self.step not in self.stage.run.checkpoint_steps():
+            # Only the first process knows what is published.
+            published = torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps()
+            if not self.anywhere(published):
                 self.checkpointer.save(self.step, last_step=True)
             raise Interrupted
         return super().should_continue_training()

@@ -10,18 +10,19 @@ from lighthouse_core.titan.guard import Guard
 class Job:
     """A small model trained under a guard; `train` takes what to spoil: "", "gradient" or "loss"."""
 
-    def __init__(self, policy="skip", limit=3):
+    def __init__(self, policy="skip", limit=3, device="cpu"):
         torch.manual_seed(0)
-        self.model = torch.nn.Linear(5, 5)
+        self.device = torch.device(device)
+        self.model = torch.nn.Linear(5, 5).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
-        self.guard = Guard(policy, limit, 4, [self.optimizer], torch.device("cpu"))
+        self.guard = Guard(policy, limit, 4, [self.optimizer], self.device)
         self.step = 0
 
     def train(self, *spoiled, value=float("nan")):
         for spoil in spoiled:
             self.step += 1
             self.optimizer.zero_grad()
-            loss = self.model(torch.linspace(0, 1, 5) * self.step).square().sum()
+            loss = self.model(torch.linspace(0, 1, 5, device=self.device) * self.step).square().sum()
             loss.backward()
             if spoil == "gradient":
                 self.model.weight.grad[2, 3] = value
@@ -97,3 +98,27 @@ def test_a_checkpoint_waits_for_the_verdict():
     job.train("gradient")
     with pytest.raises(TrainingError, match="step 1 "):
         job.guard.look(lag=0)
+
+
+@pytest.mark.gpu
+def test_the_decision_does_not_wait_for_the_accelerator():
+    job = Job(device="cuda")
+    job.train("", "", "gradient", "")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        job.guard.see(torch.zeros((), device="cuda"))
+        job.guard.judge(5, torch.full((), float("inf"), device="cuda"))
+        job.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_bad_step_keeps_every_bit_on_an_accelerator():
+    job = Job(device="cuda")
+    job.train("", "")
+    before = job.snapshot()
+    job.train("gradient", "loss")
+    assert equal(job.snapshot(), before)
+    job.train("")
+    assert not any(torch.equal(a, b) for a, b in zip(job.snapshot(), before, strict=True))

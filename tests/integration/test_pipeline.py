@@ -164,25 +164,19 @@ def test_bad_numbers_end_a_run_before_they_are_saved(workspace):
     assert steps == list(range(1, steps[-1] + 1))
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_an_interrupted_run_saves_and_goes_on(workspace, processes):
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [
+        ("1", ["checkpoint.interval=500"]),
+        # The signal comes while step 2 is evaluated, and while checkpoints are saved behind the scenes.
+        ("2", ["checkpoint.interval=1", "checkpoint.async_save=true", "metrics.validation_every=1"]),
+    ],
+)
+def test_an_interrupted_run_saves_and_goes_on(workspace, processes, more):
     name = f"interrupted-{processes}"
-    settings = [
-        part for setting in [*TINY, "training.steps=500", "checkpoint.interval=500"] for part in ("--set", setting)
-    ]
-    recipe = str(ROOT / "recipes/quickstart.toml")
-    command = [
-        sys.executable,
-        "-m",
-        "lighthouse_cli",
-        "pretrain",
-        recipe,
-        "--name",
-        name,
-        "--nproc",
-        processes,
-        *settings,
-    ]
+    settings = options(*TINY, "training.steps=500", *more)
+    command = ["pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", name, "--nproc", processes, *settings]
+    command = [sys.executable, "-m", "lighthouse_cli", *command]
     with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 2/"):
@@ -191,7 +185,7 @@ def test_an_interrupted_run_saves_and_goes_on(workspace, processes):
         words = process.stderr.read()
         assert process.wait(timeout=60) == 130, words
     run = workspace / "runs" / name
-    (saved,) = (int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    saved = checkpoint_steps(run)[-1]
     assert f"step {saved} is saved" in words and "Traceback" not in words
     assert max(rows(run)) == saved < 500
     ledger = json.loads((run / "ledger.json").read_text())
@@ -199,6 +193,8 @@ def test_an_interrupted_run_saves_and_goes_on(workspace, processes):
     (run / "ledger.json").write_text(json.dumps(ledger))
     succeed("pretrain", "--resume", name, "--nproc", processes, cwd=workspace)
     assert sorted(rows(run)) == list(range(1, saved + 2))
+    # An evaluation that the signal cut short is made again.
+    assert sorted(rows(run, "val_loss")) == (list(range(1, saved + 2)) if processes == "2" else [saved + 1])
 
 
 def test_strip_writes_an_ordinary_llama(workspace, recovered):
