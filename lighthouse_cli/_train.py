@@ -91,6 +91,12 @@ def train(
         raise typer.Exit(code)
 
 
+def verify_ahead(run: "Run") -> None:
+    """Have the run's newest checkpoint read while this process imports torch, which it needs for its GPUs."""
+    run.verify_ahead()
+    import torch  # noqa: F401
+
+
 def warn_of_damage(run: "Run", step: int) -> None:
     """Say which checkpoints were passed over for the one of `step`."""
     for text in run.damaged.values():

@@ -61,6 +61,7 @@ def pretrain(
         run = find_run(resume)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
+        _train.verify_ahead(run)
         _check_unfinished(run, strict)
         _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)

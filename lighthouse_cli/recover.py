@@ -54,6 +54,7 @@ def recover(
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
     with nullcontext() if dry_run else found.lock():
+        _train.verify_ahead(found)
         recovery = plan_recovery(found, steps, extend, settings or (), strict)
         _train.warn_of_damage(found, recovery.step)
         if recovery.stopped_early:

@@ -23,7 +23,7 @@ from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError
 from lighthouse_core.listing import checkpoint_steps, run_dirs
-from lighthouse_core.seal import damage
+from lighthouse_core.seal import Verification, damage
 
 # Sections and keys that still take effect when training goes on from a checkpoint.
 RESUMABLE = (
@@ -62,6 +62,7 @@ class Run:
             raise RunError(f"{path} is not a run: it has no recipe.toml")
         self.ledger = self._read_ledger()
         self.damaged: dict[int, str] = {}
+        self._ahead: Verification | None = None
 
     @property
     def recipe_path(self) -> Path:
@@ -97,6 +98,11 @@ class Run:
     def checkpoint_dir(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step}"
 
+    def verify_ahead(self) -> None:
+        """Begin to read the newest checkpoint, for `newest_step`, while this process has other things to do."""
+        for step in self.checkpoint_steps()[-1:]:
+            self._ahead = Verification(self.checkpoint_dir(step))
+
     def newest_step(self, strict: bool = False) -> int:
         """Step of the newest checkpoint whose every byte is as it was written. Newer ones go into `damaged`.
 
@@ -107,9 +113,10 @@ class Run:
             CheckpointError: there is none, or the newest is damaged and `strict` forbids another.
         """
         self.damaged.clear()
+        ahead, self._ahead = self._ahead, None
         for step in reversed(self.checkpoint_steps()):
             path = self.checkpoint_dir(step)
-            reason = damage(path)
+            reason = ahead.result() if ahead and ahead.folder == path else damage(path)
             if reason is None:
                 return step
             self.damaged[step] = f"checkpoint {path} is damaged: {reason}"

@@ -88,3 +88,18 @@ def test_a_digest_is_that_of_the_file_where_it_is_one_part(tmp_path):
     seal.seal(tmp_path)
     entry = seal.read_manifest(tmp_path)["files"]["a"]
     assert entry == {"bytes": 90, "sha256": [hashlib.sha256(b"abc" * 30).hexdigest()]}
+
+
+def test_a_process_of_its_own_finds_the_same(folder):
+    assert seal.Verification(folder).result() is None
+    content = bytearray((folder / "a.bin").read_bytes())
+    content[120] ^= 1
+    (folder / "a.bin").write_bytes(content)
+    assert seal.Verification(folder).result() == seal.damage(folder) == "a.bin is damaged: its SHA-256 is another"
+
+
+def test_a_process_that_was_killed_proves_nothing(folder):
+    (folder / "a.bin").write_bytes(b"")
+    ahead = seal.Verification(folder)
+    ahead._process.kill()
+    assert ahead.result() == "a.bin has 0 bytes, not 250"
