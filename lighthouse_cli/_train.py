@@ -83,7 +83,9 @@ def train(
         watcher.end(outcome)
     if run is not None and code in _INTERRUPTED:
         steps = run.checkpoint_steps()
-        if steps:
+        if steps and steps[-1] >= run.end:
+            _output.final(f"interrupted after the last step, {steps[-1]}, which is saved")
+        elif steps:
             _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
             _output.final("interrupted before the first checkpoint")

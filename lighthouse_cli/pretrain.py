@@ -61,8 +61,8 @@ def pretrain(
         run = find_run(resume)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-        _train.verify_ahead(run)
-        _check_unfinished(run, strict)
+        if not node_rank:
+            _check_unfinished(run, strict)
         _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
@@ -115,6 +115,7 @@ def _check_unfinished(run: "Run", strict: bool) -> None:
 
     if run.recovering:
         raise RunError(f"run {run.path} is in its recovery", hint=f"lighthouse recover {run.path} continues it")
+    _train.verify_ahead(run)
     step = run.newest_step(strict)
     _train.warn_of_damage(run, step)
     if step >= run.end:

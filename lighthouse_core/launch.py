@@ -28,6 +28,7 @@ from lighthouse_core.train.stop import SAME_REQUEST_SECONDS, SIGNALS
 # The folder in which the processes of a job tell their launcher of themselves.
 JOB_FOLDER = "LIGHTHOUSE_JOB"
 QUIET = "LIGHTHOUSE_QUIET"
+_PARENT = "LIGHTHOUSE_PARENT"
 _STDERR = 2  # as a file descriptor
 _PR_SET_PDEATHSIG = 1
 # Between two looks at a job.
@@ -152,7 +153,7 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
     }
-    return {**defaults, **base, JOB_FOLDER: str(folder)}
+    return {**defaults, **base, JOB_FOLDER: str(folder), _PARENT: str(os.getpid())}
 
 
 def report_exit(code: int) -> bool:
@@ -195,7 +196,8 @@ def follow_parent() -> None:
     """Have this process sent SIGTERM when the one that started it ends, however that ends. For Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1:
+        # It may have ended before that.
+        if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -333,10 +335,18 @@ def _torchrun(arguments: list[str]) -> int:
             signal.signal(each, signal.SIG_IGN)
         raise SignalException("", signal.Signals(number))
 
+    close = api.PContext.close
+
+    def patient(context: api.PContext, death_sig: signal.Signals | None = None, timeout: int = 0) -> None:
+        # Where a worker fails, torchrun would give the others 30 seconds, whatever its setting says.
+        close(context, death_sig, timeout or int(_SHUTDOWN_SECONDS))
+
+    api.PContext.close = patient
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     api._terminate_process_handler = once
     signal.signal(signal.SIGUSR1, once)
     follow_parent()
+    os.environ[_PARENT] = str(os.getpid())
     # Its log would repeat, at length and in its own words, what the worker printed.
     logging.disable(logging.ERROR)
     try:

@@ -66,8 +66,8 @@ def run_dirs(output_dir: Path | str = "runs") -> list[Path]:
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first. One that is still being written has another name."""
-    folders = run_dir.glob("checkpoints/step-*/manifest.json")
-    return sorted(int(name[5:]) for file in folders if re.fullmatch(r"step-\d+", name := file.parent.name))
+    folders = (path for path in run_dir.glob("checkpoints/step-*") if path.is_dir())
+    return sorted(int(path.name[5:]) for path in folders if re.fullmatch(r"step-\d+", path.name))
 
 
 def summarize(run_dir: Path) -> Summary:

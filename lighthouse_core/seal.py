@@ -5,9 +5,11 @@ renames it. What has its name and a manifest was therefore complete once, and `d
 Nothing here imports torch.
 """
 
+import atexit
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,29 +22,33 @@ PART_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, name: str = "") -> None:
     """Bring every file of `folder` to the disk and write its manifest.
+
+    Args:
+        folder: to seal.
+        name: that it is about to have, if it is another.
 
     Raises:
         OSError: the disk is full, or fails.
     """
     digests: dict[str, list[str]] = {}
     with ThreadPoolExecutor() as pool:
-        names = _files(folder)
-        synced = [pool.submit(_sync, folder / name) for name in names]
+        found = _files(folder)
+        synced = [pool.submit(_sync, folder / file) for file in found]
         hashed = {
-            name: [pool.submit(_digest, folder / name, i, PART_BYTES) for i in _parts(folder / name)] for name in names
+            file: [pool.submit(_digest, folder / file, i, PART_BYTES) for i in _parts(folder / file)] for file in found
         }
-        for name, parts in hashed.items():
-            digests[name] = [part.result() for part in parts]
+        for file, parts in hashed.items():
+            digests[file] = [part.result() for part in parts]
         for sync in synced:
             sync.result()
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
+    files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digests[file]} for file in found}
     path = folder / MANIFEST
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(_text({"version": 1, "part_bytes": PART_BYTES, "files": files}))
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("w", encoding="utf-8", newline="\n") as out:
+        out.write(_text({"version": 1, "name": name or folder.name, "part_bytes": PART_BYTES, "files": files}))
+        out.flush()
+        os.fsync(out.fileno())
     _sync(folder)
 
 
@@ -54,9 +60,19 @@ def publish(folder: Path, name: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed directory, naming the file; None if every byte is as it was sealed."""
+    try:
+        return _damage(folder)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
+
+
+def _damage(folder: Path) -> str | None:
     manifest = read_manifest(folder)
     if isinstance(manifest, str):
         return manifest
+    # A copy may have any name, but not that of another one.
+    if folder.name != manifest["name"] and re.fullmatch(r"step-\d+", folder.name):
+        return f"{MANIFEST} is that of {manifest['name']}"
     files = manifest["files"]
     found = _files(folder)
     for name in sorted(files.keys() - set(found)):
@@ -89,6 +105,7 @@ class Verification:
         self.folder = folder
         command = [sys.executable, "-m", "lighthouse_core.seal", str(folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        atexit.register(self._process.kill)
 
     def result(self) -> str | None:
         """What `damage` returns."""
@@ -131,7 +148,9 @@ def _text(manifest: dict[str, Any]) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    found = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
     return sorted(name for name in found if name != MANIFEST)
 
 

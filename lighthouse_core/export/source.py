@@ -53,7 +53,7 @@ def find_source(checkpoint: Path) -> Source:
     else:
         source = Source(Run(path.parent.parent), int(match[1]))
     if source.step not in source.run.checkpoint_steps():
-        raise CheckpointError(f"{source.path} is missing or incomplete: it has no manifest.json")
+        raise CheckpointError(f"{source.path} is missing")
     if reason := damage(source.path):
         raise CheckpointError(f"{source.path} is damaged: {reason}", hint="name an older checkpoints/step-N of the run")
     return source

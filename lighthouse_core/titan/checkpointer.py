@@ -1,8 +1,11 @@
 """torchtitan's checkpoints, published as a whole: written under a temporary name, sealed, renamed."""
 
 import errno
+import fcntl
 import logging
+import os
 import shutil
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
 
 logger = logging.getLogger(__name__)
+# For a save of processes whose launcher was killed.
+_PATIENCE_SECONDS = 240
+_POLL_SECONDS = 0.2
 
 
 class Checkpointer(CheckpointManager):
@@ -30,11 +36,24 @@ class Checkpointer(CheckpointManager):
         # What has to be known of the steps before a checkpoint may hold them.
         self.before_save = lambda: None
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
-        if self.rank == 0:
-            # Of a process that was killed; the caller holds the run.
-            for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
-                shutil.rmtree(leftover)
-        torch.distributed.barrier(self.group)
+        self._agree(self._hold)
+
+    def _hold(self) -> str | None:
+        """Keep other jobs from saving here for as long as this process lives, and clear away what they left behind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Never closed. The launcher's lock is not enough: its processes outlive one that is killed, and save.
+        held = os.open(self.path, os.O_RDONLY)
+        begun = time.monotonic()
+        while not _lock(held):
+            waited = time.monotonic() - begun
+            if waited > _PATIENCE_SECONDS:
+                return f"another process still holds {self.path} after {_PATIENCE_SECONDS} s"
+            if waited < _POLL_SECONDS:
+                logger.warning("waiting for the processes of an earlier launch, which still hold %s", self.path)
+            time.sleep(_POLL_SECONDS)
+        for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
+            shutil.rmtree(leftover)
+        return None
 
     def dcp_save(
         self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *rest: Any, **named: Any
@@ -46,6 +65,7 @@ class Checkpointer(CheckpointManager):
         try:
             saved = super().dcp_save(state_dict, str(temporary), async_mode, *rest, **named)
         except CheckpointException as error:
+            self._discard(temporary)
             raise _storage_error(name, error) from error
         if async_mode == AsyncMode.DISABLED:
             self._agree(lambda: self._publish(temporary, name))
@@ -56,6 +76,7 @@ class Checkpointer(CheckpointManager):
         try:
             saved.result()
         except CheckpointException as error:
+            self._discard(temporary)
             raise _storage_error(name, error) from error
         # All processes have written their files once the coordinator's part is done.
         failure = self._publish(temporary, name) if self.rank == 0 else None
@@ -64,11 +85,17 @@ class Checkpointer(CheckpointManager):
 
     def _publish(self, temporary: Path, name: Path) -> str | None:
         try:
-            seal(temporary)
+            seal(temporary, name.name)
             publish(temporary, name)
         except OSError as error:
+            self._discard(temporary)
             return f"checkpoint {name} could not be written: {error.strerror}"
         return None
+
+    def _discard(self, temporary: Path) -> None:
+        """Give back the room that a failed save takes."""
+        if self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _lacks_space(self) -> str | None:
         steps = checkpoint_steps(self.path.parent)
@@ -83,8 +110,12 @@ class Checkpointer(CheckpointManager):
         return None
 
     def _agree(self, action) -> None:
-        """Run `action` on the first process; all processes fail with what it returns."""
-        answer = [action() if self.rank == 0 else None]
+        """Run `action` on the first process; all processes fail with what it returns, or with what stopped it."""
+        answer = [None]
+        try:
+            answer = [action() if self.rank == 0 else None]
+        except OSError as error:
+            answer = [f"{self.path} cannot be used: {error}"]
         torch.distributed.broadcast_object_list(answer, src=0, group=self.group)
         if answer[0]:
             raise StorageError(answer[0])
@@ -122,7 +153,10 @@ class Checkpointer(CheckpointManager):
         super().close()
 
     def _find_load_step(self, folder: str = "") -> int:
-        return next(reversed(checkpoint_steps(self.path.parent)), -1)
+        # The first process decides: a shared file system may show them different files.
+        step = [next(reversed(checkpoint_steps(self.path.parent)), -1)]
+        torch.distributed.broadcast_object_list(step, src=0, group=self.group)
+        return step[0]
 
     def _dir(self, step: int) -> Path:
         return self.path / f"step-{step}"
@@ -131,18 +165,30 @@ class Checkpointer(CheckpointManager):
         """Delete what is sealed, and older than the newest that are to be kept."""
         if self.rank or not self.keep_latest_k:
             return
-        for step in checkpoint_steps(self.path.parent)[: -self.keep_latest_k]:
-            if isinstance(read_manifest(self._dir(step)), str):
-                logger.warning("%s has no sound manifest and is not deleted", self._dir(step))
-                continue
+        steps = checkpoint_steps(self.path.parent)
+        sound = [step for step in steps if not isinstance(read_manifest(self._dir(step)), str)]
+        for step in sound[: -self.keep_latest_k]:
             # Out of the way at once, so that nothing half deleted has the name of a checkpoint.
             doomed = self.path / f".step-{step}.deleting"
-            self._dir(step).rename(doomed)
+            try:
+                self._dir(step).rename(doomed)
+            except OSError as error:
+                logger.warning("%s cannot be deleted: %s", self._dir(step), error.strerror)
+                continue
             self.purge_queue.put(str(doomed))
+
+
+def _lock(directory: int) -> bool:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _storage_error(name: Path, error: CheckpointException) -> StorageError:
     causes = [failure[0] for failure in error.failures.values()]
     full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)
-    reason = "no space left on the device" if full else str(causes[0]).strip().splitlines()[-1]
+    words = str(causes[0]).strip().splitlines() or [type(causes[0]).__name__]
+    reason = "no space left on the device" if full else words[-1]
     return StorageError(f"checkpoint {name} could not be written: {reason}")

@@ -28,6 +28,8 @@ _FORBIDDEN = {
     "checkpoint.last_save_in_hf": "lighthouse strip exports",
     "checkpoint.load_only": "a run saves its checkpoints",
     "checkpoint.exclude_from_loading": "a run loads all of its checkpoint",
+    "optimizer.early_step_in_backward": "bad numbers are decided upon before an update",
+    "training.enable_cpu_offload": "bad numbers are decided upon where the weights are",
     "comm.mode": "a run trains for real",
     "fault_tolerance": _NOT_USED,
     "lr_scheduler": "[schedule] and [recover] decide it",

@@ -113,6 +113,7 @@ class Metrics(MetricsProcessor):
         self.optimizers = self.lr_schedulers = self.model_parts = None
         self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.scorer == "norm"
         self.spikes = Spikes()
+        self.unwritten = b""
         self.file = None
         self.last_step = self.start_step = stage.start
         self.last_time = 0.0
@@ -129,9 +130,12 @@ class Metrics(MetricsProcessor):
         validated = False
         if torch.distributed.get_rank() == 0:
             path = keep_rows(self.stage.run.path / "metrics.jsonl", step)
-            rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             validated = any(row["step"] == step and "val_loss" in row for row in rows)
-            self.file = path.open("a", encoding="utf-8")
+            for row in rows:
+                if row["stage"] == self.stage.name and row.get("loss") is not None:
+                    self.spikes.score(row["loss"])
+            self.file = path.open("ab", buffering=0)
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
         return validated
@@ -173,13 +177,23 @@ class Metrics(MetricsProcessor):
         self.last_time = time.perf_counter()
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
-        self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
+        try:
+            self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
+        except OSError as error:
+            logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
+            self.logger = BaseLogger()
         if self.file:
             row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
-            self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-            self.file.flush()
+            self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
+            try:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            except OSError as error:
+                # The next save will end the run if there is still no room.
+                logger.warning("step %d waits to be written to metrics.jsonl: %s", step, error.strerror)
 
     def close(self) -> None:
-        self.logger.close()
+        with contextlib.suppress(OSError):
+            self.logger.close()
         if self.file:
             self.file.close()

@@ -26,6 +26,7 @@ from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.errors import TrainingError
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
@@ -37,7 +38,7 @@ from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
 from lighthouse_core.train.heartbeat import note_step
 from lighthouse_core.train.schedule import lr_factor
-from lighthouse_core.train.stop import Interrupted, stop_requested, training_begins
+from lighthouse_core.train.stop import Interrupted, is_training, stop_requested, training_begins
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,6 @@ class Validator(TitanValidator):
 
     def validate(self, model_parts, step: int) -> None:
         self.batch = 0
-        # At the end of the stage there is no later step to do it again.
-        self.may_end = step < self.stage.end
         try:
             super().validate(model_parts, step)
         except _Abandoned:
@@ -162,7 +161,7 @@ class Validator(TitanValidator):
                 module.reshard()
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
-        if self.may_end and self.anywhere(stop_requested()):
+        if self.anywhere(stop_requested()):
             raise _Abandoned
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
@@ -227,7 +226,6 @@ class Trainer(titan_train.Trainer):
     def batch_generator(self, data_iterable):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
         validated = self.metrics_processor.begin(self.step)
-        training_begins()
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):
@@ -238,6 +236,10 @@ class Trainer(titan_train.Trainer):
         note_step(self.step)
         self.micro_batch = 0
         super().train_step(data_iterator)
+        if not is_training():
+            # Together: until then a signal ends a process at once.
+            self.anywhere(False)
+            training_begins()
         self.guard.look()
 
     def post_dataloading_process(self, input_dict, labels):
@@ -296,11 +298,16 @@ def train(run: Run) -> None:
     stage = Stage(run, run.recipe, last["stage"], last["start"], last["end"], recovery=len(stages) > 1)
     trainer = Trainer(stage)
     try:
-        for step in run.checkpoint_steps()[-1:]:
+        step = trainer.checkpointer._find_load_step()
+        if step >= 0:
             weights = trainer.checkpointer.states[MODEL_STATE].state_dict()
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
             check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
         trainer.train()
+    except TrainingError:
+        # All processes are here, and one of them may have a checkpoint to publish yet.
+        trainer.checkpointer._async_wait()
+        raise
     finally:
         trainer.close()
         torch.distributed.destroy_process_group()

@@ -34,6 +34,7 @@ class Heartbeat:
         self.path = folder / f"rank{rank}"
         self.patience = patience
         self.step = self.beats = 0
+        self.ended = False
         with self.path.open("wb+") as file:
             file.truncate(_RECORD.size)
             self._shared = mmap.mmap(file.fileno(), _RECORD.size)
@@ -41,14 +42,15 @@ class Heartbeat:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
-        while True:
+        while not self.ended:
             self.write()
             time.sleep(BEAT_SECONDS)
 
     def write(self) -> None:
         with self._lock:
             self.beats += 1
-            _RECORD.pack_into(self._shared, 0, os.getpid(), self.beats, self.step, self.patience)
+            pid = 0 if self.ended else os.getpid()
+            _RECORD.pack_into(self._shared, 0, pid, self.beats, self.step, self.patience)
 
 
 def beat(folder: Path, rank: int, patience: int) -> None:
@@ -61,6 +63,13 @@ def note_step(step: int) -> None:
     """Let the launcher know which step this process is about to train."""
     if _beating is not None:
         _beating.step = step
+        _beating.write()
+
+
+def end_beat() -> None:
+    """Let the launcher know that this process is about to end."""
+    if _beating is not None:
+        _beating.ended = True
         _beating.write()
 
 
@@ -95,11 +104,12 @@ class Listener:
             if not re.fullmatch(r"rank\d+", path.name):
                 continue
             record = path.read_bytes()
-            if len(record) == _RECORD.size and (pulse := Pulse(int(path.name[4:]), *_RECORD.unpack(record))).pid:
-                # One that has ended misses its beats, too.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pulse.pid, 0)
-                    found.append(pulse)
+            if len(record) < _RECORD.size:
+                continue
+            pulse = Pulse(int(path.name[4:]), *_RECORD.unpack(record))
+            # One that was killed misses its beats, too.
+            if pulse.pid and _lives(pulse.pid):
+                found.append(pulse)
         return sorted(found, key=lambda pulse: pulse.rank)
 
     def silent(self) -> list[Pulse]:
@@ -121,3 +131,15 @@ class Listener:
         for pulse in self.pulses():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pulse.pid, signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of ours runs, or could; not one that has ended and that its parent has yet to hear of."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # Without /proc.
+        return True

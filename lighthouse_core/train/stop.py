@@ -24,7 +24,7 @@ def listen_for_stop() -> None:
     heard, told = os.pipe()
     os.set_blocking(told, False)
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: None)
+        signal.signal(number, lambda number, frame: _requested.set())
     # A handler in Python would wait while the main thread is in native code, in a collective for example.
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), name="signals", daemon=True).start()
@@ -46,6 +46,11 @@ def _listen(heard: int) -> None:
 def training_begins() -> None:
     """From now on there is something to save."""
     _training.set()
+
+
+def is_training() -> bool:
+    """Whether there is something to save."""
+    return _training.is_set()
 
 
 def stop_requested() -> bool:

@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lighthouse_core.train.stop import Interrupted, listen_for_stop
+from lighthouse_core.train.stop import Interrupted, is_training, listen_for_stop
 
 
 def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
@@ -18,6 +18,8 @@ def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
     root = logging.getLogger()
     root.handlers[:] = [everything]
     root.setLevel(logging.INFO)
+    # A log that cannot be written, on a full disk, is no reason for a traceback a line.
+    logging.raiseExceptions = False
     logging.captureWarnings(True)
     if rank == 0:
         ours = logging.StreamHandler(sys.stderr)
@@ -36,17 +38,18 @@ def main(run_dir: str) -> int:
     from lighthouse_core.errors import LighthouseError
     from lighthouse_core.launch import JOB_FOLDER, QUIET, follow_parent, report_exit
     from lighthouse_core.runs import Run
-    from lighthouse_core.train.heartbeat import beat
+    from lighthouse_core.train.heartbeat import beat, end_beat
 
     rank = int(os.environ.get("RANK", 0))
     follow_parent()
     try:
         run = Run(Path(run_dir))
         _set_up_logging(run.path, rank, QUIET in os.environ)
-        if folder := os.environ.get(JOB_FOLDER):
-            beat(Path(folder), rank, run.recipe.parallel.hang_seconds)
         from lighthouse_core.titan import train
 
+        # Importing torch from a slow disk may hold the interpreter's lock for longer than any step.
+        if folder := os.environ.get(JOB_FOLDER):
+            beat(Path(folder), rank, run.recipe.parallel.hang_seconds)
         train(run)
     except LighthouseError as error:
         # Every process may have met the same mistake; the first to report it is the one that prints it.
@@ -57,6 +60,13 @@ def main(run_dir: str) -> int:
         return error.exit_code
     except Interrupted:
         return 128 + signal.SIGTERM
+    except Exception:
+        # Before that, it may be another process's end by a signal that is met here.
+        if is_training():
+            report_exit(LighthouseError.exit_code)
+        raise
+    finally:
+        end_beat()
     return 0
 
 

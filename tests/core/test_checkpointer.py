@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import kill_saves
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lighthouse_core.errors import StorageError
 from lighthouse_core.listing import checkpoint_steps
@@ -68,6 +69,50 @@ def test_what_cannot_be_proven_ours_and_whole_is_not_deleted(start, tmp_path):
     assert names(run) == {"step-0", "step-9-notes", "step-3", "step-4"}
 
 
+HOLDER = """
+import fcntl, os, sys, time
+held = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(held, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(2)
+os.rename(sys.argv[1] + "/.step-7.saving", sys.argv[1] + "/step-7")
+"""
+
+
+def test_a_job_waits_for_what_an_earlier_one_still_saves(start, tmp_path):
+    """Its launcher may have been killed, and with it the run's lock."""
+    folder = tmp_path / "run/checkpoints"
+    (folder / ".step-7.saving").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        start()
+    assert names(tmp_path / "run") == {"step-7"}
+
+
+def test_a_job_does_not_wait_for_ever(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointer, "_PATIENCE_SECONDS", 0.3)
+    folder = tmp_path / "run/checkpoints"
+    (folder / ".step-7.saving").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="still holds"):
+            start()
+    assert names(tmp_path / "run") == {"step-7"}
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on the device"),
+        (RuntimeError("first\nlast"), "last"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_failed_save_says_why(cause, words):
+    error = checkpointer._storage_error(Path("step-3"), CheckpointException("save", {0: (cause, None)}))
+    assert str(error) == f"checkpoint step-3 could not be written: {words}"
+
+
 def test_leftovers_of_a_killed_process_go(start, tmp_path):
     for name in (".step-7.saving", ".step-3.deleting"):
         (tmp_path / "run/checkpoints" / name).mkdir(parents=True)
@@ -96,7 +141,7 @@ def test_a_failure_to_publish_ends_the_run(start, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointer, "seal", fails)
     with pytest.raises(StorageError, match="step-2 could not be written: No space left"):
         save(saver, step, 2)
-    assert checkpoint_steps(tmp_path / "run") == [1]
+    assert names(tmp_path / "run") == {"step-1"}
 
 
 def test_a_failure_behind_the_scenes_is_met_at_the_next_step(start, monkeypatch):

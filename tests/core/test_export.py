@@ -371,12 +371,15 @@ def test_dense_from_the_start_needs_no_recovery(run, tmp_path):
 
 
 def test_incomplete_checkpoints_are_passed_over(run, tmp_path):
-    (run / "checkpoints" / "step-150").mkdir()
+    (run / "checkpoints" / ".step-150.saving").mkdir()
     save(run, 9, {})
     (run / "checkpoints" / "step-9").rename(run / "checkpoints" / "step-200.partial")
     assert strip(run, tmp_path / "out").step == 140
-    with pytest.raises(CheckpointError, match="missing or incomplete"):
+    with pytest.raises(CheckpointError, match="step-150 is missing"):
         strip(run / "checkpoints" / "step-150", tmp_path / "out2")
+    (run / "checkpoints" / "step-150").mkdir()
+    with pytest.raises(CheckpointError, match=r"step-150 is damaged: manifest.json is missing"):
+        strip(run, tmp_path / "out3")
 
 
 def test_no_checkpoint(run, tmp_path):

@@ -100,6 +100,24 @@ def test_a_checkpoint_waits_for_the_verdict():
         job.guard.look(lag=0)
 
 
+def test_a_bad_loss_of_another_process_leaves_out_the_step_here(monkeypatch):
+    job = Job()
+    job.guard.group = object()
+    elsewhere = [0.0, 1.0, 0.0]
+
+    def all_reduce(bad, op, group):
+        assert op == torch.distributed.ReduceOp.MAX and group is job.guard.group
+        bad.copy_(torch.maximum(bad, torch.tensor(elsewhere.pop(0))))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    job.train("")
+    before = job.snapshot()
+    job.train("")
+    assert equal(job.snapshot(), before)
+    job.train("")
+    assert not any(torch.equal(a, b) for a, b in zip(job.snapshot(), before, strict=True))
+
+
 @pytest.mark.gpu
 def test_the_decision_does_not_wait_for_the_accelerator():
     job = Job(device="cuda")

@@ -323,6 +323,20 @@ def test_a_job_that_is_held_up_as_a_whole_goes_on(tmp_path, monkeypatch):
     assert listener.silent() == []
 
 
+def test_a_process_that_has_ended_is_not_silent(tmp_path):
+    """Not even while its parent has yet to hear of it."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.05)
+        (tmp_path / "rank0").write_bytes(struct.pack("<qqqq", process.pid, 5, 3, 10))
+        assert Listener(tmp_path).pulses() == []
+    beat = heartbeat.Heartbeat(tmp_path, 1, 10)
+    assert [pulse.rank for pulse in Listener(tmp_path).pulses()] == [1]
+    beat.ended = True
+    beat.write()
+    assert Listener(tmp_path).pulses() == []
+
+
 def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
     script = """
         import ctypes, sys
@@ -330,8 +344,9 @@ def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
         listen_for_stop()
         training_begins()
         print("ready", flush=True)
-        # A signal ends each call; with this one it is too soon for Python to see it.
-        ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64)) or ctypes.CDLL(None).pause()
+        # The second call never returns, whatever signals come.
+        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -93,8 +93,7 @@ def test_only_complete_checkpoints_count_and_in_numeric_order(recipe):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         run.newest_step()
     save(run, 90, 100)
-    run.checkpoint_dir(110).mkdir()
-    for odd in ("step-120.tmp", "old-step-130", "step-", "step-x"):
+    for odd in (".step-110.saving", "step-120.damaged", "old-step-130", "step-", "step-x"):
         (run.path / "checkpoints" / odd).mkdir()
         seal(run.path / "checkpoints" / odd)
     assert run.checkpoint_steps() == [90, 100]
@@ -115,6 +114,38 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_set_aside(recipe):
     run.set_aside()
     assert run.checkpoint_steps() == [80] and run.newest_step() == 80
     assert (run.path / "checkpoints/step-100.damaged/extra").exists()
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_and_out_of_the_way(recipe):
+    run = create_run(recipe, "tiny", "a")
+    save(run, 80, 90)
+    (run.checkpoint_dir(90) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-90 is damaged: manifest.json is missing"):
+        run.newest_step(strict=True)
+    assert run.newest_step() == 80
+    run.set_aside()
+    assert run.checkpoint_steps() == [80] and not run.checkpoint_dir(90).exists()
+
+
+def test_checkpoints_that_changed_places_are_damaged(recipe):
+    run = create_run(recipe, "tiny", "a")
+    save(run, 70, 80, 90)
+    run.checkpoint_dir(80).rename(run.path / "other")
+    run.checkpoint_dir(90).rename(run.checkpoint_dir(80))
+    (run.path / "other").rename(run.checkpoint_dir(90))
+    assert run.newest_step() == 70
+    assert "step-90 is damaged: manifest.json is that of step-80" in run.damaged[90]
+
+
+def test_a_checkpoint_verified_ahead_is_the_newest_of_then(recipe):
+    run = create_run(recipe, "tiny", "a")
+    save(run, 70, 80)
+    (run.checkpoint_dir(80) / "extra").touch()
+    run.verify_ahead()
+    assert run.newest_step() == 70 and list(run.damaged) == [80]
+    run.verify_ahead()
+    save(run, 90)
+    assert run.newest_step() == 90 and not run.damaged
 
 
 def test_nothing_to_fall_back_to_is_an_error_that_names_the_newest(recipe):

@@ -1,5 +1,6 @@
 """The recipe as torchtitan sees it, and the Llama it trains."""
 
+import errno
 import io
 import json
 import math
@@ -115,10 +116,45 @@ def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
     assert one.micro_batch == 2
 
 
-def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
+def writing(file, log) -> Metrics:
     metrics = Metrics.__new__(Metrics)
-    metrics.logger = SimpleNamespace(log=lambda row, step: None)
-    metrics.stage, metrics.leaky, metrics.file = SimpleNamespace(name="dense"), False, io.StringIO()
+    metrics.logger, metrics.file, metrics.unwritten = SimpleNamespace(log=log), file, b""
+    metrics.stage, metrics.leaky = SimpleNamespace(name="dense"), False
+    return metrics
+
+
+class Disk(io.BytesIO):
+    """A file with room for so many bytes; what there is room for is written."""
+
+    room = 50
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(content[: self.room])
+        self.room -= written
+        return written
+
+
+def test_rows_wait_until_there_is_room_for_them(caplog):
+    def full(row, step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk = Disk()
+    metrics = writing(disk, full)
+    for step in range(3):
+        metrics._write(step, {"loss": 1.0})
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "no more is logged to TensorBoard or Weights & Biases",
+        *(f"step {step} waits to be written to metrics.jsonl" for step in range(3)),
+    ]
+    disk.room = 10_000
+    metrics._write(3, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [0, 1, 2, 3]
+
+
+def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
+    metrics = writing(io.BytesIO(), lambda row, step: None)
     metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5})
     row = json.loads(metrics.file.getvalue(), parse_constant=pytest.fail)
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}

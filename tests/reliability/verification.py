@@ -3,10 +3,10 @@
     python tests/reliability/verification.py [--parameters 53e7] [--folder DIR] [--out FILE]
 
 Saves a checkpoint of a model of that many parameters with AdamW's moments, in float32, through the trainer's own
-checkpointer. Then, five times by turns: reads every byte against its SHA-256; loads it into tensors through the trainer's
-own checkpointer; and starts a launcher up to where it knows its GPUs, alone and with the verification begun beside that,
-as a resumption does it. The difference of these two is what a resumption waits for. Prints the medians; ends with 1
-where that is 5 % of a load or more.
+checkpointer. Then, five times by turns: reads every byte against its SHA-256; loads it into tensors through the same
+checkpointer; and starts a launcher up to where it knows its GPUs, alone and with the verification begun beside that, as
+a resumption does it. The difference of these two is what a resumption waits for. Prints the medians; ends with 1 where
+that is 5 % of a load or more. All of it lies in memory, as far as the machine has room.
 """
 
 import argparse
