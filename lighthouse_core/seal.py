@@ -58,15 +58,15 @@ def publish(folder: Path, name: Path) -> None:
     _sync(name.parent)
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, threads: int | None = None) -> str | None:
     """What is wrong with a sealed directory, naming the file; None if every byte is as it was sealed."""
     try:
-        return _damage(folder)
+        return _damage(folder, threads)
     except OSError as error:
         return f"{error.filename or folder} cannot be read: {error.strerror}"
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, threads: int | None) -> str | None:
     manifest = read_manifest(folder)
     if isinstance(manifest, str):
         return manifest
@@ -83,7 +83,7 @@ def _damage(folder: Path) -> str | None:
         size = (folder / name).stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes, not {entry['bytes']}"
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         hashed = [
             (name, digest, pool.submit(_digest, folder / name, i, manifest["part_bytes"]))
             for name, entry in files.items()
@@ -178,4 +178,6 @@ def _sync(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(damage(Path(sys.argv[1]))))
+    # Beside a process that has other things to do, which it is not to hold up.
+    os.nice(10)
+    print(json.dumps(damage(Path(sys.argv[1]), threads=max(1, (os.cpu_count() or 2) // 2))))

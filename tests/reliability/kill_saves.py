@@ -9,6 +9,10 @@ process loads the newest and goes on. Prints the figures; ends with 1 if one of 
 
 import argparse
 import os
+
+if __name__ == "__main__":
+    # The processes are forks, in which CUDA does not work.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import random
 import signal
 import sys
@@ -106,17 +110,17 @@ def main() -> int:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             told = [int(line) for line in file.read().splitlines()]
-            saves += len(told)
             during += any((folder / "checkpoints").glob(".step-*.saving"))
             steps = checkpoint_steps(folder)
             damaged += sum(damage(folder / "checkpoints" / f"step-{step}") is not None for step in steps)
             newest = steps[-1] if steps else 0
+            saves += newest - max(begun, 0)
             lost += max([begun, *told]) > newest
     print(
-        f"{arguments.kills} kills, {during} in the middle of a save, after {saves} saves: {sound} restarts from the "
+        f"{arguments.kills} kills, {during} in the middle of a save, of {saves} checkpoints: {sound} restarts from the "
         f"newest sound checkpoint, {damaged} damaged checkpoints, {lost} published steps lost"
     )
-    return int(sound != arguments.kills or damaged or lost or not during)
+    return int(sound != arguments.kills or damaged or lost or not during or not saves)
 
 
 if __name__ == "__main__":

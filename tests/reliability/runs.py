@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,24 @@ def options(*settings: str) -> list[str]:
 
 
 class Job:
-    """One `lighthouse` command in progress. What it prints goes to a file of the folder in which it runs."""
+    """One `lighthouse` command in progress. What it prints, and leaves of temporary files, goes to the folder `cwd`."""
 
     number = 0
 
-    def __init__(self, *arguments: str, cwd: Path):
+    def __init__(self, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None):
         Job.number += 1
         self.words_path = cwd / f"words-{Job.number}.txt"
         self.begun = time.monotonic()
         with self.words_path.open("wb") as file:
             command = [sys.executable, "-m", "lighthouse_cli", *arguments]
-            self.process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, "TMPDIR": str(cwd), **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
 
     @property
     def words(self) -> str:

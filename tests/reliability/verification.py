@@ -3,7 +3,7 @@
     python tests/reliability/verification.py [--parameters 53e7] [--folder DIR] [--out FILE]
 
 Saves a checkpoint of a model of that many parameters with AdamW's moments, in float32, through the trainer's own
-checkpointer. Then, five times by turns: reads every byte against its SHA-256; loads it into tensors through the same
+checkpointer. Then, nine times by turns: reads every byte against its SHA-256; loads it into tensors through the same
 checkpointer; and starts a launcher up to where it knows its GPUs, alone and with the verification begun beside that, as
 a resumption does it. The difference of these two is what a resumption waits for. Prints the medians; ends with 1 where
 that is 5 % of a load or more. All of it lies in memory, as far as the machine has room.
@@ -58,6 +58,10 @@ def seconds(call) -> float:
     return time.perf_counter() - begin
 
 
+def launcher(folder: Path | str) -> float:
+    return seconds(lambda: subprocess.run([sys.executable, "-c", LAUNCHER, folder], check=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=53e7)
@@ -74,20 +78,22 @@ def main() -> int:
         saved = seconds(lambda: saver.save(1, last_step=True))
         folder = Path(name) / "checkpoints/step-1"
         verified, loaded, alone, beside = [], [], [], []
-        for _ in range(5):
+        for i in range(9):
             verified.append(seconds(lambda: damage(folder)))
             loaded.append(seconds(lambda: saver.load(step=1)))
-            alone.append(seconds(lambda: subprocess.run([sys.executable, "-c", LAUNCHER, ""], check=True)))
-            beside.append(seconds(lambda: subprocess.run([sys.executable, "-c", LAUNCHER, folder], check=True)))
+            starts = [(alone, ""), (beside, folder)]
+            for times, given in starts if i % 2 else reversed(starts):
+                times.append(launcher(given))
         assert damage(folder) is None
         gigabytes = sealed_bytes(folder) / 1e9
         saver.close()
     verify, load = statistics.median(verified), statistics.median(loaded)
-    cost = statistics.median(beside) - statistics.median(alone)
+    differences = sorted(two - one for one, two in zip(alone, beside, strict=True))
+    cost = statistics.median(differences)
     print(
         f"{gigabytes:.2f} GB, {len(os.sched_getaffinity(0))} cores: saved in {saved:.2f} s, loaded in {load:.2f} s, "
-        f"verified in {verify:.2f} s; a launcher starts in {statistics.median(alone):.2f} s, and with the verification "
-        f"in {statistics.median(beside):.2f} s: it costs {cost / load:.1%} of the load"
+        f"verified in {verify:.2f} s; beside a launcher that starts in {statistics.median(alone):.2f} s that "
+        f"takes {cost:+.2f} s more ({differences[0]:+.2f} to {differences[-1]:+.2f}), {cost / load:.1%} of the load"
     )
     if arguments.out:
         figures = {"gigabytes": gigabytes, "save_s": saved, "verify_s": verified, "load_s": loaded}
