@@ -153,7 +153,7 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
     }
-    return {**defaults, **base, JOB_FOLDER: str(folder), _PARENT: str(os.getpid())}
+    return {**defaults, **base, JOB_FOLDER: str(folder), "PET_LOG_DIR": str(folder), _PARENT: str(os.getpid())}
 
 
 def report_exit(code: int) -> bool:
@@ -332,7 +332,8 @@ def _torchrun(arguments: list[str]) -> int:
     def once(number: int, frame: object) -> NoReturn:
         # A batch system may signal this process, too, and the launcher again: the workers are to have their time.
         for each in handled:
-            signal.signal(each, signal.SIG_IGN)
+            # Not SIG_IGN: Python would print a traceback of one that has come in already.
+            signal.signal(each, lambda number, frame: None)
         raise SignalException("", signal.Signals(number))
 
     close = api.PContext.close

@@ -186,9 +186,18 @@ def _lock(directory: int) -> bool:
     return True
 
 
+def _disk_is_full(cause: BaseException | None) -> bool:
+    """Whether that is behind an exception; torch.save raises another where it then cannot end its archive."""
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def _storage_error(name: Path, error: CheckpointException) -> StorageError:
     causes = [failure[0] for failure in error.failures.values()]
-    full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)
+    full = any(map(_disk_is_full, causes))
     words = str(causes[0]).strip().splitlines() or [type(causes[0]).__name__]
     reason = "no space left on the device" if full else words[-1]
     return StorageError(f"checkpoint {name} could not be written: {reason}")

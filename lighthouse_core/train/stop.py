@@ -8,8 +8,8 @@ import time
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A batch system signals every process of a job, and the launcher sends its own on: that is one request.
 SAME_REQUEST_SECONDS = 1.0
-_requested = threading.Event()
-_training = threading.Event()
+# Not events: their lock could be held by the very thread that a signal interrupts.
+_requested = _training = False
 
 
 class Interrupted(Exception):
@@ -24,10 +24,15 @@ def listen_for_stop() -> None:
     heard, told = os.pipe()
     os.set_blocking(told, False)
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: _requested.set())
+        signal.signal(number, _request)
     # A handler in Python would wait while the main thread is in native code, in a collective for example.
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), name="signals", daemon=True).start()
+
+
+def _request(number: int, frame: object) -> None:
+    global _requested
+    _requested = True
 
 
 def _listen(heard: int) -> None:
@@ -38,21 +43,22 @@ def _listen(heard: int) -> None:
                 continue
             now = time.monotonic()
             first = now if first is None else first
-            _requested.set()
-            if now - first > SAME_REQUEST_SECONDS or not _training.is_set():
+            _request(number, None)
+            if now - first > SAME_REQUEST_SECONDS or not _training:
                 os._exit(128 + number)
 
 
 def training_begins() -> None:
     """From now on there is something to save."""
-    _training.set()
+    global _training
+    _training = True
 
 
 def is_training() -> bool:
     """Whether there is something to save."""
-    return _training.is_set()
+    return _training
 
 
 def stop_requested() -> bool:
     """Whether this process was asked to end."""
-    return _requested.is_set()
+    return _requested

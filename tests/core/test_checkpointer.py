@@ -1,6 +1,7 @@
 """Saving: published as a whole, kept and deleted with care, its failures met at once."""
 
 import errno
+import io
 import subprocess
 import sys
 import time
@@ -100,6 +101,35 @@ def test_a_job_does_not_wait_for_ever(start, tmp_path, monkeypatch):
     assert names(tmp_path / "run") == {"step-7"}
 
 
+def fails(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Full(io.BytesIO):
+    """A file on a disk with room for so many bytes."""
+
+    room = 0
+
+    def write(self, content):
+        if self.tell() + len(content) > self.room:
+            fails()
+        return super().write(content)
+
+
+def test_a_disk_that_fills_within_a_tensor_is_told_from_other_failures():
+    raised = set()
+    for room in range(0, 4000, 100):
+        file = Full()
+        file.room = room
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            torch.save(torch.ones(1000), file)
+        raised.add(caught.type)
+        error = checkpointer._storage_error(Path("step-3"), CheckpointException("save", {0: (caught.value, None)}))
+        assert str(error) == "checkpoint step-3 could not be written: no space left on the device"
+    # torch cannot end its archive then, and mostly says so instead.
+    assert raised == {OSError, RuntimeError}
+
+
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
@@ -129,10 +159,6 @@ def test_a_full_disk_is_met_before_the_save_and_costs_nothing(start, tmp_path, m
     with pytest.raises(StorageError, match=r"needs 0\.007\d+ GB, but .* has 0\.001 GB free"):
         save(saver, step, 2)
     assert checkpoint_steps(tmp_path / "run") == [1] and damage(tmp_path / "run/checkpoints/step-1") is None
-
-
-def fails(*arguments):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_failure_to_publish_ends_the_run(start, tmp_path, monkeypatch):
