@@ -152,6 +152,8 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         # torchrun's own default of one thread wastes a CPU.
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
+        # glibc gives the threads of each save arenas of their own, of which it returns little.
+        "MALLOC_ARENA_MAX": "1",
     }
     return {**defaults, **base, JOB_FOLDER: str(folder), "PET_LOG_DIR": str(folder), _PARENT: str(os.getpid())}
 

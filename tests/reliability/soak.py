@@ -1,17 +1,16 @@
 """A long run keeps its memory and its open files; one killed again and again keeps its metrics whole.
 
-    python tests/reliability/soak.py [--steps 2000] [--warm-up 400] [--arenas 1] [--kills 5] [--seed 0] [--out FILE]
+    python tests/reliability/soak.py [--steps 2000] [--warm-up 400] [--arenas N] [--kills 5] [--seed 0] [--out FILE]
 
 First, many steps of a tiny model: twice a second the training process is asked for its memory and its open files. A
 line through these after the warm-up gives the growth.
 
-Every save has threads of its own, and glibc gives threads arenas of their own, of which it returns little: only after
-some dozens of saves the process has the size that it keeps. With one arena for all it has that at once, and a leak
-shows. `--arenas 0` leaves this as it is: there, --warm-up 2000 and --steps 6000 are needed.
+Every save has threads of its own, and glibc would give threads arenas of their own, of which it returns little: only
+after some dozens of saves the process would have the size that it keeps. So the launcher asks for one arena for all.
+`--arenas 16` does without: there, `--warm-up 2000 --steps 6000` are needed.
 
-Then kill -9 of all processes at random instants, one of five
-while they start, and a resumption after each: metrics.jsonl has every step once, up to the newest, in order. Prints the
-figures; ends with 1 if one of them is wrong.
+Then kill -9 of all processes at random instants, one of five while they start, and a resumption after each:
+metrics.jsonl has every step once, up to the newest, in order. Prints the figures; ends with 1 if one of them is wrong.
 """
 
 import argparse
@@ -199,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=400)
-    parser.add_argument("--arenas", type=int, default=1, help="of glibc's allocator; 0: as many as it likes")
+    parser.add_argument("--arenas", type=int, default=0, help="of glibc's allocator; 0: the launcher's choice")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the figures, as JSON")
