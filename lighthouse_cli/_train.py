@@ -95,8 +95,10 @@ def train(
 
 def verify_ahead(run: "Run") -> None:
     """Have the run's newest checkpoint read while this process imports torch, which it needs for its GPUs."""
+    from lighthouse_core.launch import local_gpus
+
     run.verify_ahead()
-    import torch  # noqa: F401
+    local_gpus()
 
 
 def warn_of_damage(run: "Run", step: int) -> None:

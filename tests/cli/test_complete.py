@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from lighthouse_core.listing import shipped_recipes
-from lighthouse_core.seal import seal
 
 SCRIPT = """
 import sys
@@ -42,9 +41,8 @@ def ask(words: str, cwd, shell: str = "bash", script: str = SCRIPT) -> list[str]
 @pytest.fixture
 def place(tmp_path):
     for name, time_ in (("older", 1000), ("newer", 2000)):
-        for step in (5, 10):
-            (tmp_path / f"runs/{name}/checkpoints/step-{step}").mkdir(parents=True)
-        seal(tmp_path / f"runs/{name}/checkpoints/step-5")
+        for folder in ("step-5", ".step-10.saving"):
+            (tmp_path / f"runs/{name}/checkpoints/{folder}").mkdir(parents=True)
         (tmp_path / f"runs/{name}/recipe.toml").touch()
         os.utime(tmp_path / f"runs/{name}", (time_, time_))
     (tmp_path / "mine.toml").touch()
