@@ -7,31 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jobs
 import pytest
+from jobs import options
 
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "model.dim=64",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.ffn_dim=96",
-    "model.layers=3",
-    "model.dense_layers=[0]",
-    "lighthouse.topk=16",
-    "training.seq_len=512",
-    "training.steps=6",
-    "checkpoint.interval=3",
-    "metrics.every=1",
-    "metrics.validation_batches=1",
-    "recover.steps=4",
-]
-
-
-def options(*settings: str) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]
+TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=3", "recover.steps=4"]
 
 
 def lighthouse(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import RECIPE, TINY, Job, newest, options
+from jobs import RECIPE, TINY, Job, newest, options
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import estimate
@@ -33,6 +33,7 @@ EVERY = 5
 # A checkpoint of about 38 MB, which takes a while to write.
 SETTINGS = [
     *TINY,
+    "checkpoint.keep=0",
     "model.ffn_dim=5376",
     "training.deterministic=true",
     "training.global_batch_size=2",

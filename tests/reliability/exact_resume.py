@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import RECIPE, TINY, Job, differences, load, newest, options, rows, succeed
+from jobs import RECIPE, TINY, Job, differences, load, newest, options, rows, succeed
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data.loader import build_loader
@@ -27,6 +27,7 @@ from lighthouse_core.listing import checkpoint_steps
 STEPS, RECOVERY, EVERY = 40, 20, 10
 SETTINGS = options(
     *TINY,
+    "checkpoint.keep=0",
     "training.deterministic=true",
     "training.seed=2",  # in this order of documents, several end within the run
     f"checkpoint.interval={EVERY}",

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import RECIPE, TINY, Job, newest, options, rows, succeed
+from jobs import RECIPE, TINY, Job, newest, options, rows, succeed
 
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.seal import damage
@@ -27,6 +27,7 @@ from lighthouse_core.seal import damage
 EVERY = 5  # steps between two evaluations
 SETTINGS = options(
     *TINY,
+    "checkpoint.keep=0",
     "training.steps=100000",
     "training.deterministic=true",
     "checkpoint.interval=3",

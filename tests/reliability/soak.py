@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from runs import RECIPE, Job, lines, newest, options
+from jobs import RECIPE, Job, lines, newest, options
 
 from lighthouse_core.listing import checkpoint_steps
 

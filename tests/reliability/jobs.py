@@ -26,7 +26,6 @@ TINY = [
     "training.seq_len=512",
     "metrics.every=1",
     "metrics.validation_batches=1",
-    "checkpoint.keep=0",
 ]
 _POLL_SECONDS = 0.02
 
