@@ -34,7 +34,9 @@ _PR_SET_PDEATHSIG = 1
 # Between two looks at a job.
 _POLL_SECONDS = 0.2
 # A checkpoint of a large model takes longer than torchrun's 30 seconds between a signal and SIGKILL.
-_SHUTDOWN_SECONDS = "300"
+_SHUTDOWN_SECONDS = 300
+# Upon any of these the job is to save and end.
+_STOPPING = (*SIGNALS, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
     defaults = {
         # torchrun's own default of one thread wastes a CPU.
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_SECONDS,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
         # glibc gives the threads of each save arenas of their own, of which it returns little.
         "MALLOC_ARENA_MAX": "1",
     }
@@ -236,8 +238,7 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
                     listener.kill()
 
         # nohup has the job outlive its terminal.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, forward) for number in handled}
         try:
             # A session of its own: a terminal's Ctrl-C would otherwise reach torchrun twice.
@@ -333,19 +334,20 @@ def _torchrun(arguments: list[str]) -> int:
 
     def once(number: int, frame: object) -> NoReturn:
         # A batch system may signal this process, too, and the launcher again: the workers are to have their time.
-        for each in handled:
+        for each in _STOPPING:
             # Not SIG_IGN: Python would print a traceback of one that has come in already.
             signal.signal(each, lambda number, frame: None)
         raise SignalException("", signal.Signals(number))
 
     close = api.PContext.close
 
-    def patient(context: api.PContext, death_sig: signal.Signals | None = None, timeout: int = 0) -> None:
+    def patient(
+        context: api.PContext, death_sig: signal.Signals | None = None, timeout: int = _SHUTDOWN_SECONDS
+    ) -> None:
         # Where a worker fails, torchrun would give the others 30 seconds, whatever its setting says.
-        close(context, death_sig, timeout or int(_SHUTDOWN_SECONDS))
+        close(context, death_sig, timeout)
 
     api.PContext.close = patient
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     api._terminate_process_handler = once
     signal.signal(signal.SIGUSR1, once)
     follow_parent()

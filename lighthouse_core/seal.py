@@ -35,31 +35,36 @@ def seal(folder: Path, name: str = "") -> None:
     digests: dict[str, list[str]] = {}
     with ThreadPoolExecutor() as pool:
         found = _files(folder)
-        synced = [pool.submit(_sync, folder / file) for file in found]
+        synced = [pool.submit(sync, folder / file) for file in found]
         hashed = {
             file: [pool.submit(_digest, folder / file, i, PART_BYTES) for i in _parts(folder / file)] for file in found
         }
         for file, parts in hashed.items():
             digests[file] = [part.result() for part in parts]
-        for sync in synced:
-            sync.result()
+        for done in synced:
+            done.result()
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digests[file]} for file in found}
     path = folder / MANIFEST
     with path.open("w", encoding="utf-8", newline="\n") as out:
         out.write(_text({"version": 1, "name": name or folder.name, "part_bytes": PART_BYTES, "files": files}))
         out.flush()
         os.fsync(out.fileno())
-    _sync(folder)
+    sync(folder)
 
 
 def publish(folder: Path, name: Path) -> None:
     """Rename a sealed folder, once and for all."""
     os.rename(folder, name)
-    _sync(name.parent)
+    sync(name.parent)
 
 
 def damage(folder: Path, threads: int | None = None) -> str | None:
-    """What is wrong with a sealed directory, naming the file; None if every byte is as it was sealed."""
+    """What is wrong with a sealed directory, naming the file; None if every byte is as it was sealed.
+
+    Args:
+        folder: a sealed directory.
+        threads: that read it; as many as there are cores, and some, if not given.
+    """
     try:
         return _damage(folder, threads)
     except OSError as error:
@@ -169,7 +174,8 @@ def _digest(path: Path, part: int, part_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

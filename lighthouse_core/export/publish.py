@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import uuid
@@ -23,6 +22,7 @@ from lighthouse_core.errors import CheckpointError, UserError
 from lighthouse_core.export import llama, verify
 from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.export.tokenizer import check_tokenizer, write_tokenizer
+from lighthouse_core.seal import sync
 
 logger = logging.getLogger(__name__)
 
@@ -160,20 +160,12 @@ def _published(out: Path) -> Iterator[Path]:
     try:
         yield directory
         for path in (*directory.iterdir(), directory):
-            _fsync(path)
+            sync(path)
         directory.rename(out)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(out.parent)
 
 
 def _write_weights(

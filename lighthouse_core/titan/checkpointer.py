@@ -99,11 +99,10 @@ class Checkpointer(CheckpointManager):
 
     def _lacks_space(self) -> str | None:
         steps = checkpoint_steps(self.path.parent)
-        needed = sealed_bytes(self._dir(steps[-1])) if steps else None
+        needed = sealed_bytes(Path(self._create_checkpoint_id(steps[-1]))) if steps else None
         if needed is None:
             # Weights and AdamW's two moments in float32.
             needed = 12 * sum(weight.numel() for weight in self.states[MODEL].state_dict().values())
-        self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             return f"a checkpoint needs {needed / 1e9:.3g} GB, but {self.path} has {free / 1e9:.3g} GB free"
@@ -158,22 +157,19 @@ class Checkpointer(CheckpointManager):
         torch.distributed.broadcast_object_list(step, src=0, group=self.group)
         return step[0]
 
-    def _dir(self, step: int) -> Path:
-        return self.path / f"step-{step}"
-
     def _purge_stale_checkpoints(self) -> None:
         """Delete what is sealed, and older than the newest that are to be kept."""
         if self.rank or not self.keep_latest_k:
             return
-        steps = checkpoint_steps(self.path.parent)
-        sound = [step for step in steps if not isinstance(read_manifest(self._dir(step)), str)]
-        for step in sound[: -self.keep_latest_k]:
+        folders = [Path(self._create_checkpoint_id(step)) for step in checkpoint_steps(self.path.parent)]
+        sound = [folder for folder in folders if not isinstance(read_manifest(folder), str)]
+        for folder in sound[: -self.keep_latest_k]:
             # Out of the way at once, so that nothing half deleted has the name of a checkpoint.
-            doomed = self.path / f".step-{step}.deleting"
+            doomed = folder.with_name(f".{folder.name}.deleting")
             try:
-                self._dir(step).rename(doomed)
+                folder.rename(doomed)
             except OSError as error:
-                logger.warning("%s cannot be deleted: %s", self._dir(step), error.strerror)
+                logger.warning("%s cannot be deleted: %s", folder, error.strerror)
                 continue
             self.purge_queue.put(str(doomed))
 

@@ -75,17 +75,19 @@ def _build_loggers(stage: "Stage", job_config, parallel_dims) -> BaseLogger:
     return loggers
 
 
-def keep_rows(path: Path, step: int) -> Path:
-    """Drop from a metrics file the rows after `step`, and a last row cut short by a crash; returns `path`."""
-    kept = []
+def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop from a metrics file the rows after `step`, and a last row cut short by a crash; returns the others."""
+    kept, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line + "\n")
+                rows.append(row)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
-    return path
+    return rows
 
 
 class Metrics(MetricsProcessor):
@@ -129,8 +131,8 @@ class Metrics(MetricsProcessor):
         """
         validated = False
         if torch.distributed.get_rank() == 0:
-            path = keep_rows(self.stage.run.path / "metrics.jsonl", step)
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            path = self.stage.run.path / "metrics.jsonl"
+            rows = keep_rows(path, step)
             validated = any(row["step"] == step and "val_loss" in row for row in rows)
             for row in rows:
                 if row["stage"] == self.stage.name and row.get("loss") is not None:
