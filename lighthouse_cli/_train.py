@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from lighthouse_core.launch import Plan
     from lighthouse_core.runs import Run
 
+# How a dense step's time is known.
+_HOW = {
+    "recovery": "by the recovery's own steps",
+    "measured": "measured at the start",
+    "estimated": "estimated from FLOPs; --measure-dense measures it",
+}
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -81,6 +87,8 @@ def train(
         outcome = "done" if code == 0 else "stopped" if code in _INTERRUPTED else outcome
     finally:
         watcher.end(outcome)
+        if run is not None:
+            _settle(run)
     if run is not None and code in _INTERRUPTED:
         steps = run.checkpoint_steps()
         if steps and steps[-1] >= run.end:
@@ -91,6 +99,26 @@ def train(
             _output.final("interrupted before the first checkpoint")
     if code:
         raise typer.Exit(code)
+
+
+def _settle(run: "Run") -> None:
+    """Bring the ledger up to date, and say what the run has cost."""
+    from lighthouse_core.train.progress import clock
+
+    try:
+        run.settle()
+    except OSError as error:
+        _output.warn(f"{run.path / 'ledger.json'} is not up to date: {error.strerror}")
+    spent = [stage for stage in run.ledger["stages"] if "steps" in stage]
+    if not spent:
+        return
+    steps, seconds, flops = (sum(stage[key] for stage in spent) for key in ("steps", "seconds", "flops"))
+    line = f"{steps} steps in {clock(seconds)}, {_short(flops)} FLOPs"
+    if "dense" in run.ledger:
+        dense, how = run.ledger["dense"], _HOW[run.ledger["dense_step"]["how"]]
+        line += f"; as many dense ones {clock(dense['seconds'])} ({how}), {_short(dense['flops'])} FLOPs: "
+        line += f"{dense['seconds'] / seconds:.2f}x"
+    _output.say(line)
 
 
 def verify_ahead(run: "Run") -> None:
@@ -138,11 +166,10 @@ def check(recipe: "Recipe", plan: "Plan") -> None:
 
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
-    if recipe.lighthouse.enabled:
-        try:
-            check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu")
-        except ValueError as error:
-            raise UserError(f"lighthouse: {error}") from None
+    try:
+        check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu")
+    except ValueError as error:
+        raise UserError(f"lighthouse: {error}") from None
 
 
 def _gib(count: float) -> str:
@@ -150,7 +177,7 @@ def _gib(count: float) -> str:
 
 
 def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"

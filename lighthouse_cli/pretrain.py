@@ -37,6 +37,10 @@ def pretrain(
     name: Annotated[
         str, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
     ] = "",
+    measure_dense: Annotated[
+        bool,
+        typer.Option("--measure-dense", help="Time a dense step first, for the savings in the ledger."),
+    ] = False,
     nproc: _options.Nproc = "auto",
     nnodes: _options.Nnodes = 1,
     node_rank: _options.NodeRank = 0,
@@ -54,6 +58,8 @@ def pretrain(
     from lighthouse_core.runs import check_free, create_run, find_run, run_path
 
     _output.set_quiet(quiet)
+    if measure_dense:
+        settings = [*(settings or ()), "metrics.measure_dense=true"]
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
     if resume:
@@ -105,7 +111,10 @@ def _refuse_with_resume(settings: list[str] | None, name: str) -> None:
     from lighthouse_core.errors import UserError
 
     if settings:
-        raise UserError("--resume continues with the saved recipe and takes no --set", hint="a change needs a new run")
+        raise UserError(
+            "--resume continues with the saved recipe and takes no --set or --measure-dense",
+            hint="a change needs a new run",
+        )
     if name:
         raise UserError("--name is for a new run, --resume for an existing one")
 

@@ -35,7 +35,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(LighthouseError):
-    """Training cannot go on: a loss or a gradient is not finite."""
+    """Training cannot go on: a loss or a gradient is not finite, or the accelerator's memory is full."""
 
 
 class StorageError(LighthouseError):

@@ -109,8 +109,8 @@ def _activation_bytes(recipe: Recipe) -> int:
 
     A layer without checkpointing keeps about 5 rows of dim, 2 of the queries, 2 of the keys and values and 3 of the
     feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. "full" keeps one row
-    a layer and one layer at a time; "selective" is taken as half. Logits: in the compute type, in float32, and the
-    gradient of the latter.
+    a layer and one layer at a time; "selective" is taken as half. The head: logits of one chunk, and its weights'
+    gradient in float32 and in the compute type.
     """
     model, training = recipe.model, recipe.training
     width = 2 if training.dtype == "bfloat16" else 4
@@ -120,5 +120,6 @@ def _activation_bytes(recipe: Recipe) -> int:
         "selective": rows * model.layers // 2,
         "full": model.dim * model.layers + rows,
     }[training.activation_checkpointing]
-    logits = model.vocab_size * (width + 8)
-    return training.local_batch_size * training.seq_len * (kept * width + logits)
+    tokens = training.local_batch_size * training.seq_len
+    head = min(training.loss_chunk, tokens) * model.vocab_size * width + model.vocab_size * model.dim * (4 + width)
+    return tokens * kept * width + head

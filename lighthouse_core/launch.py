@@ -157,6 +157,9 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         # glibc gives the threads of each save arenas of their own, of which it returns little.
         "MALLOC_ARENA_MAX": "1",
     }
+    if "PYTORCH_CUDA_ALLOC_CONF" not in base:
+        # The caching allocator's fixed segments leave gaps between a long sequence's large tensors.
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {**defaults, **base, JOB_FOLDER: str(folder), "PET_LOG_DIR": str(folder), _PARENT: str(os.getpid())}
 
 

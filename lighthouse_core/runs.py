@@ -22,6 +22,7 @@ from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError
+from lighthouse_core.ledger import account
 from lighthouse_core.listing import checkpoint_steps, run_dirs
 from lighthouse_core.seal import Verification, damage
 
@@ -30,6 +31,7 @@ RESUMABLE = (
     "recover",
     "training.compile",
     "training.activation_checkpointing",
+    "training.loss_chunk",
     "training.local_batch_size",
     "training.nonfinite",
     "training.nonfinite_limit",
@@ -37,7 +39,7 @@ RESUMABLE = (
     "checkpoint",
     "metrics",
 )
-_RECORDED = ("lighthouse-pretrain", "torch", "triton", "torchtitan", "numpy", "safetensors", "pydantic")
+_RECORDED = ("lighthouse-pretrain", "torch", "triton", "flash-attn-4", "torchtitan", "numpy", "safetensors", "pydantic")
 
 
 class Run:
@@ -49,7 +51,7 @@ class Run:
         recipe: the resolved recipe of the stage in progress (recover.toml in a recovery, else recipe.toml).
         damaged: what `newest_step` found wrong with newer checkpoints, by step.
         ledger: `{"version": 1, "stages": [{"stage": "lighthouse" | "dense", "start": 0, "end": 120}, ...]}`;
-            a stage trains the steps start + 1 .. end.
+            a stage trains the steps start + 1 .. end. lighthouse_core.ledger adds what they cost.
 
     Raises:
         RunError: the directory is not a run, or its ledger cannot be read.
@@ -146,6 +148,20 @@ class Run:
             "stages": [*before, {"stage": "dense", "start": recovery.start, "end": recovery.end}],
         }
         self.__dict__.pop("recipe", None)
+        self._write_ledger()
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the ledger."""
+        self.ledger = self._read_ledger() | facts
+        self._write_ledger()
+
+    def settle(self) -> None:
+        """Bring the costs in the ledger up to date."""
+        self.ledger = self._read_ledger()
+        self.ledger = account(self)
+        self._write_ledger()
+
+    def _write_ledger(self) -> None:
         _write_atomically(self.path / "ledger.json", json.dumps(self.ledger, indent=1) + "\n")
 
     @contextmanager

@@ -87,13 +87,19 @@ def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
         _sdpa(cfg.dense_backend, device_type)
 
 
-def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int) -> None:
+def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int, *, pooled: bool) -> None:
     """Say in the log which backends such calls take, and why: a compiled call cannot.
+
+    Args:
+        cfg: settings of the calls.
+        device_type, dtype, dim: of their inputs; dim is D.
+        pooled: whether any of them is a Lighthouse call.
 
     Raises:
         ValueError: for a backend that is not there.
     """
-    kernels(cfg.backend, device_type, dtype)
+    if pooled:
+        kernels(cfg.backend, device_type, dtype)
     _choose(cfg.dense_backend, device_type, dtype, dim)
 
 

@@ -1,10 +1,11 @@
-"""The attention call as the module that takes the place of a model's own attention."""
+"""The attention calls as modules that take the place of a model's own attention."""
 
 import torch
 from torch import Tensor, nn
 
 from lighthouse_core.attention.call import lighthouse_attention
 from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.dense import dense_attention
 
 
 class LighthouseAttention(nn.Module):
@@ -42,6 +43,28 @@ class LighthouseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, {self.cfg}"
+
+
+class DenseAttention(nn.Module):
+    """Dense causal attention, in the layout of `LighthouseAttention`.
+
+    Args:
+        backend: see `dense_attention`.
+    """
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, enable_gqa: bool = False
+    ) -> Tensor:
+        """See `LighthouseAttention.forward`."""
+        tokens_first = (x.transpose(1, 2) for x in (q, k, v))
+        return dense_attention(*tokens_first, scale=scale, backend=self.backend).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return self.backend
 
 
 def set_selection_keys(model: nn.Module, seed: int, step: int, sample: int) -> None:

@@ -47,6 +47,8 @@ class Recipe(Section):
             )
         if self.metrics.validation_every and not self.data.validation:
             raise conflict("metrics.validation_every", "metrics.validation_every needs data.validation above 0")
+        if self.metrics.measure_dense and not self.lighthouse.enabled:
+            raise conflict("metrics.measure_dense", "metrics.measure_dense is for a run with lighthouse.enabled")
         if self.lighthouse.enabled:
             from lighthouse_core.backends import geometry
 

@@ -10,6 +10,7 @@ from lighthouse_core.config.section import Positive, Section, conflict
 class TrainingSection(Section):
     """Batch sizes count sequences of `seq_len` tokens; `local_batch_size` is what one process holds at a time.
 
+    `loss_chunk` is how many tokens' logits exist at once: of all of a long sequence they fit no memory.
     `nonfinite` is what becomes of an update whose loss or gradient is NaN or infinite: "halt" ends the run there,
     "skip" leaves it out, and ends the run after `nonfinite_limit` in a row.
     """
@@ -20,6 +21,7 @@ class TrainingSection(Section):
     steps: Positive
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = False
+    loss_chunk: Positive = 1024
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     deterministic: bool = False

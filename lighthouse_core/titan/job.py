@@ -55,7 +55,7 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "metrics.disable_color_printing": True,
         "model.name": MODEL,
         "model.flavor": MODEL,
-        "model.converters": [],
+        "model.converters": [MODEL],
         "optimizer.name": "AdamW",
         # The guard against bad numbers needs it.
         "optimizer.implementation": "fused",
@@ -97,20 +97,19 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def build_job(recipe: "Recipe", run_dir: Path, *, steps: int, converters: list[str]) -> JobConfig:
+def build_job(recipe: "Recipe", run_dir: Path, *, steps: int) -> JobConfig:
     """torchtitan's configuration of one stage of a run.
 
     Args:
         recipe: the resolved recipe.
         run_dir: the run's directory.
         steps: step at which the stage ends, counted from the start of the run.
-        converters: names of registered model converters.
 
     Raises:
         RecipeError: for a [titan] table that does not fit torchtitan's settings.
     """
     job = JobConfig()
-    for key, value in (_settings(recipe, run_dir, steps) | {"model.converters": converters}).items():
+    for key, value in _settings(recipe, run_dir, steps).items():
         section, name = key.rsplit(".", 1)
         target = getattr(job, section)
         assert hasattr(target, name), key

@@ -95,8 +95,9 @@ class Metrics(MetricsProcessor):
 
     Keys of a training row: `step`, `stage` ("lighthouse" or "dense"), `loss` (nats per token), `leaky` (true where the
     selection saw later tokens, so that the loss is no language-model loss), `grad_norm`, `lr`, `tokens` (since the
-    start of the run), `tokens_per_second` (all ranks), `seconds` (per step), `memory_gib` (peak of one rank), `mfu`
-    (fraction of the accelerator's bf16 peak; absent on CPU) and `data_seconds` (waiting for data, per step).
+    start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
+    `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
+    bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
     `spike` is there where the loss is one: its robust z-score among the last logged losses.
     A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
     """
@@ -138,6 +139,9 @@ class Metrics(MetricsProcessor):
                 if row["stage"] == self.stage.name and row.get("loss") is not None:
                     self.spikes.score(row["loss"])
             self.file = path.open("ab", buffering=0)
+            machine = {"device": self.device_memory_monitor.device_name, "devices": self.parallel_dims.world_size}
+            cudnn = torch.backends.cudnn.version()
+            self.stage.run.note(machine=machine | {"peak_flops": self.gpu_peak_flops, "cudnn": cudnn})
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
         return validated
@@ -155,6 +159,7 @@ class Metrics(MetricsProcessor):
             "grad_norm": float(grad_norm),
             "lr": float(extra_metrics["lr"]),
             "tokens": step * tokens_per_step,
+            "steps": steps,
             "tokens_per_second": steps * tokens_per_step / elapsed,
             "seconds": elapsed / steps,
             "data_seconds": sum(self.data_loading_times) / steps,

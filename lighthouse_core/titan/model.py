@@ -12,7 +12,8 @@ from torchtitan.models.llama3.model import model as llama3
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.module import LighthouseAttention
+from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
+from lighthouse_core.train.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from lighthouse_core.config.model import ModelSection
@@ -27,18 +28,32 @@ class LlamaArgs(TransformerModelArgs):
         ffn_dim: exact width of the SwiGLU.
         seed: seed of the initial weights.
         flops_per_token: model FLOPs of forward and backward, for the trainer's utilisation figure.
+        loss_chunk: tokens whose logits exist at once where the loss is asked for.
     """
 
     head_dim: int = 0
     ffn_dim: int = 0
     seed: int = 0
     flops_per_token: int = 1
+    loss_chunk: int = 1024
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         self.max_seq_len = job_config.training.seq_len
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return sum(p.numel() for p in model.parameters()), self.flops_per_token
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary position embedding of neighbouring pairs, in float32: in real numbers, for torch.compile fuses no others.
+
+    Args:
+        x: [B, N, H, D].
+        turns: [at least N, D/2, 2] float32: cosine and sine of each position's angles.
+    """
+    cos, sin = turns[: x.shape[1], None].unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 class Attention(llama3.Attention):
@@ -53,6 +68,12 @@ class Attention(llama3.Attention):
         self.wv = nn.Linear(args.dim, kv_width, bias=False)
         self.wo = nn.Linear(width, args.dim, bias=False)
 
+    def forward(self, x: Tensor, turns: Tensor, attention_masks: None, positions: None = None) -> Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        heads_first = (y.transpose(1, 2) for y in (rotate(q, turns), rotate(k, turns), v))
+        out = self.inner_attention(*heads_first, enable_gqa=self.enable_gqa)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
 
 class FeedForward(llama3.FeedForward):
     """SwiGLU of an exact width."""
@@ -64,11 +85,34 @@ class FeedForward(llama3.FeedForward):
         self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
 
 
+class Head(nn.Linear):
+    """The output projection; given labels, the loss in place of the logits.
+
+    Attributes:
+        compiled: have torch.compile fuse the loss.
+    """
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args.dim, args.vocab_size, bias=False)
+        self.chunk, self.compiled = args.loss_chunk, False
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, N, V] of `hidden` [B, N, dim], or the loss [] summed over the tokens of `labels` [B, N]."""
+        if labels is None:
+            return super().forward(hidden)
+        rows = hidden.flatten(0, 1), self.weight, labels.flatten()
+        return linear_cross_entropy(*rows, chunk=self.chunk, compiled=self.compiled)
+
+
 class Transformer(llama3.Transformer):
-    """torchtitan's Llama 3 with exact widths, plain RoPE, and initial weights drawn as full tensors."""
+    """torchtitan's Llama 3 with exact widths, plain RoPE, and initial weights drawn as full tensors.
+
+    `freqs_cis` holds what `rotate` takes.
+    """
 
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
+        self.output = Head(args)
         for block in self.layers.values():
             block.attention = Attention(args)
             block.feed_forward = FeedForward(args)
@@ -77,7 +121,15 @@ class Transformer(llama3.Transformer):
         args = self.model_args
         exponent = torch.arange(0, args.head_dim, 2).float() / args.head_dim
         angles = torch.outer(torch.arange(args.max_seq_len).float(), 1.0 / args.rope_theta**exponent)
-        return torch.polar(torch.ones_like(angles), angles)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, N, V] after `tokens` [B, N] int64, or with `labels` [B, N] the sum [] of their losses in nats."""
+        hidden = self.tok_embeddings(tokens)
+        for block in self.layers.values():
+            hidden = block(hidden, self.freqs_cis, None)
+        hidden = self.norm(hidden)
+        return self.output(hidden) if labels is None else self.output(hidden, labels)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter as a full tensor from one generator and keep the local shard, so that the weights are
@@ -111,6 +163,17 @@ class Transformer(llama3.Transformer):
             nn.init.trunc_normal_(weight, std=std, generator=generator)
 
 
+def attention_layers(model: nn.Module) -> list[Attention]:
+    """Of the model as it is or as it trains, in order."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def use_dense(model: nn.Module, backend: str) -> None:
+    """Put dense attention by the kernel of that name into every layer of `model`, in place."""
+    for layer in attention_layers(model):
+        layer.inner_attention = DenseAttention(backend)
+
+
 def use_lighthouse(model: nn.Module, cfg: LighthouseConfig, dense_layers: list[int]) -> None:
     """Put Lighthouse attention into every layer of `model` but the dense ones, in place."""
     for name, block in model.layers.items():
@@ -118,8 +181,8 @@ def use_lighthouse(model: nn.Module, cfg: LighthouseConfig, dense_layers: list[i
             block.attention.inner_attention = LighthouseAttention(cfg, int(name))
 
 
-def model_args(model: "ModelSection", seq_len: int, seed: int = 0, flops_per_token: int = 1) -> LlamaArgs:
-    """Arguments of the Llama that a recipe's [model] section describes."""
+def model_args(model: "ModelSection", seq_len: int, **others: int) -> LlamaArgs:
+    """Arguments of the Llama that a recipe's [model] section describes; `others` are fields of LlamaArgs."""
     return LlamaArgs(
         dim=model.dim,
         n_layers=model.layers,
@@ -131,8 +194,7 @@ def model_args(model: "ModelSection", seq_len: int, seed: int = 0, flops_per_tok
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
         max_seq_len=seq_len,
-        seed=seed,
-        flops_per_token=flops_per_token,
+        **others,
     )
 
 

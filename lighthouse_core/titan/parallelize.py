@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 from torch._ops import OpOverload
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -42,12 +43,12 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
         cfg: settings of the Lighthouse layers, None where there are none.
         device_type: of the model.
     """
-    kept = set(_DENSE) if mode == "selective" else set()
+    kept = _DENSE.union(flash.ATTENDING) if mode == "selective" else set()
     if cfg is not None:
         ops = kernels(cfg.backend, device_type)
         kept.update(ops.SELECTING)
         if mode == "selective":
-            kept.update(ops.GATHERING, flash.ATTENDING)
+            kept.update(ops.GATHERING)
     return kept
 
 
@@ -71,12 +72,13 @@ def parallelize(
         apply_ac(model, checkpointing, model_compile_enabled=compiled, op_sac_save_list=kept)
     if compiled:
         apply_compile(model, job_config.compile)
-    if parallel_dims.fsdp_enabled:
-        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    model.output.compiled = job_config.compile.enable and "loss" in job_config.compile.components
+    param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+    if mesh := _sharding_mesh(parallel_dims, param_dtype):
         apply_fsdp(
             model,
-            parallel_dims.get_mesh(names),
-            param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+            mesh,
+            param_dtype=param_dtype,
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
             pp_enabled=False,
             cpu_offload=job_config.training.enable_cpu_offload,
@@ -86,6 +88,15 @@ def parallelize(
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     use_plain_sums(model)
     return model
+
+
+def _sharding_mesh(parallel_dims: ParallelDims, param_dtype: torch.dtype) -> DeviceMesh | None:
+    """The processes that share the weights; one alone where FSDP has to cast them, as it does for several."""
+    if parallel_dims.fsdp_enabled:
+        return parallel_dims.get_mesh(["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"])
+    if parallel_dims.world_size == 1 and param_dtype != torch.float32:
+        return init_device_mesh(DEVICE_TYPE, (1,), mesh_dim_names=("fsdp",))
+    return None
 
 
 def use_plain_sums(model: nn.Module) -> None:

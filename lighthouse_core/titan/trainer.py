@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as titan_train
 from torchtitan.components.checkpoint import MODEL as MODEL_STATE
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
@@ -32,8 +31,9 @@ from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
 from lighthouse_core.titan.guard import Guard, NotingUtils
 from lighthouse_core.titan.job import MODEL, build_job
+from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
-from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
+from lighthouse_core.titan.model import Transformer, model_args, use_dense, use_lighthouse
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
 from lighthouse_core.train.heartbeat import note_step
@@ -63,17 +63,20 @@ class Stage:
     recovery: bool
 
 
-class LighthouseConverter:
-    """torchtitan model converter: Lighthouse attention in every layer but the dense ones. Bound to a recipe."""
+class AttentionConverter:
+    """torchtitan model converter: the attention of a stage, in every layer."""
 
-    def __init__(self, recipe: Recipe, job_config, parallel_dims):
-        self.recipe = recipe
+    def __init__(self, stage: Stage, job_config, parallel_dims):
+        self.stage = stage
 
     def convert(self, model: nn.Module) -> None:
-        recipe = self.recipe
-        cfg = recipe.lighthouse.attention()
-        log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim)
-        use_lighthouse(model, cfg, recipe.model.dense_layers)
+        recipe = self.stage.recipe
+        cfg, pooled = recipe.lighthouse.attention(), self.stage.name == "lighthouse"
+        dtype = getattr(torch, recipe.training.dtype)
+        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled)
+        use_dense(model, cfg.dense_backend)
+        if pooled:
+            use_lighthouse(model, cfg, recipe.model.dense_layers)
 
     def post_optimizer_hook(self, model) -> None:
         pass
@@ -117,9 +120,15 @@ def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "
     )
 
 
-def _for_model(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch without its positions: packing is "concat", attention and RoPE cross the boundaries of documents."""
-    return {key: value for key, value in input_dict.items() if key != "positions"}
+def _for_model(input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch with its labels, for the model makes its loss itself, and without positions: packing is "concat",
+    attention and RoPE cross the boundaries of documents."""
+    return {"input": input_dict["input"], "labels": labels}
+
+
+def _build_loss(job_config, **unused):
+    """What torchtitan takes for the loss function: the model's output is the loss."""
+    return lambda loss, labels: loss
 
 
 class _Abandoned(Exception):
@@ -137,7 +146,7 @@ class Validator(TitanValidator):
         self.loss_fn = parts["loss_fn"]
         self.validation_context = parts["validation_context"]
         self.metrics_processor = parts["metrics_processor"]
-        self.maybe_enable_amp = _amp(stage.recipe, maybe_enable_amp)
+        self.maybe_enable_amp = _amp(stage.recipe, self.parallel_dims, maybe_enable_amp)
         self.rank, self.ranks = parts["dp_rank"], parts["dp_world_size"]
         self.validation_dataloader = _build_loader(stage, self.ranks, self.rank, split="validation")
         training = stage.recipe.training
@@ -167,12 +176,13 @@ class Validator(TitanValidator):
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
         set_selection_keys(model_parts[0], self.stage.recipe.training.seed, 0, sample)
-        return super().post_dataloading_process(_for_model(input_dict), labels, model_parts)
+        return super().post_dataloading_process(_for_model(input_dict, labels), labels, model_parts)
 
 
-def _amp(recipe: Recipe, autocast: contextlib.AbstractContextManager) -> contextlib.AbstractContextManager:
-    """torchtitan wraps a single process in autocast even where there is nothing to cast."""
-    return contextlib.nullcontext() if recipe.training.dtype == "float32" else autocast
+def _amp(recipe: Recipe, parallel_dims, autocast: contextlib.AbstractContextManager):
+    """Autocast where torchtitan's DDP needs it; FSDP casts by itself, and for one process it is used, too."""
+    ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
+    return autocast if ddp and recipe.training.dtype != "float32" else contextlib.nullcontext()
 
 
 class Trainer(titan_train.Trainer):
@@ -182,10 +192,9 @@ class Trainer(titan_train.Trainer):
         recipe = stage.recipe
         self.stage = stage
         self._register(stage)
-        converters = [MODEL] if stage.name == "lighthouse" else []
         titan_train.CheckpointManager = Checkpointer
-        super().__init__(build_job(recipe, stage.run.path, steps=stage.end, converters=converters))
-        self.maybe_enable_amp = _amp(recipe, self.maybe_enable_amp)
+        super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
+        self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
         self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
@@ -207,7 +216,14 @@ class Trainer(titan_train.Trainer):
         recipe = stage.recipe
         flops = flops_per_token(recipe, stage.name)
         attention = recipe.lighthouse.attention() if stage.name == "lighthouse" else None
-        args = model_args(recipe.model, recipe.training.seq_len, recipe.training.seed, flops)
+        training = recipe.training
+        args = model_args(
+            recipe.model,
+            training.seq_len,
+            seed=training.seed,
+            flops_per_token=flops,
+            loss_chunk=training.loss_chunk,
+        )
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
             model_cls=Transformer,
             model_args={MODEL: args},
@@ -217,20 +233,36 @@ class Trainer(titan_train.Trainer):
             build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),
             build_dataloader_fn=functools.partial(_build_loader, stage),
             build_tokenizer_fn=lambda job_config: build_tokenizer(recipe.data.tokenizer),
-            build_loss_fn=build_cross_entropy_loss,
+            build_loss_fn=_build_loss,
             build_validator_fn=functools.partial(Validator, stage),
             build_metrics_processor_fn=functools.partial(Metrics, stage),
         )
-        _registry_model_converter_cls[MODEL] = functools.partial(LighthouseConverter, recipe)
+        _registry_model_converter_cls[MODEL] = functools.partial(AttentionConverter, stage)
 
     def batch_generator(self, data_iterable):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
+        if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
+            self._measure_dense()
         validated = self.metrics_processor.begin(self.step)
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
         return super().batch_generator(data_iterable)
+
+    def _measure_dense(self) -> None:
+        """Note the time of a dense step in the ledger, unless it is there."""
+        ledger = self.stage.run.ledger
+        if "measured_dense_seconds" not in ledger:
+            training = self.stage.recipe.training
+            shape = training.local_batch_size, training.seq_len
+            with self.maybe_enable_amp:
+                seconds = dense_seconds(self.model_parts[0], shape, self.stage.recipe.lighthouse.dense_backend)
+            self.optimizers.zero_grad()
+            if torch.distributed.get_rank() == 0:
+                seconds *= self.gradient_accumulation_steps
+                self.stage.run.note(measured_dense_seconds=seconds)
+                logger.info("a step with every layer dense takes %.3g s, without its update", seconds)
 
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
@@ -243,7 +275,7 @@ class Trainer(titan_train.Trainer):
         self.guard.look()
 
     def post_dataloading_process(self, input_dict, labels):
-        return super().post_dataloading_process(_for_model(input_dict), labels)
+        return super().post_dataloading_process(_for_model(input_dict, labels), labels)
 
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
         if self.needs_keys:
@@ -285,6 +317,21 @@ class Trainer(titan_train.Trainer):
         self.ntokens_seen = self.step * training.global_batch_size * training.seq_len // self.ranks
 
 
+@contextlib.contextmanager
+def _full_memory_explained():
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # Statistics of the allocator follow.
+        what = ". ".join(str(error).splitlines()[0].split(". ")[:3])
+        raise TrainingError(
+            f"the accelerator's memory is full: {what}",
+            hint='training.activation_checkpointing = "selective" keeps less and "full" least; recover takes it by '
+            "--set, too",
+        ) from error
+
+
+@_full_memory_explained()
 def train(run: Run) -> None:
     """Train the last stage of a run's ledger from its newest checkpoint to the stage's end.
 
@@ -292,6 +339,7 @@ def train(run: Run) -> None:
 
     Raises:
         UserError: for data or settings that cannot be used.
+        TrainingError: a number is not finite, or the accelerator's memory is full.
     """
     stages = run.ledger["stages"]
     last = stages[-1]

@@ -54,7 +54,7 @@ def results(built):
 
 
 def prepared(cfg, tmp_path, mode, compiled):
-    job = build_job(recipe(f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1, converters=[])
+    job = build_job(recipe(f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1)
     job.compile.enable = compiled
     job.compile.backend = "inductor" if CUDA else "aot_eager"
     return parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)

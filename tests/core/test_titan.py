@@ -24,7 +24,7 @@ def recipe():
 
 
 def test_the_optimizer_state_is_kept_at_the_last_step(recipe, tmp_path):
-    job = build_job(recipe, tmp_path, steps=7, converters=[])
+    job = build_job(recipe, tmp_path, steps=7)
     assert job.training.steps == 7
     assert not job.checkpoint.last_save_model_only
     assert job.optimizer.lr == recipe.optimizer.lr
@@ -33,7 +33,7 @@ def test_the_optimizer_state_is_kept_at_the_last_step(recipe, tmp_path):
 def test_titan_tables_reach_torchtitan(tmp_path):
     recipe = load_recipe("recipes/quickstart.toml", ["titan.comm.init_timeout_seconds=77"])
     check_overrides(recipe)
-    assert build_job(recipe, tmp_path, steps=1, converters=[]).comm.init_timeout_seconds == 77
+    assert build_job(recipe, tmp_path, steps=1).comm.init_timeout_seconds == 77
 
 
 @pytest.mark.parametrize(

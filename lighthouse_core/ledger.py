@@ -1,0 +1,72 @@
+"""What a run has cost, and what a dense one of the same steps would have. Nothing here imports torch."""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.train.progress import parse_row
+
+if TYPE_CHECKING:
+    from lighthouse_core.runs import Run
+
+
+def account(run: "Run") -> dict[str, Any]:
+    """The run's ledger with its costs, worked out anew from metrics.jsonl: steps that a crash made training repeat are
+    counted once, and neither checkpoints nor evaluations count.
+
+    Returns:
+        The ledger; each of its `stages` with `steps` finished, `tokens`, `seconds` of training and model `flops`.
+        Of a run that began with Lighthouse also `dense_step`, seconds of one dense step and how they are known
+        ("recovery": the median of its own steps, "measured": at the start, "estimated": as many FLOPs a second as in
+        stage 1), and `dense`, `seconds` and `flops` of as many dense steps. Before the first logged step, the ledger
+        as it was.
+    """
+    rows = _rows(run)
+    training = run.recipe.training
+    per_step = training.global_batch_size * training.seq_len
+    stages = []
+    for stage in run.ledger["stages"]:
+        own = [row for row in rows if row["stage"] == stage["stage"] and stage["start"] < row["step"] <= stage["end"]]
+        if not own:
+            stages.append(stage)
+            continue
+        steps = sum(row["steps"] for row in own)
+        tokens = steps * per_step
+        stages.append(
+            stage
+            | {
+                "steps": steps,
+                "tokens": tokens,
+                "seconds": sum(row["steps"] * row["seconds"] for row in own),
+                "flops": tokens * flops_per_token(run.recipe, stage["stage"]),
+            }
+        )
+    ledger = run.ledger | {"stages": stages}
+    first = stages[0]
+    if first["stage"] == "lighthouse" and "steps" in first:
+        steps = sum(stage.get("steps", 0) for stage in stages)
+        flops = per_step * flops_per_token(run.recipe, "dense")
+        seconds, how = _dense_step(run, rows, first["seconds"] / first["flops"] * flops)
+        ledger |= {
+            "dense_step": {"seconds": seconds, "how": how},
+            "dense": {"seconds": steps * seconds, "flops": steps * flops},
+        }
+    return ledger
+
+
+def _dense_step(run: "Run", rows: list[dict[str, Any]], estimate: float) -> tuple[float, str]:
+    """Seconds of a dense step, and how they are known."""
+    # The first step of a launch compiles.
+    recovered = [row["seconds"] for row in rows if row["stage"] == "dense"][1:]
+    if recovered:
+        return statistics.median(recovered), "recovery"
+    if "measured_dense_seconds" in run.ledger:
+        return run.ledger["measured_dense_seconds"], "measured"
+    return estimate, "estimated"
+
+
+def _rows(run: "Run") -> list[dict[str, Any]]:
+    """The training rows of metrics.jsonl."""
+    path = run.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for row in map(parse_row, lines) if "loss" in row]

@@ -1,0 +1,68 @@
+"""A dense step is timed inside a Lighthouse run, which is then as it was."""
+
+import pytest
+import torch
+
+from lighthouse_core import LighthouseConfig
+from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
+from lighthouse_core.config import load_recipe
+from lighthouse_core.errors import RecipeError, TrainingError
+from lighthouse_core.titan import measure
+from lighthouse_core.titan.model import attention_layers, build_dense_model, use_dense, use_lighthouse
+from lighthouse_core.titan.trainer import _full_memory_explained
+
+TOKENS = 64
+
+
+@pytest.fixture
+def model():
+    recipe = load_recipe("recipes/quickstart.toml", ["model.layers=3", "model.dense_layers=[0]"])
+    built = build_dense_model(recipe.model, TOKENS)
+    with torch.no_grad():
+        built.init_weights()
+    use_dense(built, "math")
+    use_lighthouse(built, LighthouseConfig(pooling=2, levels=3, topk=4, tile_parents=4), [0])
+    return built
+
+
+def test_every_layer_is_dense_meanwhile_and_the_model_as_before_then(model, monkeypatch):
+    tokens = torch.arange(TOKENS)[None]
+    before = [layer.inner_attention for layer in attention_layers(model)]
+    loss = model(tokens, labels=tokens)
+    seen = []
+    for kind in (DenseAttention, LighthouseAttention):
+        call = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda *a, _c=call, _k=kind, **o: seen.append(_k) or _c(*a, **o))
+    clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 22.0])
+    monkeypatch.setattr(measure, "_now", lambda device: next(clock))
+    assert measure.dense_seconds(model, (2, TOKENS), "math") == 2.0
+    assert seen == [DenseAttention] * 9
+    assert [layer.inner_attention for layer in attention_layers(model)] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(tokens, labels=tokens), loss)
+
+
+def test_the_model_is_as_before_where_it_fails(model):
+    before = [layer.inner_attention for layer in attention_layers(model)]
+    with pytest.raises(ValueError, match="cudnn"):
+        measure.dense_seconds(model, (2, TOKENS), "cudnn")
+    assert [layer.inner_attention for layer in attention_layers(model)] == before
+
+
+def test_a_dense_run_has_nothing_to_measure_against():
+    with pytest.raises(RecipeError, match="measure_dense"):
+        load_recipe("recipes/quickstart.toml", ["metrics.measure_dense=true", "lighthouse.enabled=false"])
+
+
+def test_full_memory_is_one_line_with_a_way_out():
+    words = (
+        "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.32 GiB is "
+        "free. Including non-PyTorch memory, this process has 77.77 GiB memory in use. Of the allocated memory ..."
+    )
+    with pytest.raises(TrainingError) as caught, _full_memory_explained():
+        raise torch.OutOfMemoryError(words)
+    assert str(caught.value) == (
+        "the accelerator's memory is full: CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity "
+        "of 79.10 GiB of which 1.32 GiB is free"
+    )
+    assert "activation_checkpointing" in caught.value.hint
