@@ -17,9 +17,9 @@ def account(run: "Run") -> dict[str, Any]:
     Returns:
         The ledger; each of its `stages` with `steps` finished, `tokens`, `seconds` of training and model `flops`.
         Of a run that began with Lighthouse also `dense_step`, seconds of one dense step and how they are known
-        ("recovery": the median of its own steps, "measured": at the start, "estimated": as many FLOPs a second as in
-        stage 1), and `dense`, `seconds` and `flops` of as many dense steps. Before the first logged step, the ledger
-        as it was.
+        ("recovery": the median of its own steps, "measured": at the start, without the update, "estimated": as many
+        FLOPs a second as stage 1), and `dense`, `seconds` and `flops` of as many dense steps. Before the first logged
+        step, the ledger as it was.
     """
     rows = _rows(run)
     training = run.recipe.training
@@ -46,7 +46,8 @@ def account(run: "Run") -> dict[str, Any]:
     if first["stage"] == "lighthouse" and "steps" in first:
         steps = sum(stage.get("steps", 0) for stage in stages)
         flops = per_step * flops_per_token(run.recipe, "dense")
-        seconds, how = _dense_step(run, rows, first["seconds"] / first["flops"] * flops)
+        estimate = _typical(rows, "lighthouse") * first["steps"] * flops / first["flops"]
+        seconds, how = _dense_step(run, rows, estimate)
         ledger |= {
             "dense_step": {"seconds": seconds, "how": how},
             "dense": {"seconds": steps * seconds, "flops": steps * flops},
@@ -56,13 +57,17 @@ def account(run: "Run") -> dict[str, Any]:
 
 def _dense_step(run: "Run", rows: list[dict[str, Any]], estimate: float) -> tuple[float, str]:
     """Seconds of a dense step, and how they are known."""
-    # The first step of a launch compiles.
-    recovered = [row["seconds"] for row in rows if row["stage"] == "dense"][1:]
-    if recovered:
-        return statistics.median(recovered), "recovery"
+    if sum(row["stage"] == "dense" for row in rows) > 1:
+        return _typical(rows, "dense"), "recovery"
     if "measured_dense_seconds" in run.ledger:
         return run.ledger["measured_dense_seconds"], "measured"
     return estimate, "estimated"
+
+
+def _typical(rows: list[dict[str, Any]], stage: str) -> float:
+    """Median of the seconds of a step; the first one, which compiles, counts where it is alone."""
+    first, *others = [row["seconds"] for row in rows if row["stage"] == stage]
+    return statistics.median(others or [first])
 
 
 def _rows(run: "Run") -> list[dict[str, Any]]:

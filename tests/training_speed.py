@@ -24,10 +24,10 @@ def train(recipe: str, steps: int, settings: list[str], folder: Path) -> dict:
         *(f"training.steps={steps}", "data.validation=0", "metrics.every=1", "metrics.tensorboard=false"),
         *settings,
     ]
-    command = ["pretrain", recipe, "--name", "run", *(part for setting in settings for part in ("--set", setting))]
-    print("lighthouse", *command, file=sys.stderr, flush=True)
-    whole = [sys.executable, "-m", "lighthouse_cli", *command]
-    subprocess.run(whole, cwd=folder, check=True, timeout=900, stdout=subprocess.DEVNULL)
+    options = ["--name", "run", *(part for setting in settings for part in ("--set", setting))]
+    print("lighthouse pretrain", recipe, *options, file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", str(Path(recipe).resolve()), *options]
+    subprocess.run(command, cwd=folder, check=True, timeout=900, stdout=subprocess.DEVNULL)
     run = folder / "runs/run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
@@ -44,7 +44,7 @@ def train(recipe: str, steps: int, settings: list[str], folder: Path) -> dict:
         "loss": [row["loss"] for row in rows],
         "leaky": rows[0]["leaky"],
         "seconds_of_each_step": [row["seconds"] for row in rows],
-        "command": ["lighthouse", *command],
+        "command": ["lighthouse", "pretrain", recipe, *options],
         "machine": json.loads((run / "ledger.json").read_text())["machine"],
         "versions": environment["versions"],
         "git_commit": environment["git_commit"],
@@ -72,7 +72,7 @@ def main() -> None:
                     *args.settings,
                 ]
                 with tempfile.TemporaryDirectory() as folder:
-                    row = train(str(Path(recipe).resolve()), steps, settings, Path(folder))
+                    row = train(recipe, steps, settings, Path(folder))
                 of_kernel.append(row | {"recipe": Path(recipe).stem, "dense": dense, "kernel": kernel})
                 results.append(of_kernel[-1])
                 ratio = f"{of_kernel[0]['tokens_per_second'] / row['tokens_per_second']:.2f}x" if dense else ""

@@ -28,6 +28,16 @@ def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
         logging.getLogger("lighthouse_core").addHandler(ours)
 
 
+def _log_torch() -> None:
+    """Have what torch's compiler and collectives say go to the run's log, rather than to stderr; TORCH_LOGS asks for
+    it there."""
+    if "TORCH_LOGS" not in os.environ:
+        for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]:
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+
+
 def main(run_dir: str) -> int:
     """Train the last stage of the run.
 
@@ -47,6 +57,7 @@ def main(run_dir: str) -> int:
         _set_up_logging(run.path, rank, QUIET in os.environ)
         from lighthouse_core.titan import train
 
+        _log_torch()
         # Importing torch from a slow disk may hold the interpreter's lock for longer than any step.
         if folder := os.environ.get(JOB_FOLDER):
             beat(Path(folder), rank, run.recipe.parallel.hang_seconds)
