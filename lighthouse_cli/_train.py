@@ -75,6 +75,7 @@ def train(
     Raises:
         typer.Exit: with the job's exit code, unless it is 0.
     """
+    from lighthouse_core.errors import LighthouseError
     from lighthouse_core.launch import launch
 
     if run is not None:
@@ -85,6 +86,11 @@ def train(
     try:
         code = launch(run_dir, plan, watcher)
         outcome = "done" if code == 0 else "stopped" if code in _INTERRUPTED else outcome
+    except LighthouseError as error:
+        if run is not None and (steps := run.checkpoint_steps()):
+            error.hint = f"{error.hint}; " if error.hint else ""
+            error.hint += f"step {steps[-1]} is saved; continue with: {resume}"
+        raise
     finally:
         watcher.end(outcome)
         if run is not None:
@@ -97,6 +103,8 @@ def train(
             _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
             _output.final("interrupted before the first checkpoint")
+    elif run is not None and code == LighthouseError.exit_code and (steps := run.checkpoint_steps()):
+        _output.final(f"step {steps[-1]} is saved. Continue with: {resume}")
     if code:
         raise typer.Exit(code)
 

@@ -66,6 +66,7 @@ class Lines:
         self.run = run
         steps = run.checkpoint_steps()
         self.tail = Tail(run.path / "metrics.jsonl")
+        self.told = False
         self.progress = Progress(
             run.name,
             run.stage,
@@ -80,9 +81,16 @@ class Lines:
 
     def tick(self, stopping: bool) -> None:
         now = time.monotonic()
+        if stopping and not self.told:
+            self.told = True
+            self.tell_of_stopping()
         for text, row in self.tail.read():
             if self.progress.add(row, now):
                 self.show(text, row, now)
+
+    def tell_of_stopping(self) -> None:
+        """A signal has come."""
+        _output.say("stopping; a second signal ends everything at once")
 
     def show(self, text: str, row: dict, now: float) -> None:
         """A row of this launch: its text in the file, its values, and when it was seen."""
@@ -132,6 +140,10 @@ class Live(Lines):
         if state != self.drawn or now >= self.due:
             self.drawn, self.due = state, now + _REDRAW_SECONDS
             self.draw(now, "stopping: saves after this step" if stopping else "")
+
+    def tell_of_stopping(self) -> None:
+        # The view says so.
+        pass
 
     def draw(self, now: float, note: str) -> None:
         self.progress.checkpoint = next(reversed(self.run.checkpoint_steps()), None)

@@ -63,17 +63,19 @@ def pretrain(
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
     if resume:
-        _refuse_with_resume(settings, name)
+        if name:
+            raise UserError("--name is for a new run, --resume for an existing one")
         run = find_run(resume)
+        run.change(settings or ())
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-        if not node_rank:
-            _check_unfinished(run, strict)
+        step = 0 if node_rank else _check_unfinished(run, strict)
         _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check(run.recipe, processes)
         if not dry_run:
-            _finish(run.path, None if node_rank else run, processes, quiet, as_json)
+            words = f"resuming {run.path}: steps {step + 1} to {run.end}"
+            _finish(run.path, None if node_rank else run, processes, words, quiet, as_json, changed=bool(settings))
         return
 
     path = find_recipe(recipe or "")
@@ -94,11 +96,12 @@ def pretrain(
         check_free(resolved, name)
         return
     if node_rank:
-        _finish(run_path(resolved, name or resolved.output.name), None, processes, quiet, as_json)
+        path = run_path(resolved, name or resolved.output.name)
+        _finish(path, None, processes, f"run {path}", quiet, as_json)
         return
     run = create_run(resolved, path.stem, name, source=str(path))
     try:
-        _finish(run.path, run, processes, quiet, as_json)
+        _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
     except typer.Exit as end:
         # A mistake or a signal before the first step leaves nothing worth keeping, and frees the name.
         if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
@@ -107,19 +110,8 @@ def pretrain(
         raise
 
 
-def _refuse_with_resume(settings: list[str] | None, name: str) -> None:
-    from lighthouse_core.errors import UserError
-
-    if settings:
-        raise UserError(
-            "--resume continues with the saved recipe and takes no --set or --measure-dense",
-            hint="a change needs a new run",
-        )
-    if name:
-        raise UserError("--name is for a new run, --resume for an existing one")
-
-
-def _check_unfinished(run: "Run", strict: bool) -> None:
+def _check_unfinished(run: "Run", strict: bool) -> int:
+    """The step to go on from."""
     from lighthouse_core.errors import RunError
 
     if run.recovering:
@@ -133,6 +125,7 @@ def _check_unfinished(run: "Run", strict: bool) -> None:
             f"run {run.path} is complete at step {step}",
             hint=f"go on with lighthouse {after} {run.path}{' OUT' if after == 'strip' else ''}",
         )
+    return step
 
 
 def _has_metrics(run: "Run") -> bool:
@@ -140,11 +133,22 @@ def _has_metrics(run: "Run") -> bool:
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
-def _finish(run_dir: Path, run: "Run | None", processes: "Plan", quiet: bool, as_json: bool) -> None:
-    _output.say(f"run {run_dir}")
+def _finish(
+    run_dir: Path,
+    run: "Run | None",
+    processes: "Plan",
+    words: str,
+    quiet: bool,
+    as_json: bool,
+    *,
+    changed: bool = False,
+) -> None:
+    _output.say(words)
     with run.lock() if run is not None else nullcontext():
         if run is not None:
             run.set_aside()
+            if changed:
+                run.write_recipe()
         again = f"lighthouse pretrain --resume {run_dir}"
         _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
     if run is not None:

@@ -29,6 +29,8 @@ from lighthouse_core.train.stop import SAME_REQUEST_SECONDS, SIGNALS
 JOB_FOLDER = "LIGHTHOUSE_JOB"
 QUIET = "LIGHTHOUSE_QUIET"
 _PARENT = "LIGHTHOUSE_PARENT"
+# The file in that folder with the rank of a process that a signal killed.
+_KILLED = "killed"
 _STDERR = 2  # as a file descriptor
 _PR_SET_PDEATHSIG = 1
 # Between two looks at a job.
@@ -270,9 +272,13 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        exit_file = folder / "exit"
-        text = exit_file.read_text(encoding="ascii").strip() if exit_file.is_file() else ""
-    return _exit_code(status, int(text) if text.isdigit() else None, received)
+        reported, killed_rank = (_number(folder / name) for name in ("exit", _KILLED))
+    return _exit_code(status, reported, received, killed_rank)
+
+
+def _number(file: Path) -> int | None:
+    text = file.read_text(encoding="ascii").strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def _watch(child: subprocess.Popen, watcher: Watcher | None, listener: Listener, received: list[int]) -> int:
@@ -291,7 +297,7 @@ def _watch(child: subprocess.Popen, watcher: Watcher | None, listener: Listener,
             listener.kill()
             raise LighthouseError(
                 " and ".join(str(pulse) for pulse in silent) + f" did not answer for {silent[0].patience} s",
-                hint="parallel.hang_seconds is how long it may take; --resume goes on from the newest checkpoint",
+                hint="parallel.hang_seconds is how long it may take",
             )
     # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
     while pipe is not None and select.select([pipe], [], [], 0)[0]:
@@ -311,8 +317,8 @@ def _pass_on(pipe: int | None, watcher: Watcher | None, seconds: float) -> int |
     return pipe
 
 
-def _exit_code(status: int, reported: int | None, received: list[int]) -> int:
-    """What the job's end means: torchrun's status, the worker's word, and the signals sent on."""
+def _exit_code(status: int, reported: int | None, received: list[int], killed_rank: int | None) -> int:
+    """What the job's end means: torchrun's status, the worker's word, the signals sent on, and who was killed."""
     if status == 0:
         return 0
     if received:
@@ -324,8 +330,11 @@ def _exit_code(status: int, reported: int | None, received: list[int]) -> int:
         return 130 if killed == signal.SIGINT else 143
     if killed > 0:
         name = signal.Signals(killed).name if killed in set(signal.Signals) else f"signal {killed}"
+        if status < 0:
+            raise LighthouseError(f"torchrun was killed by {name}; its training processes save a checkpoint and end")
+        who = "a training process" if killed_rank is None else f"the training process of rank {killed_rank}"
         hint = "the machine ran out of memory?" if name == "SIGKILL" else None
-        raise LighthouseError(f"a training process was killed by {name}", hint=hint)
+        raise LighthouseError(f"{who} was killed by {name}", hint=hint)
     return 1
 
 
@@ -362,7 +371,9 @@ def _torchrun(arguments: list[str]) -> int:
     except SignalException as interruption:
         return 128 + int(interruption.sigval)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0 and JOB_FOLDER in os.environ:
+            Path(os.environ[JOB_FOLDER], _KILLED).write_text(str(rank), encoding="ascii")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 

@@ -1,5 +1,6 @@
 """What a run has cost, and what a dense one of the same steps would have. Nothing here imports torch."""
 
+import contextlib
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,10 @@ def _typical(rows: list[dict[str, Any]], stage: str) -> float:
 
 
 def _rows(run: "Run") -> list[dict[str, Any]]:
-    """The training rows of metrics.jsonl."""
+    """The training rows of metrics.jsonl, without one that a crash cut short."""
     path = run.path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [row for row in map(parse_row, lines) if "loss" in row]
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(parse_row(line))
+    return [row for row in rows if {"loss", "steps", "seconds"} <= row.keys()]

@@ -123,12 +123,12 @@ class Run:
                 return step
             self.damaged[step] = f"checkpoint {path} is damaged: {reason}"
             if strict:
-                raise CheckpointError(self.damaged[step], hint="without --strict the newest sound one is taken")
+                raise CheckpointError(self.damaged[step], hint="without --strict an older sound one is taken")
         if self.damaged:
             raise CheckpointError(f"every checkpoint of {self.path} is damaged; {self.damaged[max(self.damaged)]}")
         raise CheckpointError(
             f"run {self.path} has no complete checkpoint",
-            hint="start it again under another name; a smaller checkpoint.interval saves earlier",
+            hint="delete it, and start again; a smaller checkpoint.interval saves earlier",
         )
 
     def set_aside(self) -> None:
@@ -149,6 +149,24 @@ class Run:
         }
         self.__dict__.pop("recipe", None)
         self._write_ledger()
+
+    def change(self, overrides: Sequence[str]) -> None:
+        """Take settings for the rest of the stage. Writes nothing.
+
+        Args:
+            overrides: `a.b=value` settings, of those that take effect on resuming.
+
+        Raises:
+            UserError: the checkpoint decides one of them.
+        """
+        _check_resumable(overrides)
+        self.recipe = _with_own_tokenizer(load_recipe(self.recipe_path, overrides), self.path)
+
+    def write_recipe(self) -> None:
+        """Save the recipe as it has become."""
+        path = self.recipe_path
+        comment = path.read_text(encoding="utf-8").partition("\n")[0]
+        _write_atomically(path, f"{comment}\n\n{dump_recipe(self.recipe)}")
 
     def note(self, **facts: Any) -> None:
         """Add facts to the ledger."""
@@ -305,7 +323,11 @@ def check_free(recipe: Recipe, name: str = "") -> None:
 
 
 def _taken(path: Path, name: str) -> RunError:
-    hint = f"continue it with --resume {name}, or choose another --name" if name else "give the run a --name"
+    hint = "give the run a --name"
+    if name and checkpoint_steps(path):
+        hint = f"continue it with --resume {name}, or choose another --name"
+    elif name:
+        hint = "it has no checkpoint: choose another --name, or delete it if nothing trains it"
     return RunError(f"run {path} exists", hint=hint)
 
 

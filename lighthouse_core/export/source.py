@@ -52,10 +52,13 @@ def find_source(checkpoint: Path) -> Source:
         source = Source(run, steps[-1] if steps else run.newest_step())
     else:
         source = Source(Run(path.parent.parent), int(match[1]))
-    if source.step not in source.run.checkpoint_steps():
-        raise CheckpointError(f"{source.path} is missing")
+    steps = source.run.checkpoint_steps()
+    others = ", ".join(f"step-{step}" for step in steps if step != source.step)
+    hint = f"the run has {others}" if others else None
+    if source.step not in steps:
+        raise CheckpointError(f"{source.path} is missing", hint=hint)
     if reason := damage(source.path):
-        raise CheckpointError(f"{source.path} is damaged: {reason}", hint="name an older checkpoints/step-N of the run")
+        raise CheckpointError(f"{source.path} is damaged: {reason}", hint=hint)
     return source
 
 

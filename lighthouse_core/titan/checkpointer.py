@@ -157,6 +157,11 @@ class Checkpointer(CheckpointManager):
         torch.distributed.broadcast_object_list(step, src=0, group=self.group)
         return step[0]
 
+    def _save_last_step(self, curr_step: int) -> None:
+        super()._save_last_step(curr_step)
+        # torchtitan lets the last one come on top of those that are kept.
+        self._purge_stale_checkpoints()
+
     def _purge_stale_checkpoints(self) -> None:
         """Delete what is sealed, and older than the newest that are to be kept."""
         if self.rank or not self.keep_latest_k:

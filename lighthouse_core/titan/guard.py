@@ -86,7 +86,8 @@ class Guard:
                 many = f", {in_row:.0f} in a row" if self.limit > 1 else ""
                 raise TrainingError(
                     f"the loss or the gradient of step {step} ({data}) is not finite{many}; it changed no weight",
-                    hint="lower optimizer.lr, or look at the data; --resume goes on from the newest checkpoint",
+                    hint="look at the data, or begin again with a lower optimizer.lr; "
+                    "--set 'training.nonfinite=\"skip\"' leaves such steps out, also where a run goes on",
                 )
             logger.warning("step %d (%s): the loss or the gradient is not finite; its update is left out", step, data)
 

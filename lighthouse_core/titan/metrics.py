@@ -142,6 +142,7 @@ class Metrics(MetricsProcessor):
             machine = {"device": self.device_memory_monitor.device_name, "devices": self.parallel_dims.world_size}
             cudnn = torch.backends.cudnn.version()
             self.stage.run.note(machine=machine | {"peak_flops": self.gpu_peak_flops, "cudnn": cudnn})
+        self.device_memory_monitor.reset_peak_stats()
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
         return validated

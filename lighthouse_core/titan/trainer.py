@@ -326,8 +326,8 @@ def _full_memory_explained():
         what = ". ".join(str(error).splitlines()[0].split(". ")[:3])
         raise TrainingError(
             f"the accelerator's memory is full: {what}",
-            hint='training.activation_checkpointing = "selective" keeps less and "full" least; recover takes it by '
-            "--set, too",
+            hint='training.activation_checkpointing = "selective" keeps less and "full" least; a run that goes '
+            "on takes it by --set, too",
         ) from error
 
 

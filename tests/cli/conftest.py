@@ -89,6 +89,7 @@ class Trainer:
         self.stop: int | None = None
         self.code = 0
         self.rows: list[dict] = []
+        self.fault: Exception | None = None
         self.watcher: launch.Watcher | None = None
 
     def __call__(self, run_dir: Path, plan: launch.Plan, watcher: launch.Watcher) -> int:
@@ -99,6 +100,8 @@ class Trainer:
             (run_dir / "new").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             (run_dir / "new").replace(run_dir / "metrics.jsonl")
             watcher.tick(False)
+        if self.fault:
+            raise self.fault
         if self.code in (0, 130, 143):
             step = Run(run_dir).end if self.stop is None else self.stop
             folder = Run(run_dir).checkpoint_dir(step)

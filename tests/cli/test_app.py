@@ -100,7 +100,6 @@ def test_help_lists_the_commands():
         (["pretrain", "tiny.toml", "--node-rank", "1", "--name", "a"], "--node-rank must be between 0 and 0"),
         (["pretrain", "--resume", "none"], "no run none"),
         (["pretrain", "--resume", "latest"], "no run under runs"),
-        (["pretrain", "--resume", "latest", "--set", "training.steps=1"], "takes no --set"),
         (["pretrain", "--resume", "latest", "--name", "a"], "--name is for a new run"),
         (["recover"], "no run under runs"),
         (["recover", "none"], "no run none"),

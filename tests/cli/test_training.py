@@ -2,12 +2,14 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
+from lighthouse_core.errors import LighthouseError
 from lighthouse_core.launch import Plan
 from lighthouse_core.runs import Run
 
@@ -113,9 +115,45 @@ def test_an_interruption_says_how_to_go_on_and_resume_does(lighthouse, trainer):
     assert "complete at step 100" in error.error and "lighthouse recover runs/a" in error.err
 
 
+def test_resuming_takes_settings_that_still_have_an_effect(lighthouse, trainer):
+    trainer.stop, trainer.code = 40, 130
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    refused = lighthouse("pretrain", "--resume", "a", "--set", "optimizer.lr=1.0")
+    assert "the checkpoint decides optimizer.lr" in refused.error
+    skip = ("--set", 'training.nonfinite="skip"')
+    assert lighthouse("pretrain", "--resume", "a", *skip, "--dry-run").code == 0
+    assert Run("runs/a").recipe.training.nonfinite == "halt"
+    trainer.code = 1
+    answer = lighthouse("pretrain", "--resume", "a", *skip, "--measure-dense")
+    assert answer.err.startswith("resuming runs/a: steps 41 to 100\n")
+    assert answer.err.endswith("step 40 is saved. Continue with: lighthouse pretrain --resume runs/a\n")
+    recipe = Run("runs/a").recipe
+    assert recipe.training.nonfinite == "skip" and recipe.metrics.measure_dense
+    assert Path("runs/a/recipe.toml").read_text().startswith("# Every setting of run a, from tiny.toml.\n")
+
+
+def test_a_fault_says_how_to_go_on(lighthouse, trainer):
+    trainer.stop, trainer.code = 40, 130
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    trainer.fault = LighthouseError("a training process was killed", hint="memory?")
+    answer = lighthouse("pretrain", "--resume", "a")
+    assert answer.code == 1
+    assert "hint: memory?; step 40 is saved; continue with: lighthouse pretrain --resume runs/a" in answer.err
+
+
+def test_what_a_run_has_cost_is_said_and_kept(lighthouse, trainer):
+    row = {"step": 100, "stage": "lighthouse", "leaky": True, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0}
+    trainer.rows = [row | {"tokens_per_second": 1.0, "steps": 100, "seconds": 3.0}]
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert "100 steps in 5:00, " in answer.err and "(estimated from FLOPs; --measure-dense measures it)" in answer.err
+    assert Run("runs/a").ledger["stages"][0]["seconds"] == 300.0
+    assert "steps in" not in lighthouse("pretrain", "tiny.toml", "--name", "b", "--quiet").err
+
+
 def test_resuming_needs_a_checkpoint(lighthouse, trainer, here):
     trainer.code = 1
     assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
+    assert "it has no checkpoint: choose another --name" in lighthouse("pretrain", "tiny.toml", "--name", "a").err
     assert "no complete checkpoint" in lighthouse("pretrain", "--resume", "a").error
     assert "no complete checkpoint" in lighthouse("recover", "a").error
 

@@ -59,6 +59,15 @@ def test_saved_steps_are_sealed_and_the_oldest_go(start, tmp_path):
     assert [damage(run / "checkpoints" / name) for name in ("step-2", "step-3")] == [None, None]
 
 
+def test_the_last_one_does_not_come_on_top(start, tmp_path):
+    saver, step, _ = start()
+    save(saver, step, 1, 2)
+    step.step = 3
+    saver.save(3, last_step=True)
+    saver.close()
+    assert names(tmp_path / "run") == {"step-2", "step-3"}
+
+
 def test_what_cannot_be_proven_ours_and_whole_is_not_deleted(start, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints/step-0").mkdir(parents=True)

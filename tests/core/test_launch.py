@@ -152,14 +152,18 @@ def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
     ],
 )
 def test_what_the_end_of_a_job_means(status, reported, received, code):
-    assert launch._exit_code(status, reported, received) == code
+    assert launch._exit_code(status, reported, received, None) == code
 
 
-@pytest.mark.parametrize("status", [128 + signal.SIGKILL, -signal.SIGKILL])
-def test_a_killed_worker_is_a_fault_with_a_reason(status):
-    with pytest.raises(LighthouseError, match="SIGKILL") as caught:
-        launch._exit_code(status, 143, [])
+def test_a_killed_worker_is_a_fault_with_a_reason():
+    with pytest.raises(LighthouseError, match="process of rank 3 was killed by SIGKILL") as caught:
+        launch._exit_code(128 + signal.SIGKILL, 143, [], 3)
     assert caught.value.exit_code == 1 and "memory" in caught.value.hint
+
+
+def test_a_killed_torchrun_is_not_taken_for_a_worker():
+    with pytest.raises(LighthouseError, match=r"^torchrun was killed by SIGKILL"):
+        launch._exit_code(-signal.SIGKILL, 143, [], None)
 
 
 @pytest.fixture

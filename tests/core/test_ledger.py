@@ -96,6 +96,15 @@ def test_before_the_first_row_the_ledger_stays(run):
     assert run.ledger == before
 
 
+def test_a_row_that_a_crash_cut_short_is_left_out(run):
+    run = run()
+    log(run, ("lighthouse", 10, 10, 2.0))
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "stage": "lighth')
+    run.settle()
+    assert run.ledger["stages"][0]["steps"] == 10
+
+
 def test_a_stage_begun_again_is_counted_anew(run):
     """The rows decide: settling twice, or after rows were dropped, adds nothing up."""
     run = run()

@@ -8,7 +8,7 @@ import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
-from lighthouse_core.runs import Run, create_run, find_run, plan_recovery
+from lighthouse_core.runs import Run, create_run, find_run, plan_recovery, run_path
 from lighthouse_core.seal import seal
 
 RECIPE = """
@@ -74,6 +74,10 @@ def test_a_dense_recipe_makes_a_dense_run(recipe):
 def test_names(recipe):
     assert create_run(recipe, "tiny").name.startswith("tiny-2")
     create_run(recipe, "tiny", "taken")
+    with pytest.raises(RunError, match="exists") as caught:
+        create_run(recipe, "tiny", "taken")
+    assert "no checkpoint" in caught.value.hint
+    run_path(recipe, "taken").joinpath("checkpoints/step-3").mkdir(parents=True)
     with pytest.raises(RunError, match="exists") as caught:
         create_run(recipe, "tiny", "taken")
     assert "--resume taken" in caught.value.hint
