@@ -111,12 +111,13 @@ def train(
 
 def _settle(run: "Run") -> None:
     """Bring the ledger up to date, and say what the run has cost."""
+    from lighthouse_core.errors import LighthouseError
     from lighthouse_core.train.progress import clock
 
     try:
         run.settle()
-    except OSError as error:
-        _output.warn(f"{run.path / 'ledger.json'} is not up to date: {error.strerror}")
+    except (OSError, LighthouseError) as error:
+        _output.warn(f"the costs in {run.path / 'ledger.json'} are not up to date: {error}")
     spent = [stage for stage in run.ledger["stages"] if "steps" in stage]
     if not spent:
         return
@@ -161,8 +162,13 @@ def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
         _output.warn(note)
 
 
-def check(recipe: "Recipe", plan: "Plan") -> None:
+def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     """Meet what does not fit this machine here, rather than after the processes have started.
+
+    Args:
+        recipe: the recipe.
+        plan: the processes.
+        dense: whether every layer is.
 
     Raises:
         UserError: the batch does not divide among the processes, a package is missing, or a
@@ -175,7 +181,8 @@ def check(recipe: "Recipe", plan: "Plan") -> None:
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
     try:
-        check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu")
+        pooled = recipe.lighthouse.enabled and not dense
+        check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)
     except ValueError as error:
         raise UserError(f"lighthouse: {error}") from None
 

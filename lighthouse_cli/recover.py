@@ -65,7 +65,7 @@ def recover(
             _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         _train.check_data(recovery.recipe, checksums=not dry_run)
-        _train.check(recovery.recipe, processes)
+        _train.check(recovery.recipe, processes, dense=True)
         if dry_run:
             return
         found.set_aside()

@@ -10,72 +10,78 @@ from lighthouse_core.train.progress import parse_row
 if TYPE_CHECKING:
     from lighthouse_core.runs import Run
 
+Row = dict[str, Any]
+# Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch.
+_GIVEN = ("stage", "start", "end", "conditions", "measured_dense")
+
 
 def account(run: "Run") -> dict[str, Any]:
     """The run's ledger with its costs, worked out anew from metrics.jsonl: steps that a crash made training repeat are
-    counted once, and neither checkpoints nor evaluations count.
+    counted once, and neither saves nor evaluations count.
 
     Returns:
-        The ledger; each of its `stages` with `steps` finished, `tokens`, `seconds` of training and model `flops`.
-        Of a run that began with Lighthouse also `dense_step`, seconds of one dense step and how they are known
-        ("recovery": the median of its own steps, "measured": at the start, without the update, "estimated": as many
-        FLOPs a second as stage 1), and `dense`, `seconds` and `flops` of as many dense steps. Before the first logged
-        step, the ledger as it was.
+        The ledger; each of its `stages` with `steps` finished, `tokens`, `seconds` of training and model `flops`. Steps
+        that no row is of, before an interruption, count as typical ones.
+        Of a run that began with Lighthouse also `dense_step`, seconds of one dense step and how they are known, and
+        `dense`, `seconds` and `flops` of as many dense steps. "recovery" is the median of the recovery's own steps,
+        "measured" the time before the first step, without the update, both under the conditions of stage 1;
+        "estimated" takes as many FLOPs a second as stage 1. Before the first logged step there are no costs.
     """
+    stages = [{key: stage[key] for key in _GIVEN if key in stage} for stage in run.ledger["stages"]]
+    ledger = {key: value for key, value in run.ledger.items() if key not in ("dense", "dense_step")}
     rows = _rows(run)
+    if any("steps" not in row for row in rows):
+        # Of an earlier release.
+        return ledger | {"stages": stages}
     training = run.recipe.training
     per_step = training.global_batch_size * training.seq_len
-    stages = []
-    for stage in run.ledger["stages"]:
-        own = [row for row in rows if row["stage"] == stage["stage"] and stage["start"] < row["step"] <= stage["end"]]
-        if not own:
-            stages.append(stage)
-            continue
-        steps = sum(row["steps"] for row in own)
-        tokens = steps * per_step
-        stages.append(
-            stage
-            | {
+    own = [[row for row in rows if row["stage"] == stage["stage"]] for stage in stages]
+    for number, (stage, timed) in enumerate(zip(stages, own, strict=True)):
+        if timed:
+            end = stages[number + 1]["start"] if number + 1 < len(stages) else stage["end"]
+            saved = [step for step in run.checkpoint_steps() if stage["start"] < step <= end]
+            steps = max(timed[-1]["step"], *saved, 0) - stage["start"]
+            untimed = steps - sum(row["steps"] for row in timed)
+            stage |= {
                 "steps": steps,
-                "tokens": tokens,
-                "seconds": sum(row["steps"] * row["seconds"] for row in own),
-                "flops": tokens * flops_per_token(run.recipe, stage["stage"]),
+                "tokens": steps * per_step,
+                "seconds": sum(row["steps"] * row["seconds"] for row in timed) + untimed * _typical(timed),
+                "flops": steps * per_step * flops_per_token(run.recipe, stage["stage"]),
             }
-        )
-    ledger = run.ledger | {"stages": stages}
-    first = stages[0]
-    if first["stage"] == "lighthouse" and "steps" in first:
+    ledger["stages"] = stages
+    if stages[0]["stage"] == "lighthouse" and own[0]:
         steps = sum(stage.get("steps", 0) for stage in stages)
         flops = per_step * flops_per_token(run.recipe, "dense")
-        estimate = _typical(rows, "lighthouse") * first["steps"] * flops / first["flops"]
-        seconds, how = _dense_step(run, rows, estimate)
-        ledger |= {
-            "dense_step": {"seconds": seconds, "how": how},
-            "dense": {"seconds": steps * seconds, "flops": steps * flops},
-        }
+        seconds, how = _dense_step(stages, own, flops)
+        ledger["dense_step"] = {"seconds": seconds, "how": how}
+        ledger["dense"] = {"seconds": steps * seconds, "flops": steps * flops}
     return ledger
 
 
-def _dense_step(run: "Run", rows: list[dict[str, Any]], estimate: float) -> tuple[float, str]:
-    """Seconds of a dense step, and how they are known."""
-    if sum(row["stage"] == "dense" for row in rows) > 1:
-        return _typical(rows, "dense"), "recovery"
-    if "measured_dense_seconds" in run.ledger:
-        return run.ledger["measured_dense_seconds"], "measured"
-    return estimate, "estimated"
+def _dense_step(stages: list[dict[str, Any]], own: list[list[Row]], flops: float) -> tuple[float, str]:
+    """Seconds of a dense step of so many FLOPs, and how they are known."""
+    first, last = stages[0], stages[-1]
+    conditions = first.get("conditions")
+    settled = any("first_of_launch" not in row for row in own[-1])
+    if len(stages) > 1 and settled and last.get("conditions") == conditions:
+        return _typical(own[-1]), "recovery"
+    measured = first.get("measured_dense")
+    if measured and measured["conditions"] == conditions:
+        return measured["seconds"], "measured"
+    return _typical(own[0]) * first["steps"] * flops / first["flops"], "estimated"
 
 
-def _typical(rows: list[dict[str, Any]], stage: str) -> float:
-    """Median of the seconds of a step; the first one, which compiles, counts where it is alone."""
-    first, *others = [row["seconds"] for row in rows if row["stage"] == stage]
-    return statistics.median(others or [first])
+def _typical(rows: list[Row]) -> float:
+    """Median of the seconds of a step. The first of a launch, which compiles, counts where there is no other."""
+    settled = [row["seconds"] for row in rows if "first_of_launch" not in row]
+    return statistics.median(settled or [row["seconds"] for row in rows])
 
 
-def _rows(run: "Run") -> list[dict[str, Any]]:
+def _rows(run: "Run") -> list[Row]:
     """The training rows of metrics.jsonl, without one that a crash cut short."""
     path = run.path / "metrics.jsonl"
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(parse_row(line))
-    return [row for row in rows if {"loss", "steps", "seconds"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict) and "loss" in row]

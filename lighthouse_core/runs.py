@@ -38,6 +38,8 @@ RESUMABLE = (
     "parallel",
     "checkpoint",
     "metrics",
+    "lighthouse.backend",
+    "lighthouse.dense_backend",
 )
 _RECORDED = ("lighthouse-pretrain", "torch", "triton", "flash-attn-4", "torchtitan", "numpy", "safetensors", "pydantic")
 
@@ -169,8 +171,9 @@ class Run:
         _write_atomically(path, f"{comment}\n\n{dump_recipe(self.recipe)}")
 
     def note(self, **facts: Any) -> None:
-        """Add facts to the ledger."""
-        self.ledger = self._read_ledger() | facts
+        """Add facts to the ledger's last stage."""
+        self.ledger = self._read_ledger()
+        self.ledger["stages"][-1] |= facts
         self._write_ledger()
 
     def settle(self) -> None:

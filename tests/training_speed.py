@@ -19,7 +19,7 @@ WARM_UP = 3
 
 
 def train(recipe: str, steps: int, settings: list[str], folder: Path) -> dict:
-    """Medians of a run's steps, and its ledger's machine."""
+    """Medians of a run's steps, and under which conditions they were."""
     settings = [
         *(f"training.steps={steps}", "data.validation=0", "metrics.every=1", "metrics.tensorboard=false"),
         *settings,
@@ -45,7 +45,7 @@ def train(recipe: str, steps: int, settings: list[str], folder: Path) -> dict:
         "leaky": rows[0]["leaky"],
         "seconds_of_each_step": [row["seconds"] for row in rows],
         "command": ["lighthouse", "pretrain", recipe, *options],
-        "machine": json.loads((run / "ledger.json").read_text())["machine"],
+        "conditions": json.loads((run / "ledger.json").read_text())["stages"][0]["conditions"],
         "versions": environment["versions"],
         "git_commit": environment["git_commit"],
     }

@@ -78,9 +78,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     return out.transpose(1, 2)
 
 
-def check_backends(cfg: LighthouseConfig, device_type: str) -> None:
-    """Raise ValueError unless both backends that `cfg` names are there on a device of this type. Touches no GPU."""
-    kernels(cfg.backend, device_type)
+def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = True) -> None:
+    """Raise ValueError unless the backends that `cfg` names are there on a device of this type, `pooled` for its
+    Lighthouse calls, too. Touches no GPU."""
+    if pooled:
+        kernels(cfg.backend, device_type)
     if cfg.dense_backend == "fa4" and (why_not := flash.absence(device_type)):
         raise ValueError(f"dense backend 'fa4' {why_not}")
     if cfg.dense_backend not in ("auto", "fa4"):

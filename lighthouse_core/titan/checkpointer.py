@@ -1,5 +1,6 @@
 """torchtitan's checkpoints, published as a whole: written under a temporary name, sealed, renamed."""
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -35,6 +36,8 @@ class Checkpointer(CheckpointManager):
         self.group = torch.distributed.new_group(backend="gloo")
         # What has to be known of the steps before a checkpoint may hold them.
         self.before_save = lambda: None
+        # Keeps the time of saves.
+        self.during_save = contextlib.nullcontext
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
         self._agree(self._hold)
 
@@ -54,6 +57,10 @@ class Checkpointer(CheckpointManager):
         for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
             shutil.rmtree(leftover)
         return None
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        with self.during_save() if self._should_save(curr_step, last_step) else contextlib.nullcontext():
+            super().save(curr_step, last_step)
 
     def dcp_save(
         self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *rest: Any, **named: Any

@@ -35,9 +35,9 @@ def dense_seconds(model: nn.Module, shape: tuple[int, int], backend: str) -> flo
     finally:
         for layer, attention in zip(layers, before, strict=True):
             layer.inner_attention = attention
-    if device.type == "cuda":
-        # A Lighthouse step needs less, and its memory is measured.
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            # A Lighthouse step needs less, and its memory is measured.
+            torch.cuda.empty_cache()
     # The first one compiles.
     return min(times[1:])
 

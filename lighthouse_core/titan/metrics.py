@@ -98,7 +98,8 @@ class Metrics(MetricsProcessor):
     start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
-    `spike` is there where the loss is one: its robust z-score among the last logged losses.
+    `spike` is there where the loss is one: its robust z-score among the last logged losses; `first_of_launch`, true, in
+    the row of a launch's first step, which compiles.
     A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
     """
 
@@ -139,13 +140,37 @@ class Metrics(MetricsProcessor):
                 if row["stage"] == self.stage.name and row.get("loss") is not None:
                     self.spikes.score(row["loss"])
             self.file = path.open("ab", buffering=0)
-            machine = {"device": self.device_memory_monitor.device_name, "devices": self.parallel_dims.world_size}
-            cudnn = torch.backends.cudnn.version()
-            self.stage.run.note(machine=machine | {"peak_flops": self.gpu_peak_flops, "cudnn": cudnn})
+            self.stage.run.note(conditions=self.conditions())
         self.device_memory_monitor.reset_peak_stats()
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
         return validated
+
+    def conditions(self) -> dict[str, Any]:
+        """What the time of a step depends on, beside the model: where it runs, and how."""
+        training = self.stage.recipe.training
+        return {
+            "device": self.device_memory_monitor.device_name,
+            "devices": self.parallel_dims.world_size,
+            "peak_flops": self.gpu_peak_flops,
+            "cudnn": torch.backends.cudnn.version(),
+            "dense_backend": self.stage.recipe.lighthouse.dense_backend,
+            "local_batch_size": training.local_batch_size,
+            "compile": training.compile,
+            "activation_checkpointing": training.activation_checkpointing,
+        }
+
+    @contextlib.contextmanager
+    def left_out(self):
+        """Leave what is done within out of the time of training steps."""
+        if HAS_ACCELERATOR:
+            # What it still has to do belongs to them.
+            torch.accelerator.synchronize()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.last_time += time.perf_counter() - began
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.stage.end or step == self.start_step + 1
@@ -169,6 +194,8 @@ class Metrics(MetricsProcessor):
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             row["mfu"] = self.num_flops_per_token * per_device / self.gpu_peak_flops
+        if self.last_step == self.start_step:
+            row["first_of_launch"] = True
         if spike := self.spikes.score(row["loss"]):
             row["spike"] = spike
             logger.warning(
@@ -181,8 +208,6 @@ class Metrics(MetricsProcessor):
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         self._write(step, {"val_loss": float(loss)})
-        # The time that validation took belongs to no training step.
-        self.last_time = time.perf_counter()
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
         try:

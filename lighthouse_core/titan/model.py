@@ -49,9 +49,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
     Args:
         x: [B, N, H, D].
-        turns: [at least N, D/2, 2] float32: cosine and sine of each position's angles.
+        turns: [at least N, D/2, 2] int32: the bits of the float32 cosine and sine of each position's angles.
     """
-    cos, sin = turns[: x.shape[1], None].unbind(-1)
+    cos, sin = turns[: x.shape[1], None].view(torch.float32).unbind(-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -107,7 +107,7 @@ class Head(nn.Linear):
 class Transformer(llama3.Transformer):
     """torchtitan's Llama 3 with exact widths, plain RoPE, and initial weights drawn as full tensors.
 
-    `freqs_cis` holds what `rotate` takes.
+    `freqs_cis` holds, as float32, what `rotate` takes.
     """
 
     def __init__(self, args: LlamaArgs):
@@ -126,8 +126,10 @@ class Transformer(llama3.Transformer):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [B, N, V] after `tokens` [B, N] int64, or with `labels` [B, N] the sum [] of their losses in nats."""
         hidden = self.tok_embeddings(tokens)
+        # As integers: FSDP would cast floating-point inputs of a block to bfloat16.
+        turns = self.freqs_cis.float().view(torch.int32)
         for block in self.layers.values():
-            hidden = block(hidden, self.freqs_cis, None)
+            hidden = block(hidden, turns, None)
         hidden = self.norm(hidden)
         return self.output(hidden) if labels is None else self.output(hidden, labels)
 

@@ -160,10 +160,11 @@ class Validator(TitanValidator):
 
     def validate(self, model_parts, step: int) -> None:
         self.batch = 0
-        try:
-            super().validate(model_parts, step)
-        except _Abandoned:
-            model_parts[0].train()
+        with self.metrics_processor.left_out():
+            try:
+                super().validate(model_parts, step)
+            except _Abandoned:
+                model_parts[0].train()
         # Without a backward pass FSDP keeps some weights whole, and they could not be saved.
         for module in model_parts[0].modules():
             if isinstance(module, FSDPModule):
@@ -208,6 +209,7 @@ class Trainer(titan_train.Trainer):
         )
         titan_train.dist_utils = NotingUtils(dist_utils, lambda norm: self.guard.judge(self.step, norm))
         self.checkpointer.before_save = functools.partial(self.guard.look, lag=0)
+        self.checkpointer.during_save = self.metrics_processor.left_out
         if recipe.data.validation:
             self.validator.anywhere = self.anywhere
 
@@ -252,17 +254,26 @@ class Trainer(titan_train.Trainer):
 
     def _measure_dense(self) -> None:
         """Note the time of a dense step in the ledger, unless it is there."""
-        ledger = self.stage.run.ledger
-        if "measured_dense_seconds" not in ledger:
-            training = self.stage.recipe.training
-            shape = training.local_batch_size, training.seq_len
+        stage = self.stage
+        if self.anywhere("measured_dense" in stage.run.ledger["stages"][-1]):
+            return
+        training = stage.recipe.training
+        shape = training.local_batch_size, training.seq_len
+        try:
             with self.maybe_enable_amp:
-                seconds = dense_seconds(self.model_parts[0], shape, self.stage.recipe.lighthouse.dense_backend)
+                seconds = dense_seconds(self.model_parts[0], shape, stage.recipe.lighthouse.dense_backend)
+        except torch.OutOfMemoryError:
+            # Of several processes, the others would wait for this one.
+            if self.ranks > 1:
+                raise
+            logger.warning("a step with every layer dense does not fit the accelerator's memory, and is not measured")
+            return
+        finally:
             self.optimizers.zero_grad()
-            if torch.distributed.get_rank() == 0:
-                seconds *= self.gradient_accumulation_steps
-                self.stage.run.note(measured_dense_seconds=seconds)
-                logger.info("a step with every layer dense takes %.3g s, without its update", seconds)
+        if torch.distributed.get_rank() == 0:
+            seconds *= self.gradient_accumulation_steps
+            stage.run.note(measured_dense={"seconds": seconds, "conditions": self.metrics_processor.conditions()})
+            logger.info("a step with every layer dense takes %.3g s, without its update", seconds)
 
     def train_step(self, data_iterator) -> None:
         note_step(self.step)

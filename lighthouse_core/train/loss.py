@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 # Without compilation log-probabilities are float32 tensors, of so many tokens at a time.
 _ROWS = 128
+# The same of the gradient's scaling.
+_SCALED_ROWS = 8192
 
 
 def linear_cross_entropy(
@@ -48,10 +50,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if differentiated:
             hidden_grad = torch.empty_like(hidden)
             weight_grad = torch.zeros_like(weight, dtype=precise)
-        finish = _compiled() if compiled else _finish_by_parts
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             logits = hidden[rows] @ weight.T
+            # The last rows are of another shape, not worth compiling for.
+            finish = _compiled() if compiled and len(logits) == chunk else _finish_by_parts
             loss += finish(logits, labels[rows])
             if differentiated:
                 torch.mm(logits, weight, out=hidden_grad[rows])
@@ -65,9 +68,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        of_weight = torch.empty_like(weight_grad, dtype=hidden_grad.dtype)
-        return hidden_grad * grad.to(hidden_grad), torch.mul(weight_grad, grad, out=of_weight), None, None, None, None
+        unscaled, weight_grad = ctx.saved_tensors
+        hidden_grad = torch.empty_like(unscaled)
+        # Not in their own type: one over the number of tokens would be rounded to it.
+        for rows, out in zip(unscaled.split(_SCALED_ROWS), hidden_grad.split(_SCALED_ROWS), strict=True):
+            torch.mul(rows.to(grad), grad, out=out)
+        scaled = torch.empty_like(weight_grad, dtype=unscaled.dtype)
+        return hidden_grad, torch.mul(weight_grad, grad, out=scaled), None, None, None, None
 
 
 def _finish(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ def _finish(logits: Tensor, labels: Tensor) -> Tensor:
     loss = -log_p.gather(-1, label).where(counted, 0).sum()
     gradient = log_p.exp_()
     gradient -= (torch.arange(logits.shape[1], device=logits.device) == label).to(gradient)
-    gradient *= counted
+    gradient.masked_fill_(~counted, 0)
     logits.copy_(gradient)
     return loss
 
@@ -89,7 +96,7 @@ def _finish_by_parts(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled():
-    return torch.compile(_finish, fullgraph=True, dynamic=False)
+    return torch.compile(_finish, dynamic=False)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -32,7 +32,9 @@ def _log_torch() -> None:
     """Have what torch's compiler and collectives say go to the run's log, rather than to stderr; TORCH_LOGS asks for
     it there."""
     if "TORCH_LOGS" not in os.environ:
-        for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]:
+        ours = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+        # What TORCH_TRACE asks for is written elsewhere.
+        for name in set(ours) - {"torch.__trace"}:
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True

@@ -150,6 +150,26 @@ def test_what_a_run_has_cost_is_said_and_kept(lighthouse, trainer):
     assert "steps in" not in lighthouse("pretrain", "tiny.toml", "--name", "b", "--quiet").err
 
 
+def test_costs_that_cannot_be_kept_hide_nothing(lighthouse, trainer, monkeypatch):
+    def full(run):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "settle", full)
+    trainer.fault = LighthouseError("a training process was killed")
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert answer.code == 1 and "warning: the costs in runs/a/ledger.json are not up to date" in answer.err
+    assert answer.err.endswith("error: a training process was killed\n")
+
+
+@pytest.mark.parametrize("command", [("recover", "a"), ("pretrain", "tiny.toml", "--set", "lighthouse.enabled=false")])
+def test_dense_training_needs_no_kernels_of_lighthouse(lighthouse, trainer, command):
+    triton = ("--set", 'lighthouse.backend="triton"')
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert "triton" in lighthouse("pretrain", "tiny.toml", *triton).error
+    assert "cudnn" in lighthouse(*command, "--set", 'lighthouse.dense_backend="cudnn"').error
+    assert lighthouse(*command, *triton).code == 0
+
+
 def test_resuming_needs_a_checkpoint(lighthouse, trainer, here):
     trainer.code = 1
     assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1

@@ -1,5 +1,6 @@
 """Saving: published as a whole, kept and deleted with care, its failures met at once."""
 
+import contextlib
 import errno
 import io
 import subprocess
@@ -57,6 +58,20 @@ def test_saved_steps_are_sealed_and_the_oldest_go(start, tmp_path):
     run = tmp_path / "run"
     assert names(run) == {"step-2", "step-3"}
     assert [damage(run / "checkpoints" / name) for name in ("step-2", "step-3")] == [None, None]
+
+
+def test_saves_are_told_of_and_other_steps_are_not(start):
+    saver, step, _ = start()
+    saver.interval, seen = 2, []
+
+    @contextlib.contextmanager
+    def during():
+        seen.append(step.step)
+        yield
+
+    saver.during_save = during
+    save(saver, step, 1, 2, 3, 4)
+    assert seen == [2, 4]
 
 
 def test_the_last_one_does_not_come_on_top(start, tmp_path):

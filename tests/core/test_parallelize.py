@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig
 from lighthouse_core.config import load_recipe
 from lighthouse_core.titan import build_job
-from lighthouse_core.titan.model import Transformer, model_args, use_lighthouse
+from lighthouse_core.titan.model import Transformer, attention_layers, model_args, use_lighthouse
 from lighthouse_core.titan.parallelize import kept_results, parallelize, use_plain_sums
 
 from torchtitan.distributed import ParallelDims  # isort: skip
@@ -40,6 +41,13 @@ def model(cfg):
         built.init_weights()
     for block in list(built.layers.values())[1:]:
         block.attention.inner_attention.key.copy_(torch.tensor((1, 2, 3, 4)))
+    return built
+
+
+def as_type(built, dtype):
+    """The model cast as a whole, but for its angles."""
+    angles = built.freqs_cis
+    built.to(getattr(torch, dtype)).freqs_cis = angles
     return built
 
 
@@ -124,12 +132,38 @@ def process_group(tmp_path):
     group.destroy_process_group()
 
 
+@pytest.mark.parametrize(("dtype", "sharded"), [("bfloat16", True), ("float32", False)])
+def test_one_process_computes_in_the_type_of_the_recipe(tmp_path, process_group, dtype, sharded):
+    """By FSDP, as several do; the loss is then that of the whole model cast."""
+    cfg = config(scorer="block", backend="reference")
+    job = build_job(recipe(f'training.dtype="{dtype}"'), tmp_path, steps=1)
+    built = parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+    assert isinstance(built, FSDPModule) is sharded
+    labels = tokens().roll(-1, 1)
+    rotated_by = []
+    for layer in attention_layers(built):
+        layer.register_forward_pre_hook(lambda layer, inputs: rotated_by.append(inputs[1]))
+    loss = built(tokens(), labels=labels)
+    loss.backward()
+    # Cosines and sines keep their precision.
+    assert all(torch.equal(turns.view(torch.float32), built.freqs_cis) for turns in rotated_by)
+    assert len(rotated_by) == 2
+    plain = as_type(model(cfg), dtype)
+    logits = plain(tokens()).float().flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-2 if sharded else 1e-5, atol=0)
+    assert loss.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in built.parameters())
+    with torch.no_grad():
+        assert built(tokens()).dtype == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sharded_parameters_in_mixed_precision(tmp_path, process_group, backend, compiled):
     """bfloat16 parameters and activations, float32 gradients, against the same model cast as a whole."""
     cfg = config(backend=backend, scorer="block")
-    loss, grads = results(model(cfg).bfloat16())
+    loss, grads = results(as_type(model(cfg), "bfloat16"))
     built = prepared(cfg, tmp_path, "selective", compiled)
     mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("fsdp",))
     apply_fsdp(built, mesh, torch.bfloat16, torch.float32, pp_enabled=False)

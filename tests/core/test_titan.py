@@ -14,6 +14,7 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import parameters
 from lighthouse_core.titan import build_dense_model, build_job, check_overrides
+from lighthouse_core.titan import metrics as metrics_module
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import use_lighthouse
 
@@ -151,6 +152,27 @@ def test_rows_wait_until_there_is_room_for_them(caplog):
     disk.room = 10_000
     metrics._write(3, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [0, 1, 2, 3]
+
+
+def test_the_time_of_a_step_has_neither_saves_nor_evaluations(recipe, monkeypatch):
+    """Steps 1 to 4 of 2 s each, one save of 5 s and one evaluation of 7 s between two rows."""
+    now = 0.0
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now)
+    metrics = writing(io.BytesIO(), lambda row, step: None)
+    metrics.stage = SimpleNamespace(name="dense", recipe=recipe)
+    metrics.device_memory_monitor = metrics_module._HostMemoryMonitor()
+    metrics.gpu_peak_flops, metrics.spikes, metrics.data_loading_times = None, metrics_module.Spikes(), []
+    metrics.start_step = metrics.last_step = metrics.last_time = 0
+    for step, others in ((1, ()), (2, (5.0, 7.0)), (3, ()), (4, (5.0,))):
+        now += 2.0
+        if step in (1, 3, 4):
+            metrics.log(step, 1.0, 1.0, 1.0, {"lr": 1.0})
+        for seconds in others:
+            with metrics.left_out():
+                now += seconds
+    rows = [json.loads(line) for line in metrics.file.getvalue().splitlines()]
+    assert [(row["steps"], row["seconds"]) for row in rows] == [(1, 2.0), (2, 2.0), (1, 2.0)]
+    assert [row.get("first_of_launch", False) for row in rows] == [True, False, False]
 
 
 def test_figures_that_are_not_finite_are_null_in_the_metrics_file():

@@ -49,7 +49,8 @@ def pretrain(workspace: Path, name: str, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def one(workspace):
-    return pretrain(workspace, "one", "--nproc", "1")
+    # What is measured first changes nothing: other tests compare this run with others.
+    return pretrain(workspace, "one", "--nproc", "1", "--measure-dense")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,9 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     assert [seen[step]["stage"] for step in sorted(seen)] == ["lighthouse"] * 6 + ["dense"] * 4
     ledger = json.loads((recovered / "ledger.json").read_text())
     assert [(s["stage"], s["start"], s["end"]) for s in ledger["stages"]] == [("lighthouse", 0, 6), ("dense", 6, 10)]
+    assert [stage["steps"] for stage in ledger["stages"]] == [6, 4]
+    assert ledger["stages"][0]["measured_dense"]["seconds"] > 0
+    assert ledger["dense_step"]["how"] == "recovery"
     assert seen[7]["tokens"] == 7 * 4 * 512
     # Still warming up, and decaying from step 7 on: the schedule went on, with the recovery's own end.
     expected = [3e-3 * lr_factor(step, warmup=10, switch=6, end=10) for step in range(6, 10)]
