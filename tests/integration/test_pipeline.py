@@ -15,7 +15,7 @@ from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
-TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=3", "recover.steps=4"]
+TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=3", "checkpoint.keep=3", "recover.steps=4"]
 
 
 def lighthouse(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
