@@ -24,11 +24,12 @@ def train(recipe: str, steps: int, settings: list[str], folder: Path) -> dict:
         *(f"training.steps={steps}", "data.validation=0", "metrics.every=1", "metrics.tensorboard=false"),
         *settings,
     ]
+    where = ["--set", f'output.dir="{folder}"']
     options = ["--name", "run", *(part for setting in settings for part in ("--set", setting))]
     print("lighthouse pretrain", recipe, *options, file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", str(Path(recipe).resolve()), *options]
-    subprocess.run(command, cwd=folder, check=True, timeout=900, stdout=subprocess.DEVNULL)
-    run = folder / "runs/run"
+    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", recipe, *options, *where]
+    subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL)
+    run = folder / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert all(row["loss"] is not None for row in rows), "a loss is not finite"
@@ -59,6 +60,8 @@ def main() -> None:
     options.add_argument("--set", dest="settings", action="append", default=[], help="as of lighthouse pretrain")
     options.add_argument("--out", type=Path, required=True)
     args = options.parse_args()
+    if min(args.steps) <= WARM_UP:
+        options.error(f"--steps must be above {WARM_UP}, of which nothing is measured")
     results = []
     print("| recipe | attention | dense kernel | tok/s | step s | MFU | peak GiB | data wait ms | ratio |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -75,10 +78,11 @@ def main() -> None:
                     row = train(recipe, steps, settings, Path(folder))
                 of_kernel.append(row | {"recipe": Path(recipe).stem, "dense": dense, "kernel": kernel})
                 results.append(of_kernel[-1])
+                mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
                 ratio = f"{of_kernel[0]['tokens_per_second'] / row['tokens_per_second']:.2f}x" if dense else ""
                 print(
                     f"| {Path(recipe).stem} | {'dense' if dense else 'Lighthouse'} | {kernel} "
-                    f"| {row['tokens_per_second']:,.0f} | {row['seconds']:.3f} | {row.get('mfu', 0):.1%} "
+                    f"| {row['tokens_per_second']:,.0f} | {row['seconds']:.3f} | {mfu} "
                     f"| {row['memory_gib']:.1f} | {1e3 * row['data_seconds']:.1f} | {ratio} |",
                     flush=True,
                 )

@@ -7,7 +7,7 @@ from torch import nn
 
 from lighthouse_core.titan.model import attention_layers, use_dense
 
-_PASSES = 3
+_PASSES = 4
 
 
 def dense_seconds(model: nn.Module, shape: tuple[int, int], backend: str) -> float:

@@ -33,10 +33,10 @@ def test_every_layer_is_dense_meanwhile_and_the_model_as_before_then(model, monk
     for kind in (DenseAttention, LighthouseAttention):
         call = kind.forward
         monkeypatch.setattr(kind, "forward", lambda *a, _c=call, _k=kind, **o: seen.append(_k) or _c(*a, **o))
-    clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 22.0])
+    clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0, 30.0, 34.0])
     monkeypatch.setattr(measure, "_now", lambda device: next(clock))
     assert measure.dense_seconds(model, (2, TOKENS), "math") == 2.0
-    assert seen == [DenseAttention] * 9
+    assert seen == [DenseAttention] * 12
     assert [layer.inner_attention for layer in attention_layers(model)] == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model(tokens, labels=tokens), loss)
