@@ -41,8 +41,9 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
         f"{_short(counts.total)} (embedding {_short(counts.embedding)}, body {_short(counts.body)}, "
         f"head {_short(counts.head)})",
     )
-    if cost.gathered is not None and cost.lighthouse_flops is not None:
-        line("S", f"{cost.gathered} of {training.seq_len} tokens")
+    if cost.lighthouse_flops is not None:
+        if cost.gathered is not None:
+            line("S", f"{cost.gathered} of {training.seq_len} tokens")
         line("FLOPs per token", f"{_short(cost.lighthouse_flops)} in stage 1, {_short(cost.dense_flops)} dense")
     else:
         line("FLOPs per token", f"{_short(cost.dense_flops)}")

@@ -6,16 +6,20 @@ from typing import Annotated
 import typer
 
 from lighthouse_cli import _output, data, recipes, tokenizer
+from lighthouse_cli.compare import compare
+from lighthouse_cli.eval import evaluate
 from lighthouse_cli.pretrain import pretrain
 from lighthouse_cli.profile import profile
 from lighthouse_cli.recover import recover
 from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
+from lighthouse_cli.sweep import sweep
 from lighthouse_core.errors import LighthouseError, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (pretrain, recover, strip, profile, runs):
+for command in (pretrain, recover, strip, profile, runs, compare, sweep):
     app.command()(command)
+app.command("eval")(evaluate)
 for group in (data, tokenizer, recipes):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 

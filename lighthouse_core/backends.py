@@ -59,8 +59,21 @@ def window_scores(
     )
 
 
+def uniform(key: "torch.Tensor", batch: int, heads: int, index: "torch.Tensor") -> "torch.Tensor":
+    """What content-free scorers draw, in [0, 1), [B, heads, len(index)]: see lighthouse_kernels.pyramid.random."""
+    from lighthouse_kernels.pyramid.random import uniform as draw
+
+    return draw(key, batch, heads, index)
+
+
 def geometry(tokens: int, cfg: LighthouseConfig) -> Geometry:
-    """Pyramid of a sequence of `tokens` tokens."""
+    """Pyramid of a sequence of `tokens` tokens.
+
+    Raises:
+        ValueError: the method has none.
+    """
+    if cfg.method != "pyramid":
+        raise ValueError(f"the method {cfg.method!r} selects nothing: it has no pyramid")
     return Geometry(tokens, cfg.pooling, cfg.levels, cfg.topk, cfg.tile_parents, cfg.cover_prefix)
 
 

@@ -34,7 +34,7 @@ class Estimate:
 
     Attributes:
         parameters: exact.
-        gathered: S, the tokens a Lighthouse layer attends over; None for a dense run.
+        gathered: S, the tokens a Lighthouse layer attends over; None for a dense run, and for methods that gather none.
         lighthouse_flops: per token of stage 1, forward and backward; None for a dense run.
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
@@ -57,7 +57,7 @@ def estimate(recipe: Recipe) -> Estimate:
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
-        gathered=gathered(recipe) if lighthouse else None,
+        gathered=gathered(recipe) if lighthouse and recipe.lighthouse.method == "pyramid" else None,
         lighthouse_flops=flops_per_token(recipe, "lighthouse") if lighthouse else None,
         dense_flops=flops_per_token(recipe, "dense"),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
@@ -84,7 +84,8 @@ def gathered(recipe: Recipe) -> int:
 def flops_per_token(recipe: Recipe, stage: str) -> float:
     """Forward and backward, causal work counted once.
 
-    6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim.
+    6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim; or 12 d
+    times the keys that a query sees there.
 
     Args:
         recipe: gives the model and N.
@@ -95,7 +96,8 @@ def flops_per_token(recipe: Recipe, stage: str) -> float:
     dense = model.layers if stage == "dense" else len(model.dense_layers)
     flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
     if dense < model.layers:
-        flops += 6 * model.heads * model.head_dim * gathered(recipe) ** 2 / tokens * (model.layers - dense)
+        keys = recipe.lighthouse.attention().keys(tokens)
+        flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)
     return float(flops)
 
 

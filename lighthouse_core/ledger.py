@@ -1,11 +1,10 @@
 """What a run has cost, and what a dense one of the same steps would have. Nothing here imports torch."""
 
-import contextlib
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from lighthouse_core.estimate import flops_per_token
-from lighthouse_core.train.progress import parse_row
+from lighthouse_core.train.progress import read_rows
 
 if TYPE_CHECKING:
     from lighthouse_core.runs import Run
@@ -78,10 +77,5 @@ def _typical(rows: list[Row]) -> float:
 
 
 def _rows(run: "Run") -> list[Row]:
-    """The training rows of metrics.jsonl, without one that a crash cut short."""
-    path = run.path / "metrics.jsonl"
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(parse_row(line))
-    return [row for row in rows if isinstance(row, dict) and "loss" in row]
+    """The training rows of metrics.jsonl."""
+    return [row for row in read_rows(run.path / "metrics.jsonl") if "loss" in row]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense import check_inputs, dense_attention
+from lighthouse_core.attention.methods import checked_key, chunked, compressed, sliding
+from lighthouse_core.attention.parts import Part, merge, near
 from lighthouse_core.backends import Geometry, geometry, kernels, log_once, window_scores
 
 Scores = tuple[Tensor, Tensor]
@@ -17,14 +19,25 @@ def _select(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, s
     """The selection from window scores, or else from those that a content-free scorer draws from the key."""
     if scores is not None:
         return ops.select(scores, g)
-    if key is None:
-        raise ValueError(f"scorer {cfg.scorer!r} draws its scores from `key`, an int64 tensor (seed, step, layer)")
-    if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4):
-        raise ValueError(
-            f"key must be int64 (seed, step, layer) or (seed, step, layer, sample); got {key.dtype} {tuple(key.shape)}"
-        )
+    key = checked_key(key, cfg)
     block = cfg.score_block if cfg.scorer == "block" else 0
     return ops.select_drawn(key.to(q.device), q.shape[0], kv_heads, block, g)
+
+
+def _levels(ops, gathered: Part, selection, g: Geometry) -> list[Part]:
+    """What the entries [B, S, H, D] of each level write to the positions: one part a level, for no position has two
+    entries of one."""
+    bounds = torch.tensor([g.offset(level) for level in range(1, g.levels)], device=selection.indices.device)
+    level_of = torch.bucketize(selection.indices, bounds, right=True).transpose(1, 2)
+    level_of = level_of.repeat_interleave(gathered.lse.shape[2] // level_of.shape[2], 2)
+    parts = []
+    for level in range(g.levels):
+        mine = (level_of == level)[..., None]
+        out = ops.scatter(torch.where(mine, gathered.out, 0), selection, g)
+        sums = torch.where(mine, torch.stack((gathered.lse, torch.ones_like(gathered.lse)), -1), 0)
+        lse, there = ops.scatter(sums, selection, g).unbind(-1)
+        parts.append(Part(out, torch.where(there > 0, lse, -torch.inf)))
+    return parts
 
 
 def select_indices(
@@ -78,8 +91,8 @@ def lighthouse_attention(
     scale: float | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule). Differentiable in q, k and v, by
-    the Triton kernels once.
+    """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule), or what `cfg.method` names.
+    Differentiable in q, k and v, by the Triton kernels once.
 
     Args:
         q: [B, N, H, D], after RoPE.
@@ -97,6 +110,12 @@ def lighthouse_attention(
         ValueError: for shapes that do not fit, a missing key, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    if cfg.method != "pyramid" and not (indices is None and scores is None):
+        raise ValueError(f"the method {cfg.method!r} selects nothing: it takes neither indices nor scores")
+    if cfg.method == "compressed":
+        return compressed(q, k, v, cfg, scale=scale, key=key)
+    if cfg.method != "pyramid":
+        return (sliding if cfg.method == "sliding" else chunked)(q, k, v, cfg, scale=scale)
     g = geometry(q.shape[1], cfg)
     ops = kernels(cfg.backend, q.device.type, q.dtype)
     if g.dense:
@@ -117,5 +136,8 @@ def lighthouse_attention(
             scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
         selection = _select(ops, q, k.shape[2], cfg, g, pyramid.scores if by_norm else scores, key)
     gathered = ops.gather(q, k, v, pyramid, selection, g)
+    if cfg.window:
+        how = {"scale": scale, "backend": cfg.dense_backend}
+        return merge([near(q, k, v, cfg.window, **how), *_levels(ops, near(*gathered, 0, **how), selection, g)])
     rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)
     return ops.scatter(rows, selection, g)

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse_core.attention import flash
 from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.parts import fused
 from lighthouse_core.backends import kernels, log_once
 
 _SDPA = {
@@ -81,7 +82,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = True) -> None:
     """Raise ValueError unless the backends that `cfg` names are there on a device of this type, `pooled` for its
     Lighthouse calls, too. Touches no GPU."""
-    if pooled:
+    if pooled and cfg.method == "pyramid":
         kernels(cfg.backend, device_type)
     if cfg.dense_backend == "fa4" and (why_not := flash.absence(device_type)):
         raise ValueError(f"dense backend 'fa4' {why_not}")
@@ -100,8 +101,10 @@ def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim
     Raises:
         ValueError: for a backend that is not there.
     """
-    if pooled:
+    if pooled and cfg.method == "pyramid":
         kernels(cfg.backend, device_type, dtype)
+    if pooled and cfg.adds_parts:
+        fused(cfg.dense_backend, device_type, dtype, dim)
     _choose(cfg.dense_backend, device_type, dtype, dim)
 
 

@@ -43,42 +43,60 @@ def _major() -> int:
 
 
 @custom_op("lighthouse::flash4", mutates_args=())
-def _flash4(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool) -> tuple[Tensor, Tensor]:
+def _flash4(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool, window: int = 0
+) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True, **_left(window))
     return out, lse
 
 
+def _left(window: int) -> dict[str, int]:
+    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+
+
 @_flash4.register_fake
-def _(q, k, v, scale, deterministic):
+def _(q, k, v, scale, deterministic, window=0):
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
 @custom_op("lighthouse::flash4_backward", mutates_args=())
 def _flash4_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, deterministic: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    deterministic: bool,
+    window: int = 0,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    grads = _flash_attn_bwd(
-        q, k, v, out, grad.contiguous(), lse, softmax_scale=scale, causal=True, deterministic=deterministic
-    )
-    return tuple(grads[:3])
+    how = {"softmax_scale": scale, "causal": True, "deterministic": deterministic, **_left(window)}
+    if grad_lse is not None:
+        how["dlse"] = grad_lse.contiguous()
+    return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **how)[:3])
 
 
 @_flash4_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, deterministic):
+def _(grad, q, k, v, out, lse, scale, deterministic, window=0, grad_lse=None):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.deterministic = inputs
+    q, k, v, *ctx.how = inputs
     ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _grad(ctx, grad, _):
-    return *_flash4_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.deterministic), None, None
+def _grad(ctx, grad, grad_lse):
+    out = ctx.saved_tensors[3]
+    grads = _flash4_backward(torch.zeros_like(out) if grad is None else grad, *ctx.saved_tensors, *ctx.how, grad_lse)
+    return *grads, None, None, None
 
 
 _flash4.register_autograd(_grad, setup_context=_keep)
@@ -99,6 +117,16 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     Returns:
         [B, N, H, D].
     """
+    return _call(q, k, v, scale)[0]
+
+
+def flash4_part(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> tuple[Tensor, Tensor]:
+    """The same over the last `window` tokens (all for 0) and its log-sum-exp [B, N, H] float32, both differentiable."""
+    out, lse = _call(q, k, v, scale, window)
+    return out, lse.transpose(1, 2)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int = 0) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.contiguous() for x in (q, k, v))
-    return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled())[0]
+    return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled(), window)

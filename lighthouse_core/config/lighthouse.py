@@ -19,6 +19,10 @@ class LighthouseSection(Section):
     score_block: int = 64
     backend: str = "auto"
     dense_backend: str = "auto"
+    method: str = "pyramid"
+    window: int = 0
+    compression: int = 16
+    keep: int = 0
 
     def attention(self) -> LighthouseConfig:
         """The same settings as the attention call takes them."""

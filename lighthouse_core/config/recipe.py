@@ -49,15 +49,28 @@ class Recipe(Section):
             raise conflict("metrics.validation_every", "metrics.validation_every needs data.validation above 0")
         if self.metrics.measure_dense and not self.lighthouse.enabled:
             raise conflict("metrics.measure_dense", "metrics.measure_dense is for a run with lighthouse.enabled")
+        if self.schedule.decay_steps and self.lighthouse.enabled:
+            raise conflict(
+                "schedule.decay_steps",
+                "schedule.decay_steps is for a run with lighthouse.enabled = false; a recovery has recover.decay",
+            )
+        if self.schedule.decay_steps and self.schedule.warmup_steps + self.schedule.decay_steps > self.training.steps:
+            raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
         if self.lighthouse.enabled:
-            from lighthouse_core.backends import geometry
-
-            tokens = self.training.seq_len
-            call = geometry(tokens, self.lighthouse.attention())
-            if call.dense:
-                raise conflict(
-                    "lighthouse.topk",
-                    f"the gathered sequence (S = {call.selected_length}) is not shorter than training.seq_len "
-                    f"({tokens}); use a smaller lighthouse.topk or more lighthouse.levels",
-                )
+            self._check_that_stage_1_is_not_dense()
         return self
+
+    def _check_that_stage_1_is_not_dense(self) -> None:
+        from lighthouse_core.backends import geometry
+
+        tokens, cfg = self.training.seq_len, self.lighthouse.attention()
+        if cfg.window >= tokens:
+            raise conflict(
+                "lighthouse.window", f"lighthouse.window ({cfg.window}) is not below training.seq_len ({tokens})"
+            )
+        if cfg.method == "pyramid" and (call := geometry(tokens, cfg)).dense:
+            raise conflict(
+                "lighthouse.topk",
+                f"the gathered sequence (S = {call.selected_length}) is not shorter than training.seq_len "
+                f"({tokens}); use a smaller lighthouse.topk or more lighthouse.levels",
+            )

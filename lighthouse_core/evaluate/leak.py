@@ -6,7 +6,6 @@ from math import sqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class LeakRow:
         distance: tokens between the one predicted and the first one replaced.
         mean: mean paired difference of the loss, replaced minus original, nats. 0 for a causal model; positive where
             the model reads the tokens that were replaced.
-        standard_error: of the mean, over pairs.
+        standard_error: of the mean, over sequences: the pairs of one are not independent.
         pairs: number of pairs.
         largest: largest absolute difference of any pair, nats.
     """
@@ -31,7 +30,7 @@ class LeakRow:
 
 @torch.no_grad()
 def leak(
-    logits: Callable[[Tensor], Tensor],
+    losses: Callable[[Tensor, Tensor], Tensor],
     sequences: Tensor,
     replacements: Tensor,
     cuts: Sequence[int],
@@ -41,7 +40,8 @@ def leak(
     token t - d is compared with that of the untouched sequence.
 
     Args:
-        logits: a model, tokens [B, N] int64 -> [B, N, V]; it must answer the same to the same input.
+        losses: of a model, `Subject.losses`: tokens and targets [B, N] int64 -> [B, N - 1] nats, of each target but the
+            first after the tokens before it. It must answer the same to the same input.
         sequences: [B, N] int64, the text.
         replacements: [B, N] int64, other text.
         cuts: positions t of the first replaced token, each with 1 + max(distances) <= t < N.
@@ -56,19 +56,17 @@ def leak(
     tokens = sequences.shape[1]
     if not all(max(distances) < cut < tokens for cut in cuts):
         raise ValueError(f"every cut must lie between {max(distances) + 1} and {tokens - 1}")
-    original = logits(sequences)
+    original = losses(sequences, sequences).double()
     differences: dict[int, list[Tensor]] = {d: [] for d in distances}
     for cut in cuts:
-        replaced = logits(torch.cat((sequences[:, :cut], replacements[:, cut:]), dim=1))
+        other = torch.cat((sequences[:, :cut], replacements[:, cut:]), dim=1)
+        raised = losses(other, sequences).double() - original
         for d in distances:
-            target = sequences[:, cut - d]
-            before, after = (
-                cross_entropy(x[:, cut - d - 1].double(), target, reduction="none") for x in (original, replaced)
-            )
-            differences[d].append(after - before)
+            differences[d].append(raised[:, cut - d - 1])
     rows = []
     for d, pairs in differences.items():
-        x = torch.cat(pairs)
-        error = x.std().item() / sqrt(len(x)) if len(x) > 1 else float("nan")
-        rows.append(LeakRow(d, x.mean().item(), error, len(x), x.abs().max().item()))
+        x = torch.stack(pairs)
+        means = x.mean(0)
+        error = means.std().item() / sqrt(len(means)) if len(means) > 1 else float("nan")
+        rows.append(LeakRow(d, x.mean().item(), error, x.numel(), x.abs().max().item()))
     return rows

@@ -115,7 +115,7 @@ class Metrics(MetricsProcessor):
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.optimizers = self.lr_schedulers = self.model_parts = None
-        self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.scorer == "norm"
+        self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.attention().leaks
         self.spikes = Spikes()
         self.unwritten = b""
         self.file = None

@@ -125,13 +125,17 @@ class Transformer(llama3.Transformer):
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [B, N, V] after `tokens` [B, N] int64, or with `labels` [B, N] the sum [] of their losses in nats."""
+        hidden = self.hidden(tokens)
+        return self.output(hidden) if labels is None else self.output(hidden, labels)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head takes, [B, N, dim], of `tokens` [B, N] int64."""
         hidden = self.tok_embeddings(tokens)
         # As integers: FSDP would cast floating-point inputs of a block to bfloat16.
         turns = self.freqs_cis.float().view(torch.int32)
         for block in self.layers.values():
             hidden = block(hidden, turns, None)
-        hidden = self.norm(hidden)
-        return self.output(hidden) if labels is None else self.output(hidden, labels)
+        return self.norm(hidden)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter as a full tensor from one generator and keep the local shard, so that the weights are

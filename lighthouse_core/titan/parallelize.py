@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import apply_compile, apply_ddp, apply_fsdp
 
-from lighthouse_core.attention import flash
+from lighthouse_core.attention import flash, methods
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.backends import kernels
 from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
@@ -45,6 +45,8 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
     """
     kept = _DENSE.union(flash.ATTENDING) if mode == "selective" else set()
     if cfg is not None:
+        kept.update(methods.SELECTING)
+    if cfg is not None and cfg.method == "pyramid":
         ops = kernels(cfg.backend, device_type)
         kept.update(ops.SELECTING)
         if mode == "selective":

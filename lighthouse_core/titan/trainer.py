@@ -97,13 +97,13 @@ class _Schedulers(LRSchedulersContainer):
 
 
 def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSchedulersContainer:
-    decays = stage.recovery and stage.recipe.recover.decay == "linear"
-    factor = functools.partial(
-        lr_factor,
-        warmup=stage.recipe.schedule.warmup_steps,
-        switch=stage.start if decays else None,
-        end=stage.end if decays else None,
-    )
+    recipe = stage.recipe
+    decay = None
+    if stage.recovery and recipe.recover.decay == "linear":
+        decay = stage.start, stage.end
+    elif not stage.recovery and recipe.schedule.decay_steps:
+        decay = stage.end - recipe.schedule.decay_steps, stage.end
+    factor = functools.partial(lr_factor, warmup=recipe.schedule.warmup_steps, decay=decay)
     return _Schedulers(optimizers, factor)
 
 
@@ -196,7 +196,7 @@ class Trainer(titan_train.Trainer):
         titan_train.CheckpointManager = Checkpointer
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
-        self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.scorer != "norm"
+        self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.attention().draws
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
         self.guard = Guard(

@@ -1,5 +1,6 @@
 """Following a run in training: the new rows of its metrics.jsonl, what they add up to, and each as a plain line."""
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -23,6 +24,15 @@ def parse_row(text: str | bytes) -> Any:
     """What a line of a metrics file holds; NaN for a figure that was not finite."""
     row = json.loads(text)
     return {key: math.nan if value is None else value for key, value in row.items()} if isinstance(row, dict) else row
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, without one that a crash cut short; none where there is no file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(parse_row(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def progress_line(step: int, end: int, stage: str, row: dict[str, Any], seconds_left: float, leaky: bool) -> str:

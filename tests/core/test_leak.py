@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 from lighthouse_core.attention import LighthouseConfig
 from lighthouse_core.attention.module import set_selection_keys
 from lighthouse_core.config.model import ModelSection
-from lighthouse_core.evaluate import leak
+from lighthouse_core.data.tokenizer import BytesTokenizer
+from lighthouse_core.evaluate import Subject, leak
 
 TOKENS, VOCAB = 256, 64
 
@@ -19,7 +20,12 @@ def _text(batch: int, seed: int) -> torch.Tensor:
     return words[torch.randint(16, (batch, TOKENS // 8), generator=generator)].flatten(1)
 
 
-def _trained(scorer: str | None, steps: int = 15) -> torch.nn.Module:
+def _losses(logits):
+    """Of a model, tokens [B, N] -> logits [B, N, V]."""
+    return Subject("it", logits, lambda hidden: hidden, BytesTokenizer(), TOKENS, torch.device("cpu")).losses
+
+
+def _trained(scorer: str | None, steps: int = 15):
     from lighthouse_core.titan.model import build_dense_model, use_lighthouse
 
     section = ModelSection(dim=32, layers=3, heads=2, ffn_dim=64, vocab_size=VOCAB)
@@ -40,7 +46,7 @@ def _trained(scorer: str | None, steps: int = 15) -> torch.nn.Module:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    return model.eval()
+    return _losses(model.eval())
 
 
 @pytest.mark.parametrize("scorer", ["random", "block", None])
@@ -61,11 +67,11 @@ def test_a_model_that_reads_ahead_is_measured_exactly():
         return torch.nn.functional.one_hot(tokens.roll(-1, dims=1), VOCAB).double() * 10
 
     text, other = _text(2, seed=1), (_text(2, seed=1) + 1) % VOCAB
-    near, far = leak(cheat, text, other, cuts=[64], distances=(0, 3))
+    near, far = leak(_losses(cheat), text, other, cuts=[64], distances=(0, 3))
     assert near.mean == pytest.approx(10.0)  # the logit of the right token falls from 10 to 0, the others' sum stays
     assert far.mean == 0
 
 
 def test_a_cut_needs_room_before_it():
     with pytest.raises(ValueError, match="cut"):
-        leak(lambda tokens: tokens, _text(1, 0), _text(1, 0), cuts=[16], distances=(0, 16))
+        leak(_losses(lambda tokens: tokens), _text(1, 0), _text(1, 0), cuts=[16], distances=(0, 16))

@@ -115,7 +115,7 @@ def test_a_selection_is_made_once(tmp_path, mode, gathered):
 def test_what_is_kept():
     ops = torch.ops.lighthouse
     full = kept_results("full", config(backend="triton"), DEVICE)
-    assert full == {ops.select.default, ops.select_drawn.default}
+    assert full == {ops.select.default, ops.select_drawn.default, ops.largest_block.default}
     selective = kept_results("selective", config(backend="triton"), DEVICE)
     aten = torch.ops.aten
     assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}

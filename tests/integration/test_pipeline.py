@@ -9,8 +9,11 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from jobs import options
 
+from lighthouse_core.evaluate import evaluate
+from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
@@ -96,7 +99,7 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     assert ledger["dense_step"]["how"] == "recovery"
     assert seen[7]["tokens"] == 7 * 4 * 512
     # Still warming up, and decaying from step 7 on: the schedule went on, with the recovery's own end.
-    expected = [3e-3 * lr_factor(step, warmup=10, switch=6, end=10) for step in range(6, 10)]
+    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 10)) for step in range(6, 10)]
     assert [seen[step]["lr"] for step in range(7, 11)] == pytest.approx(expected)
     assert expected[1] < 3e-3 * 8 / 10
     # A fresh optimizer or fresh weights would start near the first loss again.
@@ -108,7 +111,7 @@ def test_an_extended_recovery_takes_its_rate_from_the_new_end(workspace, recover
     shutil.copytree(recovered, extended)
     succeed("recover", "extended", "--extend", "2", cwd=workspace)
     seen = rows(extended)
-    expected = [3e-3 * lr_factor(step, warmup=10, switch=6, end=12) for step in (10, 11)]
+    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 12)) for step in (10, 11)]
     assert [seen[step]["lr"] for step in (11, 12)] == pytest.approx(expected)
 
 
@@ -200,6 +203,32 @@ def test_strip_writes_an_ordinary_llama(workspace, recovered):
     prompt = tokenizer("def ", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert written.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
+    """The same text costs the exported model what it costs the run."""
+    pytest.importorskip("transformers")
+    if not (workspace / "out").exists():
+        succeed("strip", "one", "out", cwd=workspace)
+    cpu = torch.device("cpu")
+    first, recipe = load_checkpoint(one / "checkpoints/step-6", attention="trained", device=cpu)
+    switched, _ = load_checkpoint(one / "checkpoints/step-6", attention="dense", device=cpu)
+    last, _ = load_checkpoint(recovered, attention="trained", device=cpu)
+    exported = load_directory(workspace / "out", device=cpu)
+    assert [("Lighthouse" in subject.name, subject.leaky) for subject in (first, switched, last)] == [
+        (True, False),
+        (False, False),
+        (False, False),
+    ]
+    text = torch.randint(256, (2, 512), generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(first.losses(text), switched.losses(text), atol=1e-5)
+    # Its weights are bfloat16.
+    torch.testing.assert_close(exported.losses(text), last.losses(text), rtol=0.02, atol=0.02)
+    report = evaluate(first, recipe.data, tokens=256, sequences=2, measures=("loss", "leak"))
+    assert all(row["largest"] == 0 for row in report["leak"])
+    assert report["loss"]["nats_per_token"]["mean"] < 7
+    done = succeed("eval", "one", "--tokens", "256", "--sequences", "2", "--only", "loss", "--json", cwd=workspace)
+    assert json.loads(done.stdout)["subject"] == "one step 10, dense attention"
 
 
 def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):

@@ -1,0 +1,193 @@
+"""lighthouse eval: what a trained model has learnt."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lighthouse_cli import _complete, _options, _output
+
+
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|HF_DIR",
+            help="A run, one of its checkpoints/step-N, or a directory that transformers loads.",
+            autocompletion=_complete.checkpoints,
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE", help="Whose held-out text; a run's own by default.")
+    ] = "",
+    settings: _options.Settings = None,
+    attention: Annotated[
+        Literal["trained", "dense"],
+        typer.Option("--attention", help="Of a checkpoint of stage 1: as it was trained, or dense in every layer."),
+    ] = "trained",
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", metavar="N", help="Length of a sequence; that of training by default.")
+    ] = None,
+    sequences: Annotated[int, typer.Option("--sequences", metavar="B", help="How many.")] = 8,
+    context: Annotated[int, typer.Option("--context", metavar="C", help="Tokens of the short context.")] = 2048,
+    trials: Annotated[int, typer.Option("--trials", metavar="T", help="Needles of one length and depth.")] = 10,
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only", metavar="A,B", help="Of loss, context, leak, switch, needles; leak and switch are of stage 1."
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes; eval/ in the run by default.")
+    ] = None,
+    quiet: _options.Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure a model: loss by position, use of long context, leak, needles."""
+    from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.runs import find_run
+
+    _output.set_quiet(quiet)
+    measures = _measures(only)
+    path = Path(target).resolve()
+    exported = (path / "config.json").is_file()
+    step = re.fullmatch(r"step-\d+", path.name)
+    if exported and not recipe:
+        raise UserError(f"{target} says nothing of held-out text", hint="--recipe RECIPE has some")
+    if exported and attention != "trained":
+        raise UserError("--attention is for checkpoints of runs")
+    if not exported and not step:
+        path = find_run(target).path
+    if settings and not recipe:
+        raise UserError("--set changes the recipe that --recipe names")
+    other = load_recipe(find_recipe(recipe), settings or ()) if recipe else None
+
+    from lighthouse_core.evaluate import evaluate as measure
+    from lighthouse_core.evaluate import plot
+    from lighthouse_core.evaluate.load import load_checkpoint, load_directory
+
+    if exported:
+        subject = load_directory(path)
+        home = path.with_name(f"{path.name}-eval")
+    else:
+        subject, own = load_checkpoint(path, attention=attention)
+        other = other or own
+        _check_held_out(own, other)
+        home = (path.parents[1] if step else path) / "eval" / re.sub(r"\W+", "-", subject.name)
+    assert other is not None
+    _output.say(f"evaluating {subject.name}")
+    length = min(subject.tokens, other.training.seq_len) if tokens is None else tokens
+    if not only:
+        # Dense attention cannot leak; --only leak measures it all the same.
+        absent = {"leak", "switch"} if subject.model is None else set()
+        absent |= {"context"} if context >= length - 1 else set()
+        measures = tuple(name for name in measures if name not in absent)
+    report = measure(
+        subject,
+        other.data,
+        tokens=length,
+        sequences=sequences,
+        context=context,
+        trials=trials,
+        measures=measures,
+        say=_output.say,
+    )
+    folder = out or home
+    text = json.dumps(_finite(report), indent=1, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = folder / "results.json"
+        results.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
+        results.with_suffix(".part").replace(results)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}", hint="choose another --out") from None
+    drawn = plot(report, folder)
+    if as_json:
+        _output.data(text)
+    else:
+        _show(report)
+    _output.say(
+        f"written to {folder}" + ("" if drawn is not None else "; plots need matplotlib: pip install -e '.[plot]'")
+    )
+
+
+def _check_held_out(own, other) -> None:
+    """Of a run's own source no more than it held out itself is text that it has not seen."""
+    from lighthouse_core.errors import UserError
+
+    same = own.data.source == other.data.source and set(own.data.paths) & set(other.data.paths)
+    if same and other.data.validation > own.data.validation:
+        raise UserError(
+            f"the run was trained on this text but for {own.data.validation:.2%} of the documents, and "
+            f"{other.data.validation:.2%} were to be measured",
+            hint="--recipe RECIPE with other paths",
+        )
+    if not other.data.validation:
+        raise UserError("the run held no text out", hint="--recipe RECIPE with other paths and a data.validation")
+
+
+def _measures(only: str) -> tuple[str, ...]:
+    from lighthouse_core.errors import UserError
+
+    known = ("loss", "context", "leak", "switch", "needles")
+    chosen = tuple(part.strip() for part in only.split(",")) if only else known
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"--only knows {', '.join(known)}, not {name!r}")
+    return chosen
+
+
+def _finite(value):
+    """Without numbers that JSON has none for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _show(report: dict) -> None:
+    def of(mean: dict, digits: int = 4) -> str:
+        return f"{mean['mean']:.{digits}f} ± {mean['standard_error']:.{digits}f}"
+
+    note = " (leaky)" if report["leaky"] else ""
+    if "loss" in report:
+        loss = report["loss"]
+        _output.data(
+            f"loss{note}: {of(loss['nats_per_token'])} nats per token, {of(loss['bits_per_byte'])} bits per byte"
+        )
+        bins = report["by_position"]
+        spans = (f"{p['first']}-{p['last']}" if p["first"] < p["last"] else str(p["first"]) for p in bins)
+        rows = [(span, of(p["loss"])) for span, p in zip(spans, bins, strict=True)]
+        _output.table("", ("tokens before", f"nats per token{note}"), rows)
+    if "context" in report:
+        context = report["context"]
+        _output.data(
+            f"beyond {context['context']} tokens: {of(context['full'])} with all of them, {of(context['short'])} with "
+            f"no more than {context['context']}; the far ones are worth {of(context['gain'])}"
+        )
+    if "leak" in report:
+        rows = [
+            (str(r["distance"]), f"{r['mean']:+.4f} ± {r['standard_error']:.4f}", f"{r['largest']:.4f}")
+            for r in report["leak"]
+        ]
+        _output.table("", ("leak: tokens before the cut", "nats", "largest"), rows)
+    if "switch" in report:
+        switch = report["switch"]
+        errors = [e["relative_error"] for e in switch["attention_errors"]]
+        _output.data(
+            f"dense in every layer: {of(switch['dense'])}, {switch['jump']['mean']:+.4f} more; one call differs by "
+            f"{min(errors):.1%} to {max(errors):.1%}"
+        )
+    needles = report.get("needles", {})
+    if "left_out" in needles:
+        _output.warn(f"needles are left out: {needles['left_out']}")
+    if cells := needles.get("cells"):
+        depths = sorted({c["depth"] for c in cells})
+        found = {(c["tokens"], c["depth"]): f"{c['right']}/{c['trials']}" for c in cells}
+        lengths = sorted({c["tokens"] for c in cells})
+        rows = [(str(n), *(found[n, depth] for depth in depths)) for n in lengths]
+        _output.table("", ("needles found: tokens", *(f"depth {depth:.0%}" for depth in depths)), rows)

@@ -1,0 +1,80 @@
+"""lighthouse sweep: several runs of one recipe, side by side on the GPUs of this machine."""
+
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lighthouse_cli import _output
+
+if TYPE_CHECKING:
+    from lighthouse_core.sweep import Runner
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file: recipe, set, evaluate, runs.NAME.")],
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="Stop after that long, saved; go on by repeating.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the runs live.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is next of each run, and stop.")] = False,
+) -> None:
+    """Train, recover and evaluate every run of a sweep, one on each GPU; repeated, it goes on where it stopped.
+
+    What was measured is in DIR/SWEEP.json, also of a sweep that is under way.
+    """
+    from lighthouse_core.config.sweep import load_sweep
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
+
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes must be above 0, not {minutes:g}")
+    plan = load_sweep(file)
+    base = file.parent / plan.recipe
+    check(plan, base, output)
+    if dry_run:
+        for name in plan.runs:
+            if waits(plan, name, output):
+                _output.data(f"{name}: waits for {plan.runs[name].stage_1}")
+            else:
+                arguments = next_command(plan, base, name, output)
+                _output.data(f"{name}: " + (f"lighthouse {' '.join(arguments)}" if arguments else "done"))
+        return
+    with lock(output, file.stem):
+        runner = Runner(plan, base, output, places(), _output.say)
+        # nohup has it outlive its terminal.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, runner.interrupt) for number in handled}
+        try:
+            runner.run(None if minutes is None else 60 * minutes)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        code = _outcome(runner)
+        whole = collect(plan, file.stem, output)
+        if whole["runs"]:
+            results = output / f"{file.stem}.json"
+            temporary = output / f".{results.name}"
+            temporary.write_text(json.dumps(whole, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.replace(results)
+            _output.data(str(results))
+    if code:
+        raise typer.Exit(code)
+
+
+def _outcome(runner: "Runner") -> int:
+    """Say how it ended. Returns the exit code."""
+    if not runner.left:
+        _output.final(f"done: {', '.join(runner.sweep.runs)}")
+        return 0
+    words = [f"failed: {', '.join(runner.failed)}"] if runner.failed else []
+    words += [f"{name} waits for the first stage of {runner.sweep.runs[name].stage_1}" for name in runner.stuck]
+    left = f"left: {', '.join(runner.left)}"
+    if words and not runner.asked:
+        _output.error("; ".join([*words, left]))
+        return 1
+    _output.final("; ".join([*words, "stopped" if runner.asked else "time is up", left]))
+    return 128 + (signal.SIGINT if runner.asked == signal.SIGINT else signal.SIGTERM)

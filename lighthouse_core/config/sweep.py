@@ -1,0 +1,119 @@
+"""A sweep: several runs of one recipe, each with settings of its own."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from lighthouse_core.config.load import load_recipe
+from lighthouse_core.config.section import NonNegative, Positive, Section, Strings, conflict
+from lighthouse_core.errors import RecipeError
+
+MEASURES = ("loss", "context", "leak", "switch", "needles")
+_RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class RunSection(Section):
+    """One run: `set` overrides the recipe; `recover` steps follow (0 for none), with `recover_set`.
+
+    `stage_1` names another run of the sweep, whose first stage this one begins from: several recoveries of one.
+    """
+
+    set: Strings = ()
+    recover: NonNegative = 0
+    recover_set: Strings = ()
+    stage_1: str = ""
+
+
+class EvaluateSection(Section):
+    """What `lighthouse eval` measures at the end of each run, and at the switch: see its options.
+
+    `recipe` is a file beside the sweep, whose held-out text it is instead of the run's own, with `set`.
+    """
+
+    tokens: Positive
+    sequences: Positive = 16
+    context: Annotated[int, Field(ge=2, multiple_of=2)] = 2048
+    trials: Positive = 10
+    only: str = ""
+    at_switch: str = "loss,leak,switch"
+    recipe: str = ""
+    set: Strings = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateSection":
+        for key in ("only", "at_switch"):
+            chosen = getattr(self, key)
+            for name in chosen.split(",") if chosen else ():
+                if name.strip() not in MEASURES:
+                    raise conflict(key, f"evaluate.{key} knows {', '.join(MEASURES)}, not {name.strip()!r}")
+        if self.set and not self.recipe:
+            raise conflict("set", "evaluate.set changes the recipe that evaluate.recipe names")
+        return self
+
+
+class Sweep(Section):
+    """A whole sweep. `recipe` is a path beside the file; `set` holds for all runs; `about` goes into what is collected:
+    what is asked, and what is expected."""
+
+    recipe: str
+    about: str = ""
+    set: Strings = ()
+    evaluate: EvaluateSection | None = None
+    runs: Annotated[dict[_RunName, RunSection], Field(min_length=1)]
+
+    def settings(self, name: str) -> list[str]:
+        """What the first stage of a run sets, be it another run's."""
+        run = self.runs[name]
+        return [*self.set, *(self.runs[run.stage_1] if run.stage_1 else run).set]
+
+
+def load_sweep(path: Path) -> Sweep:
+    """The sweep in a file; every run's recipe is valid.
+
+    Raises:
+        RecipeError: unreadable, invalid, or asking for something impossible.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from None
+    try:
+        sweep = Sweep.model_validate(table)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise RecipeError(f"{path}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    base = path.parent / sweep.recipe
+    for name, run in sweep.runs.items():
+        parent = sweep.runs.get(run.stage_1) if run.stage_1 else None
+        if run.stage_1 and (parent is None or parent.stage_1 or run.set or not run.recover):
+            raise RecipeError(
+                f"{path}: run {name}: stage_1 must name a run that has its own, and there is a recovery and no set",
+            )
+        try:
+            recipe = load_recipe(base, sweep.settings(name))
+            # Of the recovery, which keys it may set is decided where it begins.
+            load_recipe(base, [*sweep.settings(name), *run.recover_set])
+            kept = load_recipe(base, [*sweep.settings(name), *parent.recover_set]) if parent else None
+        except RecipeError as error:
+            raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
+        if kept and (recipe.checkpoint.keep or kept.checkpoint.keep):
+            raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
+        if run.recover and not recipe.lighthouse.enabled:
+            raise RecipeError(f"{path}: run {name}: recover must be 0 for a run with lighthouse.enabled = false")
+        if sweep.evaluate and sweep.evaluate.tokens > recipe.training.seq_len:
+            raise RecipeError(
+                f"{path}: run {name}: evaluate.tokens ({sweep.evaluate.tokens}) is above training.seq_len "
+                f"({recipe.training.seq_len})"
+            )
+    if sweep.evaluate and sweep.evaluate.recipe:
+        held_out = path.parent / sweep.evaluate.recipe
+        try:
+            load_recipe(held_out, sweep.evaluate.set)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: evaluate.recipe: {error}", hint=error.hint) from None
+        evaluate = sweep.evaluate.model_copy(update={"recipe": str(held_out)})
+        sweep = sweep.model_copy(update={"evaluate": evaluate})
+    return sweep

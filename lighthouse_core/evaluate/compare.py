@@ -1,0 +1,201 @@
+"""Runs side by side: loss against steps, tokens, time and FLOPs, the switch to dense, and what it all cost."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.runs import Run
+from lighthouse_core.train.progress import read_rows
+
+# Rows that a smoothed loss is the mean of.
+_SMOOTH = 5
+AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "model FLOPs"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One logged training loss and what had been spent by then."""
+
+    step: int
+    tokens: int
+    seconds: float
+    flops: float
+    loss: float
+    leaky: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run.
+
+    Attributes:
+        name: of the run.
+        points: its training rows, oldest first.
+        validation: (step, loss, leaky) of its validation rows.
+        switch: step after which every layer is dense; None for a run that is dense from the start, or has not switched.
+        dense: whether it is dense from the start.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    validation: tuple[tuple[int, float, bool], ...]
+    switch: int | None
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one run; losses in nats per token, None for what there is not.
+
+    Attributes:
+        name: of the run.
+        step, tokens, seconds, flops: at its last row.
+        loss: mean of its last five rows.
+        val_loss, leaky: its last validation, and whether later tokens took part in it.
+        jump: first dense loss less the mean of the last five before the switch.
+        spike: the highest of the first five dense losses less the same mean.
+        back: steps after the switch until the mean of five rows is below that of before it.
+        below_dense: steps after the switch until it is below that of the dense run at the same tokens.
+    """
+
+    name: str
+    step: int
+    tokens: int
+    seconds: float
+    flops: float
+    loss: float
+    val_loss: float | None
+    leaky: bool | None
+    jump: float | None
+    spike: float | None
+    back: int | None
+    below_dense: int | None
+
+
+def read(run: Run) -> Curve:
+    """A run's curve, from its metrics.jsonl."""
+    per_step = run.recipe.training.global_batch_size * run.recipe.training.seq_len
+    flops = {stage: per_step * flops_per_token(run.recipe, stage) for stage in ("lighthouse", "dense")}
+    return curve(run.name, read_rows(run.path / "metrics.jsonl"), run.ledger["stages"], flops)
+
+
+def curve(
+    name: str, rows: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], step_flops: Mapping[str, float]
+) -> Curve:
+    """A run's curve. Rows whose loss is not finite are left out, but not their time. Steps that an interruption left
+    without a row count as those of the next one.
+
+    Args:
+        name: of the run.
+        rows: of its metrics.jsonl.
+        stages: of its ledger.
+        step_flops: of one step of each stage.
+    """
+    seconds = flops = 0.0
+    points, step = [], 0
+    for row in rows:
+        if "loss" in row:
+            seconds += (row["step"] - step) * row["seconds"]
+            flops += (row["step"] - step) * step_flops[row["stage"]]
+            step = row["step"]
+            if row["loss"] is not None and math.isfinite(row["loss"]):
+                points.append(Point(row["step"], row["tokens"], seconds, flops, row["loss"], row["leaky"]))
+    return Curve(
+        name=name,
+        points=tuple(points),
+        validation=tuple((row["step"], row["val_loss"], row["leaky"]) for row in rows if "val_loss" in row),
+        switch=stages[1]["start"] if len(stages) > 1 else None,
+        dense=stages[0]["stage"] == "dense",
+    )
+
+
+def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
+    """What a curve comes to, beside that of a dense run of the same data."""
+    last = curve.points[-1]
+    jump = spike = back = below = None
+    before = [p for p in curve.points if curve.switch is not None and p.step <= curve.switch]
+    after = [p for p in curve.points if curve.switch is not None and p.step > curve.switch]
+    if before and after:
+        level = fmean(p.loss for p in before[-_SMOOTH:])
+        jump = after[0].loss - level
+        spike = max(p.loss for p in after[:_SMOOTH]) - level
+        smooth = list(zip(after[_SMOOTH - 1 :], _smooth(after), strict=True))
+        back = next((p.step - curve.switch for p, loss in smooth if loss < level), None)
+        if dense is not None:
+            other = list(zip(dense.points[_SMOOTH - 1 :], _smooth(dense.points), strict=True))
+            for p, loss in smooth:
+                then = next((theirs for q, theirs in other if q.tokens >= p.tokens), None)
+                if then is not None and loss < then:
+                    below = p.step - curve.switch
+                    break
+    _, val_loss, leaky = curve.validation[-1] if curve.validation else (None, None, None)
+    return Summary(
+        curve.name,
+        last.step,
+        last.tokens,
+        last.seconds,
+        last.flops,
+        fmean(p.loss for p in curve.points[-_SMOOTH:]),
+        val_loss,
+        leaky,
+        jump,
+        spike,
+        back,
+        below,
+    )
+
+
+def _smooth(points: Sequence[Point]) -> list[float]:
+    """Means of five neighbours, one for each point from the fifth on."""
+    losses = [p.loss for p in points]
+    return [fmean(losses[i - _SMOOTH : i]) for i in range(_SMOOTH, len(losses) + 1)]
+
+
+def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
+    """One page with the loss against each of AXES, leaky parts dotted, as PNG and SVG.
+
+    Returns:
+        The files; None where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True)
+    for axes, (key, label) in zip(grid.flat, AXES.items(), strict=True):
+        for number, curve in enumerate(curves):
+            color = f"C{number}"
+            parts = itertools.groupby(curve.points, key=lambda p: p.leaky)
+            for part, (leaky, points) in enumerate(parts):
+                shown = list(points)
+                style = ":" if leaky else "-"
+                name = f"{curve.name}{' (leaky)' if leaky else ''}" if part == 0 or leaky else None
+                axes.plot([getattr(p, key) for p in shown], [p.loss for p in shown], style, color=color, label=name)
+            if curve.switch is not None:
+                at = next((getattr(p, key) for p in curve.points if p.step > curve.switch), None)
+                if at is not None:
+                    axes.axvline(at, color=color, alpha=0.4, linewidth=1)
+        axes.set(xlabel=label, ylabel="nats per token", yscale="log")
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    files = [folder / f"compare.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+    return files
+
+
+def as_json(summaries: Sequence[Summary]) -> str:
+    """Schema version 1."""
+    runs: list[dict[str, Any]] = [vars(summary) for summary in summaries]
+    return json.dumps({"version": 1, "runs": runs}, indent=1, allow_nan=False)

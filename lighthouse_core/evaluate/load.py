@@ -1,0 +1,125 @@
+"""Models to evaluate: checkpoints of runs, and Hugging Face directories."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.config import Recipe
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.errors import UserError
+from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.export.llama import entries
+from lighthouse_core.export.source import Source, find_source, load_weights
+from lighthouse_core.titan.model import build_dense_model, use_dense, use_lighthouse
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    attention: Literal["trained", "dense"],
+    device: torch.device | None = None,
+    step: int | None = None,
+) -> tuple[Subject, Recipe]:
+    """A checkpoint of a run, and the run's recipe.
+
+    Args:
+        path: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
+        attention: "trained" keeps the Lighthouse layers of a checkpoint of stage 1; "dense" replaces them, as a
+            recovery does.
+        device: where it runs; a GPU if there is one.
+        step: of the checkpoint, where `path` is a run.
+
+    Raises:
+        RunError, CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    device = device or _device()
+    source = find_source(path if step is None else path / "checkpoints" / f"step-{step}")
+    recipe = source.run.recipe
+    model = build_dense_model(recipe.model, recipe.training.seq_len)
+    model.load_state_dict(load_weights(source, entries(recipe.model)), assign=True)
+    pooled = attention == "trained" and _in_stage_1(source)
+    cfg = recipe.lighthouse.attention()
+    use_dense(model, cfg.dense_backend)
+    if pooled:
+        use_lighthouse(model, cfg, recipe.model.dense_layers)
+    angles = model.freqs_cis
+    model.to(device, getattr(torch, recipe.training.dtype)).eval()
+    # Not in the type of the weights.
+    model.freqs_cis = angles.to(device)
+    set_selection_keys(model, recipe.training.seed, 0, 0)
+    subject = Subject(
+        name=f"{source.run.name} step {source.step}, {'Lighthouse' if pooled else 'dense'} attention",
+        hidden=model.hidden,
+        head=model.output,
+        tokenizer=build_tokenizer(recipe.data.tokenizer),
+        tokens=recipe.training.seq_len,
+        device=device,
+        tokenizer_name=recipe.data.tokenizer,
+        leaky=pooled and cfg.leaks,
+        model=model if pooled else None,
+    )
+    return subject, recipe
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _in_stage_1(source: Source) -> bool:
+    stages = source.run.ledger["stages"]
+    return stages[0]["stage"] == "lighthouse" and (len(stages) == 1 or source.step <= stages[1]["start"])
+
+
+def load_directory(path: Path, *, device: torch.device | None = None) -> Subject:
+    """A Hugging Face directory with a causal language model.
+
+    Raises:
+        UserError: transformers is missing, or cannot load it; or there is no tokenizer that Lighthouse reads.
+    """
+    device = device or _device()
+    try:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"transformers cannot load {path}: {reason}") from None
+    files = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+    if not files:
+        raise UserError(f"{path} has neither a tokenizer.model nor a tokenizer.json")
+    model.to(device).eval()
+    hidden, head = _in_two(model, device)
+    return Subject(
+        name=path.resolve().name,
+        hidden=hidden,
+        head=head,
+        tokenizer=build_tokenizer(str(files[0])),
+        tokens=getattr(model.config, "max_position_embeddings", None) or sys.maxsize,
+        device=device,
+        tokenizer_name=str(files[0]),
+    )
+
+
+@torch.no_grad()
+def _in_two(model, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Hidden states and the head; where the model does more than that to its logits, the logits and nothing."""
+    body, head = model.get_decoder(), model.get_output_embeddings()
+
+    def hidden(tokens: Tensor) -> Tensor:
+        return body(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def logits(tokens: Tensor) -> Tensor:
+        return model(input_ids=tokens, use_cache=False).logits
+
+    try:
+        some = torch.arange(16, device=device)[None]
+        same = torch.allclose(head(hidden(some)).float(), logits(some).float(), rtol=1e-2, atol=1e-2)
+    except (AttributeError, TypeError):
+        same = False
+    return (hidden, head) if same else (logits, lambda x: x)

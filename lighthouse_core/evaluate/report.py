@@ -1,0 +1,201 @@
+"""All measures of one model as one report: plain numbers for JSON, and plots of them."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighthouse_core.data.build import DataSettings
+from lighthouse_core.data.loader import build_loader
+from lighthouse_core.errors import DataError, UserError
+from lighthouse_core.evaluate.leak import leak
+from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
+from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
+from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.evaluate.switch import attention_errors, switched
+
+VERSION = 1
+MEASURES = ("loss", "context", "leak", "switch", "needles")
+_CUTS = 8
+# Sequences that lie this far apart in the held-out text are of different documents more often than neighbours.
+_APART = 16
+
+
+def evaluate(
+    subject: Subject,
+    data: DataSettings,
+    *,
+    tokens: int,
+    sequences: int = 8,
+    context: int = 2048,
+    trials: int = 10,
+    measures: Sequence[str] = MEASURES,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a model on held-out text.
+
+    Args:
+        subject: the model.
+        data: where the text comes from; its tokenizer is the subject's.
+        tokens: length of a sequence, N.
+        sequences: how many; the leak test takes two at least.
+        context: what the short context is; it is left out where the sequences are no longer.
+        trials: of a cell of needles.
+        measures: which of MEASURES.
+        say: told what is being measured.
+
+    Returns:
+        Numbers, lists and strings, of schema VERSION.
+
+    Raises:
+        DataError: nothing is held out.
+        UserError: an argument is out of range, or the model has nothing of what is asked for.
+    """
+    if not data.validation:
+        raise DataError("data.validation holds no text out")
+    if tokens < 4 or min(sequences, trials) < 1:
+        raise UserError(f"{sequences} sequences of {tokens} tokens and {trials} trials are too few")
+    if tokens > subject.tokens:
+        raise UserError(f"{tokens} tokens are more than the {subject.tokens} that the model was trained on")
+    if "context" in measures and (context < 2 or context % 2 or context >= tokens - 1):
+        raise UserError(f"a context of {context} tokens must be even and below the length of {tokens}")
+    if "switch" in measures and subject.model is None:
+        raise UserError("only a checkpoint of stage 1 has a switch before it")
+    text = _held_out(data, subject, tokens, max(sequences, 2))
+    try:
+        return _measure(subject, data, text, sequences, context, trials, measures, say)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"{tokens} tokens do not fit: {reason}", hint="measure shorter sequences") from None
+
+
+def _measure(
+    subject: Subject,
+    data: DataSettings,
+    text: torch.Tensor,
+    sequences: int,
+    context: int,
+    trials: int,
+    measures: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    tokens = text.shape[1]
+    report: dict[str, Any] = {
+        "version": VERSION,
+        "subject": subject.name,
+        "leaky": subject.leaky,
+        "tokens": tokens,
+        "sequences": sequences,
+        "data": {
+            "source": data.source,
+            "paths": list(data.paths),
+            "validation": data.validation,
+            "sha256": hashlib.sha256(text[:sequences].numpy().tobytes()).hexdigest(),
+        },
+    }
+    losses = None
+    if {"loss", "context", "switch"} & set(measures):
+        say(f"loss of {sequences} sequences of {tokens} tokens")
+        losses = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
+    if "loss" in measures:
+        report["loss"] = {
+            "nats_per_token": asdict(mean_over(losses.double().mean(1))),
+            "bits_per_byte": asdict(bits_per_byte(subject, text[:sequences], losses)),
+            "per_sequence": losses.double().mean(1).tolist(),
+        }
+        report["by_position"] = [asdict(part) for part in by_position(losses)]
+    if "context" in measures:
+        say(f"the same with a context of {context}")
+        report["context"] = asdict(short_context(subject, text[:sequences], losses, context))
+    if "leak" in measures:
+        say("leak")
+        distances = [d for d in (0, 1, 4, 16, 64) if d < tokens // 4]
+        # Spread over the sequence, and of no round number.
+        cuts = [tokens * (2 * i + 2) // (2 * _CUTS + 2) + i for i in range(_CUTS)]
+        cuts = sorted({cut for cut in cuts if max(distances) < cut < tokens})
+        report["leak"] = [asdict(row) for row in leak(_one_by_one(subject), text, text.roll(1, 0), cuts, distances)]
+    if "switch" in measures:
+        say("dense attention in every layer")
+        errors = attention_errors(subject, text[:1])
+        with switched(subject.model):
+            dense = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
+        report["switch"] = {
+            "dense": asdict(mean_over(dense.double().mean(1))),
+            "jump": asdict(mean_over((dense - losses).double().mean(1))),
+            "attention_errors": [{"layer": layer, "relative_error": error} for layer, error in errors.items()],
+        }
+    if "needles" in measures:
+        lengths = [n for n in (256, 1024, 4096, 16384, 65536, 262144) if n < tokens] + [tokens]
+        say(f"needles at {', '.join(map(str, lengths))} tokens")
+        try:
+            answer(subject)
+        except ValueError as error:
+            report["needles"] = {"left_out": str(error)}
+        else:
+            report["needles"] = {"cells": [asdict(cell) for cell in retrieve(subject, lengths, DEPTHS, trials)]}
+    return report
+
+
+def _one_by_one(subject: Subject):
+    """Losses of a batch, a sequence at a time: what fits is not known here."""
+
+    def losses(tokens, targets):
+        pairs = zip(tokens.split(1), targets.split(1), strict=True)
+        return torch.cat([subject.losses(row, target) for row, target in pairs])
+
+    return losses
+
+
+def _held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
+    """[B, N] int64 of the validation split, every sixteenth sequence: the same for all models of a tokenizer."""
+    if data.source != "tokens":
+        data = data.model_copy(update={"tokenizer": subject.tokenizer_name})
+    loader = build_loader(data, tokens, 1, 0, _APART, 0, split="validation", prefetch=0)
+    return torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
+
+
+def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
+    """Draw what there is to draw, as PNG and SVG.
+
+    Returns:
+        The files; None where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = []
+
+    def save(figure, name: str) -> None:
+        for suffix in ("png", "svg"):
+            drawn.append(folder / f"{name}.{suffix}")
+            figure.savefig(drawn[-1], bbox_inches="tight", dpi=150)
+        pyplot.close(figure)
+
+    if "by_position" in report:
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        parts = report["by_position"]
+        places = [(part["first"] * part["last"]) ** 0.5 for part in parts]
+        means, errors = zip(*((part["loss"]["mean"], part["loss"]["standard_error"]) for part in parts), strict=True)
+        axes.errorbar(places, means, errors, marker="o", capsize=3)
+        axes.set(xscale="log", xlabel="tokens before", ylabel="nats per token", title=report["subject"])
+        save(figure, "by_position")
+    if cells := report.get("needles", {}).get("cells"):
+        lengths = sorted({cell["tokens"] for cell in cells})
+        depths = sorted({cell["depth"] for cell in cells})
+        share = {(cell["tokens"], cell["depth"]): cell["right"] / cell["trials"] for cell in cells}
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        image = axes.imshow([[share[n, d] for n in lengths] for d in depths], vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        axes.set(xlabel="tokens", ylabel="depth of the needle", title=report["subject"])
+        figure.colorbar(image, label="found")
+        save(figure, "needles")
+    return drawn

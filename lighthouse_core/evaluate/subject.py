@@ -1,0 +1,66 @@
+"""A model to be evaluated: what gives hidden states, and what makes logits of them, a few positions at a time.
+
+B sequences, N tokens, D width, V vocabulary rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lighthouse_core.data.documents import Tokenizer
+
+# Positions whose logits exist at once.
+_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal language model, frozen.
+
+    Attributes:
+        name: what it is, for reports.
+        hidden: tokens [B, N] int64 -> hidden states [B, N, D].
+        head: hidden states [..., D] -> logits [..., V].
+        tokenizer: of its text.
+        tokenizer_name: what a recipe calls it.
+        tokens: the length that it was trained at, N.
+        device: of its inputs.
+        leaky: whether its attention may have seen later tokens.
+        model: what is looked into for the attention of stage 1; None where there is none.
+    """
+
+    name: str
+    hidden: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    tokenizer: Tokenizer
+    tokens: int
+    device: torch.device
+    tokenizer_name: str = "bytes"
+    leaky: bool = False
+    model: nn.Module | None = None
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Cross-entropy of each target but the first, given the tokens before it.
+
+        Args:
+            tokens: [B, N] int64.
+            targets: [B, N] int64; the tokens themselves by default.
+
+        Returns:
+            [B, N - 1] float32 on the CPU, nats.
+        """
+        hidden = self.hidden(tokens.to(self.device))[:, :-1]
+        targets = (tokens if targets is None else targets)[:, 1:].to(self.device)
+        parts = []
+        for h, y in zip(hidden.split(_POSITIONS, 1), targets.split(_POSITIONS, 1), strict=True):
+            log_p = torch.log_softmax(self.head(h), -1, dtype=torch.float32)
+            parts.append(-log_p.gather(-1, y[..., None])[..., 0])
+        return torch.cat(parts, 1).cpu()
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] float32, on the CPU, of what follows `tokens` [B, N]."""
+        return self.head(self.hidden(tokens.to(self.device))[:, -1]).float().cpu()

@@ -1,0 +1,231 @@
+"""REPORT.md of the experiments, from what `lighthouse sweep` collected:
+
+python recipes/evidence/report.py recipes/evidence/results/*.json
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from lighthouse_core.evaluate import compare
+
+HERE = Path(__file__).parent
+INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
+
+Written by `recipes/evidence/report.py` from the JSON in [results/](results), which `lighthouse sweep` collected.
+Losses are in nats per byte on held-out text, {sequences} sequences of {tokens} tokens, the same for every run, with
+dense attention unless it is said otherwise; ± is the standard error over sequences. *Beside dense* is the mean
+paired difference from the dense run of the same seed, whose rate decays if the other's does. *Far context* is what
+the tokens more than {context} before a token are worth: the loss with no more than {context} less the loss with all,
+over the tokens beyond {context}.
+"""
+
+
+EQUAL = """Training losses, each the mean of five rows, of other batches than its neighbour's: differences of a few
+hundredths are noise. Steps count with their stage's median time, without compilation."""
+
+
+def mean(value: dict, digits: int = 4) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def but_for_the_seed(run: dict) -> str:
+    """The settings that repetitions of an experiment have in common."""
+    recipe = {name: part for name, part in run["recipe"].items() if name not in ("output", "checkpoint", "metrics")}
+    recipe["training"] = {**recipe["training"], "seed": 0}
+    return json.dumps([recipe, run["settings"]["recover"]], sort_keys=True)
+
+
+def end_of(run: dict) -> dict | None:
+    return run["evaluations"].get("end")
+
+
+def decays(run: dict) -> bool:
+    recipe = run["recipe"]
+    recovers = run["settings"]["recover"] > 0 and recipe["recover"]["decay"] != "none"
+    return recovers or recipe["schedule"]["decay_steps"] > 0
+
+
+def dense_of(sweep: dict, run: dict) -> dict | None:
+    """The run of the same seed that is dense from the start, and decays as this one does or does not."""
+    for other in sweep["runs"].values():
+        same = other["recipe"]["training"]["seed"] == run["recipe"]["training"]["seed"]
+        if not other["recipe"]["lighthouse"]["enabled"] and same and decays(other) == decays(run):
+            return other
+    return None
+
+
+def beside(run: dict, dense: dict | None) -> str:
+    if dense is None or dense is run or not (end_of(run) and end_of(dense)):
+        return ""
+    if end_of(run)["data"]["sha256"] != end_of(dense)["data"]["sha256"]:
+        raise SystemExit("error: two runs of a sweep were measured on different text")
+    pairs = zip(end_of(run)["loss"]["per_sequence"], end_of(dense)["loss"]["per_sequence"], strict=True)
+    differences = [a - b for a, b in pairs]
+    return f"{fmean(differences):+.4f} ± {stdev(differences) / math.sqrt(len(differences)):.4f}"
+
+
+def seconds(run: dict) -> float:
+    return curve("", run).points[-1].seconds
+
+
+def needles(end: dict) -> str:
+    cells = end.get("needles", {}).get("cells", [])
+    return f"{fmean(cell['right'] / cell['trials'] for cell in cells):.2f}" if cells else "-"
+
+
+def results(sweep: dict) -> str:
+    rows = []
+    for name, run in sweep["runs"].items():
+        if end := end_of(run):
+            context = end.get("context")
+            rows.append(
+                [
+                    name,
+                    mean(end["loss"]["nats_per_token"]),
+                    beside(run, dense_of(sweep, run)),
+                    mean(context["full"]) if context else "-",
+                    mean(context["gain"]) if context else "-",
+                    needles(end),
+                    f"{seconds(run):.0f}",
+                ]
+            )
+    columns = ["run", "loss at the end", "beside dense", "beyond", "far context", "needles", "seconds of training"]
+    return table(columns, rows)
+
+
+def at_the_switch(sweep: dict) -> str:
+    rows = []
+    for name, run in sweep["runs"].items():
+        if switch := run["evaluations"].get("switch"):
+            leak = next((row for row in switch.get("leak", []) if row["distance"] == 0), None)
+            errors = [row["relative_error"] for row in switch["switch"]["attention_errors"]]
+            rows.append(
+                [
+                    name,
+                    mean(switch["loss"]["nats_per_token"]) + (" (leaky)" if switch["leaky"] else ""),
+                    mean(switch["switch"]["dense"]),
+                    f"{switch['switch']['jump']['mean']:+.4f}",
+                    f"{leak['mean']:+.4f} ± {leak['standard_error']:.4f}" if leak else "-",
+                    f"{median(errors):.2f} ({min(errors):.2f} to {max(errors):.2f})",
+                ]
+            )
+    columns = [
+        "run",
+        "loss as trained",
+        "loss dense",
+        "jump",
+        "leak at distance 0",
+        "error of one call, median (range)",
+    ]
+    return table(columns, rows)
+
+
+def same_time(sweep: dict) -> str:
+    """Training losses of dense runs at the seconds that the others took."""
+    rows = []
+    for name, run in sweep["runs"].items():
+        dense = dense_of(sweep, run)
+        if dense is None or dense is run or not end_of(run):
+            continue
+        ours, theirs = (points(other) for other in (run, dense))
+        spent = ours[-1].seconds
+        until = [p for p in theirs if p.seconds <= spent][-5:]
+        if until:
+            row = [f"{spent:.0f}", f"{fmean(p.loss for p in ours[-5:]):.4f}", f"{fmean(p.loss for p in until):.4f}"]
+            rows.append([name, *row, str(until[-1].step)])
+    columns = ["run", "seconds", "training loss", "of dense then", "at its step"]
+    return table(columns, rows) if rows else ""
+
+
+def points(run: dict) -> tuple[compare.Point, ...]:
+    return curve("", run).points
+
+
+def curve(name: str, run: dict) -> compare.Curve:
+    """Each stage at the median seconds of its steps: what compiles, and how often it did, is no part of a method."""
+    stages = run["ledger"]["stages"]
+    flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
+    rows = [dict(row) for row in run["rows"]]
+    for stage in flops:
+        timed = [row for row in rows if "loss" in row and row["stage"] == stage]
+        settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
+        typical = median(settled or [row["seconds"] for row in timed])
+        for row in timed:
+            row["seconds"] = typical
+    return compare.curve(name, rows, stages, flops)
+
+
+def repetitions(sweeps: list[dict]) -> str:
+    """The spread between seeds of runs that differ in nothing else."""
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for sweep in sweeps:
+        for name, run in sweep["runs"].items():
+            if end_of(run):
+                loss = end_of(run)["loss"]["nats_per_token"]["mean"]
+                groups.setdefault(but_for_the_seed(run), []).append((name, loss))
+    rows = [
+        [
+            ", ".join(name for name, _ in group),
+            ", ".join(f"{x:.4f}" for _, x in group),
+            f"{stdev(x for _, x in group):.4f}",
+        ]
+        for group in groups.values()
+        if len(group) > 1
+    ]
+    return table(["runs", "losses at the end", "standard deviation"], rows) if rows else ""
+
+
+def machines(sweep: dict) -> str:
+    found = {}
+    for run in sweep["runs"].values():
+        device = run["ledger"]["stages"][0].get("conditions", {}).get("device", "?")
+        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "flash-attn-4"))
+        found[f"{device}; {versions}; commit {str(run['git_commit'])[:10]}"] = None
+    return "; or ".join(found)
+
+
+def write(files: list[Path], out: Path) -> None:
+    sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    ends = [end_of(run) for sweep in sweeps for run in sweep["runs"].values() if end_of(run)]
+    context = next((end["context"]["context"] for end in ends if "context" in end), 0)
+    text = [INTRODUCTION.format(sequences=ends[0]["sequences"], tokens=ends[0]["tokens"], context=context)]
+    conclusions = out / "conclusions.md"
+    if conclusions.exists():
+        text.append(conclusions.read_text(encoding="utf-8").strip() + "\n")
+    if spread := repetitions(sweeps):
+        text.append(f"## Noise between seeds\n\n{spread}\n")
+    for sweep in sweeps:
+        name = sweep["sweep"]
+        figures = out / "figures" / name
+        figures.mkdir(parents=True, exist_ok=True)
+        curves = [curve(run_name, run) for run_name, run in sweep["runs"].items() if run["rows"]]
+        drawn = [file for file in compare.plot(curves, figures) or () if file.suffix == ".svg"]
+        text.append(f"## {name}\n\n{sweep['about'].strip()}\n")
+        text.append(f"Machine: {machines(sweep)}. `lighthouse sweep recipes/evidence/{name}.toml`\n")
+        text.append(f"### After recovery\n\n{results(sweep)}\n")
+        text.append(f"### At the switch\n\n{at_the_switch(sweep)}\n")
+        if equal := same_time(sweep):
+            text.append(f"### At equal wall-clock\n\n{EQUAL}\n\n{equal}\n")
+        text += [f"![losses]({file.relative_to(out)})\n" for file in drawn]
+    (out / "REPORT.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("files", nargs="+", type=Path)
+    options.add_argument("--out", type=Path, default=HERE, help="where REPORT.md and figures/ go")
+    args = options.parse_args()
+    write(args.files, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`lighthouse eval` and `lighthouse compare`: what they are asked for, and what they cannot do."""
+
+import json
+
+import pytest
+
+from lighthouse_core.config import load_recipe
+from lighthouse_core.runs import create_run
+
+
+@pytest.fixture
+def run(here):
+    return create_run(load_recipe(here / "tiny.toml", ["data.validation=0.02"]), "tiny", "one")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nothing",), "nothing"),
+        (("one", "--only", "los"), "--only knows loss, context"),
+        (("one", "--set", "data.validation=0.5"), "--set changes the recipe that --recipe names"),
+        (("exported",), "says nothing of held-out text"),
+        (("exported", "--recipe", "tiny.toml", "--attention", "dense"), "--attention is for checkpoints"),
+        (("one",), "checkpoint"),
+    ],
+)
+def test_what_it_cannot_measure(lighthouse, here, run, arguments, words):
+    (here / "exported").mkdir()
+    (here / "exported/config.json").write_text("{}")
+    assert words in lighthouse("eval", *arguments).error
+
+
+@pytest.fixture
+def measured(monkeypatch, run):
+    """What `evaluate` was asked for, on a model of a stage 1 or a dense one."""
+    from lighthouse_core import evaluate
+    from lighthouse_core.evaluate import load
+
+    asked = []
+    subject = type("Subject", (), {"name": "one step 4", "tokens": 1024, "model": None, "leaky": False})
+
+    def measure(subject, data, **options):
+        asked.append((data, options))
+        mean = {"mean": 1.0, "standard_error": float("nan"), "sequences": 1}
+        loss = {"nats_per_token": mean, "bits_per_byte": mean}
+        return {"subject": subject.name, "leaky": False, "loss": loss, "by_position": []}
+
+    monkeypatch.setattr(evaluate, "evaluate", measure)
+    monkeypatch.setattr(evaluate, "plot", lambda report, folder: [])
+    monkeypatch.setattr(load, "load_checkpoint", lambda path, attention: (subject, run.recipe))
+    return asked, subject
+
+
+def test_of_a_dense_model_no_leak_is_measured_unasked(lighthouse, run, measured):
+    asked, subject = measured
+    assert lighthouse("eval", "one", "--context", "128").code == 0
+    assert asked[-1][1]["measures"] == ("loss", "context", "needles") and asked[-1][1]["tokens"] == 1024
+    subject.model = object()
+    assert lighthouse("eval", "one").code == 0
+    # A context of 2048 is not shorter than the sequences.
+    assert asked[-1][1]["measures"] == ("loss", "leak", "switch", "needles")
+    assert lighthouse("eval", "one", "--only", "leak", "--tokens", "512").code == 0
+    assert asked[-1][1]["measures"] == ("leak",) and asked[-1][1]["tokens"] == 512
+
+
+def test_numbers_go_to_stdout_and_into_the_run(lighthouse, run, measured):
+    done = lighthouse("eval", "one", "--json")
+    report = json.loads(done.out)
+    # JSON has no NaN.
+    assert report["loss"]["nats_per_token"]["standard_error"] is None
+    assert json.loads((run.path / "eval/one-step-4/results.json").read_text()) == report
+    assert "written to" in done.err and "matplotlib" not in done.err
+
+
+def test_text_that_was_trained_on_is_refused(lighthouse, here, run, measured):
+    wrong = lighthouse("eval", "one", "--recipe", "tiny.toml", "--set", "data.validation=0.5")
+    assert "but for 2.00% of the documents" in wrong.error
+    other = ["--recipe", "tiny.toml", "--set", "data.validation=0.5", "--set", f'data.paths=["{here}"]']
+    assert lighthouse("eval", "one", *other).code == 0
+
+
+def test_runs_without_a_step_are_not_compared(lighthouse, run):
+    assert "no logged step" in lighthouse("compare", "one").error

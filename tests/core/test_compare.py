@@ -1,0 +1,89 @@
+"""Runs side by side, with curves whose features are known."""
+
+import json
+
+import pytest
+
+from lighthouse_core.config import load_recipe
+from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.evaluate.compare import AXES, plot, read, summarize
+from lighthouse_core.runs import Recovery, create_run
+
+STEP = 4 * 2048
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(name, stages, losses, validation=(), settings=()):
+        """A run with one row a step: (stage, loss), of 2 s in stage 1 and 3 s dense."""
+        recipe = load_recipe("recipes/quickstart.toml", [f'output.dir="{tmp_path}"', *settings])
+        run = create_run(recipe, "quickstart", name)
+        if len(stages) > 1:
+            switch = stages[0]
+            run.write_recovery(Recovery(recipe, switch, sum(stages), switch, stopped_early=True))
+        rows = []
+        for step, (stage, loss) in enumerate(losses, start=1):
+            seconds = 2.0 if stage == "lighthouse" else 3.0
+            row = {"step": step, "stage": stage, "leaky": stage == "lighthouse", "loss": loss, "tokens": step * STEP}
+            rows.append(row | {"steps": 1, "seconds": seconds})
+        rows += [{"step": s, "stage": "dense", "leaky": False, "val_loss": loss} for s, loss in validation]
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run
+
+    return build
+
+
+def switched(make, after, name="a", **others):
+    return make(name, (10, len(after)), [("lighthouse", 2.0)] * 10 + [("dense", x) for x in after], **others)
+
+
+def dense(make, losses):
+    return make("dense", (len(losses),), [("dense", x) for x in losses], settings=["lighthouse.enabled=false"])
+
+
+def test_a_curve_adds_up_time_and_flops(make):
+    run = switched(make, [3.0] * 5, validation=[(15, 2.5)])
+    curve = read(run)
+    assert (curve.switch, curve.dense, curve.validation) == (10, False, ((15, 2.5, False),))
+    last = curve.points[-1]
+    assert (last.step, last.tokens, last.seconds) == (15, 15 * STEP, 10 * 2.0 + 5 * 3.0)
+    costs = [flops_per_token(run.recipe, stage) for stage in ("lighthouse", "dense")]
+    assert last.flops == pytest.approx(STEP * (10 * costs[0] + 5 * costs[1]))
+    assert [p.leaky for p in curve.points] == [True] * 10 + [False] * 5
+
+
+def test_jump_spike_and_the_way_back(make):
+    # Means of five: 2.9, 2.5, 2.1, 1.7; below the 2.0 before the switch with the eighth step.
+    found = summarize(read(switched(make, [3.5, 4.0, 3.0, 2.0, 2.0, 1.5, 2.0, 1.0], validation=[(18, 1.9)])))
+    assert (found.jump, found.spike, found.back) == (1.5, 2.0, 8)
+    assert (found.val_loss, found.leaky, found.step, found.below_dense) == (1.9, False, 18, None)
+    assert found.loss == pytest.approx(1.7)
+
+
+def test_against_dense_at_the_same_tokens(make):
+    other = read(dense(make, [1.8] * 30))
+    found = summarize(read(switched(make, [3.0, 3.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0])), other)
+    # 2.4, 2.0, 1.6: the seventh.
+    assert found.below_dense == 7
+    assert summarize(read(switched(make, [3.0] * 8, name="b")), other).below_dense is None
+
+
+def test_a_run_that_has_not_switched_has_neither(make):
+    run = make("c", (10,), [("lighthouse", 2.0)] * 3)
+    found = summarize(read(run), read(dense(make, [1.0] * 9)))
+    assert (found.jump, found.spike, found.back, found.below_dense, found.val_loss) == (None,) * 5
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_its_time_is_not(make):
+    curve = read(make("d", (3,), [("lighthouse", 2.0), ("lighthouse", None), ("lighthouse", 1.0)]))
+    assert [p.step for p in curve.points] == [1, 3]
+    assert curve.points[-1].seconds == 6.0
+
+
+def test_the_page_is_drawn(make, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = plot([read(switched(make, [3.0] * 8)), read(dense(make, [1.0] * 9))], tmp_path)
+    assert [file.name for file in files] == ["compare.png", "compare.svg"]
+    assert all(file.stat().st_size > 5000 for file in files)
+    text = files[1].read_text()
+    assert len(AXES) == 4 and text.count('id="axes_') == 4

@@ -1,0 +1,152 @@
+"""The experiments of recipes/evidence, and the report of what they found."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from lighthouse_core.config.sweep import load_sweep
+
+EVIDENCE = Path(__file__).parents[2] / "recipes/evidence"
+SWEEPS = sorted(file for file in EVIDENCE.glob("*.toml") if file.stem not in ("base", "held-out"))
+
+
+def report():
+    spec = importlib.util.spec_from_file_location("report", EVIDENCE / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_sweep_says_what_it_expects_and_gives_every_run_the_same_tokens(file):
+    sweep = load_sweep(file)
+    assert "Expected" in sweep.about
+    steps = set()
+    for run in sweep.runs.values():
+        own = (sweep.runs[run.stage_1] if run.stage_1 else run).set
+        first = [int(text.split("=")[1]) for text in (*sweep.set, *own) if text.startswith("training.steps=")]
+        steps.add((first[-1] if first else 800) + run.recover)
+    assert len(steps) == 1
+
+
+def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
+    stages = [{"stage": "dense", "start": 0, "end": 2, "steps": 2, "seconds": seconds, "flops": 4e9}]
+    row = {"stage": "dense", "leaky": False, "steps": 1, "seconds": seconds / 2}
+    end = {
+        "sequences": 2,
+        "tokens": 512,
+        "leaky": False,
+        "data": {"sha256": "0"},
+        "loss": {
+            "nats_per_token": {"mean": loss, "standard_error": 0.1, "sequences": 2},
+            "per_sequence": per_sequence,
+        },
+        "context": {
+            "context": 128,
+            "full": {"mean": 1.5, "standard_error": None, "sequences": 1},
+            "gain": {"mean": 0.25, "standard_error": 0.01, "sequences": 2},
+        },
+        "needles": {"cells": [{"right": 1, "trials": 10}, {"right": 2, "trials": 10}]},
+    }
+    return {
+        "settings": {"recover": recover},
+        "recipe": {
+            "lighthouse": {"enabled": enabled},
+            "training": {"seed": seed},
+            "schedule": {"decay_steps": 0},
+            "recover": {"decay": "none"},
+            "output": {"name": f"{seed}"},
+        },
+        "ledger": {"stages": stages},
+        "rows": [{**row, "step": i, "tokens": 512 * i, "loss": 3.0 - i} for i in (1, 2)],
+        "evaluations": {"end": end} | ({"switch": switch} if switch else {}),
+        "versions": {"torch": "2", "triton": "3", "flash-attn-4": None},
+        "git_commit": "0123456789ab",
+    }
+
+
+@pytest.fixture
+def sweep():
+    switch = {
+        "leaky": True,
+        "loss": {"nats_per_token": {"mean": 1.2, "standard_error": 0.1, "sequences": 2}},
+        "leak": [{"distance": 0, "mean": 0.6, "standard_error": 0.05, "pairs": 2, "largest": 1.0}],
+        "switch": {
+            "dense": {"mean": 2.5, "standard_error": 0.1, "sequences": 2},
+            "jump": {"mean": 1.3, "standard_error": 0.1, "sequences": 2},
+            "attention_errors": [{"layer": 1, "relative_error": 0.5}, {"layer": 2, "relative_error": 0.7}],
+        },
+    }
+    return {
+        "version": 1,
+        "sweep": "trial",
+        "about": "Is it?",
+        "recipe": "base.toml",
+        "set": ["training.seed=1"],
+        "runs": {
+            "dense": run(1.0, [0.9, 1.1]),
+            "dense-2": run(1.2, [1.1, 1.3], seed=2),
+            "norm": run(1.4, [1.2, 1.6], enabled=True, recover=1, seconds=8.0, switch=switch),
+        },
+    }
+
+
+def test_a_report_holds_what_was_measured(sweep, tmp_path):
+    module = report()
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    (tmp_path / "conclusions.md").write_text("## So\n\nIt is.\n")
+    module.write([tmp_path / "trial.json"], tmp_path)
+    lines = (tmp_path / "REPORT.md").read_text().splitlines()
+    # Beside the dense run of its own seed: 0.3 and 0.5.
+    assert (
+        "| norm | 1.4000 ± 0.1000 | +0.4000 ± 0.1000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
+        and "| dense-2 | 1.2000 ± 0.1000 |  | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
+    )
+    switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
+    assert switch in lines
+    assert "| dense, dense-2 | 1.0000, 1.2000 | 0.1414 |" in lines
+    # After its 8 s the dense run had finished one step.
+    assert "| norm | 8 | 1.5000 | 2.0000 | 1 |" in lines
+    assert "It is." in lines and "Is it?" in lines
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "figures/trial/compare.svg").stat().st_size > 1000
+
+
+def test_runs_that_decay_are_held_against_one_that_does(sweep):
+    module = report()
+    norm = sweep["runs"]["norm"]
+    assert module.dense_of(sweep, norm) is sweep["runs"]["dense"]
+    norm["recipe"]["recover"]["decay"] = "linear"
+    assert module.dense_of(sweep, norm) is None
+    sweep["runs"]["dense-2"]["recipe"] |= {"schedule": {"decay_steps": 1}, "training": {"seed": 1}}
+    assert module.dense_of(sweep, norm) is sweep["runs"]["dense-2"]
+
+
+def test_other_settings_are_no_repetition(sweep):
+    module = report()
+    assert "dense, dense-2" in module.repetitions([sweep])
+    sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
+    assert module.repetitions([sweep]) == ""
+
+
+def test_other_text_is_not_compared(sweep):
+    sweep["runs"]["norm"]["evaluations"]["end"]["data"] = {"sha256": "1"}
+    with pytest.raises(SystemExit, match="different text"):
+        report().results(sweep)
+
+
+def test_compilation_is_not_counted(sweep):
+    run = sweep["runs"]["dense"]
+    run["rows"][0] |= {"seconds": 100.0, "first_of_launch": True}
+    assert report().seconds(run) == 10.0
+
+
+def test_what_is_not_there_yet_is_left_out(sweep, tmp_path):
+    module = report()
+    del sweep["runs"]["norm"]["evaluations"]["end"]
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    module.write([tmp_path / "trial.json"], tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "| norm | 1.4" not in text and "| norm | 1.2000" in text
