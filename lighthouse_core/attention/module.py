@@ -1,5 +1,8 @@
 """The attention calls as modules that take the place of a model's own attention."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +19,16 @@ class LighthouseAttention(nn.Module):
     Args:
         cfg: settings of the call.
         layer: number of the layer, part of the key of content-free scorers.
+
+    Attributes:
+        dense: attend densely for as long as it is set.
     """
 
     def __init__(self, cfg: LighthouseConfig, layer: int):
         super().__init__()
         self.cfg = cfg
         self.layer = layer
+        self.dense = False
         self.register_buffer("key", torch.zeros(4, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -39,6 +46,8 @@ class LighthouseAttention(nn.Module):
             [B, H, N, D].
         """
         tokens_first = (x.transpose(1, 2) for x in (q, k, v))
+        if self.dense:
+            return dense_attention(*tokens_first, scale=scale, backend=self.cfg.dense_backend).transpose(1, 2)
         return lighthouse_attention(*tokens_first, self.cfg, scale=scale, key=self.key).transpose(1, 2)
 
     def extra_repr(self) -> str:
@@ -79,3 +88,16 @@ def set_selection_keys(model: nn.Module, seed: int, step: int, sample: int) -> N
     for module in model.modules():
         if isinstance(module, LighthouseAttention):
             module.key.copy_(torch.tensor((seed, step, module.layer, sample)))
+
+
+@contextmanager
+def dense_for_now(model: nn.Module) -> Iterator[None]:
+    """Every Lighthouse layer of `model` attends densely for as long as the context lasts."""
+    layers = [module for module in model.modules() if isinstance(module, LighthouseAttention)]
+    for layer in layers:
+        layer.dense = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = False

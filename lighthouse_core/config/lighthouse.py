@@ -3,13 +3,17 @@
 from pydantic import model_validator
 
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.config.section import Section, conflict
+from lighthouse_core.config.section import NonNegative, Section, conflict
 
 
 class LighthouseSection(Section):
-    """`enabled = false` trains a dense baseline; the other keys are LighthouseConfig's, with its defaults."""
+    """`enabled = false` trains a dense baseline. Every `dense_every`-th step of stage 1 is dense in all layers, 0 for
+    none; a `metrics.every` that it divides keeps the ledger's medians fair. The other keys are LighthouseConfig's, with
+    its defaults.
+    """
 
     enabled: bool = True
+    dense_every: NonNegative = 0
     pooling: int = 4
     levels: int = 3
     topk: int = 1536
@@ -26,7 +30,7 @@ class LighthouseSection(Section):
 
     def attention(self) -> LighthouseConfig:
         """The same settings as the attention call takes them."""
-        return LighthouseConfig(**self.model_dump(exclude={"enabled"}))
+        return LighthouseConfig(**self.model_dump(exclude={"enabled", "dense_every"}))
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":

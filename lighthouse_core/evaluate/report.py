@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lighthouse_core.attention.module import dense_for_now
 from lighthouse_core.data.build import DataSettings
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.errors import DataError, UserError
@@ -16,7 +17,7 @@ from lighthouse_core.evaluate.leak import leak
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
 from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
 from lighthouse_core.evaluate.subject import Subject
-from lighthouse_core.evaluate.switch import attention_errors, switched
+from lighthouse_core.evaluate.switch import attention_errors
 
 VERSION = 1
 MEASURES = ("loss", "context", "leak", "switch", "needles")
@@ -121,7 +122,7 @@ def _measure(
     if "switch" in measures:
         say("dense attention in every layer")
         errors = attention_errors(subject, text[:1])
-        with switched(subject.model):
+        with dense_for_now(subject.model):
             dense = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
         report["switch"] = {
             "dense": asdict(mean_over(dense.double().mean(1))),

@@ -1,32 +1,11 @@
 """What the switch to dense attention will do to a model of stage 1: to its loss, and to each attention call."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lighthouse_core.attention.dense import dense_attention
-from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
+from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.evaluate.subject import Subject
-
-
-@contextmanager
-def switched(model: nn.Module) -> Iterator[None]:
-    """Dense attention in every layer for as long as the context lasts."""
-    layers = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, LighthouseAttention)
-    ]
-    for parent, name, child in layers:
-        setattr(parent, name, DenseAttention(child.cfg.dense_backend))
-    try:
-        yield
-    finally:
-        for parent, name, child in layers:
-            setattr(parent, name, child)
 
 
 @torch.no_grad()

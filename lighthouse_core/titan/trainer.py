@@ -20,7 +20,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
 from lighthouse_core.attention.dense import log_choices
-from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.attention.module import dense_for_now, set_selection_keys
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
@@ -278,12 +278,18 @@ class Trainer(titan_train.Trainer):
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
         self.micro_batch = 0
-        super().train_step(data_iterator)
+        with self._dense_step():
+            super().train_step(data_iterator)
         if not is_training():
             # Together: until then a signal ends a process at once.
             self.anywhere(False)
             training_begins()
         self.guard.look()
+
+    def _dense_step(self) -> contextlib.AbstractContextManager[None]:
+        """Dense attention in every layer, if it is the turn of a step of stage 1 that has it."""
+        every = self.stage.recipe.lighthouse.dense_every if self.stage.name == "lighthouse" else 0
+        return dense_for_now(self.model_parts[0]) if every and self.step % every == 0 else contextlib.nullcontext()
 
     def post_dataloading_process(self, input_dict, labels):
         return super().post_dataloading_process(_for_model(input_dict, labels), labels)

@@ -233,12 +233,11 @@ def test_no_position_sees_a_later_one(cfg):
         assert not torch.equal(out[:, cut:], again[:, cut:])
 
 
-@pytest.mark.parametrize("cfg", METHODS, ids=IDS)
+# But for the pyramid, whose entries count keys of the window again.
+@pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
 def test_an_early_token_is_dense(cfg):
     """As long as a method leaves nothing out, it is dense attention."""
     cfg = LighthouseConfig(**cfg)
-    if cfg.method == "pyramid":
-        pytest.skip("its entries count their keys twice")
     q, k, v = draw()
     out = lighthouse_attention(q, k, v, cfg, key=KEY)
     assert_close([out[:, :24]], [dense_attention(q, k, v)[:, :24]])

@@ -12,11 +12,12 @@ import torch
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
-from lighthouse_core.estimate import parameters
+from lighthouse_core.estimate import flops_per_token, parameters
 from lighthouse_core.titan import build_dense_model, build_job, check_overrides
 from lighthouse_core.titan import metrics as metrics_module
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.model import use_lighthouse
+from lighthouse_core.titan.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +181,25 @@ def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5})
     row = json.loads(metrics.file.getvalue(), parse_constant=pytest.fail)
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
+
+
+def test_which_steps_of_stage_1_are_dense():
+    recipe = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=3"])
+    model = build_dense_model(recipe.model, 64)
+    use_lighthouse(model, recipe.lighthouse.attention(), recipe.model.dense_layers)
+    layers = [module for module in model.modules() if isinstance(module, LighthouseAttention)]
+
+    def dense_in(stage, step):
+        trainer = SimpleNamespace(stage=SimpleNamespace(recipe=recipe, name=stage), step=step, model_parts=[model])
+        with Trainer._dense_step(trainer):
+            found = {layer.dense for layer in layers}
+        assert not any(layer.dense for layer in layers)
+        return found
+
+    assert [dense_in("lighthouse", step) for step in range(1, 7)] == [{False}, {False}, {True}] * 2
+    assert dense_in("dense", 3) == {False}
+    every = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=1"])
+    assert flops_per_token(every, "lighthouse") == pytest.approx(flops_per_token(every, "dense"))
+    plain = load_recipe("recipes/quickstart.toml")
+    mixed = flops_per_token(plain, "dense") / 3 + flops_per_token(plain, "lighthouse") * 2 / 3
+    assert flops_per_token(recipe, "lighthouse") == pytest.approx(mixed)
