@@ -54,10 +54,9 @@ def gradients(call, tensors, seed=3):
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
     outs = call(*tensors)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    generator = torch.Generator(outs[0].device).manual_seed(seed)
-    weights = [
-        torch.randn(x.shape, dtype=torch.float64, device=x.device, generator=generator).to(x.dtype) for x in outs
-    ]
+    # On the CPU, as every device draws numbers of its own.
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) for x in outs]
     total = sum((x * w).sum() for x, w in zip(outs, weights, strict=True))
     return [*(x.detach() for x in outs), *torch.autograd.grad(total, tensors)]
 
@@ -453,7 +452,7 @@ on_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize("window", [0, 100, 512])
 def test_fused_parts(window):
     tensors = draw(1000, dim=64, dtype=torch.bfloat16, device="cuda")
-    exact = gradients(lambda *x: tuple(near(*x, window)), [x.double() for x in tensors])
+    exact = gradients(lambda *x: tuple(near(*x, window, backend="math")), [x.double() for x in tensors])
     plain = gradients(lambda *x: tuple(near(*x, window, backend="math")), tensors)
     ours = gradients(lambda *x: tuple(near(*x, window, backend="fa4")), tensors)
     for a, b, truth in zip(ours, plain, exact, strict=True):
