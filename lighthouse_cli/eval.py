@@ -48,10 +48,15 @@ def evaluate(
     """Measure a model: loss by position, use of long context, leak, needles."""
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError
-    from lighthouse_core.runs import find_run
+    from lighthouse_core.measures import parse_measures
+    from lighthouse_core.runs import find_run, write_atomically
+    from lighthouse_core.train.progress import finite
 
     _output.set_quiet(quiet)
-    measures = _measures(only)
+    try:
+        measures = parse_measures(only)
+    except ValueError as error:
+        raise UserError(f"--only {error}") from None
     path = Path(target).resolve()
     exported = (path / "config.json").is_file()
     step = re.fullmatch(r"step-\d+", path.name)
@@ -96,12 +101,10 @@ def evaluate(
         say=_output.say,
     )
     folder = out or home
-    text = json.dumps(_finite(report), indent=1, allow_nan=False)
+    text = json.dumps(finite(report), indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = folder / "results.json"
-        results.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-        results.with_suffix(".part").replace(results)
+        write_atomically(folder / "results.json", text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}", hint="choose another --out") from None
     drawn = plot(report, folder)
@@ -127,26 +130,6 @@ def _check_held_out(own, other) -> None:
         )
     if not other.data.validation:
         raise UserError("the run held no text out", hint="--recipe RECIPE with other paths and a data.validation")
-
-
-def _measures(only: str) -> tuple[str, ...]:
-    from lighthouse_core.errors import UserError
-
-    known = ("loss", "context", "leak", "switch", "needles")
-    chosen = tuple(part.strip() for part in only.split(",")) if only else known
-    for name in chosen:
-        if name not in known:
-            raise UserError(f"--only knows {', '.join(known)}, not {name!r}")
-    return chosen
-
-
-def _finite(value):
-    """Without numbers that JSON has none for."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _show(report: dict) -> None:

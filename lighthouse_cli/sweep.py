@@ -27,6 +27,7 @@ def sweep(
     """
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
+    from lighthouse_core.runs import write_atomically
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
 
     if minutes is not None and not minutes > 0:
@@ -57,9 +58,7 @@ def sweep(
         whole = collect(plan, file.stem, output)
         if whole["runs"]:
             results = output / f"{file.stem}.json"
-            temporary = output / f".{results.name}"
-            temporary.write_text(json.dumps(whole, allow_nan=False) + "\n", encoding="utf-8")
-            temporary.replace(results)
+            write_atomically(results, json.dumps(whole, allow_nan=False) + "\n")
             _output.data(str(results))
     if code:
         raise typer.Exit(code)

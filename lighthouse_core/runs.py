@@ -144,7 +144,7 @@ class Run:
         """Make the recovery the last stage, and its recipe recover.toml."""
         before = self.ledger["stages"][:-1] if self.recovering else self.ledger["stages"]
         # The recipe first: it counts only once the ledger has the stage.
-        _write_atomically(self.path / "recover.toml", f"# Stage 2 of {self.name}.\n\n{dump_recipe(recovery.recipe)}")
+        write_atomically(self.path / "recover.toml", f"# Stage 2 of {self.name}.\n\n{dump_recipe(recovery.recipe)}")
         self.ledger = {
             **self.ledger,
             "stages": [*before, {"stage": "dense", "start": recovery.start, "end": recovery.end}],
@@ -168,7 +168,7 @@ class Run:
         """Save the recipe as it has become."""
         path = self.recipe_path
         comment = path.read_text(encoding="utf-8").partition("\n")[0]
-        _write_atomically(path, f"{comment}\n\n{dump_recipe(self.recipe)}")
+        write_atomically(path, f"{comment}\n\n{dump_recipe(self.recipe)}")
 
     def note(self, **facts: Any) -> None:
         """Add facts to the ledger's last stage."""
@@ -183,7 +183,7 @@ class Run:
         self._write_ledger()
 
     def _write_ledger(self) -> None:
-        _write_atomically(self.path / "ledger.json", json.dumps(self.ledger, indent=1) + "\n")
+        write_atomically(self.path / "ledger.json", json.dumps(self.ledger, indent=1) + "\n")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -360,11 +360,11 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
     recipe = _keep_tokenizer(recipe, path)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
-    _write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
-    _write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
+    write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+    write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
     comment = f"# Every setting of run {name}" + (f", from {source}" if source else "")
     # The recipe comes last: a directory with one is a run.
-    _write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
+    write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
     return Run(path)
 
 
@@ -461,7 +461,8 @@ def _git_commit() -> str | None:
     return commit if answer.returncode == 0 and Path(top) == checkout else None
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or as it was, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)

@@ -12,7 +12,8 @@ def _count(value: Any) -> bool:
 
 
 class ModelSection(Section):
-    """Widths are exact: nothing is rounded. `dense_layers` are indices from 0 of the layers without Lighthouse."""
+    """Widths are exact: nothing is rounded. `dense_layers` are indices from 0 of the layers without Lighthouse;
+    `embedding_std` is the standard deviation of the initial embeddings, by default torchtitan's."""
 
     dim: Positive
     layers: Positive
@@ -23,6 +24,7 @@ class ModelSection(Section):
     vocab_size: Positive
     rope_theta: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-5
+    embedding_std: PositiveFloat = 1.0
     dense_layers: Ints = ()
 
     @model_validator(mode="before")

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 from lighthouse_core.config.load import load_recipe
 from lighthouse_core.config.section import NonNegative, Positive, Section, Strings, conflict
 from lighthouse_core.errors import RecipeError
+from lighthouse_core.measures import parse_measures
 
-MEASURES = ("loss", "context", "leak", "switch", "needles")
 _RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -44,10 +44,10 @@ class EvaluateSection(Section):
     @model_validator(mode="after")
     def _check(self) -> "EvaluateSection":
         for key in ("only", "at_switch"):
-            chosen = getattr(self, key)
-            for name in chosen.split(",") if chosen else ():
-                if name.strip() not in MEASURES:
-                    raise conflict(key, f"evaluate.{key} knows {', '.join(MEASURES)}, not {name.strip()!r}")
+            try:
+                parse_measures(getattr(self, key))
+            except ValueError as error:
+                raise conflict(key, f"evaluate.{key} {error}") from None
         if self.set and not self.recipe:
             raise conflict("set", "evaluate.set changes the recipe that evaluate.recipe names")
         return self
@@ -92,14 +92,14 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: stage_1 must name a run that has its own, and there is a recovery and no set",
             )
+        # Of a recovery, which keys it may set is decided where it begins.
+        recoveries = [run.recover_set, parent.recover_set if parent else ()]
         try:
             recipe = load_recipe(base, sweep.settings(name))
-            # Of the recovery, which keys it may set is decided where it begins.
-            load_recipe(base, [*sweep.settings(name), *run.recover_set])
-            kept = load_recipe(base, [*sweep.settings(name), *parent.recover_set]) if parent else None
+            others = [load_recipe(base, [*sweep.settings(name), *settings]) for settings in recoveries if settings]
         except RecipeError as error:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
-        if kept and (recipe.checkpoint.keep or kept.checkpoint.keep):
+        if parent and any(one.checkpoint.keep for one in (recipe, *others)):
             raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
         if run.recover and not recipe.lighthouse.enabled:
             raise RecipeError(f"{path}: run {name}: recover must be 0 for a run with lighthouse.enabled = false")

@@ -21,6 +21,7 @@ class DataSettings(Protocol):
     source: str
     paths: Sequence[str]
     tokenizer: str
+    shuffle: str
     validation: float
     text_key: str
     hf_config: str
@@ -53,7 +54,7 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
 
     Raises:
         DataError: as `build_source`; prepared tokens that do not fit; no documents in this split, where that is known
-            without reading.
+            without reading; samples cannot be shuffled.
     """
     assert split in ("train", "validation")
     seed = seed if split == "train" else 0
@@ -78,8 +79,15 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
             stream = TokenStream([BytesUnit(document, tokenizer) for document in documents], seed)
         else:
             stream = WalkingStream(source, tokenizer, seed, split, data.validation)
+    if data.shuffle == "samples" and not isinstance(stream, TokenStream):
+        raise DataError(
+            f'data.shuffle = "samples" needs the token counts, which data.source "{data.source}" does not have '
+            "beforehand",
+            hint='prepare the tokens with lighthouse data prepare, or data.shuffle = "documents"',
+        )
     kind = data.source == "tokens"
-    return stream, stable_hash("stream", kind, listing, tokenizer.fingerprint, split, float(data.validation))
+    order = (data.shuffle,) if data.shuffle != "documents" else ()
+    return stream, stable_hash("stream", kind, listing, tokenizer.fingerprint, split, float(data.validation), *order)
 
 
 def open_tokens(data: DataSettings, tokenizer: Tokenizer) -> PreparedTokens:

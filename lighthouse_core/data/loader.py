@@ -8,11 +8,13 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from lighthouse_core.data.build import DataSettings, Stream, build_stream
 from lighthouse_core.data.documents import Split
-from lighthouse_core.data.stream import WalkingStream
+from lighthouse_core.data.shuffle import ShuffledStream
+from lighthouse_core.data.stream import TokenStream, WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
@@ -32,12 +34,14 @@ class _Batch(NamedTuple):
 class TokenLoader:
     """Batches of one rank from the endless global sequence of samples.
 
-    Sample i holds tokens [i*seq_len, (i+1)*seq_len] of the stream; its last token is a label only. A global micro-batch
-    is the next world_size * local_batch_size samples, of which rank r has the r-th run of local_batch_size.
+    Sample i holds tokens [i*seq_len, (i+1)*seq_len] of the stream, or is another one where samples are shuffled; its
+    last token is a label only. A global micro-batch is the next world_size * local_batch_size samples, of which rank r
+    has the r-th run of local_batch_size.
 
     The data position is global: `samples` handed out so far by all ranks together, and the stream's own position at
-    which the next one begins (`Position`: epoch, document, offset; or `WalkPosition`: epoch, file, row, byte, offset).
-    No rank or batch size is in it, so any of them may change on resume, and seeking passes over no text.
+    which the next one begins (`Position`: epoch, document, offset; `SamplePosition`: epoch, sample; or `WalkPosition`:
+    epoch, file, row, byte, offset). No rank or batch size is in it, so any of them may change on resume, and seeking
+    passes over no text.
 
     Attributes:
         prefetch: batches that a thread makes ahead; 0 for none, and no thread.
@@ -45,7 +49,7 @@ class TokenLoader:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Stream | ShuffledStream,
         *,
         seq_len: int,
         local_batch_size: int,
@@ -89,17 +93,16 @@ class TokenLoader:
                 yield batch.inputs, batch.labels
 
     def _cut(self, samples: int, position: tuple[int, ...]) -> Generator[_Batch, None, None]:
-        shape = (self.local_batch_size, self.seq_len)
         local_tokens = self.local_batch_size * self.seq_len
         cursor = self.stream.cursor(position)
         while True:
             cursor.skip(self.rank * local_tokens)
-            ids, places = map(torch.from_numpy, cursor.take(local_tokens))
-            labels = torch.cat([ids[1:], torch.tensor([cursor.peek()])])
+            taken = [cursor.take(self.seq_len) for _ in range(self.local_batch_size)]
+            ids, places = (torch.from_numpy(np.stack(rows)) for rows in zip(*taken, strict=True))
             cursor.skip((self.world_size - self.rank - 1) * local_tokens)
             samples += self.world_size * self.local_batch_size
-            inputs = {"input": ids.view(shape), "positions": places.view(shape)}
-            yield _Batch(inputs, labels.view(shape), samples, cursor.position)
+            inputs = {"input": ids[:, :-1].contiguous(), "positions": places}
+            yield _Batch(inputs, ids[:, 1:].contiguous(), samples, cursor.position)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the batch last yielded, and what it holds for; plain integers, equal on every rank."""
@@ -218,6 +221,9 @@ def build_loader(
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
     stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
+    if data.shuffle == "samples":
+        assert isinstance(stream, TokenStream)
+        stream = ShuffledStream(stream, seq_len)
     if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
         _log.warning(
             "each of the %d processes tokenizes all of the text; lighthouse data prepare does it once, beforehand",

@@ -26,10 +26,8 @@ class Cursor(Protocol):
     position: tuple[int, ...]
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens, int64 [count], and the index of each within its document (BOS is 0), int32 [count]."""
-
-    def peek(self) -> int:
-        """The token that comes next."""
+        """The next tokens and the one after them, int64 [count + 1], and the index of each but that one within its
+        document (BOS is 0), int32 [count]."""
 
     def skip(self, count: int) -> None:
         """Pass over tokens."""
@@ -84,7 +82,11 @@ class BytesUnit:
 
 
 class TokenStream:
-    """Random access to the endless token stream; passing over text reads nothing."""
+    """Random access to the endless token stream; passing over text reads nothing.
+
+    Attributes:
+        length: tokens of an epoch.
+    """
 
     start = Position()
 
@@ -93,6 +95,7 @@ class TokenStream:
         self.seed = seed
         self._identities = [unit.identity for unit in units]
         self._lengths = np.array([unit.length for unit in units], dtype=np.int64)
+        self.length = int(self._lengths.sum())
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._opened: tuple[int, Reader] | None = None
 
@@ -152,12 +155,9 @@ class _Seeker:
         self.position = position
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        taken = self.stream.read(self.position, count)
+        ids, places = self.stream.read(self.position, count + 1)
         self.skip(count)
-        return taken
-
-    def peek(self) -> int:
-        return int(self.stream.read(self.position, 1)[0][0])
+        return ids, places[:count]
 
     def skip(self, count: int) -> None:
         self.position = self.stream.advance(self.position, count)
@@ -243,16 +243,17 @@ class _Walker:
             self._hold()
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, places = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
+        tokens, places = np.empty(count + 1, dtype=np.int64), np.empty(count, dtype=np.int32)
         filled = 0
         for offset, part in self._pass(count):
             end = filled + len(part)
             tokens[filled:end] = part
             places[filled:end] = np.arange(offset, offset + len(part))
             filled = end
+        tokens[count] = self._peek()
         return tokens, places
 
-    def peek(self) -> int:
+    def _peek(self) -> int:
         if not self.position.offset:
             return self._bos
         self._hold()

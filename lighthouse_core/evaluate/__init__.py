@@ -3,11 +3,10 @@
 from lighthouse_core.evaluate.leak import LeakRow, leak
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
 from lighthouse_core.evaluate.needle import interval, retrieve
-from lighthouse_core.evaluate.report import MEASURES, evaluate, plot
+from lighthouse_core.evaluate.report import evaluate, plot
 from lighthouse_core.evaluate.subject import Subject
 
 __all__ = [
-    "MEASURES",
     "LeakRow",
     "Subject",
     "bits_per_byte",

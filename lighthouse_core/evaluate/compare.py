@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.evaluate import figures
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import read_rows
 
@@ -163,13 +164,9 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
     Returns:
         The files; None where matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = figures.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True)
     for axes, (key, label) in zip(grid.flat, AXES.items(), strict=True):
         for number, curve in enumerate(curves):
@@ -188,11 +185,7 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
         axes.grid(alpha=0.3)
     grid.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    files = [folder / f"compare.{suffix}" for suffix in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-    return files
+    return figures.save(figure, folder / "compare")
 
 
 def as_json(summaries: Sequence[Summary]) -> str:

@@ -13,14 +13,15 @@ from lighthouse_core.attention.module import dense_for_now
 from lighthouse_core.data.build import DataSettings
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.errors import DataError, UserError
+from lighthouse_core.evaluate import figures
 from lighthouse_core.evaluate.leak import leak
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
 from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.evaluate.switch import attention_errors
+from lighthouse_core.measures import MEASURES
 
 VERSION = 1
-MEASURES = ("loss", "context", "leak", "switch", "needles")
 _CUTS = 8
 # Sequences that lie this far apart in the held-out text are of different documents more often than neighbours.
 _APART = 16
@@ -152,10 +153,11 @@ def _one_by_one(subject: Subject):
 
 
 def _held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
-    """[B, N] int64 of the validation split, every sixteenth sequence: the same for all models of a tokenizer."""
+    """[B, N] int64 of the validation split, the same for all models of a tokenizer: shuffled, or every sixteenth."""
     if data.source != "tokens":
         data = data.model_copy(update={"tokenizer": subject.tokenizer_name})
-    loader = build_loader(data, tokens, 1, 0, _APART, 0, split="validation", prefetch=0)
+    apart = 1 if data.shuffle == "samples" else _APART
+    loader = build_loader(data, tokens, 1, 0, apart, 0, split="validation", prefetch=0)
     return torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
 
 
@@ -165,21 +167,10 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
     Returns:
         The files; None where matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = figures.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     drawn = []
-
-    def save(figure, name: str) -> None:
-        for suffix in ("png", "svg"):
-            drawn.append(folder / f"{name}.{suffix}")
-            figure.savefig(drawn[-1], bbox_inches="tight", dpi=150)
-        pyplot.close(figure)
-
     if "by_position" in report:
         figure, axes = pyplot.subplots(figsize=(6, 4))
         parts = report["by_position"]
@@ -187,7 +178,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
         means, errors = zip(*((part["loss"]["mean"], part["loss"]["standard_error"]) for part in parts), strict=True)
         axes.errorbar(places, means, errors, marker="o", capsize=3)
         axes.set(xscale="log", xlabel="tokens before", ylabel="nats per token", title=report["subject"])
-        save(figure, "by_position")
+        drawn += figures.save(figure, folder / "by_position")
     if cells := report.get("needles", {}).get("cells"):
         lengths = sorted({cell["tokens"] for cell in cells})
         depths = sorted({cell["depth"] for cell in cells})
@@ -198,5 +189,5 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
         axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
         axes.set(xlabel="tokens", ylabel="depth of the needle", title=report["subject"])
         figure.colorbar(image, label="found")
-        save(figure, "needles")
+        drawn += figures.save(figure, folder / "needles")
     return drawn

@@ -26,6 +26,7 @@ class LlamaArgs(TransformerModelArgs):
     Attributes:
         head_dim: D, free of dim / n_heads.
         ffn_dim: exact width of the SwiGLU.
+        embedding_std: standard deviation of the initial embeddings.
         seed: seed of the initial weights.
         flops_per_token: model FLOPs of forward and backward, for the trainer's utilisation figure.
         loss_chunk: tokens whose logits exist at once where the loss is asked for.
@@ -33,6 +34,7 @@ class LlamaArgs(TransformerModelArgs):
 
     head_dim: int = 0
     ffn_dim: int = 0
+    embedding_std: float = 1.0
     seed: int = 0
     flops_per_token: int = 1
     loss_chunk: int = 1024
@@ -139,7 +141,7 @@ class Transformer(llama3.Transformer):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter as a full tensor from one generator and keep the local shard, so that the weights are
-        the same on any number of processes. The distributions are torchtitan's."""
+        the same on any number of processes. The distributions are torchtitan's, but for `embedding_std`."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()
         device = next(self.parameters()).device
@@ -158,7 +160,7 @@ class Transformer(llama3.Transformer):
         if "norm" in name:
             weight.fill_(1.0)
         elif name.startswith("tok_embeddings"):
-            weight.normal_(generator=generator)
+            weight.normal_(std=self.model_args.embedding_std, generator=generator)
         elif name.startswith("output"):
             std = self.model_args.dim**-0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
@@ -199,6 +201,7 @@ def model_args(model: "ModelSection", seq_len: int, **others: int) -> LlamaArgs:
         vocab_size=model.vocab_size,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
+        embedding_std=model.embedding_std,
         max_seq_len=seq_len,
         **others,
     )

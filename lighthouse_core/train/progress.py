@@ -15,9 +15,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with None for what JSON has no number for: NaN and the infinities."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+def finite(value: Any) -> Any:
+    """A row or report with None for what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_row(text: str | bytes) -> Any:

@@ -15,16 +15,15 @@ HERE = Path(__file__).parent
 INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
 
 Written by `recipes/evidence/report.py` from the JSON in [results/](results), which `lighthouse sweep` collected.
-Losses are in nats per byte on held-out text, {sequences} sequences of {tokens} tokens, the same for every run, with
-dense attention unless it is said otherwise; ± is the standard error over sequences. *Beside dense* is the mean
-paired difference from the dense run of the same seed, whose rate decays if the other's does. *Far context* is what
-the tokens more than {context} before a token are worth: the loss with no more than {context} less the loss with all,
-over the tokens beyond {context}.
+Losses are in nats per byte on held-out text, the same sequences for every run of a table, with dense attention unless
+it is said otherwise; ± is the standard error over sequences. *Beside dense* is the mean paired difference from the
+dense run of the same seed, whose rate decays if the other's does. *Beyond* is the loss of the tokens that have more
+than a short context before them; *far context* is what they lose where they see no more than that.
 """
 
 
-EQUAL = """Training losses, each the mean of five rows, of other batches than its neighbour's: differences of a few
-hundredths are noise. Steps count with their stage's median time, without compilation."""
+EQUAL = """Losses on the validation text of the training, the same batches every time, that of dense as a straight line
+between its validations. Steps count with their stage's median time, without compilation."""
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -73,10 +72,6 @@ def beside(run: dict, dense: dict | None) -> str:
     return f"{fmean(differences):+.4f} ± {stdev(differences) / math.sqrt(len(differences)):.4f}"
 
 
-def seconds(run: dict) -> float:
-    return curve("", run).points[-1].seconds
-
-
 def needles(end: dict) -> str:
     cells = end.get("needles", {}).get("cells", [])
     return f"{fmean(cell['right'] / cell['trials'] for cell in cells):.2f}" if cells else "-"
@@ -95,11 +90,21 @@ def results(sweep: dict) -> str:
                     mean(context["full"]) if context else "-",
                     mean(context["gain"]) if context else "-",
                     needles(end),
-                    f"{seconds(run):.0f}",
+                    f"{curve(name, run).points[-1].seconds:.0f}",
                 ]
             )
     columns = ["run", "loss at the end", "beside dense", "beyond", "far context", "needles", "seconds of training"]
     return table(columns, rows)
+
+
+def measured(sweep: dict) -> str:
+    """How much text was measured."""
+    ends = [end for run in sweep["runs"].values() if (end := end_of(run))]
+    if not ends:
+        return "Nothing yet."
+    words = f"{ends[0]['sequences']} sequences of {ends[0]['tokens']} tokens"
+    context = next((end["context"]["context"] for end in ends if "context" in end), None)
+    return words + (f"; the short context is {context} tokens." if context else ".")
 
 
 def at_the_switch(sweep: dict) -> str:
@@ -130,24 +135,28 @@ def at_the_switch(sweep: dict) -> str:
 
 
 def same_time(sweep: dict) -> str:
-    """Training losses of dense runs at the seconds that the others took."""
+    """Validation losses of dense runs at the seconds that the others took; not of those that decay."""
     rows = []
     for name, run in sweep["runs"].items():
         dense = dense_of(sweep, run)
-        if dense is None or dense is run or not end_of(run):
+        if dense is None or dense is run or decays(run) or not end_of(run):
             continue
-        ours, theirs = (points(other) for other in (run, dense))
-        spent = ours[-1].seconds
-        until = [p for p in theirs if p.seconds <= spent][-5:]
-        if until:
-            row = [f"{spent:.0f}", f"{fmean(p.loss for p in ours[-5:]):.4f}", f"{fmean(p.loss for p in until):.4f}"]
-            rows.append([name, *row, str(until[-1].step)])
-    columns = ["run", "seconds", "training loss", "of dense then", "at its step"]
+        ours, theirs = validated(run), validated(dense)
+        spent, loss = ours[-1]
+        after = next((i for i, (seconds, _) in enumerate(theirs) if seconds >= spent), 0)
+        if after:
+            (x, low), (y, high) = theirs[after - 1 : after + 1]
+            then = low + (high - low) * (spent - x) / (y - x)
+            rows.append([name, f"{spent:.0f}", f"{loss:.4f}", f"{then:.4f}", f"{loss - then:+.4f}"])
+    columns = ["run", "seconds", "validation loss", "of dense then", "difference"]
     return table(columns, rows) if rows else ""
 
 
-def points(run: dict) -> tuple[compare.Point, ...]:
-    return curve("", run).points
+def validated(run: dict) -> list[tuple[float, float]]:
+    """(seconds of training, validation loss), oldest first."""
+    whole = curve("", run)
+    seconds = {point.step: point.seconds for point in whole.points}
+    return [(seconds[step], loss) for step, loss, _ in whole.validation if step in seconds]
 
 
 def curve(name: str, run: dict) -> compare.Curve:
@@ -195,9 +204,7 @@ def machines(sweep: dict) -> str:
 
 def write(files: list[Path], out: Path) -> None:
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    ends = [end_of(run) for sweep in sweeps for run in sweep["runs"].values() if end_of(run)]
-    context = next((end["context"]["context"] for end in ends if "context" in end), 0)
-    text = [INTRODUCTION.format(sequences=ends[0]["sequences"], tokens=ends[0]["tokens"], context=context)]
+    text = [INTRODUCTION]
     conclusions = out / "conclusions.md"
     if conclusions.exists():
         text.append(conclusions.read_text(encoding="utf-8").strip() + "\n")
@@ -211,7 +218,7 @@ def write(files: list[Path], out: Path) -> None:
         drawn = [file for file in compare.plot(curves, figures) or () if file.suffix == ".svg"]
         text.append(f"## {name}\n\n{sweep['about'].strip()}\n")
         text.append(f"Machine: {machines(sweep)}. `lighthouse sweep recipes/evidence/{name}.toml`\n")
-        text.append(f"### After recovery\n\n{results(sweep)}\n")
+        text.append(f"### After recovery\n\n{measured(sweep)}\n\n{results(sweep)}\n")
         text.append(f"### At the switch\n\n{at_the_switch(sweep)}\n")
         if equal := same_time(sweep):
             text.append(f"### At equal wall-clock\n\n{EQUAL}\n\n{equal}\n")

@@ -69,7 +69,7 @@ def mode(here, monkeypatch):
     (here / "child.py").write_text(CHILD)
     runner = functools.partial(sweep_module.Runner, command=(sys.executable, str(here / "child.py")))
     monkeypatch.setattr(sweep_module, "Runner", runner)
-    monkeypatch.setattr(sweep_module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep_module.runner, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(launch, "local_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -133,7 +133,7 @@ def test_what_is_refused(here, lighthouse, mode):
 
 
 def test_time_that_is_up(here, lighthouse, mode, monkeypatch):
-    monkeypatch.setattr(sweep_module, "_LEAST_SECONDS", 0)
+    monkeypatch.setattr(sweep_module.runner, "_LEAST_SECONDS", 0)
     mode("slow")
     result = lighthouse("sweep", "trial.toml", "--minutes", "0.02")
     assert result.code == 143 and result.err.splitlines()[-1] == "time is up; left: one, two"
@@ -149,7 +149,7 @@ def test_time_that_is_up(here, lighthouse, mode, monkeypatch):
     ],
 )
 def test_signals(here, lighthouse, mode, monkeypatch, numbers, code):
-    monkeypatch.setattr(sweep_module, "SAME_REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(sweep_module.runner, "SAME_REQUEST_SECONDS", 0.1)
     mode("slow")
     if len(numbers) > 1:
         (here / "stubborn").touch()

@@ -10,8 +10,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lighthouse_core.config.data import DataSection
 from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.shuffle import permuted
 from lighthouse_core.data.sources import Document
+from lighthouse_core.data.stream import Position
 from lighthouse_core.errors import DataError
 
 BOS, EOS = 256, 257
@@ -28,7 +31,9 @@ def data(tmp_path_factory):
     for name, content in FILES.items():
         (root / name).parent.mkdir(parents=True)
         (root / name).write_bytes(content)
-    return SimpleNamespace(source="python-sources", paths=[str(root)], tokenizer="bytes", validation=0.2)
+    return SimpleNamespace(
+        source="python-sources", paths=[str(root)], tokenizer="bytes", shuffle="documents", validation=0.2
+    )
 
 
 def loader(data, seq_len=16, local_batch_size=1, rank=0, world_size=1, seed=0, split="train"):
@@ -209,11 +214,11 @@ def test_changed_data_is_refused_on_resume(data):
         loader(other).load_state_dict(state)
 
 
-def test_a_file_that_grows_during_the_run_is_an_error_not_a_shift(tmp_path):
+def test_a_file_that_grows_during_the_run_is_an_error_not_a_shift(data, tmp_path):
     (tmp_path / "src").mkdir()
     path = tmp_path / "src/a.py"
     path.write_bytes(b"abc")
-    data = SimpleNamespace(source="python-sources", paths=[str(path.parent)], tokenizer="bytes", validation=0.0)
+    data = SimpleNamespace(**vars(data) | {"paths": [str(path.parent)], "validation": 0.0})
     one = loader(data, 4)
     path.write_bytes(b"abcd")
     with pytest.raises(DataError, match="changed from 3 to 4 bytes"):
@@ -225,3 +230,93 @@ def test_an_empty_split_is_the_users_error(data, validation, split):
     with pytest.raises(DataError, match=f"for {split}") as error:
         loader(SimpleNamespace(**vars(data) | {"validation": validation}), split=split)
     assert "data.validation" in error.value.hint
+
+
+@pytest.fixture
+def shuffled(data):
+    return SimpleNamespace(**vars(data) | {"shuffle": "samples"})
+
+
+def test_shuffled_samples_are_the_same_ones_in_another_order(data, shuffled):
+    one = loader(shuffled, 16, seed=3)
+    count = one.stream.samples
+    assert count == one.stream.stream.length // 16 > 20
+    for epoch in range(3):
+        samples = list(global_rows([one], count).values())
+        start = Position(epoch)
+        stream = one.stream.stream
+        consecutive = [stream.read(stream.advance(start, 16 * i), 17)[0].tolist() for i in range(count)]
+        assert sorted(samples) == sorted(consecutive) and samples != consecutive
+        if epoch == 0:
+            assert consecutive == slow_samples(count, 16, seed=3)
+        assert one.state_dict()["epoch"] == epoch + 1 and one.state_dict()["sample"] == 0
+
+
+def test_shuffled_positions_are_those_of_the_tokens(shuffled):
+    one = loader(shuffled, 16, 4)
+    whole = one.stream.stream.read(Position(), one.stream.stream.length)
+    known = {(tuple(whole[0][i : i + 16]), tuple(whole[1][i : i + 16])) for i in range(0, len(whole[0]) - 15, 16)}
+    for inputs, _ in itertools.islice(one, one.stream.samples // 4):
+        for ids, places in zip(inputs["input"].tolist(), inputs["positions"].tolist(), strict=True):
+            assert (tuple(ids), tuple(places)) in known
+
+
+def test_shuffled_samples_on_any_ranks_and_after_any_resumption(shuffled):
+    expected = global_rows([loader(shuffled, 20)], 150)
+    many = [loader(shuffled, 20, 2, rank, 3) for rank in range(3)]
+    assert global_rows(many, 9) == {i: expected[i] for i in range(54)}
+    for done in range(54, 140, 17):
+        one = loader(shuffled, 20)
+        one.load_state_dict(many[2].state_dict())
+        list(itertools.islice(one, done - 54))
+        two = [loader(shuffled, 20, 1, rank, 2) for rank in range(2)]
+        for other in two:
+            other.load_state_dict(one.state_dict())
+        assert global_rows(two, 5) == {i: expected[i] for i in range(done, done + 10)}
+
+
+def test_seeds_and_epochs_shuffle_samples_another_way(shuffled):
+    def epochs(seed, split="train"):
+        one = loader(shuffled, 10, seed=seed, split=split)
+        return [list(global_rows([one], one.stream.samples).values()) for _ in range(2)]
+
+    assert epochs(1) == epochs(1)
+    assert epochs(1)[0] != epochs(1)[1] and epochs(1)[0] != epochs(2)[0]
+    assert epochs(1, "validation")[0] == epochs(2, "validation")[0]
+
+
+def test_text_shorter_than_a_sample_is_repeated(shuffled):
+    one = loader(shuffled, 5000)
+    assert one.stream.samples == 1
+    assert rows(next(iter(one))) == slow_samples(1, 5000)
+
+
+def test_one_order_does_not_go_on_in_the_other(data, shuffled):
+    for before, after in ((data, shuffled), (shuffled, data)):
+        with pytest.raises(DataError, match="data changed"):
+            loader(after).load_state_dict(loader(before).state_dict())
+
+
+@pytest.mark.parametrize("count", [*range(1, 40), 64, 100, 1000])
+def test_a_permutation(count):
+    orders = [[permuted(i, count, key) for i in range(count)] for key in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count > 8:
+        assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_permutation_of_many_mixes():
+    count = 10**12 + 7
+    places = np.array([permuted(i, count, "key") for i in range(2000)])
+    assert len(set(places.tolist())) == 2000 and places.max() < count
+    # Neighbours fall anywhere: each tenth of the range has about as many, and distances are those of chance, a third.
+    assert np.histogram(places, 10, (0, count))[0].min() > 140
+    assert abs(np.abs(np.diff(places / count)).mean() - 1 / 3) < 0.03
+
+
+def test_samples_are_shuffled_only_where_token_counts_are_known(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    settings = {"source": "files", "paths": [str(tmp_path / "*.txt")], "shuffle": "samples", "validation": 0.0}
+    with pytest.raises(DataError, match="token counts") as error:
+        build_loader(DataSection(**settings), 16, 1, 0, 1, 0)
+    assert "data prepare" in error.value.hint

@@ -19,7 +19,7 @@ def resident():
 
 source, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 data = SimpleNamespace(
-    source=source, paths=[path], tokenizer="bytes", validation=0.01, text_key="text",
+    source=source, paths=[path], tokenizer="bytes", shuffle="documents", validation=0.01, text_key="text",
     hf_config="", hf_split="train", hf_revision="",
 )
 loader = build_loader(data, 65536, 2, 0, 1, 0)

@@ -423,7 +423,7 @@ def test_a_process_may_end_while_a_batch_is_made(tmp_path):
     script = (
         "import itertools; from types import SimpleNamespace; from lighthouse_core.data.loader import build_loader\n"
         f"data = SimpleNamespace(source='files', paths=['{tmp_path}/*'], tokenizer='bytes', validation=0)\n"
-        "data.text_key = 'text'\n"
+        "data.text_key, data.shuffle = 'text', 'documents'\n"
         "loaders = [build_loader(data, 200_000, 1, 0, 1, seed) for seed in range(4)]\n"
         "for one in loaders: one.batches = iter(one); next(one.batches)\n"
     )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse_core import sweep as sweep_module
 from lighthouse_core.config import load_recipe
-from lighthouse_core.config.sweep import MEASURES, Sweep, load_sweep
+from lighthouse_core.config.sweep import Sweep, load_sweep
 from lighthouse_core.errors import RecipeError, RunError
 from lighthouse_core.runs import Run, create_run, plan_recovery
 from lighthouse_core.seal import damage, seal
 from lighthouse_core.sweep import Runner, branch, check, clear, collect, lock, next_command, places, waits
+from lighthouse_core.sweep import runner as running
 
 RECIPE = Path("recipes/quickstart.toml").resolve()
 SWEEP = """
@@ -188,12 +188,6 @@ def test_what_a_sweep_cannot_be(sweep, tmp_path, before, after, words):
         load_sweep(tmp_path / "sweep.toml")
 
 
-def test_the_measures_are_those_of_eval():
-    from lighthouse_core import evaluate
-
-    assert evaluate.MEASURES == MEASURES
-
-
 def test_held_out_text_of_another_recipe(sweep, tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below/text.toml").write_text(RECIPE.read_text())
@@ -294,8 +288,8 @@ def runner(tmp_path, monkeypatch):
             raise RunError("it cannot be read")
         return next(([name, str(i)] for i in (1, 2) if not (tmp_path / f"{name}-{i}").exists()), None)
 
-    monkeypatch.setattr(sweep_module, "next_command", following)
-    monkeypatch.setattr(sweep_module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(running, "next_command", following)
+    monkeypatch.setattr(running, "_POLL_SECONDS", 0.02)
     said = []
 
     def make(*names):
@@ -326,7 +320,7 @@ def test_a_run_that_fails_is_left_and_the_others_go_on(runner, tmp_path):
 
 
 def test_time_that_is_up(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_module, "_LEAST_SECONDS", 0)
+    monkeypatch.setattr(running, "_LEAST_SECONDS", 0)
     job, _said = runner("slow", "a")
     begin = time.monotonic()
     assert not job.run(1.5)
@@ -358,7 +352,7 @@ def test_an_interruption_reaches_every_command(runner, tmp_path):
 
 
 def test_a_second_interruption_kills(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_module, "SAME_REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(running, "SAME_REQUEST_SECONDS", 0.3)
     job, _said = runner("stubborn")
 
     def twice():
@@ -398,12 +392,13 @@ def test_commands_end_with_a_sweep_that_is_killed(runner, tmp_path):
     runner("slow")
     script = f"""
 from pathlib import Path
-from lighthouse_core import sweep
-sweep.next_command = lambda *_: ["slow", "1"]
-plan = sweep.Sweep(recipe="base.toml", runs={{"slow": {{}}}})
+from lighthouse_core.config.sweep import Sweep
+from lighthouse_core.sweep import runner
+runner.next_command = lambda *_: ["slow", "1"]
+plan = Sweep(recipe="base.toml", runs={{"slow": {{}}}})
 here = Path({str(tmp_path)!r})
 command = [{sys.executable!r}, str(here / "child.py")]
-sweep.Runner(plan, here, here / "runs", [{{"PLACE": "0"}}], print, command).run()
+runner.Runner(plan, here, here / "runs", [{{"PLACE": "0"}}], print, command).run()
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     try:

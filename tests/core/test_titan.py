@@ -85,6 +85,15 @@ def test_initial_weights_depend_on_the_seed_alone(recipe):
     assert first.isfinite().all()
 
 
+@pytest.mark.parametrize(("settings", "std"), [([], 1.0), (["model.embedding_std=0.02"], 0.02)])
+def test_initial_embeddings(settings, std):
+    model = build_dense_model(load_recipe("recipes/quickstart.toml", settings).model, 32)
+    with torch.no_grad():
+        model.init_weights()
+    assert model.tok_embeddings.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.output.weight.std().item() == pytest.approx(model.model_args.dim**-0.5, rel=0.05)
+
+
 def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
     model = build_dense_model(recipe.model, 32)
     before = set(model.state_dict())

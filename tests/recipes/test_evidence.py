@@ -60,7 +60,11 @@ def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, swit
             "output": {"name": f"{seed}"},
         },
         "ledger": {"stages": stages},
-        "rows": [{**row, "step": i, "tokens": 512 * i, "loss": 3.0 - i} for i in (1, 2)],
+        "rows": [
+            {**row, "step": i, "tokens": 512 * i} | part
+            for i in (1, 2)
+            for part in ({"loss": 3.0 - i}, {"val_loss": 3.0 - i / 2})
+        ],
         "evaluations": {"end": end} | ({"switch": switch} if switch else {}),
         "versions": {"torch": "2", "triton": "3", "flash-attn-4": None},
         "git_commit": "0123456789ab",
@@ -107,8 +111,8 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
     assert switch in lines
     assert "| dense, dense-2 | 1.0000, 1.2000 | 0.1414 |" in lines
-    # After its 8 s the dense run had finished one step.
-    assert "| norm | 8 | 1.5000 | 2.0000 | 1 |" in lines
+    # After its 8 s the dense run was three fifths of the way from 2.5, at 5 s, to 2.0.
+    assert "| norm | 8 | 2.0000 | 2.2000 | -0.2000 |" in lines
     assert "It is." in lines and "Is it?" in lines
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/trial/compare.svg").stat().st_size > 1000
@@ -140,7 +144,16 @@ def test_other_text_is_not_compared(sweep):
 def test_compilation_is_not_counted(sweep):
     run = sweep["runs"]["dense"]
     run["rows"][0] |= {"seconds": 100.0, "first_of_launch": True}
-    assert report().seconds(run) == 10.0
+    assert [point.seconds for point in report().curve("", run).points] == [5.0, 10.0]
+
+
+def test_no_equal_time_without_validations_on_both_sides(sweep):
+    module = report()
+    for row in sweep["runs"]["dense"]["rows"][:2]:
+        row.pop("val_loss", None)
+    assert module.same_time(sweep) == ""
+    sweep["runs"]["norm"]["recipe"]["recover"]["decay"] = "linear"
+    assert module.same_time(sweep) == ""
 
 
 def test_what_is_not_there_yet_is_left_out(sweep, tmp_path):

@@ -1,0 +1,84 @@
+"""Samples in a seeded order: neighbours in a batch are then of different documents, however long these are."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lighthouse_core.data.documents import stable_hash
+from lighthouse_core.data.stream import Position, TokenStream
+
+
+class SamplePosition(NamedTuple):
+    """A place in a stream of shuffled samples.
+
+    Attributes:
+        epoch: times the data was passed before.
+        sample: samples of this epoch already passed.
+    """
+
+    epoch: int = 0
+    sample: int = 0
+
+
+class ShuffledStream:
+    """The samples that `stream` would be cut into, epoch by epoch, in another order.
+
+    What is left of an epoch at its end and makes no whole sample is passed over; documents have another order in every
+    epoch, so it is other text each time.
+    """
+
+    start = SamplePosition()
+
+    def __init__(self, stream: TokenStream, seq_len: int):
+        self.stream = stream
+        self.seq_len = seq_len
+        self.seed = stream.seed
+        # Text shorter than one sample is repeated.
+        self.samples = max(1, stream.length // seq_len)
+
+    def cursor(self, position: Sequence[int]) -> "_Drawer":
+        return _Drawer(self, SamplePosition(*position))
+
+    def read(self, position: SamplePosition) -> tuple[np.ndarray, np.ndarray]:
+        """The sample at a place and the token after it, int64 [seq_len + 1]; positions within documents, int32."""
+        place = permuted(position.sample, self.samples, f"{self.seed} {position.epoch}")
+        return self.stream.read(self.stream.advance(Position(position.epoch), place * self.seq_len), self.seq_len + 1)
+
+
+class _Drawer:
+    def __init__(self, stream: ShuffledStream, position: SamplePosition):
+        self.stream = stream
+        self.position = position
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        assert count == self.stream.seq_len
+        ids, places = self.stream.read(self.position)
+        self.skip(count)
+        return ids, places[:count]
+
+    def skip(self, count: int) -> None:
+        assert count % self.stream.seq_len == 0
+        passed = self.position.sample + count // self.stream.seq_len
+        epochs, sample = divmod(passed, self.stream.samples)
+        self.position = SamplePosition(self.position.epoch + epochs, sample)
+
+
+def permuted(index: int, count: int, key: object) -> int:
+    """Where `index` goes in an order of `count` that `key` decides, without the order being made: a Feistel network
+    over the next power of four, repeated until it stays below `count`.
+
+    Args:
+        index: 0 <= index < count.
+        count: of all indices.
+        key: another one gives another order.
+    """
+    half = max(1, -(-(count - 1).bit_length() // 2))
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (stable_hash("shuffle", key, turn, right) & mask)
+        index = left << half | right
+        if index < count:
+            return index

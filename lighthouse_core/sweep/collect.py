@@ -1,0 +1,44 @@
+"""What was measured of a sweep, as one document."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lighthouse_core.config.sweep import RunSection, Sweep
+from lighthouse_core.errors import LighthouseError
+from lighthouse_core.runs import Run
+from lighthouse_core.sweep.state import report
+from lighthouse_core.train.progress import finite, read_rows
+
+
+def collect(sweep: Sweep, name: str, output: Path) -> dict[str, Any]:
+    """All that was measured of a sweep so far: of each run its settings, recipe, ledger, rows and reports.
+
+    A run that has not begun, or that cannot be read, is left out. Schema version 1.
+
+    Args:
+        sweep: the sweep.
+        name: of it.
+        output: where the runs live.
+    """
+    runs = {}
+    for run_name, wanted in sweep.runs.items():
+        with contextlib.suppress(LighthouseError):
+            runs[run_name] = _measured(Run(output / run_name), wanted)
+    whole = {"version": 1, "sweep": name, "about": sweep.about, "recipe": sweep.recipe, "set": list(sweep.set)}
+    return whole | {"runs": runs}
+
+
+def _measured(run: Run, wanted: RunSection) -> dict[str, Any]:
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    evaluations = {which: report(run.path, which) for which in ("switch", "end")}
+    return {
+        "settings": wanted.model_dump(),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "ledger": run.ledger,
+        "rows": [finite(row) for row in read_rows(run.path / "metrics.jsonl")],
+        "evaluations": {which: found for which, found in evaluations.items() if found is not None},
+        "versions": environment["versions"],
+        "git_commit": environment["git_commit"],
+    }

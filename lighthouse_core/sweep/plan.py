@@ -1,0 +1,114 @@
+"""What is next of each run of a sweep, and whether what is there is what the sweep asks for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lighthouse_core.config import Recipe, load_recipe
+from lighthouse_core.config.positions import flatten
+from lighthouse_core.config.sweep import Sweep
+from lighthouse_core.errors import LighthouseError, RunError
+from lighthouse_core.runs import RESUMABLE, Run
+from lighthouse_core.sweep.state import begun, report, stage_1_done
+
+# What a run may have otherwise than the sweep asks: what it keeps of its own, and what resuming it may change.
+_FREE = frozenset({*RESUMABLE, "output", "data.tokenizer", "data.hf_revision"})
+
+
+def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str] | None:
+    """Arguments of the `lighthouse` command that brings a run of the sweep forward; None once it is complete.
+
+    Args:
+        sweep: the sweep.
+        base: the recipe file.
+        name: of the run.
+        output: where the runs live.
+    """
+    wanted = sweep.runs[name]
+    path = output / name
+    recover = ["recover", str(path), "--steps", str(wanted.recover), *_set(wanted.recover_set)]
+    if not begun(path):
+        settings = [*sweep.settings(name), f"output.dir={json.dumps(str(output))}"]
+        return recover if wanted.stage_1 else ["pretrain", str(base), "--name", name, *_set(settings)]
+    run = Run(path)
+    if not run.recovering and not stage_1_done(path):
+        return ["pretrain", "--resume", str(path)]
+    evaluate = sweep.evaluate
+    if wanted.recover and not run.recovering:
+        if evaluate and not wanted.stage_1 and report(path, "switch") is None:
+            return _eval(sweep, path, "switch", evaluate.at_switch)
+        return recover
+    if run.recovering and (not run.checkpoint_steps() or run.checkpoint_steps()[-1] < run.end):
+        return ["recover", str(path)]
+    if evaluate and report(path, "end") is None:
+        return _eval(sweep, path, "end", evaluate.only)
+    return None
+
+
+def waits(sweep: Sweep, name: str, output: Path) -> bool:
+    """Whether a run needs another one's first stage, which is not there yet."""
+    parent = sweep.runs[name].stage_1
+    return bool(parent) and not begun(output / name) and not stage_1_done(output / parent)
+
+
+def check(sweep: Sweep, base: Path, output: Path) -> None:
+    """Compare what was trained and measured with what the sweep asks for now.
+
+    Args:
+        sweep: the sweep.
+        base: the recipe file.
+        output: where the runs live.
+
+    Raises:
+        RunError: the sweep has changed since.
+    """
+    for name, wanted in sweep.runs.items():
+        path, settings, free = output / name, sweep.settings(name), _FREE
+        if not begun(path):
+            continue
+        try:
+            run = Run(path)
+            was = run.recipe
+        except LighthouseError:
+            # When its turn comes, what is wrong with it is said.
+            continue
+        if run.recovering:
+            settings += [*wanted.recover_set, f"recover.steps={wanted.recover}"]
+            free -= {"recover"}
+        pairs = _pairs(was, load_recipe(base, settings), free)
+        for which in ("switch", "end"):
+            found = report(path, which) if sweep.evaluate else None
+            for key in ("tokens", "sequences") if found is not None else ():
+                pairs[f"evaluate.{key} ({which})"] = found.get(key), getattr(sweep.evaluate, key)
+        for key, (old, new) in pairs.items():
+            if old != new:
+                raise RunError(
+                    f"run {path} has {key} = {json.dumps(old)}, and the sweep asks for {json.dumps(new)}",
+                    hint="delete the run or choose another --output",
+                )
+
+
+def _pairs(one: Recipe, other: Recipe, free: frozenset[str]) -> dict[str, tuple[Any, Any]]:
+    """The values of every key in both recipes, but for the keys and sections that are free."""
+    first, second = (
+        {".".join(path): value for path, value in flatten(recipe.model_dump(mode="json")).items()}
+        for recipe in (one, other)
+    )
+    return {
+        key: (first.get(key), second.get(key))
+        for key in first | second
+        if not free & {key, key.partition(".")[0]} and not isinstance((first | second)[key], dict)
+    }
+
+
+def _set(settings) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def _eval(sweep: Sweep, path: Path, which: str, only: str) -> list[str]:
+    evaluate = sweep.evaluate
+    assert evaluate is not None
+    numbers = ("tokens", "sequences", "context", "trials")
+    options = [part for name in numbers for part in (f"--{name}", str(getattr(evaluate, name)))]
+    options += ["--recipe", evaluate.recipe, *_set(evaluate.set)] if evaluate.recipe else []
+    return ["eval", str(path), "--out", str(path / "eval" / which), *options, *(["--only", only] if only else [])]
