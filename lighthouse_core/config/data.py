@@ -19,8 +19,8 @@ class DataSection(Section):
         tokenizer: "bytes", or the path of a sentencepiece .model or a tokenizer.json.
         validation: share of documents held out, 0 <= validation < 1.
         shuffle: "documents": these in a seeded order, and samples cut from one after another; "samples": these, too, so
-            that a batch is of many documents even where one is longer than a batch. For prepared tokens, and Python
-            sources as bytes.
+            that a batch is of many documents even where one is longer than a batch; "auto": samples where the token
+            counts are known beforehand: of prepared tokens, and of Python sources as bytes.
         packing: "concat": documents one after another, cut into samples wherever these end.
         text_key: of .jsonl objects, .parquet columns and data set rows.
         hf_config, hf_split, hf_revision: of a data set; "" is its default.
@@ -30,7 +30,7 @@ class DataSection(Section):
     paths: Annotated[Strings, Field(min_length=1)] = ("stdlib",)
     tokenizer: _Text = "bytes"
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    shuffle: Literal["documents", "samples"] = "documents"
+    shuffle: Literal["auto", "documents", "samples"] = "auto"
     packing: Literal["concat"] = "concat"
     text_key: _Text = "text"
     hf_config: str = ""

@@ -79,15 +79,20 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
             stream = TokenStream([BytesUnit(document, tokenizer) for document in documents], seed)
         else:
             stream = WalkingStream(source, tokenizer, seed, split, data.validation)
-    if data.shuffle == "samples" and not isinstance(stream, TokenStream):
+    if data.shuffle == "samples" and not shuffles(data, stream):
         raise DataError(
             f'data.shuffle = "samples" needs the token counts, which data.source "{data.source}" does not have '
             "beforehand",
             hint='prepare the tokens with lighthouse data prepare, or data.shuffle = "documents"',
         )
     kind = data.source == "tokens"
-    order = (data.shuffle,) if data.shuffle != "documents" else ()
-    return stream, stable_hash("stream", kind, listing, tokenizer.fingerprint, split, float(data.validation), *order)
+    parts = kind, listing, tokenizer.fingerprint, split, float(data.validation), shuffles(data, stream)
+    return stream, stable_hash("stream", *parts)
+
+
+def shuffles(data: DataSettings, stream: Stream) -> bool:
+    """Whether samples of a stream are shuffled."""
+    return data.shuffle != "documents" and isinstance(stream, TokenStream)
 
 
 def open_tokens(data: DataSettings, tokenizer: Tokenizer) -> PreparedTokens:

@@ -11,10 +11,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from lighthouse_core.data.build import DataSettings, Stream, build_stream
+from lighthouse_core.data.build import DataSettings, Stream, build_stream, shuffles
 from lighthouse_core.data.documents import Split
 from lighthouse_core.data.shuffle import ShuffledStream
-from lighthouse_core.data.stream import TokenStream, WalkingStream
+from lighthouse_core.data.stream import WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 
@@ -221,8 +221,7 @@ def build_loader(
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
     stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
-    if data.shuffle == "samples":
-        assert isinstance(stream, TokenStream)
+    if shuffles(data, stream):
         stream = ShuffledStream(stream, seq_len)
     if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
         _log.warning(

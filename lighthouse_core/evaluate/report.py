@@ -153,11 +153,11 @@ def _one_by_one(subject: Subject):
 
 
 def _held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
-    """[B, N] int64 of the validation split, the same for all models of a tokenizer: shuffled, or every sixteenth."""
-    if data.source != "tokens":
-        data = data.model_copy(update={"tokenizer": subject.tokenizer_name})
-    apart = 1 if data.shuffle == "samples" else _APART
-    loader = build_loader(data, tokens, 1, 0, apart, 0, split="validation", prefetch=0)
+    """[B, N] int64 of the validation split, every sixteenth sequence: the same for all models of a tokenizer."""
+    # Not every tokenizer's samples can be shuffled.
+    change = {"shuffle": "documents"} | ({} if data.source == "tokens" else {"tokenizer": subject.tokenizer_name})
+    data = data.model_copy(update=change)
+    loader = build_loader(data, tokens, 1, 0, _APART, 0, split="validation", prefetch=0)
     return torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
 
 
