@@ -45,4 +45,6 @@ class DataSection(Section):
             for key, default in (("hf_config", ""), ("hf_split", "train"), ("hf_revision", "")):
                 if getattr(self, key) != default:
                     raise conflict(key, f'data.{key} is for data.source "hf", not "{self.source}"')
+        if self.shuffle == "samples" and self.source in ("files", "hf"):
+            raise conflict("shuffle", 'data.shuffle "samples" needs token counts, as data.source "tokens" has')
         return self

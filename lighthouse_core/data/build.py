@@ -81,9 +81,9 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
             stream = WalkingStream(source, tokenizer, seed, split, data.validation)
     if data.shuffle == "samples" and not shuffles(data, stream):
         raise DataError(
-            f'data.shuffle = "samples" needs the token counts, which data.source "{data.source}" does not have '
-            "beforehand",
-            hint='prepare the tokens with lighthouse data prepare, or data.shuffle = "documents"',
+            f'data.shuffle = "samples" needs token counts, which data.source "{data.source}" with the tokenizer '
+            f"{data.tokenizer} does not have beforehand",
+            hint="prepare the tokens with lighthouse data prepare, or leave data.shuffle out",
         )
     kind = data.source == "tokens"
     parts = kind, listing, tokenizer.fingerprint, split, float(data.validation), shuffles(data, stream)

@@ -192,7 +192,8 @@ def _ahead(items: Generator[T, None, None], count: int) -> Generator[T, None, No
 def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:
     if key == "fingerprint":
         return (
-            "the training data changed since the checkpoint was written (files, sizes, shards, tokenizer, split)",
+            "the training data changed since the checkpoint was written "
+            "(files, sizes, shards, tokenizer, split, data.shuffle)",
             "restore the files (or the Python installation) that the run started with, or start a new run",
         )
     return (

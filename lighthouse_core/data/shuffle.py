@@ -22,10 +22,10 @@ class SamplePosition(NamedTuple):
 
 
 class ShuffledStream:
-    """The samples that `stream` would be cut into, epoch by epoch, in another order.
+    """The samples that each epoch of `stream` can be cut into, in another order.
 
-    What is left of an epoch at its end and makes no whole sample is passed over; documents have another order in every
-    epoch, so it is other text each time.
+    What makes no whole sample is passed over, at the beginning and at the end of an epoch: how much of it at which is
+    drawn anew, so every epoch is cut at other places, also where it is one document.
     """
 
     start = SamplePosition()
@@ -42,8 +42,11 @@ class ShuffledStream:
 
     def read(self, position: SamplePosition) -> tuple[np.ndarray, np.ndarray]:
         """The sample at a place and the token after it, int64 [seq_len + 1]; positions within documents, int32."""
-        place = permuted(position.sample, self.samples, f"{self.seed} {position.epoch}")
-        return self.stream.read(self.stream.advance(Position(position.epoch), place * self.seq_len), self.seq_len + 1)
+        key = f"{self.seed} {position.epoch}"
+        left = self.stream.length - self.samples * self.seq_len
+        first = stable_hash("cut", key) % (left + 1 if left >= 0 else self.stream.length)
+        first += permuted(position.sample, self.samples, key) * self.seq_len
+        return self.stream.read(self.stream.advance(Position(position.epoch), first), self.seq_len + 1)
 
 
 class _Drawer:

@@ -69,11 +69,12 @@ class BytesUnit:
         self.length = document.size + 2
 
     def open(self) -> Reader:
-        tokens = with_ends(self.tokenizer, self.document.read())
-
         def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-            part = tokens[offset : offset + count]
-            return part, np.arange(offset, offset + len(part), dtype=np.int32)
+            end = min(offset + count, self.length)
+            # BOS is token 0, byte i is token i + 1.
+            content = self.document.read(max(offset - 1, 0), end - 1 - max(offset - 1, 0))
+            part = with_ends(self.tokenizer, content, first=offset == 0, last=end == self.length)
+            return part, np.arange(offset, end, dtype=np.int32)
 
         return read
 

@@ -66,7 +66,9 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
 def _survey(
     recipe: "Recipe", tokenizer: Tokenizer, split: Split, seconds: float, samples: int, sample_tokens: int
 ) -> Survey:
-    stream, _ = build_stream(recipe.data, tokenizer, recipe.training.seed, split)
+    # The order of samples is no matter here, and not every tokenizer's can be shuffled.
+    data = recipe.data.model_copy(update={"shuffle": "documents"})
+    stream, _ = build_stream(data, tokenizer, recipe.training.seed, split)
     texts: list[str] = []
 
     def decode(tokens: np.ndarray) -> None:

@@ -55,7 +55,7 @@ def evaluate(
 
     Raises:
         DataError: nothing is held out.
-        UserError: an argument is out of range, or the model has nothing of what is asked for.
+        UserError: an argument is out of range, there is too little text, or the model has nothing of what is asked for.
     """
     if not data.validation:
         raise DataError("data.validation holds no text out")
@@ -153,12 +153,20 @@ def _one_by_one(subject: Subject):
 
 
 def _held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
-    """[B, N] int64 of the validation split, every sixteenth sequence: the same for all models of a tokenizer."""
+    """[B, N] int64 of the validation split, none twice: every sixteenth sequence, or more of them where these are too
+    few. The same for all models of a tokenizer."""
     # Not every tokenizer's samples can be shuffled.
     change = {"shuffle": "documents"} | ({} if data.source == "tokens" else {"tokenizer": subject.tokenizer_name})
     data = data.model_copy(update=change)
-    loader = build_loader(data, tokens, 1, 0, _APART, 0, split="validation", prefetch=0)
-    return torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
+    apart = _APART
+    while True:
+        loader = build_loader(data, tokens, 1, 0, apart, 0, split="validation", prefetch=0)
+        text = torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
+        if not loader.state_dict()["epoch"]:
+            return text
+        if apart == 1:
+            raise UserError(f"the held-out text is shorter than {sequences} sequences of {tokens} tokens")
+        apart //= 2
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:

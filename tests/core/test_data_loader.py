@@ -10,11 +10,15 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lighthouse_core.config import load_recipe
 from lighthouse_core.config.data import DataSection
+from lighthouse_core.data.build import build_stream, shuffles
 from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.prepare import prepare
 from lighthouse_core.data.shuffle import permuted
-from lighthouse_core.data.sources import Document
-from lighthouse_core.data.stream import Position
+from lighthouse_core.data.sources import Document, list_documents
+from lighthouse_core.data.stream import BytesUnit, Position
+from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.errors import DataError
 
 BOS, EOS = 256, 257
@@ -182,11 +186,11 @@ def test_seeking_reads_nothing_and_a_rank_reads_only_its_samples(data, monkeypat
     read = []
     original = Document.read
 
-    def recorded(self):
+    def recorded(self, *part):
         # The threads of earlier tests' loaders may still be reading ahead.
         if threading.current_thread() is threading.main_thread():
             read.append(self.identity)
-        return original(self)
+        return original(self, *part)
 
     monkeypatch.setattr(Document, "read", recorded)
     one = build_loader(data, 1, 1, 5, 2000, 0, prefetch=0)
@@ -237,28 +241,86 @@ def shuffled(data):
     return SimpleNamespace(**vars(data) | {"shuffle": "samples"})
 
 
-def test_shuffled_samples_are_the_same_ones_in_another_order(data, shuffled):
-    one = loader(shuffled, 16, seed=3)
-    count = one.stream.samples
-    assert count == one.stream.stream.length // 16 > 20
+def cuts(stream, epoch, seq_len):
+    """Every way to cut an epoch into as many whole samples as there can be."""
+    count, left = divmod(stream.length, seq_len)
+    tokens, places = stream.read(Position(epoch), stream.length + 1)
+    for first in range(left + 1):
+        starts = range(first, first + count * seq_len, seq_len)
+        yield [(tokens[i : i + seq_len + 1].tolist(), places[i : i + seq_len].tolist()) for i in starts]
+
+
+def epoch_samples(one):
+    """(tokens, positions) of the samples of the epoch that a loader is at."""
+    found = []
+    for inputs, labels in itertools.islice(one, one.stream.samples):
+        found.append((rows((inputs, labels))[0], inputs["positions"][0].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("seq_len", [1, 16, 23, 300])
+def test_shuffled_samples_are_the_same_ones_in_another_order(shuffled, seq_len):
+    one = loader(shuffled, seq_len, seed=3)
+    stream = one.stream.stream
+    assert one.stream.samples == stream.length // seq_len
     for epoch in range(3):
-        samples = list(global_rows([one], count).values())
-        start = Position(epoch)
-        stream = one.stream.stream
-        consecutive = [stream.read(stream.advance(start, 16 * i), 17)[0].tolist() for i in range(count)]
-        assert sorted(samples) == sorted(consecutive) and samples != consecutive
-        if epoch == 0:
-            assert consecutive == slow_samples(count, 16, seed=3)
+        samples = epoch_samples(one)
+        consecutive = [cut for cut in cuts(stream, epoch, seq_len) if sorted(cut) == sorted(samples)]
+        assert len(consecutive) == 1
+        assert len(samples) < 5 or samples != consecutive[0]
         assert one.state_dict()["epoch"] == epoch + 1 and one.state_dict()["sample"] == 0
 
 
-def test_shuffled_positions_are_those_of_the_tokens(shuffled):
-    one = loader(shuffled, 16, 4)
-    whole = one.stream.stream.read(Position(), one.stream.stream.length)
-    known = {(tuple(whole[0][i : i + 16]), tuple(whole[1][i : i + 16])) for i in range(0, len(whole[0]) - 15, 16)}
-    for inputs, _ in itertools.islice(one, one.stream.samples // 4):
-        for ids, places in zip(inputs["input"].tolist(), inputs["positions"].tolist(), strict=True):
-            assert (tuple(ids), tuple(places)) in known
+@pytest.fixture
+def one_document(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/a.py").write_bytes(bytes(i // 256 if i % 2 else i % 256 for i in range(1017)))
+    return DataSection(paths=[str(tmp_path / "a")], validation=0.0)
+
+
+def test_the_samples_of_one_document_differ_from_epoch_to_epoch(one_document):
+    """With one document nothing but the shuffle depends on seed and epoch."""
+
+    def epochs(seed, count=6):
+        one = loader(one_document, 100, seed=seed)
+        return [epoch_samples(one) for _ in range(count)]
+
+    first = epochs(1)
+    assert first == epochs(1) and first != epochs(2)
+    orders = [[places[0] for _, places in epoch] for epoch in first]
+    assert len({tuple(order) for order in orders}) == 6
+    # 1019 tokens, 10 samples: the 19 that are left are not always the last.
+    assert len({min(order) for order in orders}) > 2
+    orders = [tuple(np.argsort(order)) for order in orders]
+    assert len(set(orders)) == 6
+
+
+def test_samples_of_prepared_tokens_are_shuffled(one_document, tmp_path):
+    recipe = load_recipe("recipes/quickstart.toml")
+    recipe = recipe.model_copy(update={"data": one_document})
+    prepare(recipe, tmp_path / "tokens", 1, lambda progress: None)
+    data = DataSection(source="tokens", paths=[str(tmp_path / "tokens")], validation=0.0)
+    direct, prepared = loader(one_document, 100), loader(data, 100)
+    for _ in range(3):
+        assert epoch_samples(direct) == epoch_samples(prepared)
+
+
+def test_reading_a_part_of_a_document_opens_no_other_file(tmp_path):
+    for name, content in (("a", b"012"), ("b", b"3456"), ("c", b"789")):
+        (tmp_path / f"{name}.py").write_bytes(content)
+    (document,) = list_documents([str(tmp_path)])
+    for first, count in itertools.product(range(11), range(12)):
+        assert document.read(first, count) == b"0123456789"[first : first + count]
+    assert document.read() == b"0123456789" and document.read(4) == b"456789"
+    unit = BytesUnit(document, BytesTokenizer())
+    for first, count in itertools.product(range(12), range(1, 14)):
+        tokens, places = unit.open()(first, count)
+        assert tokens.tolist() == [BOS, *b"0123456789", EOS][first : first + count]
+        assert places.tolist() == list(range(12))[first : first + count]
+    (tmp_path / "b.py").unlink()
+    assert document.read(0, 3) == b"012" and document.read(7) == b"789"
+    with pytest.raises(DataError, match="cannot read"):
+        document.read(2, 2)
 
 
 def test_shuffled_samples_on_any_ranks_and_after_any_resumption(shuffled):
@@ -275,20 +337,13 @@ def test_shuffled_samples_on_any_ranks_and_after_any_resumption(shuffled):
         assert global_rows(two, 5) == {i: expected[i] for i in range(done, done + 10)}
 
 
-def test_seeds_and_epochs_shuffle_samples_another_way(shuffled):
-    def epochs(seed, split="train"):
-        one = loader(shuffled, 10, seed=seed, split=split)
-        return [list(global_rows([one], one.stream.samples).values()) for _ in range(2)]
-
-    assert epochs(1) == epochs(1)
-    assert epochs(1)[0] != epochs(1)[1] and epochs(1)[0] != epochs(2)[0]
-    assert epochs(1, "validation")[0] == epochs(2, "validation")[0]
-
-
-def test_text_shorter_than_a_sample_is_repeated(shuffled):
-    one = loader(shuffled, 5000)
+def test_text_shorter_than_a_sample_is_repeated_from_anywhere(one_document):
+    one = loader(one_document, 5000)
     assert one.stream.samples == 1
-    assert rows(next(iter(one))) == slow_samples(1, 5000)
+    found = [epoch_samples(one)[0] for _ in range(4)]
+    assert len({places[0] for _, places in found}) > 2
+    for _, places in found:
+        assert places == [(places[0] + i) % 1019 for i in range(5000)]
 
 
 def test_one_order_does_not_go_on_in_the_other(data, shuffled):
@@ -314,9 +369,13 @@ def test_a_permutation_of_many_mixes():
     assert abs(np.abs(np.diff(places / count)).mean() - 1 / 3) < 0.03
 
 
-def test_samples_are_shuffled_only_where_token_counts_are_known(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    settings = {"source": "files", "paths": [str(tmp_path / "*.txt")], "shuffle": "samples", "validation": 0.0}
+def test_samples_are_shuffled_only_where_token_counts_are_known():
+    for source in ("files", "hf"):
+        with pytest.raises(ValueError, match="token counts"):
+            DataSection(source=source, shuffle="samples")
+    pieces = SimpleNamespace(fingerprint=1)
     with pytest.raises(DataError, match="token counts") as error:
-        build_loader(DataSection(**settings), 16, 1, 0, 1, 0)
+        build_stream(DataSection(shuffle="samples"), pieces, 0, "train")
     assert "data prepare" in error.value.hint
+    stream, _ = build_stream(DataSection(), pieces, 0, "train")
+    assert not shuffles(DataSection(), stream)
