@@ -72,7 +72,7 @@ def main(folder: Path, tokenizers: list[str]) -> None:
                     "source": source,
                     "paths": [path or str(out)],
                     "tokenizer": tokenizer,
-                    "shuffle": "documents",
+                    "shuffle": "auto",
                     "validation": 0.0,
                     "text_key": "text",
                     "hf_config": "",

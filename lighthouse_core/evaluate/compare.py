@@ -159,7 +159,7 @@ def _smooth(points: Sequence[Point]) -> list[float]:
 
 
 def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
-    """One page with the loss against each of AXES, leaky parts dotted, as PNG and SVG.
+    """One page with the loss against each of AXES, means of five rows, leaky parts dotted, as PNG and SVG.
 
     Returns:
         The files; None where matplotlib is missing.
@@ -168,23 +168,30 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
     if pyplot is None:
         return None
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True)
+    colors = pyplot.get_cmap("tab10" if len(curves) <= 10 else "tab20").colors
     for axes, (key, label) in zip(grid.flat, AXES.items(), strict=True):
         for number, curve in enumerate(curves):
-            color = f"C{number}"
+            # Dashed where the colours begin anew.
+            again, color = divmod(number, len(colors))
+            color = colors[color]
             parts = itertools.groupby(curve.points, key=lambda p: p.leaky)
             for part, (leaky, points) in enumerate(parts):
                 shown = list(points)
-                style = ":" if leaky else "-"
+                style = ":" if leaky else "--" if again else "-"
                 name = f"{curve.name}{' (leaky)' if leaky else ''}" if part == 0 or leaky else None
-                axes.plot([getattr(p, key) for p in shown], [p.loss for p in shown], style, color=color, label=name)
+                losses = [p.loss for p in shown]
+                if len(shown) >= 2 * _SMOOTH:
+                    shown, losses = shown[_SMOOTH - 1 :], _smooth(shown)
+                axes.plot([getattr(p, key) for p in shown], losses, style, color=color, label=name)
             if curve.switch is not None:
                 at = next((getattr(p, key) for p in curve.points if p.step > curve.switch), None)
                 if at is not None:
                     axes.axvline(at, color=color, alpha=0.4, linewidth=1)
         axes.set(xlabel=label, ylabel="nats per token", yscale="log")
         axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
     figure.tight_layout()
+    names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*names, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figures.save(figure, folder / "compare")
 
 

@@ -39,6 +39,7 @@ def _measured(run: Run, wanted: RunSection) -> dict[str, Any]:
         "ledger": run.ledger,
         "rows": [finite(row) for row in read_rows(run.path / "metrics.jsonl")],
         "evaluations": {which: found for which, found in evaluations.items() if found is not None},
+        "python": environment["python"],
         "versions": environment["versions"],
         "git_commit": environment["git_commit"],
     }

@@ -36,11 +36,19 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def settings(run: dict, sections: tuple[str, ...], keys: tuple[str, ...]) -> str:
+    """A run's recipe without those sections, what changes no result, and those keys, "a.b", of other sections."""
+    left_out = ("output", "checkpoint", "metrics", *sections)
+    recipe = {name: dict(part) for name, part in run["recipe"].items() if name not in left_out}
+    for key in keys:
+        section, name = key.split(".")
+        recipe.get(section, {}).pop(name, None)
+    return json.dumps(recipe, sort_keys=True)
+
+
 def but_for_the_seed(run: dict) -> str:
     """The settings that repetitions of an experiment have in common."""
-    recipe = {name: part for name, part in run["recipe"].items() if name not in ("output", "checkpoint", "metrics")}
-    recipe["training"] = {**recipe["training"], "seed": 0}
-    return json.dumps([recipe, run["settings"]["recover"]], sort_keys=True)
+    return settings(run, (), ("training.seed",)) + str(run["settings"]["recover"])
 
 
 def end_of(run: dict) -> dict | None:
@@ -54,10 +62,16 @@ def decays(run: dict) -> bool:
 
 
 def dense_of(sweep: dict, run: dict) -> dict | None:
-    """The run of the same seed that is dense from the start, and decays as this one does or does not."""
+    """The run that is dense from the start and else has the same settings, and decays as this one does or does not."""
+
+    def common(run: dict) -> str:
+        return settings(
+            run, ("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps")
+        )
+
     for other in sweep["runs"].values():
-        same = other["recipe"]["training"]["seed"] == run["recipe"]["training"]["seed"]
-        if not other["recipe"]["lighthouse"]["enabled"] and same and decays(other) == decays(run):
+        enabled = other["recipe"]["lighthouse"]["enabled"]
+        if not enabled and common(other) == common(run) and decays(other) == decays(run):
             return other
     return None
 
@@ -142,6 +156,8 @@ def same_time(sweep: dict) -> str:
         if dense is None or dense is run or decays(run) or not end_of(run):
             continue
         ours, theirs = validated(run), validated(dense)
+        if not ours:
+            continue
         spent, loss = ours[-1]
         after = next((i for i, (seconds, _) in enumerate(theirs) if seconds >= spent), 0)
         if after:
@@ -163,7 +179,8 @@ def curve(name: str, run: dict) -> compare.Curve:
     """Each stage at the median seconds of its steps: what compiles, and how often it did, is no part of a method."""
     stages = run["ledger"]["stages"]
     flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
-    rows = [dict(row) for row in run["rows"]]
+    # Of a stage whose costs are not in the ledger yet, nothing is said.
+    rows = [dict(row) for row in run["rows"] if row["stage"] in flops]
     for stage in flops:
         timed = [row for row in rows if "loss" in row and row["stage"] == stage]
         settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
@@ -198,7 +215,8 @@ def machines(sweep: dict) -> str:
     for run in sweep["runs"].values():
         device = run["ledger"]["stages"][0].get("conditions", {}).get("device", "?")
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "flash-attn-4"))
-        found[f"{device}; {versions}; commit {str(run['git_commit'])[:10]}"] = None
+        python = f"Python {run['python']}, " if "python" in run else ""
+        found[f"{device}; {python}{versions}; commit {str(run['git_commit'])[:10]}"] = None
     return "; or ".join(found)
 
 
@@ -210,14 +228,13 @@ def write(files: list[Path], out: Path) -> None:
         text.append(conclusions.read_text(encoding="utf-8").strip() + "\n")
     if spread := repetitions(sweeps):
         text.append(f"## Noise between seeds\n\n{spread}\n")
-    for sweep in sweeps:
-        name = sweep["sweep"]
+    for name, sweep in zip((file.stem for file in files), sweeps, strict=True):
         figures = out / "figures" / name
         figures.mkdir(parents=True, exist_ok=True)
-        curves = [curve(run_name, run) for run_name, run in sweep["runs"].items() if run["rows"]]
+        curves = [drawn for run_name, run in sweep["runs"].items() if (drawn := curve(run_name, run)).points]
         drawn = [file for file in compare.plot(curves, figures) or () if file.suffix == ".svg"]
         text.append(f"## {name}\n\n{sweep['about'].strip()}\n")
-        text.append(f"Machine: {machines(sweep)}. `lighthouse sweep recipes/evidence/{name}.toml`\n")
+        text.append(f"`lighthouse sweep recipes/evidence/{sweep['sweep']}.toml`; {machines(sweep)}\n")
         text.append(f"### After recovery\n\n{measured(sweep)}\n\n{results(sweep)}\n")
         text.append(f"### At the switch\n\n{at_the_switch(sweep)}\n")
         if equal := same_time(sweep):

@@ -14,6 +14,7 @@ import torch
 from lighthouse_core import LighthouseConfig
 from lighthouse_core.attention.module import dense_for_now
 from lighthouse_core.config import load_recipe
+from lighthouse_core.config.data import DataSection
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.errors import UserError
@@ -229,8 +230,6 @@ def test_a_needle_needs_room():
 
 @pytest.fixture
 def data(tmp_path):
-    from lighthouse_core.config.data import DataSection
-
     for letter in string.ascii_letters:
         (tmp_path / f"{letter}.txt").write_text(letter * 3000)
     return DataSection(source="files", paths=[str(tmp_path / "*.txt")], validation=0.5)
@@ -286,6 +285,27 @@ def test_only_text_that_is_held_out(data):
     assert len(letters) == 8 and not seen & set().union(*letters)
     # They are of more than one document.
     assert len(set().union(*letters)) > 1
+
+
+def test_no_text_is_measured_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(chr(48 + i // 40) + chr(48 + i % 40) for i in range(1600)))
+    held_out = DataSection(source="files", paths=[str(tmp_path / "*.txt")], validation=0.999)
+    shown = []
+    it = dataclasses.replace(subject(uniform), hidden=lambda tokens: shown.append(tokens) or uniform(tokens))
+    for sequences in (2, 20, 47):
+        shown.clear()
+        evaluate(it, held_out, tokens=64, sequences=sequences, measures=("loss",))
+        assert len({tuple(tokens[0].tolist()) for tokens in shown}) == sequences
+    with pytest.raises(UserError, match="shorter than 60 sequences of 64 tokens"):
+        evaluate(it, held_out, tokens=64, sequences=60, measures=("loss",))
+
+
+def test_the_text_does_not_depend_on_how_training_shuffles():
+    texts = []
+    for shuffle in ("documents", "samples"):
+        it = dataclasses.replace(subject(uniform), hidden=lambda tokens: texts.append(tokens) or uniform(tokens))
+        evaluate(it, DataSection(validation=0.05, shuffle=shuffle), tokens=64, sequences=4, measures=("loss",))
+    assert torch.equal(torch.stack(texts[:4]), torch.stack(texts[4:]))
 
 
 def test_the_text_is_told_in_the_models_own_tokens(data, monkeypatch):

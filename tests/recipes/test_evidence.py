@@ -128,6 +128,18 @@ def test_runs_that_decay_are_held_against_one_that_does(sweep):
     assert module.dense_of(sweep, norm) is sweep["runs"]["dense-2"]
 
 
+def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
+    module = report()
+    runs = sweep["runs"]
+    ablation = json.loads(json.dumps(runs["dense"]))
+    ablation["recipe"]["data"] = {"shuffle": "documents"}
+    sweep["runs"] = {"ablation": ablation, **runs}
+    assert module.dense_of(sweep, runs["norm"]) is runs["dense"]
+    assert module.dense_of(sweep, ablation) is ablation
+    del sweep["runs"]["dense"]
+    assert module.dense_of(sweep, runs["norm"]) is None
+
+
 def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([sweep])
@@ -149,11 +161,39 @@ def test_compilation_is_not_counted(sweep):
 
 def test_no_equal_time_without_validations_on_both_sides(sweep):
     module = report()
-    for row in sweep["runs"]["dense"]["rows"][:2]:
-        row.pop("val_loss", None)
+    whole = json.dumps(sweep)
+    assert "| norm | 8 |" in module.same_time(sweep)
+    for name, kept in (("dense", 1), ("dense", 0), ("norm", 0)):
+        sweep = json.loads(whole)
+        rows = sweep["runs"][name]["rows"]
+        validations = [row for row in rows if "val_loss" in row]
+        sweep["runs"][name]["rows"] = [row for row in rows if "loss" in row] + validations[:kept]
+        assert module.same_time(sweep) == ""
+
+
+def test_no_equal_time_of_runs_that_decay(sweep):
+    module = report()
+    for name, key in (("norm", {"recover": {"decay": "linear"}}), ("dense", {"schedule": {"decay_steps": 1}})):
+        sweep["runs"][name]["recipe"] |= key
+    assert module.dense_of(sweep, sweep["runs"]["norm"]) is sweep["runs"]["dense"]
     assert module.same_time(sweep) == ""
-    sweep["runs"]["norm"]["recipe"]["recover"]["decay"] = "linear"
-    assert module.same_time(sweep) == ""
+
+
+def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
+    module = report()
+    norm = sweep["runs"]["norm"]
+    norm["ledger"]["stages"].append({"stage": "later", "start": 2, "end": 4})
+    norm["rows"].append({**norm["rows"][0], "step": 3, "stage": "later"})
+    del norm["evaluations"]["end"]
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    module.write([tmp_path / "trial.json"], tmp_path)
+
+
+def test_the_report_is_of_the_results_that_are_here(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "conclusions.md").write_text((EVIDENCE / "conclusions.md").read_text())
+    report().write(sorted((EVIDENCE / "results").glob("*.json")), tmp_path)
+    assert (tmp_path / "REPORT.md").read_text() == (EVIDENCE / "REPORT.md").read_text()
 
 
 def test_what_is_not_there_yet_is_left_out(sweep, tmp_path):
