@@ -87,7 +87,9 @@ def settings(corpus, kind, **change):
 
 def recipe(corpus, kind, **change):
     source = kind if kind in ("hf", "python-sources") else "files"
-    data = {"source": source, "paths": [str(corpus / path) for path in PATHS[kind]], "validation": 0.2} | change
+    paths = [str(corpus / path) for path in PATHS[kind]]
+    # The stream itself; what shuffles its samples is tested with the loader.
+    data = {"source": source, "paths": paths, "shuffle": "documents", "validation": 0.2} | change
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in data.items())
     return loads_recipe(
         "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 400\n"
