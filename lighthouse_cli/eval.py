@@ -100,7 +100,8 @@ def evaluate(
         measures=measures,
         say=_output.say,
     )
-    folder = out or home
+    # What is a part leaves the whole as it is.
+    folder = out or home.with_name("-".join([home.name, *measures] if only else [home.name]))
     text = json.dumps(finite(report), indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)

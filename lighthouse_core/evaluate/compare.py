@@ -57,9 +57,10 @@ class Summary:
     Attributes:
         name: of the run.
         step, tokens, seconds, flops: at its last row.
-        loss: mean of its last five rows.
+        loss: mean of the last five rows of its last stage.
         val_loss, leaky: its last validation, and whether later tokens took part in it.
-        jump: first dense loss less the mean of the last five before the switch.
+        jump: first dense loss less the mean of the last five before the switch (of fewer, a quarter of all, where there
+            are fewer than twenty).
         spike: the highest of the first five dense losses less the same mean.
         back: steps after the switch until the mean of five rows is below that of before it.
         below_dense: steps after the switch until it is below that of the dense run at the same tokens.
@@ -123,7 +124,8 @@ def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
     before = [p for p in curve.points if curve.switch is not None and p.step <= curve.switch]
     after = [p for p in curve.points if curve.switch is not None and p.step > curve.switch]
     if before and after:
-        level = fmean(p.loss for p in before[-_SMOOTH:])
+        # Not of the beginning, where the loss falls fast.
+        level = fmean(p.loss for p in before[-max(1, min(_SMOOTH, len(before) // 4)) :])
         jump = after[0].loss - level
         spike = max(p.loss for p in after[:_SMOOTH]) - level
         smooth = list(zip(after[_SMOOTH - 1 :], _smooth(after), strict=True))
@@ -142,7 +144,7 @@ def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
         last.tokens,
         last.seconds,
         last.flops,
-        fmean(p.loss for p in curve.points[-_SMOOTH:]),
+        fmean(p.loss for p in (after or curve.points)[-_SMOOTH:]),
         val_loss,
         leaky,
         jump,

@@ -70,6 +70,8 @@ def test_numbers_go_to_stdout_and_into_the_run(lighthouse, run, measured):
     assert report["loss"]["nats_per_token"]["standard_error"] is None
     assert json.loads((run.path / "eval/one-step-4/results.json").read_text()) == report
     assert "written to" in done.err and "matplotlib" not in done.err
+    assert lighthouse("eval", "one", "--only", "leak").code == 0
+    assert {path.name for path in (run.path / "eval").iterdir()} == {"one-step-4", "one-step-4-leak"}
 
 
 def test_text_that_was_trained_on_is_refused(lighthouse, here, run, measured):

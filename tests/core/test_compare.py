@@ -60,6 +60,12 @@ def test_jump_spike_and_the_way_back(make):
     assert found.loss == pytest.approx(1.7)
 
 
+def test_a_short_run_is_not_held_against_its_beginning(make):
+    losses = [("lighthouse", x) for x in (6.5, 4.0, 3.0, 2.5)] + [("dense", x) for x in (2.75, 2.25)]
+    found = summarize(read(make("short", (4, 2), losses)))
+    assert (found.jump, found.spike, found.loss) == (0.25, 0.25, 2.5)
+
+
 def test_against_dense_at_the_same_tokens(make):
     other = read(dense(make, [1.8] * 30))
     found = summarize(read(switched(make, [3.0, 3.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0])), other)
