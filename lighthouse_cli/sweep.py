@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ def sweep(
     from lighthouse_core.errors import UserError
     from lighthouse_core.runs import write_atomically
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
+    from lighthouse_core.train.progress import clock
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be above 0, not {minutes:g}")
@@ -44,7 +46,13 @@ def sweep(
                 _output.data(f"{name}: " + (f"lighthouse {' '.join(arguments)}" if arguments else "done"))
         return
     with lock(output, file.stem):
-        runner = Runner(plan, base, output, places(), _output.say)
+        begun = time.monotonic()
+
+        def say(text: str) -> None:
+            _output.say(f"{clock(time.monotonic() - begun)}  {text}")
+
+        runner = Runner(plan, base, output, places(plan.per_gpu), say)
+        _output.say(f"what the commands print is in {output}/RUN.log")
         # nohup has it outlive its terminal.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

@@ -34,10 +34,13 @@ def account(run: "Run") -> dict[str, Any]:
         return ledger | {"stages": stages}
     training = run.recipe.training
     per_step = training.global_batch_size * training.seq_len
-    own = [[row for row in rows if row["stage"] == stage["stage"]] for stage in stages]
-    for number, (stage, timed) in enumerate(zip(stages, own, strict=True)):
+    ends = [stage["start"] for stage in stages[1:]] + [stages[-1]["end"]]
+    own = [
+        [row for row in rows if row["stage"] == stage["stage"] and stage["start"] < row["step"] <= end]
+        for stage, end in zip(stages, ends, strict=True)
+    ]
+    for stage, end, timed in zip(stages, ends, own, strict=True):
         if timed:
-            end = stages[number + 1]["start"] if number + 1 < len(stages) else stage["end"]
             saved = [step for step in run.checkpoint_steps() if stage["start"] < step <= end]
             steps = max(timed[-1]["step"], *saved, 0) - stage["start"]
             untimed = steps - sum(row["steps"] for row in timed)

@@ -243,6 +243,8 @@ def plan_recovery(
 ) -> Recovery:
     """What `lighthouse recover` has to train: a new recovery, or the rest of one that was begun. Writes nothing.
 
+    A run that is dense from the start has one, too: more steps, or a decay of its rate.
+
     Args:
         run: the run.
         steps: length of the recovery; else `[recover] steps`.
@@ -251,7 +253,7 @@ def plan_recovery(
         strict: refuse to fall back to an older checkpoint where the newest is damaged.
 
     Raises:
-        RunError: the run is dense from the start, or its recovery is complete or of another length.
+        RunError: the recovery is complete or of another length, or the run's own schedule has its rate go to zero.
         CheckpointError: there is no checkpoint to go on from.
         UserError: a number or a setting that cannot be used.
     """
@@ -260,11 +262,6 @@ def plan_recovery(
             raise UserError(f"{option} must be at least 1, not {number}")
     if steps is not None and extend is not None:
         raise UserError("--steps and --extend exclude each other", hint="--extend adds to a recovery begun before")
-    if run.stage == "dense" and not run.recovering:
-        raise RunError(
-            f"run {run.path} was dense from the start and has nothing to recover from",
-            hint=f"lighthouse strip {run.path} OUT exports it",
-        )
     _check_resumable(overrides)
     if steps is not None:
         overrides = [*overrides, f"recover.steps={steps}"]
@@ -281,7 +278,12 @@ def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) 
         raise RunError(f"run {run.path} has no recovery to extend", hint="lighthouse recover --steps N begins one")
     if not recipe.recover.steps:
         raise UserError(f"the recipe of run {run.path} has no recover.steps", hint="give --steps N")
-    step = run.newest_step(strict)
+    step, decay = run.newest_step(strict), recipe.schedule.decay_steps
+    if decay and step > run.end - decay:
+        raise RunError(
+            f"the rate of run {run.path} goes to zero by its own schedule.decay_steps = {decay}",
+            hint=f"lighthouse strip {run.path} OUT exports it",
+        )
     return Recovery(recipe, step, step + recipe.recover.steps, step, stopped_early=step < run.end)
 
 

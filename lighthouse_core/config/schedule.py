@@ -7,7 +7,7 @@ class ScheduleSection(Section):
     """`warmup_steps` counts from step 0 of stage 1; a recovery has no second warm-up.
 
     Over the last `decay_steps` of a run that is dense from the start the rate goes to zero; others have
-    `recover.decay`.
+    `recover.decay`, and so has a dense run whose end is not known yet.
     """
 
     warmup_steps: NonNegative = 0

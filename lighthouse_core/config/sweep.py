@@ -17,13 +17,15 @@ _RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 class RunSection(Section):
     """One run: `set` overrides the recipe; `recover` steps follow (0 for none), with `recover_set`.
 
-    `stage_1` names another run of the sweep, whose first stage this one begins from: several recoveries of one.
+    `stage_1` names another run of the sweep, whose first stage this one begins from, as it was after `at` steps (0 for
+    its end): several recoveries of one. A run that is dense from the start has such, too: decays of its rate.
     """
 
     set: Strings = ()
     recover: NonNegative = 0
     recover_set: Strings = ()
     stage_1: str = ""
+    at: NonNegative = 0
 
 
 class EvaluateSection(Section):
@@ -55,10 +57,12 @@ class EvaluateSection(Section):
 
 class Sweep(Section):
     """A whole sweep. `recipe` is a path beside the file; `set` holds for all runs; `about` goes into what is collected:
-    what is asked, and what is expected."""
+    what is asked, and what is expected. More than one run `per_gpu` fill the time in which one of them compiles, but
+    what a step takes is then not measured."""
 
     recipe: str
     about: str = ""
+    per_gpu: Positive = 1
     set: Strings = ()
     evaluate: EvaluateSection | None = None
     runs: Annotated[dict[_RunName, RunSection], Field(min_length=1)]
@@ -92,17 +96,23 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: stage_1 must name a run that has its own, and there is a recovery and no set",
             )
-        # Of a recovery, which keys it may set is decided where it begins.
-        recoveries = [run.recover_set, parent.recover_set if parent else ()]
+        if run.at and not parent:
+            raise RecipeError(f"{path}: run {name}: at is a step of the run that stage_1 names, and there is none")
         try:
             recipe = load_recipe(base, sweep.settings(name))
-            others = [load_recipe(base, [*sweep.settings(name), *settings]) for settings in recoveries if settings]
+            # Of a recovery, which keys it may set is decided where it begins.
+            load_recipe(base, [*sweep.settings(name), *run.recover_set])
+            keeping = [recipe, load_recipe(base, [*sweep.settings(name), *parent.recover_set])] if parent else []
         except RecipeError as error:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
-        if parent and any(one.checkpoint.keep for one in (recipe, *others)):
+        if any(one.checkpoint.keep for one in keeping):
             raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
-        if run.recover and not recipe.lighthouse.enabled:
-            raise RecipeError(f"{path}: run {name}: recover must be 0 for a run with lighthouse.enabled = false")
+        steps, interval = recipe.training.steps, recipe.checkpoint.interval
+        if run.at > steps or (run.at % interval and run.at != steps):
+            raise RecipeError(
+                f"{path}: run {name}: the run {run.stage_1} has no checkpoint of step {run.at}, only every "
+                f"{interval} steps to {steps}"
+            )
         if sweep.evaluate and sweep.evaluate.tokens > recipe.training.seq_len:
             raise RecipeError(
                 f"{path}: run {name}: evaluate.tokens ({sweep.evaluate.tokens}) is above training.seq_len "

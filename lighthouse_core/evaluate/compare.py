@@ -99,6 +99,7 @@ def curve(
         stages: of its ledger.
         step_flops: of one step of each stage.
     """
+    dense = stages[0]["stage"] == "dense"
     seconds = flops = 0.0
     points, step = [], 0
     for row in rows:
@@ -112,8 +113,8 @@ def curve(
         name=name,
         points=tuple(points),
         validation=tuple((row["step"], row["val_loss"], row["leaky"]) for row in rows if "val_loss" in row),
-        switch=stages[1]["start"] if len(stages) > 1 else None,
-        dense=stages[0]["stage"] == "dense",
+        switch=None if dense or len(stages) < 2 else stages[1]["start"],
+        dense=dense,
     )
 
 

@@ -26,8 +26,8 @@ def collect(sweep: Sweep, name: str, output: Path) -> dict[str, Any]:
     for run_name, wanted in sweep.runs.items():
         with contextlib.suppress(LighthouseError):
             runs[run_name] = _measured(Run(output / run_name), wanted)
-    whole = {"version": 1, "sweep": name, "about": sweep.about, "recipe": sweep.recipe, "set": list(sweep.set)}
-    return whole | {"runs": runs}
+    about = {"about": sweep.about, "recipe": sweep.recipe, "per_gpu": sweep.per_gpu, "set": list(sweep.set)}
+    return {"version": 1, "sweep": name, **about, "runs": runs}
 
 
 def _measured(run: Run, wanted: RunSection) -> dict[str, Any]:

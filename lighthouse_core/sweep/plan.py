@@ -34,21 +34,23 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     if not run.recovering and not stage_1_done(path):
         return ["pretrain", "--resume", str(path)]
     evaluate = sweep.evaluate
+    # What others recover from has no end of its own.
+    at_switch = run.stage == "lighthouse" and not wanted.stage_1
+    if evaluate and at_switch and report(path, "switch") is None:
+        return _eval(sweep, path, "switch", evaluate.at_switch)
     if wanted.recover and not run.recovering:
-        if evaluate and not wanted.stage_1 and report(path, "switch") is None:
-            return _eval(sweep, path, "switch", evaluate.at_switch)
         return recover
     if run.recovering and (not run.checkpoint_steps() or run.checkpoint_steps()[-1] < run.end):
         return ["recover", str(path)]
-    if evaluate and report(path, "end") is None:
+    if evaluate and run.stage == "dense" and report(path, "end") is None:
         return _eval(sweep, path, "end", evaluate.only)
     return None
 
 
 def waits(sweep: Sweep, name: str, output: Path) -> bool:
-    """Whether a run needs another one's first stage, which is not there yet."""
-    parent = sweep.runs[name].stage_1
-    return bool(parent) and not begun(output / name) and not stage_1_done(output / parent)
+    """Whether a run needs a checkpoint of another one's first stage, which is not there yet."""
+    wanted = sweep.runs[name]
+    return bool(wanted.stage_1) and not begun(output / name) and not stage_1_done(output / wanted.stage_1, wanted.at)
 
 
 def check(sweep: Sweep, base: Path, output: Path) -> None:

@@ -137,9 +137,9 @@ class Runner:
         path = self.output / name
         if clear(path):
             self.say(f"{name}: {path} held no checkpoint and is removed; it begins anew")
-        stage_1 = self.sweep.runs[name].stage_1
-        if stage_1 and not begun(path):
-            branch(Run(self.output / stage_1), path)
+        wanted = self.sweep.runs[name]
+        if wanted.stage_1 and not begun(path):
+            branch(Run(self.output / wanted.stage_1), path, wanted.at)
         arguments = next_command(self.sweep, self.base, name, self.output)
         if arguments is None:
             self.left.remove(name)
@@ -182,10 +182,11 @@ class Runner:
                 self._fail(name, f"exit code {code}; {self._log(name)} has its last words")
 
 
-def places() -> list[dict[str, str]]:
-    """One for each GPU that this process sees; without any, one."""
+def places(per_gpu: int = 1) -> list[dict[str, str]]:
+    """So many for each GPU that this process sees; without any, as for one."""
     from lighthouse_core.launch import local_gpus
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(local_gpus())]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+    each: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+    return each * per_gpu

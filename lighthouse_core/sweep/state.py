@@ -28,12 +28,12 @@ def stage_1_end(run: Run) -> int:
     return stages[1]["start"] if len(stages) > 1 else stages[0]["end"]
 
 
-def stage_1_done(path: Path) -> bool:
-    """Whether there is a checkpoint of the first stage's end."""
+def stage_1_done(path: Path, at: int = 0) -> bool:
+    """Whether there is a checkpoint of a step of the first stage; 0 for its end."""
     if not begun(path):
         return False
     run = Run(path)
-    return stage_1_end(run) in run.checkpoint_steps()
+    return (at or stage_1_end(run)) in run.checkpoint_steps()
 
 
 def report(path: Path, which: str) -> dict[str, Any] | None:
@@ -64,15 +64,16 @@ def clear(path: Path) -> bool:
     return True
 
 
-def branch(run: Run, path: Path) -> Run:
+def branch(run: Run, path: Path, at: int = 0) -> Run:
     """A new run that stands where another one's first stage ended; the checkpoint is linked rather than copied.
 
     Args:
-        run: has the checkpoint of its first stage's end.
+        run: has the checkpoint.
         path: of the new run.
+        at: another step of the first stage, which is the new one's end.
     """
-    first = run.ledger["stages"][0]
-    step = stage_1_end(run)
+    step = at or stage_1_end(run)
+    first = run.ledger["stages"][0] | {"end": step}
     temporary = path.with_name(f".{path.name}.branching")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run.checkpoint_dir(step), temporary / f"checkpoints/step-{step}", copy_function=os.link)

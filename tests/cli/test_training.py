@@ -245,10 +245,17 @@ def test_recover_refuses_what_the_checkpoint_decides(lighthouse, trainer, overri
     assert ledger("a") == [("lighthouse", 0, 100)]
 
 
-def test_a_dense_run_has_nothing_to_recover(lighthouse, trainer):
+def test_a_dense_run_goes_on(lighthouse, trainer):
     answer = lighthouse("pretrain", "tiny.toml", "--name", "a", "--set", "lighthouse.enabled=false")
     assert "lighthouse strip runs/a OUT" in answer.err
-    assert "dense from the start" in lighthouse("recover", "a").error
+    assert lighthouse("recover", "a", "--steps", "5", "--set", 'recover.decay="linear"').code == 0
+    assert ledger("a") == [("dense", 0, 100), ("dense", 100, 105)]
+
+
+def test_a_dense_run_that_has_decayed_does_not_go_on(lighthouse, trainer):
+    dense = ("--set", "lighthouse.enabled=false", "--set", "schedule.decay_steps=50")
+    lighthouse("pretrain", "tiny.toml", "--name", "a", *dense)
+    assert "goes to zero by its own schedule" in lighthouse("recover", "a", "--steps", "5").error
 
 
 def test_a_run_in_training_is_not_recovered(lighthouse, trainer):

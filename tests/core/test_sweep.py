@@ -127,6 +127,59 @@ def test_a_second_recovery_begins_where_the_first_stage_ended(sweep, tmp_path):
     assert damage(other.checkpoint_dir(10)) is None
 
 
+def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_path):
+    text = SWEEP.replace("steps=10", 'steps=10", "checkpoint.interval=4').replace('"random"\n', '"random"\nat = 8\n')
+    (tmp_path / "sweep.toml").write_text(text)
+    sweep, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "runs"
+    run = begin(sweep, tmp_path, "random")
+    save(run, 4)
+    assert waits(sweep, "random-annealed", output)
+    save(run, 8)
+    save(run, 10)
+    assert not waits(sweep, "random-annealed", output)
+    other = branch(run, output / "random-annealed", sweep.runs["random-annealed"].at)
+    assert other.checkpoint_steps() == [8] and other.ledger["stages"][0]["end"] == 8
+    assert run.ledger["stages"][0]["end"] == 10
+    command = next_command(sweep, tmp_path / "base.toml", "random-annealed", output)
+    assert command[:4] == ["recover", str(other.path), "--steps", "5"]
+    plan = plan_recovery(other, 5, overrides=['recover.decay="linear"'])
+    assert (plan.start, plan.end, plan.stopped_early) == (8, 13, False)
+    other.write_recovery(plan)
+    check(sweep, tmp_path / "base.toml", output)
+
+
+def test_a_dense_run_has_recoveries_too(sweep, tmp_path):
+    text = SWEEP + '[runs.decayed]\nstage_1 = "dense"\nrecover = 5\nrecover_set = [\'recover.decay="linear"\']\n'
+    (tmp_path / "sweep.toml").write_text(text)
+    sweep, base, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", tmp_path / "runs"
+    run = begin(sweep, tmp_path, "dense", "lighthouse.enabled=false")
+    save(run, 10)
+    other = branch(run, output / "decayed")
+    assert next_command(sweep, base, "decayed", output)[0] == "recover"
+    other.write_recovery(plan_recovery(other, 5, overrides=['recover.decay="linear"']))
+    save(Run(other.path), 15)
+    command = next_command(sweep, base, "decayed", output)
+    assert command[:4] == ["eval", str(other.path), "--out", f"{other.path}/eval/end"]
+    check(sweep, base, output)
+
+
+def test_a_stage_1_for_others_is_evaluated_at_the_switch_alone(sweep, tmp_path):
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace("[runs.random]\nrecover = 5", "[runs.random]"))
+    sweep, base, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", tmp_path / "runs"
+    run = begin(sweep, tmp_path, "random")
+    save(run, 10)
+    command = next_command(sweep, base, "random", output)
+    assert command[:4] == ["eval", str(run.path), "--out", f"{run.path}/eval/switch"]
+    evaluated(run.path, "switch")
+    assert next_command(sweep, base, "random", output) is None
+
+
+def test_what_a_recovery_keeps_of_its_own_checkpoints_is_free(sweep, tmp_path):
+    text = SWEEP.replace("'recover.decay=\"linear\"'", "'checkpoint.keep=2'")
+    (tmp_path / "sweep.toml").write_text(text)
+    assert load_sweep(tmp_path / "sweep.toml").runs["random-annealed"].recover_set == ("checkpoint.keep=2",)
+
+
 def test_a_branch_that_was_cut_off_is_made_anew(sweep, tmp_path):
     run = begin(sweep, tmp_path, "random")
     save(run, 10)
@@ -168,7 +221,9 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         ("recipe = ", "recipe ", "cannot read"),
         ('"checkpoint.keep=0"', '"checkpoint.keep=2"', "random-annealed: stage_1 needs checkpoint.keep=0"),
         ("recover = 5\n\n", "recover = 5\nrecover_set = ['checkpoint.keep=2']\n\n", "stage_1 needs checkpoint.keep=0"),
-        ("enabled=false", "enabled=false']\nrecover = 5#", "dense: recover must be 0"),
+        ('stage_1 = "random"', 'stage_1 = "random"\nat = 7', "no checkpoint of step 7, only every 50 steps to 10"),
+        ('stage_1 = "random"', 'stage_1 = "random"\nat = 50', "no checkpoint of step 50"),
+        ("recover = 5\n\n", "recover = 5\nat = 5\n\n", "random: at is a step of"),
         ('only = "loss"', 'only = "loss, Lose"', "evaluate.only knows .* not 'Lose'"),
         ('only = "loss"', 'at_switch = "loss,"', "evaluate.at_switch knows"),
         ('only = "loss"', "context = 3", "evaluate.context.* multiple of 2"),
@@ -183,7 +238,7 @@ def test_what_is_no_run_is_not_removed(tmp_path):
 )
 def test_what_a_sweep_cannot_be(sweep, tmp_path, before, after, words):
     assert before in SWEEP
-    (tmp_path / "sweep.toml").write_text(SWEEP.replace(before, after, 1).replace("false']", 'false"]'))
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace(before, after, 1))
     with pytest.raises(RecipeError, match=words):
         load_sweep(tmp_path / "sweep.toml")
 
@@ -455,7 +510,8 @@ def test_the_runner_clears_and_branches(sweep, tmp_path, monkeypatch):
 
 
 def test_what_was_measured_is_collected(sweep, tmp_path):
-    assert collect(sweep, "s", tmp_path / "runs")["runs"] == {}
+    nothing = collect(sweep.model_copy(update={"per_gpu": 2}), "s", tmp_path / "runs")
+    assert nothing["runs"] == {} and nothing["per_gpu"] == 2
     run = begin(sweep, tmp_path, "random")
     save(run, 10)
     with (run.path / "metrics.jsonl").open("a") as file:
@@ -480,6 +536,7 @@ def test_places_are_gpus(monkeypatch):
     assert places() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places()] == ["3", "5"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(per_gpu=2)] == ["3", "5", "3", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("lighthouse_core.launch.local_gpus", lambda: 0)
     assert places() == [{}]

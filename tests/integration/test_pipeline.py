@@ -106,6 +106,19 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     assert seen[10]["loss"] < seen[1]["loss"] - 0.5
 
 
+@pytest.mark.slow
+def test_a_dense_run_recovers_as_if_it_had_decayed_by_its_own_schedule(workspace):
+    dense = ("lighthouse.enabled=false", "schedule.warmup_steps=2")
+    whole = pretrain(workspace, "whole", "--nproc", "1", *options(*dense, "schedule.decay_steps=3"))
+    first = pretrain(workspace, "parts", "--nproc", "1", *options(*dense, "training.steps=3"))
+    succeed("recover", "parts", "--steps", "3", "--set", 'recover.decay="linear"', cwd=workspace)
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in rows(first).values()] == [row[key] for row in rows(whole).values()]
+    ledger = json.loads((first / "ledger.json").read_text())
+    assert [(stage["stage"], stage["steps"]) for stage in ledger["stages"]] == [("dense", 3), ("dense", 3)]
+    succeed("strip", "runs/parts", "parts-hf", cwd=workspace)
+
+
 def test_an_extended_recovery_takes_its_rate_from_the_new_end(workspace, recovered):
     extended = workspace / "runs/extended"
     shutil.copytree(recovered, extended)
