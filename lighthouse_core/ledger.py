@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from lighthouse_core.runs import Run
 
 Row = dict[str, Any]
-# Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch.
-_GIVEN = ("stage", "start", "end", "conditions", "measured_dense")
+# Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch; `data` is the
+# fingerprint of its text: with the same one and the same seed, runs see the same tokens in the same order.
+_GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense")
 
 
 def account(run: "Run") -> dict[str, Any]:

@@ -122,11 +122,12 @@ class Metrics(MetricsProcessor):
         self.last_step = self.start_step = stage.start
         self.last_time = 0.0
 
-    def begin(self, step: int) -> bool:
+    def begin(self, step: int, data: int) -> bool:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
 
         Args:
             step: the last finished step of the checkpoint that training goes on from.
+            data: fingerprint of the training text, for the ledger.
 
         Returns:
             Whether there is a validation row of that step; on processes other than the first, False.
@@ -140,7 +141,7 @@ class Metrics(MetricsProcessor):
                 if row["stage"] == self.stage.name and row.get("loss") is not None:
                     self.spikes.score(row["loss"])
             self.file = path.open("ab", buffering=0)
-            self.stage.run.note(conditions=self.conditions())
+            self.stage.run.note(conditions=self.conditions(), data=f"{data:016x}")
         self.device_memory_monitor.reset_peak_stats()
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()

@@ -245,7 +245,7 @@ class Trainer(titan_train.Trainer):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
-        validated = self.metrics_processor.begin(self.step)
+        validated = self.metrics_processor.begin(self.step, self.dataloader.fingerprint)
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):

@@ -4,12 +4,17 @@ python recipes/evidence/report.py recipes/evidence/results/*.json
 """
 
 import argparse
+import itertools
 import json
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import Any
 
-from lighthouse_core.evaluate import compare
+from lighthouse_core.evaluate import compare, figures
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
@@ -17,17 +22,97 @@ INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
 Written by `recipes/evidence/report.py` from the JSON in [results/](results), which `lighthouse sweep` collected.
 Losses are in nats per byte on held-out text, the same sequences for every run of a table, with dense attention unless
 it is said otherwise; ± is the standard error over sequences. *Beside dense* is the mean paired difference from the
-dense run of the same seed, whose rate decays if the other's does. *Beyond* is the loss of the tokens that have more
+dense run of the same seed and as many steps, whose rate decays over as many. *Validation* is the last loss on the
+validation text of the training, packages that were left out of it. *Beyond* is the loss of the tokens that have more
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
-layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Hypotheses: (1)
-stage 1 reads the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is not close to dense
-attention; (4) heads that copy come late.
+layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Seconds are of
+training on one GPU: every step counts with its stage's median time, without compilation. Hypotheses: (1) stage 1 reads
+the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is not close to dense attention; (4) heads
+that copy come late.
 """
+NOISE = """Runs that differ in nothing but the seed, or in nothing at all: kernels add up gradients in an order that
+changes from run to run, so that a run is not repeated exactly. *Beside dense* is the mean over them of each one's
+difference from dense, and ± its standard deviation."""
+SAME_TIME = """Losses on the validation text of the training, the same batches every time, that of dense as a straight
+line between its validations."""
+SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone to zero, that of dense as a straight line
+between dense runs of several lengths."""
 
 
-EQUAL = """Losses on the validation text of the training, the same batches every time, that of dense as a straight line
-between its validations. Steps count with their stage's median time, without compilation."""
+@dataclass(frozen=True)
+class Trial:
+    """A run of a sweep; `timed` is False where it shared its GPU."""
+
+    name: str
+    run: dict[str, Any]
+    timed: bool = True
+
+    @property
+    def end(self) -> dict | None:
+        return self.run["evaluations"].get("end")
+
+    @property
+    def loss(self) -> dict:
+        return self.run["evaluations"]["end"]["loss"]["nats_per_token"]
+
+    @property
+    def dense(self) -> bool:
+        return not self.run["recipe"]["lighthouse"]["enabled"]
+
+    @property
+    def decay(self) -> int:
+        """Steps over which the rate goes to zero."""
+        recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
+        return recovery if recovery and recipe["recover"]["decay"] != "none" else recipe["schedule"]["decay_steps"]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of each stage."""
+        return tuple(stage["end"] - stage["start"] for stage in self.run["ledger"]["stages"])
+
+    @property
+    def text(self) -> str | None:
+        """Fingerprint of what it was trained on; None where that is not known."""
+        return self.run["ledger"]["stages"][0].get("data")
+
+    @cached_property
+    def curve(self) -> compare.Curve:
+        """Each stage at the median seconds of its steps: what compiles, and how often, is no part of a method."""
+        stages = self.run["ledger"]["stages"]
+        flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
+        # Of a stage whose costs are not in the ledger yet, nothing is said.
+        rows = [dict(row) for row in self.run["rows"] if row["stage"] in flops]
+        for stage in flops:
+            timed = [row for row in rows if "loss" in row and row["stage"] == stage]
+            settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
+            typical = median(settled or [row["seconds"] for row in timed])
+            for row in timed:
+                row["seconds"] = typical
+        return compare.curve(self.name, rows, stages, flops)
+
+    @property
+    def seconds(self) -> float:
+        return self.curve.points[-1].seconds
+
+    @property
+    def validated(self) -> list[tuple[float, float]]:
+        """(seconds of training, validation loss), oldest first."""
+        seconds = {point.step: point.seconds for point in self.curve.points}
+        return [(seconds[step], loss) for step, loss, _ in self.curve.validation if step in seconds]
+
+    def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
+        """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections."""
+        left_out = ("output", "checkpoint", "metrics", *sections)
+        recipe = {name: dict(part) for name, part in self.run["recipe"].items() if name not in left_out}
+        for key in keys:
+            section, name = key.split(".")
+            recipe.get(section, {}).pop(name, None)
+        return json.dumps(recipe, sort_keys=True)
+
+
+def trials(sweep: dict) -> list[Trial]:
+    return [Trial(name, run, sweep.get("per_gpu", 1) == 1) for name, run in sweep["runs"].items()]
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -35,61 +120,49 @@ def mean(value: dict, digits: int = 4) -> str:
     return f"{value['mean']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A table; "" without rows."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]) if lines else ""
 
 
-def settings(run: dict, sections: tuple[str, ...], keys: tuple[str, ...]) -> str:
-    """A run's recipe without those sections, what changes no result, and those keys, "a.b", of other sections."""
-    left_out = ("output", "checkpoint", "metrics", *sections)
-    recipe = {name: dict(part) for name, part in run["recipe"].items() if name not in left_out}
-    for key in keys:
-        section, name = key.split(".")
-        recipe.get(section, {}).pop(name, None)
-    return json.dumps(recipe, sort_keys=True)
+def common(trial: Trial) -> str:
+    """What a run has in common with the dense runs that it may be held against."""
+    return trial.settings(("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps"))
 
 
-def but_for_the_seed(run: dict) -> str:
-    """The settings that repetitions of an experiment have in common."""
-    return settings(run, (), ("training.seed",)) + str(run["settings"]["recover"])
-
-
-def end_of(run: dict) -> dict | None:
-    return run["evaluations"].get("end")
-
-
-def decays(run: dict) -> bool:
-    recipe = run["recipe"]
-    recovers = run["settings"]["recover"] > 0 and recipe["recover"]["decay"] != "none"
-    return recovers or recipe["schedule"]["decay_steps"] > 0
-
-
-def dense_of(sweep: dict, run: dict) -> dict | None:
-    """The run that is dense from the start and else has the same settings, and decays as this one does or does not."""
-
-    def common(run: dict) -> str:
-        return settings(
-            run, ("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps")
-        )
-
-    for other in sweep["runs"].values():
-        enabled = other["recipe"]["lighthouse"]["enabled"]
-        if not enabled and common(other) == common(run) and decays(other) == decays(run):
+def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
+    """The run that is dense from the start and else alike: as many steps, and as many of a decaying rate."""
+    for other in others:
+        alike = common(other) == common(trial) and other.decay == trial.decay
+        if other.dense and alike and sum(other.steps) == sum(trial.steps):
             return other
     return None
 
 
-def beside(run: dict, dense: dict | None) -> str:
-    if dense is run:
-        return ""
-    if dense is None or not end_of(dense):
-        return "-"
-    if end_of(run)["data"]["sha256"] != end_of(dense)["data"]["sha256"]:
-        raise SystemExit("error: two runs of a sweep were measured on different text")
-    pairs = zip(end_of(run)["loss"]["per_sequence"], end_of(dense)["loss"]["per_sequence"], strict=True)
-    differences = [a - b for a, b in pairs]
-    return f"{fmean(differences):+.4f} ± {stdev(differences) / math.sqrt(len(differences)):.4f}"
+def but_for_the_seed(trial: Trial) -> tuple:
+    """What repetitions have in common. A part of a longer stage 1 is a shorter one."""
+    settings = trial.settings(("recover",), ("training.seed", "training.steps", "schedule.decay_steps"))
+    return settings, sum(trial.steps) if trial.dense else trial.steps, trial.decay
+
+
+def differences(trial: Trial, dense: Trial | None) -> list[float]:
+    """Of each sequence, from dense; [] where there is nothing to compare."""
+    if dense is None or dense is trial or not dense.end or not trial.end:
+        return []
+    if trial.end["data"]["sha256"] != dense.end["data"]["sha256"]:
+        raise SystemExit(f"error: {trial.name} and {dense.name} were measured on different text")
+    if len({text for text in (trial.text, dense.text) if text}) > 1:
+        raise SystemExit(f"error: {trial.name} and {dense.name} were trained on different text")
+    pairs = zip(trial.end["loss"]["per_sequence"], dense.end["loss"]["per_sequence"], strict=True)
+    return [a - b for a, b in pairs]
+
+
+def beside(trial: Trial, dense: Trial | None) -> str:
+    found = differences(trial, dense)
+    if not found:
+        return "" if dense is trial else "-"
+    return f"{fmean(found):+.4f} ± {stdev(found) / math.sqrt(len(found)):.4f}"
 
 
 def needles(end: dict) -> str:
@@ -97,62 +170,62 @@ def needles(end: dict) -> str:
     return f"{fmean(cell['right'] / cell['trials'] for cell in cells):.2f}" if cells else "-"
 
 
-def results(sweep: dict) -> str:
-    rows = []
-    for name, run in sweep["runs"].items():
-        if end := end_of(run):
-            context = end.get("context")
-            rows.append(
-                [
-                    name,
-                    mean(end["loss"]["nats_per_token"]),
-                    beside(run, dense_of(sweep, run)),
-                    mean(context["full"]) if context else "-",
-                    mean(context["gain"]) if context else "-",
-                    needles(end),
-                    f"{curve(name, run).points[-1].seconds:.0f}",
-                ]
-            )
+def results(runs: list[Trial], others: list[Trial]) -> str:
+    """The runs of a sweep after their recovery. `others` have dense runs where the sweep has none."""
+
+    def row(trial: Trial) -> list[str]:
+        context = trial.end.get("context")
+        return [
+            trial.name,
+            " + ".join(map(str, trial.steps)),
+            mean(trial.loss),
+            beside(trial, dense_of(trial, [*runs, *others])),
+            f"{trial.curve.validation[-1][1]:.4f}" if trial.curve.validation else "-",
+            mean(context["full"]) if context else "-",
+            mean(context["gain"]) if context else "-",
+            needles(trial.end),
+            f"{trial.seconds:.0f}" if trial.timed else "-",
+        ]
+
     columns = [
         "run",
+        "steps",
         "loss at the end",
         "beside dense",
+        "validation",
         "beyond",
         "far context",
         "needles",
-        "seconds of training, one GPU",
+        "seconds",
     ]
-    return table(columns, rows)
+    return table(columns, [row(trial) for trial in runs if trial.end])
 
 
-def measured(sweep: dict) -> str:
+def measured(runs: list[Trial]) -> str:
     """How much text was measured."""
-    ends = [end for run in sweep["runs"].values() if (end := end_of(run))]
+    ends = [trial.end for trial in runs if trial.end]
     if not ends:
         return "Nothing yet."
     words = f"{ends[0]['sequences']} sequences of {ends[0]['tokens']} tokens"
     context = next((end["context"]["context"] for end in ends if "context" in end), None)
     words += f"; the short context is {context} tokens." if context else "."
-    left = [name for name, run in sweep["runs"].items() if not end_of(run)]
+    left = [trial.name for trial in runs if not trial.end and (trial.dense or trial.run["settings"]["recover"])]
     return words + (f" Begun and not measured: {', '.join(left)}." if left else "")
 
 
-def at_the_switch(sweep: dict) -> str:
-    rows = []
-    for name, run in sweep["runs"].items():
-        if switch := run["evaluations"].get("switch"):
-            leak = next((row for row in switch.get("leak", []) if row["distance"] == 0), None)
-            errors = [row["relative_error"] for row in switch["switch"]["attention_errors"]]
-            rows.append(
-                [
-                    name,
-                    mean(switch["loss"]["nats_per_token"]) + (" (leaky)" if switch["leaky"] else ""),
-                    mean(switch["switch"]["dense"]),
-                    f"{switch['switch']['jump']['mean']:+.4f}",
-                    f"{leak['mean']:+.4f} ± {leak['standard_error']:.4f}" if leak else "-",
-                    f"{median(errors):.2f} ({min(errors):.2f} to {max(errors):.2f})",
-                ]
-            )
+def at_the_switch(runs: list[Trial]) -> str:
+    def row(name: str, switch: dict) -> list[str]:
+        leak = next((row for row in switch.get("leak", []) if row["distance"] == 0), None)
+        errors = [row["relative_error"] for row in switch["switch"]["attention_errors"]]
+        return [
+            name,
+            mean(switch["loss"]["nats_per_token"]) + (" (leaky)" if switch["leaky"] else ""),
+            mean(switch["switch"]["dense"]),
+            f"{switch['switch']['jump']['mean']:+.4f}",
+            f"{leak['mean']:+.4f} ± {leak['standard_error']:.4f}" if leak else "-",
+            f"{median(errors):.2f} ({min(errors):.2f} to {max(errors):.2f})",
+        ]
+
     columns = [
         "run",
         "loss as trained",
@@ -161,74 +234,84 @@ def at_the_switch(sweep: dict) -> str:
         "leak at distance 0",
         "error of one call, median (range)",
     ]
-    return table(columns, rows)
+    found = [(trial.name, trial.run["evaluations"].get("switch")) for trial in runs]
+    return table(columns, [row(name, switch) for name, switch in found if switch])
 
 
-def same_time(sweep: dict) -> str:
+def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The value at x of straight lines between points, in order; None outside of them."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+def same_time(runs: list[Trial]) -> str:
     """Validation losses of dense runs at the seconds that the others took; not of those that decay."""
     rows = []
-    for name, run in sweep["runs"].items():
-        dense = dense_of(sweep, run)
-        if dense is None or dense is run or decays(run) or not end_of(run):
-            continue
-        ours, theirs = validated(run), validated(dense)
-        if not ours:
-            continue
-        spent, loss = ours[-1]
-        after = next((i for i, (seconds, _) in enumerate(theirs) if seconds >= spent), 0)
-        if after:
-            (x, low), (y, high) = theirs[after - 1 : after + 1]
-            then = low + (high - low) * (spent - x) / (y - x)
-            rows.append([name, f"{spent:.0f}", f"{loss:.4f}", f"{then:.4f}", f"{loss - then:+.4f}"])
-    columns = ["run", "seconds", "validation loss", "of dense then", "difference"]
-    return table(columns, rows) if rows else ""
+    for trial in runs:
+        dense = dense_of(trial, runs)
+        if dense and not trial.dense and not trial.decay and trial.end and trial.timed and trial.validated:
+            rows.append((trial.name, *trial.validated[-1], dense.validated))
+    return equal_time("validation loss", rows)
 
 
-def validated(run: dict) -> list[tuple[float, float]]:
-    """(seconds of training, validation loss), oldest first."""
-    whole = curve("", run)
-    seconds = {point.step: point.seconds for point in whole.points}
-    return [(seconds[step], loss) for step, loss, _ in whole.validation if step in seconds]
+def same_time_decayed(runs: list[Trial]) -> str:
+    """Losses at the end of runs that decay, beside those of dense runs of other lengths at the same seconds."""
+    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
+    rows = []
+    for trial in ended:
+        dense = [other for other in ended if other.dense and common(other) == common(trial)]
+        if not trial.dense:
+            points = sorted((other.seconds, other.loss["mean"]) for other in dense)
+            rows.append((trial.name, trial.seconds, trial.loss["mean"], points))
+    return equal_time("loss at the end", rows)
 
 
-def curve(name: str, run: dict) -> compare.Curve:
-    """Each stage at the median seconds of its steps: what compiles, and how often it did, is no part of a method."""
-    stages = run["ledger"]["stages"]
-    flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
-    # Of a stage whose costs are not in the ledger yet, nothing is said.
-    rows = [dict(row) for row in run["rows"] if row["stage"] in flops]
-    for stage in flops:
-        timed = [row for row in rows if "loss" in row and row["stage"] == stage]
-        settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
-        typical = median(settled or [row["seconds"] for row in timed])
-        for row in timed:
-            row["seconds"] = typical
-    return compare.curve(name, rows, stages, flops)
-
-
-def repetitions(sweeps: list[dict]) -> str:
-    """The spread between seeds of runs that differ in nothing else."""
-    groups: dict[str, list[tuple[str, float]]] = {}
-    for sweep in sweeps:
-        for name, run in sweep["runs"].items():
-            if end_of(run):
-                loss = end_of(run)["loss"]["nats_per_token"]["mean"]
-                groups.setdefault(but_for_the_seed(run), []).append((name, loss))
-    rows = [
+def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> str:
+    """Of (run, seconds, loss, points of dense), those whose time lies between two points."""
+    found = [(name, spent, loss, between(points, spent)) for name, spent, loss, points in rows]
+    columns = ["run", "seconds", what, "of dense then", "difference"]
+    return table(
+        columns,
         [
-            ", ".join(name for name, _ in group),
-            ", ".join(f"{x:.4f}" for _, x in group),
-            f"{stdev(x for _, x in group):.4f}",
-        ]
-        for group in groups.values()
-        if len(group) > 1
-    ]
-    return table(["runs", "losses at the end", "standard deviation"], rows) if rows else ""
+            [name, f"{spent:.0f}", f"{loss:.4f}", f"{dense:.4f}", f"{loss - dense:+.4f}"]
+            for name, spent, loss, dense in found
+            if dense is not None
+        ],
+    )
 
 
-def machines(sweep: dict) -> str:
+def repetitions(sweeps: list[list[Trial]]) -> str:
+    """The spread of runs that differ in nothing but the seed."""
+    groups: dict[str, list[tuple[Trial, list[float]]]] = {}
+    others = list(itertools.chain(*sweeps))
+    for runs in sweeps:
+        for trial in runs:
+            if trial.end:
+                groups.setdefault(but_for_the_seed(trial), []).append(
+                    (trial, differences(trial, dense_of(trial, [*runs, *others])))
+                )
+    rows = []
+    for group in groups.values():
+        losses = [trial.loss["mean"] for trial, _ in group]
+        apart = [fmean(found) for _, found in group if found]
+        if len(group) > 1:
+            rows.append(
+                [
+                    ", ".join(dict.fromkeys(trial.name for trial, _ in group)),
+                    ", ".join(f"{trial.run['recipe']['training']['seed']}" for trial, _ in group),
+                    ", ".join(f"{loss:.4f}" for loss in losses),
+                    f"{stdev(losses):.4f}",
+                    f"{fmean(apart):+.4f} ± {stdev(apart):.4f}" if len(apart) > 1 else "",
+                ]
+            )
+    return table(["runs", "seeds", "losses at the end", "standard deviation", "beside dense"], rows)
+
+
+def machines(runs: list[Trial]) -> str:
     found = {}
-    for run in sweep["runs"].values():
+    for run in (trial.run for trial in runs):
         device = run["ledger"]["stages"][0].get("conditions", {}).get("device", "?")
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "flash-attn-4"))
         python = f"Python {run['python']}, " if "python" in run else ""
@@ -236,26 +319,55 @@ def machines(sweep: dict) -> str:
     return "; or ".join(found)
 
 
+def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
+    """Losses at the end of runs that decay against their seconds: dense ones as a line, others as points."""
+    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
+    dense = sorted((trial.seconds, trial.loss["mean"]) for trial in ended if trial.dense)
+    pyplot = figures.pyplot()
+    if pyplot is None or len(dense) < 2:
+        return []
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    axes.plot(*zip(*dense, strict=True), "o-", color="black", label="dense")
+    for trial in ended:
+        if not trial.dense:
+            axes.plot(trial.seconds, trial.loss["mean"], "o", label=trial.name)
+    axes.set(xlabel="seconds of training", ylabel="nats per byte at the end")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figures.save(figure, folder / "time")
+
+
 def write(files: list[Path], out: Path) -> None:
+    files = sorted(files, key=lambda file: file.stem)
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    measurements = [trials(sweep) for sweep in sweeps]
+    everything = list(itertools.chain(*measurements))
     text = [INTRODUCTION]
     conclusions = out / "conclusions.md"
     if conclusions.exists():
         text.append(conclusions.read_text(encoding="utf-8").strip() + "\n")
-    if spread := repetitions(sweeps):
-        text.append(f"## Noise between seeds\n\n{spread}\n")
-    for name, sweep in zip((file.stem for file in files), sweeps, strict=True):
-        figures = out / "figures" / name
-        figures.mkdir(parents=True, exist_ok=True)
-        curves = [drawn for run_name, run in sweep["runs"].items() if (drawn := curve(run_name, run)).points]
-        drawn = [file for file in compare.plot(curves, figures) or () if file.suffix == ".svg"]
-        text.append(f"## {name}\n\n{sweep['about'].strip()}\n")
-        text.append(f"`lighthouse sweep recipes/evidence/{sweep['sweep']}.toml` of {machines(sweep)}\n")
-        text.append(f"### After recovery\n\n{measured(sweep)}\n\n{results(sweep)}\n")
-        text.append(f"### At the switch\n\n{at_the_switch(sweep)}\n")
-        if equal := same_time(sweep):
-            text.append(f"### At equal wall-clock\n\n{EQUAL}\n\n{equal}\n")
-        text += [f"![losses]({file.relative_to(out)})\n" for file in drawn]
+    if spread := repetitions(measurements):
+        text.append(f"## Noise\n\n{NOISE}\n\n{spread}\n")
+    told: dict[str, str] = {}
+    for file, sweep, runs in zip(files, sweeps, measurements, strict=True):
+        name, about = file.stem, sweep["about"].strip()
+        folder = out / "figures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        text.append(f"## {name}\n\n" + (f"As in {told[about]}." if about in told else about) + "\n")
+        told.setdefault(about, name)
+        text.append(f"`lighthouse sweep recipes/evidence/{sweep['sweep']}.toml` of {machines(runs)}\n")
+        if not all(trial.timed for trial in runs):
+            text.append("Runs shared a GPU, so that their seconds tell nothing.\n")
+        text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
+        if switch := at_the_switch(runs):
+            text.append(f"### At the switch\n\n{switch}\n")
+        if equal := same_time(runs):
+            text.append(f"### At equal wall-clock\n\n{SAME_TIME}\n\n{equal}\n")
+        if equal := same_time_decayed(runs):
+            text.append(f"### At equal wall-clock, decayed\n\n{SAME_TIME_DECAYED}\n\n{equal}\n")
+        drawn = compare.plot([trial.curve for trial in runs if trial.curve.points], folder) or []
+        drawn += losses_by_time(runs, folder)
+        text += [f"![losses]({file.relative_to(out)})\n" for file in drawn if file.suffix == ".svg"]
     (out / "REPORT.md").write_text("\n".join(text), encoding="utf-8")
 
 

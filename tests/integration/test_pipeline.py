@@ -96,6 +96,8 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     assert [(s["stage"], s["start"], s["end"]) for s in ledger["stages"]] == [("lighthouse", 0, 6), ("dense", 6, 10)]
     assert [stage["steps"] for stage in ledger["stages"]] == [6, 4]
     assert ledger["stages"][0]["measured_dense"]["seconds"] > 0
+    texts = [stage["data"] for stage in ledger["stages"]]
+    assert texts[0] == texts[1] and len(texts[0]) == 16
     assert ledger["dense_step"]["how"] == "recovery"
     assert seen[7]["tokens"] == 7 * 4 * 512
     # Still warming up, and decaying from step 7 on: the schedule went on, with the recovery's own end.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_core.config import load_recipe
 from lighthouse_core.config.sweep import load_sweep
 
 EVIDENCE = Path(__file__).parents[2] / "recipes/evidence"
@@ -20,15 +21,14 @@ def report():
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
-def test_a_sweep_says_what_it_expects_and_gives_every_run_the_same_tokens(file):
+def test_a_sweep_says_what_it_expects_and_gives_every_method_the_same_tokens(file):
     sweep = load_sweep(file)
     assert "Expected" in sweep.about
-    steps = set()
-    for run in sweep.runs.values():
-        own = (sweep.runs[run.stage_1] if run.stage_1 else run).set
-        first = [int(text.split("=")[1]) for text in (*sweep.set, *own) if text.startswith("training.steps=")]
-        steps.add((first[-1] if first else 800) + run.recover)
-    assert len(steps) == 1
+    for name, run in sweep.runs.items():
+        recipe = load_recipe(EVIDENCE / sweep.recipe, sweep.settings(name))
+        steps = (run.at or recipe.training.steps) + run.recover
+        # Dense runs of other lengths are for equal wall-clock; without a recovery a stage 1 is for others.
+        assert steps == 800 or (not recipe.lighthouse.enabled and steps < 800) or not run.recover
 
 
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
@@ -105,12 +105,12 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     lines = (tmp_path / "REPORT.md").read_text().splitlines()
     # Beside the dense run of its own seed: 0.3 and 0.5.
     assert (
-        "| norm | 1.4000 ± 0.1000 | +0.4000 ± 0.1000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
-        and "| dense-2 | 1.2000 ± 0.1000 |  | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
+        "| norm | 2 | 1.4000 ± 0.1000 | +0.4000 ± 0.1000 | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
+        and "| dense-2 | 2 | 1.2000 ± 0.1000 |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
     )
     switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
     assert switch in lines
-    assert "| dense, dense-2 | 1.0000, 1.2000 | 0.1414 |" in lines
+    assert "| dense, dense-2 | 1, 2 | 1.0000, 1.2000 | 0.1414 |  |" in lines
     # After its 8 s the dense run was three fifths of the way from 2.5, at 5 s, to 2.0.
     assert "| norm | 8 | 2.0000 | 2.2000 | -0.2000 |" in lines
     assert "It is." in lines and "Is it?" in lines
@@ -118,14 +118,28 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     assert (tmp_path / "figures/trial/compare.svg").stat().st_size > 1000
 
 
+def dense_of(module, sweep, name):
+    runs = module.trials(sweep)
+    found = module.dense_of(next(trial for trial in runs if trial.name == name), runs)
+    return found.name if found else None
+
+
 def test_runs_that_decay_are_held_against_one_that_does(sweep):
     module = report()
     norm = sweep["runs"]["norm"]
-    assert module.dense_of(sweep, norm) is sweep["runs"]["dense"]
+    assert dense_of(module, sweep, "norm") == "dense"
     norm["recipe"]["recover"]["decay"] = "linear"
-    assert module.dense_of(sweep, norm) is None
+    assert dense_of(module, sweep, "norm") is None
     sweep["runs"]["dense-2"]["recipe"] |= {"schedule": {"decay_steps": 1}, "training": {"seed": 1}}
-    assert module.dense_of(sweep, norm) is sweep["runs"]["dense-2"]
+    assert dense_of(module, sweep, "norm") == "dense-2"
+
+
+def test_runs_are_held_against_one_of_as_many_steps(sweep):
+    module = report()
+    sweep["runs"]["dense"]["ledger"]["stages"] = [{"stage": "dense", "start": 0, "end": 1}]
+    assert dense_of(module, sweep, "norm") is None
+    sweep["runs"]["dense"]["ledger"]["stages"].append({"stage": "dense", "start": 1, "end": 2})
+    assert dense_of(module, sweep, "norm") == "dense"
 
 
 def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
@@ -134,49 +148,107 @@ def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
     ablation = json.loads(json.dumps(runs["dense"]))
     ablation["recipe"]["data"] = {"shuffle": "documents"}
     sweep["runs"] = {"ablation": ablation, **runs}
-    assert module.dense_of(sweep, runs["norm"]) is runs["dense"]
-    assert module.dense_of(sweep, ablation) is ablation
+    assert dense_of(module, sweep, "norm") == "dense"
+    assert dense_of(module, sweep, "ablation") == "ablation"
     del sweep["runs"]["dense"]
-    assert module.dense_of(sweep, runs["norm"]) is None
+    assert dense_of(module, sweep, "norm") is None
 
 
 def test_other_settings_are_no_repetition(sweep):
     module = report()
-    assert "dense, dense-2" in module.repetitions([sweep])
+    assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
-    assert module.repetitions([sweep]) == ""
+    assert module.repetitions([module.trials(sweep)]) == ""
+
+
+def test_repetitions_are_each_held_against_dense_of_their_own_sweep(sweep):
+    module = report()
+    again = json.loads(json.dumps(sweep))
+    again["runs"]["norm"]["evaluations"]["end"]["loss"]["per_sequence"] = [1.1, 1.7]
+    lines = module.repetitions([module.trials(sweep), module.trials(again)]).splitlines()
+    # 0.3 and 0.5 from it, and 0.2 and 0.6; then 0.3 and 0.5 from a dense run that is 0.1 lower.
+    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4000 ± 0.0000 |" in lines
+    again["runs"]["dense"]["evaluations"]["end"]["loss"]["per_sequence"] = [0.8, 1.0]
+    lines = module.repetitions([module.trials(sweep), module.trials(again)]).splitlines()
+    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4500 ± 0.0707 |" in lines
 
 
 def test_other_text_is_not_compared(sweep):
     sweep["runs"]["norm"]["evaluations"]["end"]["data"] = {"sha256": "1"}
+    module = report()
     with pytest.raises(SystemExit, match="different text"):
-        report().results(sweep)
+        module.results(module.trials(sweep), [])
+    sweep["runs"]["norm"]["evaluations"]["end"]["data"] = {"sha256": "0"}
+    sweep["runs"]["norm"]["ledger"]["stages"][0]["data"] = "a"
+    assert "| norm |" in module.results(module.trials(sweep), [])
+    sweep["runs"]["dense"]["ledger"]["stages"][0]["data"] = "b"
+    with pytest.raises(SystemExit, match="norm and dense were trained on different text"):
+        module.results(module.trials(sweep), [])
 
 
 def test_compilation_is_not_counted(sweep):
-    run = sweep["runs"]["dense"]
-    run["rows"][0] |= {"seconds": 100.0, "first_of_launch": True}
-    assert [point.seconds for point in report().curve("", run).points] == [5.0, 10.0]
+    sweep["runs"]["dense"]["rows"][0] |= {"seconds": 100.0, "first_of_launch": True}
+    assert [point.seconds for point in report().trials(sweep)[0].curve.points] == [5.0, 10.0]
 
 
 def test_no_equal_time_without_validations_on_both_sides(sweep):
     module = report()
     whole = json.dumps(sweep)
-    assert "| norm | 8 |" in module.same_time(sweep)
+    assert "| norm | 8 |" in module.same_time(module.trials(sweep))
     for name, kept in (("dense", 1), ("dense", 0), ("norm", 0)):
         sweep = json.loads(whole)
         rows = sweep["runs"][name]["rows"]
         validations = [row for row in rows if "val_loss" in row]
         sweep["runs"][name]["rows"] = [row for row in rows if "loss" in row] + validations[:kept]
-        assert module.same_time(sweep) == ""
+        assert module.same_time(module.trials(sweep)) == ""
 
 
 def test_no_equal_time_of_runs_that_decay(sweep):
     module = report()
     for name, key in (("norm", {"recover": {"decay": "linear"}}), ("dense", {"schedule": {"decay_steps": 1}})):
         sweep["runs"][name]["recipe"] |= key
-    assert module.dense_of(sweep, sweep["runs"]["norm"]) is sweep["runs"]["dense"]
-    assert module.same_time(sweep) == ""
+    assert dense_of(module, sweep, "norm") == "dense"
+    assert module.same_time(module.trials(sweep)) == ""
+
+
+def decay(run, steps=None):
+    """The same with a rate that goes to zero, and so many steps of 5 s."""
+    run = json.loads(json.dumps(run))
+    run["settings"]["recover"] = 1
+    run["recipe"]["recover"]["decay"] = "linear"
+    if steps:
+        row = run["rows"][0]
+        run["ledger"]["stages"] = [{"stage": "dense", "start": 0, "end": steps, "steps": steps, "flops": 1e9}]
+        run["rows"] = [{**row, "step": step, "seconds": 5.0} for step in range(1, steps + 1)]
+    return run
+
+
+def test_runs_that_decay_are_held_against_dense_ones_of_several_lengths(sweep, tmp_path):
+    module = report()
+    dense, norm = sweep["runs"]["dense"], sweep["runs"]["norm"]
+    short = decay(run(1.6, [1.5, 1.7]), 1)
+    sweep["runs"] = {"dense": decay(dense), "norm": decay(norm), "short": short}
+    # Three fifths of the way from 1.6, at 5 s, to 1.0, at 10 s.
+    assert "| norm | 8 | 1.4000 | 1.2400 | +0.1600 |" in module.same_time_decayed(module.trials(sweep)).splitlines()
+    sweep["runs"]["other"] = decay(run(0.1, [0.1, 0.1], seed=2), 1)
+    assert "| 1.2400 |" in module.same_time_decayed(module.trials(sweep))
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    module.write([tmp_path / "trial.json"], tmp_path)
+    assert "figures/trial/time.svg" in (tmp_path / "REPORT.md").read_text() or not module.figures.pyplot()
+    del sweep["runs"]["short"]
+    assert module.same_time_decayed(module.trials(sweep)) == ""
+
+
+def test_runs_that_shared_a_gpu_have_no_times(sweep, tmp_path):
+    module = report()
+    sweep["per_gpu"] = 2
+    sweep["runs"]["short"] = decay(run(1.6, [1.5, 1.7]), 1)
+    runs = module.trials(sweep)
+    assert module.same_time(runs) == module.same_time_decayed(runs) == ""
+    assert "| norm | 2 |" in module.results(runs, []) and "| 0.15 | - |" in module.results(runs, [])
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    module.write([tmp_path / "trial.json"], tmp_path)
+    assert "shared a GPU" in (tmp_path / "REPORT.md").read_text()
 
 
 def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
