@@ -82,6 +82,7 @@ def inspect(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.build import open_tokens
     from lighthouse_core.data.checks import checked_tokenizer
+    from lighthouse_core.data.stream import no_documents
     from lighthouse_core.data.survey import survey
     from lighthouse_core.errors import UserError
 
@@ -94,6 +95,10 @@ def inspect(
     found = [survey(resolved, "train", seconds=seconds, samples=samples)]
     if resolved.data.validation:
         found.append(survey(resolved, "validation", seconds=seconds, samples=0))
+    for one in found:
+        if one.complete and not len(one.lengths):
+            fault = no_documents(one.split, resolved.data.validation)
+            _output.warn(f"{fault}, so training will not start; {fault.hint}")
     if as_json:
         _output.data(json.dumps([_as_dict(one) for one in found], indent=1))
         return

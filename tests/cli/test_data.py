@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from lighthouse_core.config import load_recipe
+from lighthouse_core.data import check
+from lighthouse_core.errors import DataError
+
 RECIPE = """
 [model]
 dim = 64
@@ -121,7 +125,7 @@ def test_inspect_escapes_what_the_output_has_no_characters_for(place, monkeypatc
 
 
 @pytest.mark.parametrize("source", ["files", "tokens"])
-def test_inspect_shows_what_is_there_where_a_split_is_empty(place, source):
+def test_inspect_says_that_a_split_is_empty_and_what_that_means(place, monkeypatch, source):
     (place / "one").mkdir(exist_ok=True)
     (place / "one/a.txt").write_text("one document")
     settings = ["--set", "data.validation=1e-9", "--set"]
@@ -132,7 +136,18 @@ def test_inspect_shows_what_is_there_where_a_split_is_empty(place, source):
     done = lighthouse("inspect", "r.toml", "--json", *chosen, cwd=place)
     assert done.returncode == 0, done.stderr
     assert [split["documents"] for split in json.loads(done.stdout)] == [1, 0]
-    assert "validation" in lighthouse("inspect", "r.toml", *chosen, cwd=place).stdout
+    what = "data.validation = 1e-09 leaves no documents for validation"
+    assert [line for line in done.stderr.splitlines() if "warning" in line] == [
+        f"warning: {what}, so training will not start; hold none out where there are few: --set data.validation=0 "
+        "--set metrics.validation_every=0; else name more in data.paths"
+    ]
+    monkeypatch.chdir(place)
+    with pytest.raises(DataError, match=what):  # of what pretrain and recover check
+        check(load_recipe("r.toml", chosen[1::2]))
+    done = lighthouse("inspect", "r.toml", *chosen, cwd=place)
+    assert "validation" in done.stdout and what in done.stderr
+    done = lighthouse("inspect", "r.toml", *chosen[:1], "data.validation=0.0", *chosen[2:], cwd=place)
+    assert "document 1" in done.stdout and "warning" not in done.stderr
 
 
 def test_inspect_ends_in_time_and_says_so(place):
