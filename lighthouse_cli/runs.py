@@ -42,10 +42,11 @@ def runs(
             run.name,
             text(run.stage),
             f"{text(run.step)}/{text(run.end)}",
+            text(run.saved),
             loss(run.loss, run.leaky),
             loss(run.val_loss, run.val_leaky),
             f"{datetime.fromisoformat(run.updated).astimezone():%Y-%m-%d %H:%M}",
         )
         for run in found
     ]
-    _output.table("", ("name", "stage", "step", "loss", "validation", "updated"), rows, text_columns=2)
+    _output.table("", ("name", "stage", "step", "saved", "loss", "validation", "updated"), rows, text_columns=2)

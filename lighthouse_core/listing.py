@@ -25,6 +25,7 @@ class Summary:
         name, path: of the run.
         stage: "lighthouse" or "dense".
         step, end: of the newest row or checkpoint, and the last one of the stage.
+        saved: step of the newest published checkpoint, whose bytes are not compared here.
         loss, leaky: of the newest training row, in nats per token, and whether later tokens took part in it.
         val_loss, val_leaky: of the newest validation row.
         updated: when it was last trained, UTC, ISO 8601.
@@ -35,6 +36,7 @@ class Summary:
     stage: str | None
     step: int | None
     end: int | None
+    saved: int | None
     loss: float | None
     leaky: bool | None
     val_loss: float | None
@@ -74,15 +76,14 @@ def summarize(run_dir: Path) -> Summary:
     """Where a run stands."""
     row, validation = _newest_rows(run_dir / "metrics.jsonl")
     stage = _last_stage(run_dir / "ledger.json")
-    step = _number(row.get("step"))
-    if step is None:
-        step = next(reversed(checkpoint_steps(run_dir)), None)
+    step, saved = _number(row.get("step")), next(reversed(checkpoint_steps(run_dir)), None)
     return Summary(
         name=run_dir.name,
         path=str(run_dir),
         stage=stage.get("stage") or row.get("stage"),
-        step=step,
+        step=saved if step is None else step,
         end=_number(stage.get("end")),
+        saved=saved,
         loss=_number(row.get("loss")),
         leaky=row.get("leaky"),
         val_loss=_number(validation.get("val_loss")),

@@ -12,8 +12,10 @@ from lighthouse_core.config import load_recipe
 
 
 def test_runs_newest_first(lighthouse, trainer, here):
-    for name in ("old", "new"):
-        lighthouse("pretrain", "tiny.toml", "--name", name)
+    trainer.stop = 80
+    lighthouse("pretrain", "tiny.toml", "--name", "old")
+    trainer.stop = None
+    lighthouse("pretrain", "tiny.toml", "--name", "new")
     rows = [
         {"step": 90, "stage": "lighthouse", "leaky": True, "loss": 2.25},
         {"step": 100, "stage": "lighthouse", "leaky": True, "val_loss": 3.125},
@@ -23,14 +25,15 @@ def test_runs_newest_first(lighthouse, trainer, here):
     answer = lighthouse("runs")
     assert answer.code == 0 and "\x1b" not in answer.out
     lines = [line.split() for line in answer.out.splitlines() if line.strip()]
-    assert lines[0] == ["name", "stage", "step", "loss", "validation", "updated"]
-    assert lines[2][:5] == ["new", "lighthouse", "100/100", "-", "-"]
-    assert lines[3][:7] == ["old", "lighthouse", "90/100", "2.2500", "(leaky)", "3.1250", "(leaky)"]
+    assert lines[0] == ["name", "stage", "step", "saved", "loss", "validation", "updated"]
+    assert lines[2][:6] == ["new", "lighthouse", "100/100", "100", "-", "-"]
+    assert lines[3][:8] == ["old", "lighthouse", "90/100", "80", "2.2500", "(leaky)", "3.1250", "(leaky)"]
 
     found = json.loads(lighthouse("runs", "--json").out)
     assert [run["name"] for run in found] == ["new", "old"]
     assert (found[1]["path"], found[1]["loss"], found[1]["leaky"]) == ("runs/old", 2.25, True)
     assert (found[0]["loss"], found[0]["end"]) == (None, 100)
+    assert [(run["step"], run["saved"]) for run in found] == [(100, 100), (90, 80)]
 
 
 def test_runs_where_there_is_none(lighthouse, here):

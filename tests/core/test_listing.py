@@ -66,14 +66,17 @@ def test_half_written_metrics(make, metrics, loss):
 @pytest.mark.parametrize("ledger", ["", "{", "[]", "null", '{"stages": []}', '{"stages": [3]}', '{"stages": 3}'])
 def test_half_written_ledger(make, ledger):
     found = listing.summarize(make("a", time=1, ledger=ledger))
-    assert (found.stage, found.end, found.step) == (None, None, None)
+    assert (found.stage, found.end, found.step, found.saved) == (None, None, None, None)
 
 
-def test_without_rows_the_step_is_the_newest_complete_checkpoints(make):
-    run = make("a", time=1)
-    for name in ("step-5", "step-40", ".step-50.saving", "step-x"):
+@pytest.mark.parametrize(("metrics", "step"), [(None, 40), ('{"step": 45, "loss": 2.0}\n', 45)])
+def test_saved_is_the_newest_complete_checkpoint_and_the_step_without_rows(make, metrics, step):
+    run = make("a", time=1, metrics=metrics)
+    assert listing.summarize(run).saved is None
+    for name in ("step-5", "step-40", ".step-50.saving", "step-60.damaged", "step-x"):
         (run / "checkpoints" / name).mkdir(parents=True)
-    assert listing.summarize(run).step == 40
+    (run / "checkpoints/step-70").touch()
+    assert (listing.summarize(run).step, listing.summarize(run).saved) == (step, 40)
 
 
 def test_the_first_line_says_what_a_recipe_is(tmp_path):
