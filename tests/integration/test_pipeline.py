@@ -1,35 +1,80 @@
 """The main job through the command line: pretrain, recover, strip; on one process and on two."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jobs
 import pytest
 import torch
 from jobs import options
 
+from lighthouse_cli.app import main
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
-TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=3", "checkpoint.keep=3", "recover.steps=4"]
+TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=2", "checkpoint.keep=3", "recover.steps=4"]
 
 
-def lighthouse(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lighthouse_cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def succeed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def lighthouse(*arguments: str, cwd: Path) -> Done:
+    """The command line in this process, which has imported torch; what it starts are processes of their own."""
+    with (
+        contextlib.chdir(cwd),
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as words,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(words),
+    ):
+        patch.setattr(sys, "argv", ["lighthouse", *arguments])
+        code, stderr = 0, os.dup(2)
+        os.dup2(words.fileno(), 2)  # of the training processes
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        for file in (out, words):
+            file.seek(0)
+        return Done(code, out.read(), words.read())
+
+
+def succeed(*arguments: str, cwd: Path) -> Done:
     done = lighthouse(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def interrupt(*arguments: str, after: str, cwd: Path) -> str:
+    """What a command says that is sent SIGINT once a line begins with `after`."""
+    command = [sys.executable, "-m", "lighthouse_cli", *arguments]
+    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith(after):
+                process.send_signal(signal.SIGINT)
+                break
+        words = process.stderr.read()
+        assert process.wait(timeout=60) == 130, words
+    assert "Traceback" not in words
+    return words
 
 
 def rows(run: Path, key: str = "loss") -> dict[int, dict]:
@@ -53,7 +98,9 @@ def pretrain(workspace: Path, name: str, *more: str) -> Path:
 @pytest.fixture(scope="module")
 def one(workspace):
     # What is measured first changes nothing: other tests compare this run with others.
-    return pretrain(workspace, "one", "--nproc", "1", "--measure-dense")
+    run = pretrain(workspace, "one", "--nproc", "1", "--measure-dense")
+    shutil.copytree(run, workspace / "runs/resumed")
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +119,42 @@ def test_a_run_directory_holds_everything(one):
     assert all(row["memory_gib"] > 0.05 and row["stage"] == "lighthouse" for row in rows(one).values())
 
 
-def test_two_processes_give_the_losses_of_one(workspace, one):
-    two = pretrain(workspace, "two", "--nproc", "2")
+@pytest.fixture(scope="module")
+def two(workspace):
+    """(run, its words, the step saved) of two processes that were interrupted, and then went on for another step."""
+    settings = [
+        "training.steps=500",
+        "checkpoint.interval=1",
+        "checkpoint.async_save=true",
+        "metrics.validation_every=1",
+    ]
+    command = ["pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", "two", "--nproc", "2"]
+    # The signal comes while step 6 is evaluated, and while checkpoints are saved behind the scenes.
+    words = interrupt(*command, *options(*TINY, *settings), after="step 6/", cwd=workspace)
+    run = workspace / "runs/two"
+    saved = checkpoint_steps(run)[-1]
+    assert max(rows(run)) == saved < 500
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["stages"][0]["end"] = saved + 1
+    (run / "ledger.json").write_text(json.dumps(ledger))
+    succeed("pretrain", "--resume", "two", "--nproc", "2", cwd=workspace)
+    return run, words, saved
+
+
+def test_an_interrupted_run_saves_and_goes_on(two):
+    run, words, saved = two
+    assert f"step {saved} is saved" in words
+    assert sorted(rows(run)) == list(range(1, saved + 2))
+    # An evaluation that the signal cut short is made again.
+    assert sorted(rows(run, "val_loss")) == list(range(1, saved + 2))
+
+
+def test_two_processes_give_the_losses_of_one(two, one):
     for key in ("loss", "grad_norm", "val_loss"):
-        expected, seen = (rows(run, key) for run in (one, two))
+        expected, seen = rows(one, key), rows(two[0], key)
         expected = {step: row for step, row in expected.items() if step <= 6}
-        assert seen.keys() == expected.keys() and seen
-        for step in seen:
+        assert expected and expected.keys() <= seen.keys()
+        for step in expected:
             assert seen[step][key] == pytest.approx(expected[step][key], rel=1e-4)
 
 
@@ -121,38 +197,38 @@ def test_a_dense_run_recovers_as_if_it_had_decayed_by_its_own_schedule(workspace
     succeed("strip", "runs/parts", "parts-hf", cwd=workspace)
 
 
-def test_an_extended_recovery_takes_its_rate_from_the_new_end(workspace, recovered):
+def test_an_extended_recovery_takes_its_rate_from_the_new_end_and_is_saved_on_a_signal(workspace, recovered):
     extended = workspace / "runs/extended"
     shutil.copytree(recovered, extended)
-    succeed("recover", "extended", "--extend", "2", cwd=workspace)
-    seen = rows(extended)
-    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 12)) for step in (10, 11)]
+    command = ["recover", "extended", "--extend", "500", *options("checkpoint.interval=500")]
+    words = interrupt(*command, after="step 12/", cwd=workspace)
+    saved, seen = checkpoint_steps(extended)[-1], rows(extended)
+    assert f"step {saved} is saved" in words
+    assert max(seen) == saved < 500
+    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 510)) for step in (10, 11)]
     assert [seen[step]["lr"] for step in (11, 12)] == pytest.approx(expected)
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(workspace, one):
-    settings = options("training.steps=3", "checkpoint.interval=1", "checkpoint.keep=0")
-    stopped = pretrain(workspace, "stopped", "--nproc", "1", *settings)
-    recipe = stopped / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("\nsteps = 3\n", "\nsteps = 6\n", 1))
-    ledger = json.loads((stopped / "ledger.json").read_text())
-    ledger["stages"][0]["end"] = 6
-    (stopped / "ledger.json").write_text(json.dumps(ledger))
+    resumed = workspace / "runs/resumed"
+    shutil.rmtree(resumed / "checkpoints/step-6")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 4]
     # Rows that a crash left behind after the checkpoint, one of them cut short.
-    with (stopped / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "stage": "lighthouse", "loss": 99.0}\n{"step": 5, "st')
+    crash = '{"step": 5, "stage": "lighthouse", "loss": 99.0}\n{"step": 6, "st'
+    (resumed / "metrics.jsonl").write_text("".join(kept) + crash)
     # And a checkpoint that has changed since.
-    damaged = next((stopped / "checkpoints/step-3").glob("*.distcp"))
+    damaged = next((resumed / "checkpoints/step-4").glob("*.distcp"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    refused = lighthouse("pretrain", "--resume", "stopped", "--strict", cwd=workspace)
+    refused = lighthouse("pretrain", "--resume", "resumed", "--strict", cwd=workspace)
     assert refused.returncode == 2 and f"{damaged.name} is damaged" in refused.stderr
-    done = succeed("pretrain", "--resume", "stopped", cwd=workspace)
+    done = succeed("pretrain", "--resume", "resumed", cwd=workspace)
     assert f"{damaged.name} is damaged" in done.stderr and "going on from step 2" in done.stderr
-    assert (stopped / "checkpoints/step-3.damaged").is_dir() and checkpoint_steps(stopped) == [1, 2, 3, 4, 5, 6]
+    assert (resumed / "checkpoints/step-4.damaged").is_dir() and checkpoint_steps(resumed) == [2, 4, 6]
     expected = {step: row for step, row in rows(one).items() if step <= 6}  # it may have been recovered since
-    seen = rows(stopped)
+    seen = rows(resumed)
     assert seen.keys() == expected.keys()
     for step in expected:
         assert seen[step]["loss"] == expected[step]["loss"]
@@ -168,41 +244,6 @@ def test_bad_numbers_end_a_run_before_they_are_saved(workspace):
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert f"gradient of step {steps[-1] + 1} (sequences {4 * steps[-1]} to {4 * steps[-1] + 3} of" in error
     assert steps == list(range(1, steps[-1] + 1))
-
-
-@pytest.mark.parametrize(
-    ("processes", "more"),
-    [
-        ("1", ["checkpoint.interval=500"]),
-        # The signal comes while step 2 is evaluated, and while checkpoints are saved behind the scenes.
-        ("2", ["checkpoint.interval=1", "checkpoint.async_save=true", "metrics.validation_every=1"]),
-    ],
-)
-def test_an_interrupted_run_saves_and_goes_on(workspace, processes, more):
-    name = f"interrupted-{processes}"
-    settings = options(*TINY, "training.steps=500", *more)
-    command = ["pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", name, "--nproc", processes, *settings]
-    command = [sys.executable, "-m", "lighthouse_cli", *command]
-    with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("step 2/"):
-                process.send_signal(signal.SIGINT)
-                break
-        words = process.stderr.read()
-        assert process.wait(timeout=60) == 130, words
-    run = workspace / "runs" / name
-    saved = checkpoint_steps(run)[-1]
-    assert f"step {saved} is saved" in words and "Traceback" not in words
-    assert max(rows(run)) == saved < 500
-    if processes == "1":
-        return  # resuming is the test above
-    ledger = json.loads((run / "ledger.json").read_text())
-    ledger["stages"][0]["end"] = saved + 1
-    (run / "ledger.json").write_text(json.dumps(ledger))
-    succeed("pretrain", "--resume", name, "--nproc", processes, cwd=workspace)
-    assert sorted(rows(run)) == list(range(1, saved + 2))
-    # An evaluation that the signal cut short is made again.
-    assert sorted(rows(run, "val_loss")) == list(range(1, saved + 2))
 
 
 def test_strip_writes_an_ordinary_llama(workspace, recovered):
