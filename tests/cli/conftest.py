@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core import backends, launch
 from lighthouse_core.runs import Run
@@ -70,6 +71,7 @@ def lighthouse(here, monkeypatch, capsys):
 
     def call(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["lighthouse", *arguments])
+        monkeypatch.setattr(_output, "_quiet", False)
         code = 0
         try:
             main()

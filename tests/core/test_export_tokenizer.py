@@ -1,6 +1,7 @@
 """The exported tokenizer files give the ids of the tokenizer that was trained with."""
 
 import json
+import os
 import random
 import sysconfig
 import unicodedata
@@ -133,12 +134,16 @@ def mixed_text(size):
     draw = random.Random(0)
     roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     kinds = ("py", "rst", "json", "md", "txt", "pyi", "h", "html", "js", "csv")
+    found = {kind: set() for kind in kinds}
+    for folder, _, names in (entry for root in roots for entry in os.walk(root)):
+        for name in names:
+            found.get(name.rpartition(".")[2], set()).add(os.path.join(folder, name))
     for kind in kinds:
         left = size // (len(kinds) + 3)
-        files = sorted({file for root in roots for file in root.rglob(f"*.{kind}")})
+        files = sorted(found[kind])
         draw.shuffle(files)
         for file in files:
-            text = file.read_bytes()[:200_000].decode("utf-8", errors="ignore")
+            text = Path(file).read_bytes()[:200_000].decode("utf-8", errors="ignore")
             yield text
             left -= len(text.encode())
             if left <= 0:

@@ -111,9 +111,9 @@ def test_a_file_that_is_something_else(tmp_path, spm):
         assert name in str(refused(tmp_path / name))
 
 
-def test_damaged_models_are_the_users_error(spm, tmp_path):
+def test_damaged_models_are_the_users_error(foreign_spm, tmp_path):
     """Bytes changed, dropped and put in: a damaged model either works or is named in one line."""
-    whole, draw, refused = spm.read_bytes(), random.Random(0), 0
+    whole, draw, refused = foreign_spm("plain").read_bytes(), random.Random(0), 0
     path = tmp_path / "a.model"
     for number in range(800):
         content = bytearray(whole)

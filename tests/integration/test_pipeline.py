@@ -16,6 +16,7 @@ import pytest
 import torch
 from jobs import options
 
+from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
@@ -43,6 +44,7 @@ def lighthouse(*arguments: str, cwd: Path) -> Done:
         contextlib.redirect_stderr(words),
     ):
         patch.setattr(sys, "argv", ["lighthouse", *arguments])
+        patch.setattr(_output, "_quiet", False)
         code, stderr = 0, os.dup(2)
         os.dup2(words.fileno(), 2)  # of the training processes
         try:
