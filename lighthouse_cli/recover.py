@@ -34,7 +34,7 @@ def recover(
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
 ) -> None:
-    """Continue a run with every layer dense (stage 2).
+    """Continue a run with every layer dense (stage 2). One that was dense from the start has to be named.
 
     Repeated after an interruption, it finishes the steps that were begun.
     """
@@ -47,6 +47,11 @@ def recover(
         raise UserError("name the RUN when several machines recover it")
     found = find_run(run)
     if run is None:
+        if found.stage == "dense" and not found.recovering:
+            # A baseline gets no more steps by mistake.
+            raise UserError(
+                f"the newest run, {found.path}, was dense from the start", hint=f"lighthouse recover {found.path}"
+            )
         _output.say(f"newest run: {found.path}")
     if node_rank and not dry_run:
         _train.check_data(found.recipe)
@@ -58,9 +63,7 @@ def recover(
         recovery = plan_recovery(found, steps, extend, settings or (), strict)
         _train.warn_of_damage(found, recovery.step)
         if recovery.stopped_early:
-            _output.warn(
-                f"stage 1 of {found.path} stopped at step {recovery.start} of {found.end}; recovery begins there"
-            )
+            _output.warn(f"{found.path} stopped at step {recovery.start} of {found.end}; recovery begins there")
         if dry_run:
             _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)

@@ -22,7 +22,7 @@ def sweep(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the runs live.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is next of each run, and stop.")] = False,
 ) -> None:
-    """Train, recover and evaluate every run of a sweep, one on each GPU; repeated, it goes on where it stopped.
+    """Train, recover and evaluate the runs of a sweep on the GPUs; repeated, it goes on where it stopped.
 
     What was measured is in DIR/SWEEP.json, also of a sweep that is under way.
     """
@@ -52,7 +52,7 @@ def sweep(
             _output.say(f"{clock(time.monotonic() - begun)}  {text}")
 
         runner = Runner(plan, base, output, places(plan.per_gpu), say)
-        _output.say(f"what the commands print is in {output}/RUN.log")
+        _output.say(f"what the commands print is in {output}, a .log for each run")
         # nohup has it outlive its terminal.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 # Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch; `data` is the
-# fingerprint of its text: with the same one and the same seed, runs see the same tokens in the same order.
-_GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense")
+# fingerprint of its text and of its order: with the same one, seed and seq_len, runs see the same tokens.
+GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense")
 
 
 def account(run: "Run") -> dict[str, Any]:
@@ -27,7 +27,7 @@ def account(run: "Run") -> dict[str, Any]:
         "measured" the time before the first step, without the update, both under the conditions of stage 1;
         "estimated" takes as many FLOPs a second as stage 1. Before the first logged step there are no costs.
     """
-    stages = [{key: stage[key] for key in _GIVEN if key in stage} for stage in run.ledger["stages"]]
+    stages = [{key: stage[key] for key in GIVEN if key in stage} for stage in run.ledger["stages"]]
     ledger = {key: value for key, value in run.ledger.items() if key not in ("dense", "dense_step")}
     rows = _rows(run)
     if any("steps" not in row for row in rows):

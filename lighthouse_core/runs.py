@@ -253,7 +253,7 @@ def plan_recovery(
         strict: refuse to fall back to an older checkpoint where the newest is damaged.
 
     Raises:
-        RunError: the recovery is complete or of another length, or the run's own schedule has its rate go to zero.
+        RunError: the recovery is complete or of another length, or the run decays by its own schedule.
         CheckpointError: there is no checkpoint to go on from.
         UserError: a number or a setting that cannot be used.
     """
@@ -278,12 +278,12 @@ def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) 
         raise RunError(f"run {run.path} has no recovery to extend", hint="lighthouse recover --steps N begins one")
     if not recipe.recover.steps:
         raise UserError(f"the recipe of run {run.path} has no recover.steps", hint="give --steps N")
-    step, decay = run.newest_step(strict), recipe.schedule.decay_steps
-    if decay and step > run.end - decay:
+    if recipe.schedule.decay_steps:
         raise RunError(
-            f"the rate of run {run.path} goes to zero by its own schedule.decay_steps = {decay}",
-            hint=f"lighthouse strip {run.path} OUT exports it",
+            f"the rate of run {run.path} goes to zero by its own schedule.decay_steps",
+            hint=f"lighthouse pretrain --resume {run.path} finishes it; a run without has recover.decay",
         )
+    step = run.newest_step(strict)
     return Recovery(recipe, step, step + recipe.recover.steps, step, stopped_early=step < run.end)
 
 

@@ -105,6 +105,8 @@ def load_sweep(path: Path) -> Sweep:
             keeping = [recipe, load_recipe(base, [*sweep.settings(name), *parent.recover_set])] if parent else []
         except RecipeError as error:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
+        if run.recover and recipe.schedule.decay_steps:
+            raise RecipeError(f"{path}: run {name}: recover must be 0 with schedule.decay_steps; see recover.decay")
         if any(one.checkpoint.keep for one in keeping):
             raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
         steps, interval = recipe.training.steps, recipe.checkpoint.interval

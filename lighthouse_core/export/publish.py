@@ -142,7 +142,7 @@ def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
             raise CheckpointError(reason, hint=f"run `lighthouse recover {source.run.path}` first")
         return [reason]
     start, end = source.run.start, source.run.end
-    if source.run.recovering and source.step < end:
+    if source.run.recovering and start < source.step < end:
         return [f"the recovery is not finished: {source.step - start} of {end - start} steps"]
     return []
 

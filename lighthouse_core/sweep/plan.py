@@ -34,15 +34,16 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     if not run.recovering and not stage_1_done(path):
         return ["pretrain", "--resume", str(path)]
     evaluate = sweep.evaluate
-    # What others recover from has no end of its own.
-    at_switch = run.stage == "lighthouse" and not wanted.stage_1
-    if evaluate and at_switch and report(path, "switch") is None:
+    # A stage 1 that only others recover from is measured at the switch alone.
+    shared = not wanted.recover and any(other.stage_1 == name for other in sweep.runs.values())
+    switches = run.stage == "lighthouse" and not wanted.stage_1 and (wanted.recover or shared)
+    if evaluate and switches and report(path, "switch") is None:
         return _eval(sweep, path, "switch", evaluate.at_switch)
     if wanted.recover and not run.recovering:
         return recover
     if run.recovering and (not run.checkpoint_steps() or run.checkpoint_steps()[-1] < run.end):
         return ["recover", str(path)]
-    if evaluate and run.stage == "dense" and report(path, "end") is None:
+    if evaluate and not (shared and run.stage == "lighthouse") and report(path, "end") is None:
         return _eval(sweep, path, "end", evaluate.only)
     return None
 
@@ -78,6 +79,8 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
             settings += [*wanted.recover_set, f"recover.steps={wanted.recover}"]
             free -= {"recover"}
         pairs = _pairs(was, load_recipe(base, settings), free)
+        if wanted.stage_1:
+            pairs["at"] = run.ledger["stages"][0]["end"], wanted.at or was.training.steps
         for which in ("switch", "end"):
             found = report(path, which) if sweep.evaluate else None
             for key in ("tokens", "sequences") if found is not None else ():

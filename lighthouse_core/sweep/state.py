@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse_core.errors import RunError
+from lighthouse_core.ledger import GIVEN
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import finite, read_rows
@@ -73,7 +74,7 @@ def branch(run: Run, path: Path, at: int = 0) -> Run:
         at: another step of the first stage, which is the new one's end.
     """
     step = at or stage_1_end(run)
-    first = run.ledger["stages"][0] | {"end": step}
+    first = {key: value for key, value in run.ledger["stages"][0].items() if key in GIVEN} | {"end": step}
     temporary = path.with_name(f".{path.name}.branching")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run.checkpoint_dir(step), temporary / f"checkpoints/step-{step}", copy_function=os.link)

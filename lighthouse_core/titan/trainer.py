@@ -52,7 +52,7 @@ class Stage:
         recipe: its resolved recipe, as of this stage.
         name: "lighthouse" or "dense".
         start, end: steps of the run between which this stage lies.
-        recovery: whether it follows a Lighthouse stage.
+        recovery: whether it follows another stage.
     """
 
     run: Run

@@ -21,7 +21,8 @@ INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
 
 Written by `recipes/evidence/report.py` from the JSON in [results/](results), which `lighthouse sweep` collected.
 Losses are in nats per byte on held-out text, the same sequences for every run of a table, with dense attention unless
-it is said otherwise; ± is the standard error over sequences. *Beside dense* is the mean paired difference from the
+it is said otherwise. ± is the standard error over sequences of one trained run: how much another training of the same
+would differ is under *Noise*, and is more. *Beside dense* is the mean paired difference from the
 dense run of the same seed and as many steps, whose rate decays over as many. *Validation* is the last loss on the
 validation text of the training, packages that were left out of it. *Beyond* is the loss of the tokens that have more
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
@@ -32,12 +33,12 @@ the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is n
 that copy come late.
 """
 NOISE = """Runs that differ in nothing but the seed, or in nothing at all: kernels add up gradients in an order that
-changes from run to run, so that a run is not repeated exactly. *Beside dense* is the mean over them of each one's
-difference from dense, and ± its standard deviation."""
+changes from run to run, so that a run is not repeated exactly. *Beside dense* is the difference of each from the dense
+run of its own sweep."""
 SAME_TIME = """Losses on the validation text of the training, the same batches every time, that of dense as a straight
 line between its validations."""
 SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone to zero, that of dense as a straight line
-between dense runs of several lengths."""
+between dense runs of several lengths, each of which decays over its last quarter."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,11 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]) if lines else ""
 
 
-def common(trial: Trial) -> str:
+def common(trial: Trial) -> tuple:
     """What a run has in common with the dense runs that it may be held against."""
-    return trial.settings(("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps"))
+    return trial.text, trial.settings(
+        ("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps")
+    )
 
 
 def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
@@ -143,7 +146,13 @@ def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
 def but_for_the_seed(trial: Trial) -> tuple:
     """What repetitions have in common. A part of a longer stage 1 is a shorter one."""
     settings = trial.settings(("recover",), ("training.seed", "training.steps", "schedule.decay_steps"))
-    return settings, sum(trial.steps) if trial.dense else trial.steps, trial.decay
+    return (
+        trial.text,
+        trial.end["data"]["sha256"],
+        settings,
+        sum(trial.steps) if trial.dense else trial.steps,
+        trial.decay,
+    )
 
 
 def differences(trial: Trial, dense: Trial | None) -> list[float]:
@@ -152,8 +161,6 @@ def differences(trial: Trial, dense: Trial | None) -> list[float]:
         return []
     if trial.end["data"]["sha256"] != dense.end["data"]["sha256"]:
         raise SystemExit(f"error: {trial.name} and {dense.name} were measured on different text")
-    if len({text for text in (trial.text, dense.text) if text}) > 1:
-        raise SystemExit(f"error: {trial.name} and {dense.name} were trained on different text")
     pairs = zip(trial.end["loss"]["per_sequence"], dense.end["loss"]["per_sequence"], strict=True)
     return [a - b for a, b in pairs]
 
@@ -209,8 +216,13 @@ def measured(runs: list[Trial]) -> str:
     words = f"{ends[0]['sequences']} sequences of {ends[0]['tokens']} tokens"
     context = next((end["context"]["context"] for end in ends if "context" in end), None)
     words += f"; the short context is {context} tokens." if context else "."
-    left = [trial.name for trial in runs if not trial.end and (trial.dense or trial.run["settings"]["recover"])]
-    return words + (f" Begun and not measured: {', '.join(left)}." if left else "")
+    left = [trial for trial in runs if not trial.end and (trial.dense or trial.run["settings"]["recover"])]
+    places = [
+        f"{trial.name} (validation {trial.curve.validation[-1][1]:.4f} at step {trial.curve.validation[-1][0]})"
+        for trial in left
+        if trial.curve.validation
+    ]
+    return words + (f" Begun and not measured: {', '.join(places)}." if places else "")
 
 
 def at_the_switch(runs: list[Trial]) -> str:
@@ -251,9 +263,15 @@ def same_time(runs: list[Trial]) -> str:
     rows = []
     for trial in runs:
         dense = dense_of(trial, runs)
-        if dense and not trial.dense and not trial.decay and trial.end and trial.timed and trial.validated:
+        line = dense and not trial.dense and len(dense.validated) > 1
+        if line and not trial.decay and trial.end and trial.timed and trial.validated:
             rows.append((trial.name, *trial.validated[-1], dense.validated))
     return equal_time("validation loss", rows)
+
+
+def quarter(trial: Trial) -> bool:
+    """Whether it decays over the last quarter of its steps, so that it is of the line."""
+    return abs(4 * trial.decay - sum(trial.steps)) <= 0.02 * sum(trial.steps)
 
 
 def same_time_decayed(runs: list[Trial]) -> str:
@@ -261,23 +279,23 @@ def same_time_decayed(runs: list[Trial]) -> str:
     ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
     rows = []
     for trial in ended:
-        dense = [other for other in ended if other.dense and common(other) == common(trial)]
-        if not trial.dense:
+        dense = [other for other in ended if other.dense and common(other) == common(trial) and quarter(other)]
+        if len(dense) > 1 and not trial.dense:
             points = sorted((other.seconds, other.loss["mean"]) for other in dense)
             rows.append((trial.name, trial.seconds, trial.loss["mean"], points))
     return equal_time("loss at the end", rows)
 
 
 def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> str:
-    """Of (run, seconds, loss, points of dense), those whose time lies between two points."""
+    """Of (run, seconds, loss, points of dense): what dense has in between the points."""
     found = [(name, spent, loss, between(points, spent)) for name, spent, loss, points in rows]
     columns = ["run", "seconds", what, "of dense then", "difference"]
     return table(
         columns,
         [
-            [name, f"{spent:.0f}", f"{loss:.4f}", f"{dense:.4f}", f"{loss - dense:+.4f}"]
+            [name, f"{spent:.0f}", f"{loss:.4f}"]
+            + (["outside", ""] if dense is None else [f"{dense:.4f}", f"{loss - dense:+.4f}"])
             for name, spent, loss, dense in found
-            if dense is not None
         ],
     )
 
@@ -303,7 +321,7 @@ def repetitions(sweeps: list[list[Trial]]) -> str:
                     ", ".join(f"{trial.run['recipe']['training']['seed']}" for trial, _ in group),
                     ", ".join(f"{loss:.4f}" for loss in losses),
                     f"{stdev(losses):.4f}",
-                    f"{fmean(apart):+.4f} ± {stdev(apart):.4f}" if len(apart) > 1 else "",
+                    ", ".join(f"{difference:+.4f}" for difference in apart),
                 ]
             )
     return table(["runs", "seeds", "losses at the end", "standard deviation", "beside dense"], rows)
@@ -322,7 +340,7 @@ def machines(runs: list[Trial]) -> str:
 def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
     """Losses at the end of runs that decay against their seconds: dense ones as a line, others as points."""
     ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
-    dense = sorted((trial.seconds, trial.loss["mean"]) for trial in ended if trial.dense)
+    dense = sorted((trial.seconds, trial.loss["mean"]) for trial in ended if trial.dense and quarter(trial))
     pyplot = figures.pyplot()
     if pyplot is None or len(dense) < 2:
         return []
@@ -355,7 +373,8 @@ def write(files: list[Path], out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text.append(f"## {name}\n\n" + (f"As in {told[about]}." if about in told else about) + "\n")
         told.setdefault(about, name)
-        text.append(f"`lighthouse sweep recipes/evidence/{sweep['sweep']}.toml` of {machines(runs)}\n")
+        command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
+        text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.timed for trial in runs):
             text.append("Runs shared a GPU, so that their seconds tell nothing.\n")
         text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")

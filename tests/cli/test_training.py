@@ -223,7 +223,7 @@ def test_recover_warns_when_stage_1_stopped_early(lighthouse, trainer):
     lighthouse("pretrain", "tiny.toml", "--name", "a")
     trainer.stop, trainer.code = None, 0
     answer = lighthouse("recover", "a")
-    assert answer.code == 0 and "warning: stage 1 of runs/a stopped at step 40 of 100" in answer.err
+    assert answer.code == 0 and "warning: runs/a stopped at step 40 of 100" in answer.err
     assert ledger("a")[-1] == ("dense", 40, 60)
 
 
@@ -248,11 +248,14 @@ def test_recover_refuses_what_the_checkpoint_decides(lighthouse, trainer, overri
 def test_a_dense_run_goes_on(lighthouse, trainer):
     answer = lighthouse("pretrain", "tiny.toml", "--name", "a", "--set", "lighthouse.enabled=false")
     assert "lighthouse strip runs/a OUT" in answer.err
+    # Not by mistake.
+    answer = lighthouse("recover", "--steps", "5")
+    assert "runs/a, was dense from the start" in answer.error and "lighthouse recover runs/a" in answer.err
     assert lighthouse("recover", "a", "--steps", "5", "--set", 'recover.decay="linear"').code == 0
     assert ledger("a") == [("dense", 0, 100), ("dense", 100, 105)]
 
 
-def test_a_dense_run_that_has_decayed_does_not_go_on(lighthouse, trainer):
+def test_a_dense_run_that_decays_by_itself_has_no_recovery(lighthouse, trainer):
     dense = ("--set", "lighthouse.enabled=false", "--set", "schedule.decay_steps=50")
     lighthouse("pretrain", "tiny.toml", "--name", "a", *dense)
     assert "goes to zero by its own schedule" in lighthouse("recover", "a", "--steps", "5").error

@@ -52,6 +52,13 @@ def test_a_curve_adds_up_time_and_flops(make):
     assert [p.leaky for p in curve.points] == [True] * 10 + [False] * 5
 
 
+def test_a_dense_run_that_goes_on_does_not_switch(make):
+    losses = [("dense", 2.0)] * 10 + [("dense", 1.0)] * 5
+    curve = read(make("dense", (10, 5), losses, settings=["lighthouse.enabled=false"]))
+    found = summarize(curve)
+    assert curve.dense and curve.switch is None and found.jump is None and found.loss == 1.0
+
+
 def test_jump_spike_and_the_way_back(make):
     # Means of five: 2.9, 2.5, 2.1, 1.7; below the 2.0 before the switch with the eighth step.
     found = summarize(read(switched(make, [3.5, 4.0, 3.0, 2.0, 2.0, 1.5, 2.0, 1.0], validation=[(18, 1.9)])))

@@ -364,10 +364,12 @@ def test_unfinished_recovery_is_exported_with_a_warning(run, tmp_path):
     assert report.recovered and "10 of 20" in report.warnings[0]
 
 
-def test_dense_from_the_start_needs_no_recovery(run, tmp_path):
-    set_stages(run, {"stage": "dense", "start": 0, "end": 140})
-    report = strip(run / "checkpoints" / "step-120", tmp_path / "out")
-    assert report.recovered and not report.warnings
+@pytest.mark.parametrize("stages", [[{**DENSE, "start": 0}], [{**DENSE, "start": 0, "end": 120}, DENSE]])
+def test_dense_from_the_start_needs_no_recovery(stages, run, tmp_path):
+    set_stages(run, *stages)
+    for step in (100, 120):
+        report = strip(run / "checkpoints" / f"step-{step}", tmp_path / f"out-{step}")
+        assert report.recovered and not report.warnings
 
 
 def test_incomplete_checkpoints_are_passed_over(run, tmp_path):

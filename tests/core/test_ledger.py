@@ -133,6 +133,17 @@ def test_a_dense_run_has_costs_and_no_comparison(run):
     assert "dense" not in ledger
 
 
+def test_a_dense_run_that_goes_on_has_the_costs_of_each_stage(run):
+    run = run("lighthouse.enabled=false")
+    run.note(data="00ff")
+    log(run, ("dense", 10, 10, 1.0), ("dense", 20, 10, 1.0))
+    begin_recovery(run)
+    ledger = log(run, ("dense", 21, 1, 9.0, FIRST), ("dense", 30, 9, 2.0))
+    assert [stage["steps"] for stage in ledger["stages"]] == [20, 10]
+    assert [stage["seconds"] for stage in ledger["stages"]] == [20.0, 27.0]
+    assert ledger["stages"][0]["data"] == "00ff" and "dense" not in ledger
+
+
 def test_before_the_first_row_the_ledger_stays(run):
     run = run()
     before = run.ledger

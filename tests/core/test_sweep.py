@@ -135,9 +135,12 @@ def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_pa
     save(run, 4)
     assert waits(sweep, "random-annealed", output)
     save(run, 8)
-    save(run, 10)
     assert not waits(sweep, "random-annealed", output)
-    other = branch(run, output / "random-annealed", sweep.runs["random-annealed"].at)
+    run.note(steps=8, seconds=1.0, data="00ff")
+    with run.lock():
+        other = branch(run, output / "random-annealed", sweep.runs["random-annealed"].at)
+        assert other.ledger["stages"] == [{"stage": "lighthouse", "start": 0, "end": 8, "data": "00ff"}]
+    save(run, 10)
     assert other.checkpoint_steps() == [8] and other.ledger["stages"][0]["end"] == 8
     assert run.ledger["stages"][0]["end"] == 10
     command = next_command(sweep, tmp_path / "base.toml", "random-annealed", output)
@@ -146,6 +149,9 @@ def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_pa
     assert (plan.start, plan.end, plan.stopped_early) == (8, 13, False)
     other.write_recovery(plan)
     check(sweep, tmp_path / "base.toml", output)
+    (tmp_path / "sweep.toml").write_text(text.replace("at = 8", "at = 4"))
+    with pytest.raises(RunError, match="at = 8, and the sweep asks for 4"):
+        check(load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", output)
 
 
 def test_a_dense_run_has_recoveries_too(sweep, tmp_path):
@@ -172,6 +178,10 @@ def test_a_stage_1_for_others_is_evaluated_at_the_switch_alone(sweep, tmp_path):
     assert command[:4] == ["eval", str(run.path), "--out", f"{run.path}/eval/switch"]
     evaluated(run.path, "switch")
     assert next_command(sweep, base, "random", output) is None
+    # What no other run begins from ends here.
+    (tmp_path / "sweep.toml").write_text((tmp_path / "sweep.toml").read_text().partition("[runs.random-annealed]")[0])
+    command = next_command(load_sweep(tmp_path / "sweep.toml"), base, "random", output)
+    assert command[:4] == ["eval", str(run.path), "--out", f"{run.path}/eval/end"]
 
 
 def test_what_a_recovery_keeps_of_its_own_checkpoints_is_free(sweep, tmp_path):
@@ -224,6 +234,11 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         ('stage_1 = "random"', 'stage_1 = "random"\nat = 7', "no checkpoint of step 7, only every 50 steps to 10"),
         ('stage_1 = "random"', 'stage_1 = "random"\nat = 50', "no checkpoint of step 50"),
         ("recover = 5\n\n", "recover = 5\nat = 5\n\n", "random: at is a step of"),
+        (
+            'enabled=false"]',
+            'enabled=false", "schedule.warmup_steps=0", "schedule.decay_steps=3"]\nrecover = 5',
+            "dense: recover must be 0 with sched",
+        ),
         ('only = "loss"', 'only = "loss, Lose"', "evaluate.only knows .* not 'Lose'"),
         ('only = "loss"', 'at_switch = "loss,"', "evaluate.at_switch knows"),
         ('only = "loss"', "context = 3", "evaluate.context.* multiple of 2"),

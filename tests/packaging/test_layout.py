@@ -1,12 +1,16 @@
 """How the packages depend on each other, what the wheel holds, and what the README promises."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from lighthouse_core.config.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -88,3 +92,12 @@ def test_the_readme_names_every_command():
         assert f"\nlighthouse {command} " in readme.replace("\n    ", "\n")
     assert "pip install -e . && lighthouse pretrain recipes/quickstart.toml" in readme
     assert "pip install -e '.[test]' && pytest" in readme
+
+
+def test_the_readme_has_a_sweep_that_loads(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.search(r'```toml\n(recipe = "base.toml".*?)```', readme, re.DOTALL)[1]
+    (tmp_path / "sweep.toml").write_text(text)
+    shutil.copy(ROOT / "recipes/evidence/base.toml", tmp_path)
+    sweep = load_sweep(tmp_path / "sweep.toml")
+    assert sweep.runs["random-longer"].at + sweep.runs["random-longer"].recover == 800
