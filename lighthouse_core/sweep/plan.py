@@ -34,16 +34,17 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     if not run.recovering and not stage_1_done(path):
         return ["pretrain", "--resume", str(path)]
     evaluate = sweep.evaluate
-    # A stage 1 that only others recover from is measured at the switch alone.
-    shared = not wanted.recover and any(other.stage_1 == name for other in sweep.runs.values())
-    switches = run.stage == "lighthouse" and not wanted.stage_1 and (wanted.recover or shared)
+    before_switch = run.stage == "lighthouse"
+    # What only others recover from is measured at the switch alone.
+    shared = before_switch and not wanted.recover and any(other.stage_1 == name for other in sweep.runs.values())
+    switches = shared or (before_switch and wanted.recover and not wanted.stage_1)
     if evaluate and switches and report(path, "switch") is None:
         return _eval(sweep, path, "switch", evaluate.at_switch)
     if wanted.recover and not run.recovering:
         return recover
     if run.recovering and (not run.checkpoint_steps() or run.checkpoint_steps()[-1] < run.end):
         return ["recover", str(path)]
-    if evaluate and not (shared and run.stage == "lighthouse") and report(path, "end") is None:
+    if evaluate and not shared and report(path, "end") is None:
         return _eval(sweep, path, "end", evaluate.only)
     return None
 

@@ -55,7 +55,7 @@ class Trial:
 
     @property
     def loss(self) -> dict:
-        return self.run["evaluations"]["end"]["loss"]["nats_per_token"]
+        return self.end["loss"]["nats_per_token"]
 
     @property
     def dense(self) -> bool:
@@ -102,6 +102,17 @@ class Trial:
         seconds = {point.step: point.seconds for point in self.curve.points}
         return [(seconds[step], loss) for step, loss, _ in self.curve.validation if step in seconds]
 
+    @property
+    def outcome(self) -> tuple[float, float]:
+        """(seconds of training, loss at the end)."""
+        return self.seconds, self.loss["mean"]
+
+    @cached_property
+    def common(self) -> tuple[str | None, str]:
+        """What it has in common with the dense runs that it may be held against."""
+        keys = ("training.steps", "model.dense_layers", "schedule.decay_steps")
+        return self.text, self.settings(("lighthouse", "recover"), keys)
+
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
         """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections."""
         left_out = ("output", "checkpoint", "metrics", *sections)
@@ -127,17 +138,10 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]) if lines else ""
 
 
-def common(trial: Trial) -> tuple:
-    """What a run has in common with the dense runs that it may be held against."""
-    return trial.text, trial.settings(
-        ("lighthouse", "recover"), ("training.steps", "model.dense_layers", "schedule.decay_steps")
-    )
-
-
 def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
     """The run that is dense from the start and else alike: as many steps, and as many of a decaying rate."""
     for other in others:
-        alike = common(other) == common(trial) and other.decay == trial.decay
+        alike = other.common == trial.common and other.decay == trial.decay
         if other.dense and alike and sum(other.steps) == sum(trial.steps):
             return other
     return None
@@ -269,21 +273,23 @@ def same_time(runs: list[Trial]) -> str:
     return equal_time("validation loss", rows)
 
 
-def quarter(trial: Trial) -> bool:
-    """Whether it decays over the last quarter of its steps, so that it is of the line."""
-    return abs(4 * trial.decay - sum(trial.steps)) <= 0.02 * sum(trial.steps)
+def beside_lines(runs: list[Trial]) -> list[tuple[Trial, list[tuple[float, float]]]]:
+    """The runs that decay and are not dense, each with the outcomes of dense runs that decay over their last quarter,
+    shortest first; of two or more."""
+    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
+    dense = [trial for trial in ended if trial.dense]
+    dense = [trial for trial in dense if abs(4 * trial.decay - sum(trial.steps)) <= 0.02 * sum(trial.steps)]
+    found = [
+        (trial, sorted(other.outcome for other in dense if other.common == trial.common))
+        for trial in ended
+        if not trial.dense
+    ]
+    return [(trial, line) for trial, line in found if len(line) > 1]
 
 
 def same_time_decayed(runs: list[Trial]) -> str:
     """Losses at the end of runs that decay, beside those of dense runs of other lengths at the same seconds."""
-    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
-    rows = []
-    for trial in ended:
-        dense = [other for other in ended if other.dense and common(other) == common(trial) and quarter(other)]
-        if len(dense) > 1 and not trial.dense:
-            points = sorted((other.seconds, other.loss["mean"]) for other in dense)
-            rows.append((trial.name, trial.seconds, trial.loss["mean"], points))
-    return equal_time("loss at the end", rows)
+    return equal_time("loss at the end", [(trial.name, *trial.outcome, line) for trial, line in beside_lines(runs)])
 
 
 def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> str:
@@ -338,17 +344,15 @@ def machines(runs: list[Trial]) -> str:
 
 
 def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
-    """Losses at the end of runs that decay against their seconds: dense ones as a line, others as points."""
-    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
-    dense = sorted((trial.seconds, trial.loss["mean"]) for trial in ended if trial.dense and quarter(trial))
-    pyplot = figures.pyplot()
-    if pyplot is None or len(dense) < 2:
+    """Losses at the end of runs that decay against their seconds: dense ones as lines, others as points."""
+    pyplot, found = figures.pyplot(), beside_lines(runs)
+    if pyplot is None or not found:
         return []
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    axes.plot(*zip(*dense, strict=True), "o-", color="black", label="dense")
-    for trial in ended:
-        if not trial.dense:
-            axes.plot(trial.seconds, trial.loss["mean"], "o", label=trial.name)
+    for number, line in enumerate(dict.fromkeys(tuple(line) for _, line in found)):
+        axes.plot(*zip(*line, strict=True), "o-", color="black", label=None if number else "dense")
+    for trial, _ in found:
+        axes.plot(*trial.outcome, "o", label=trial.name)
     axes.set(xlabel="seconds of training", ylabel="nats per byte at the end")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
