@@ -1,14 +1,17 @@
 """[checkpoint]: how often, and how many are kept."""
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from lighthouse_core.config.section import NonNegative, Positive, Section, conflict
 
 
 class CheckpointSection(Section):
-    """`interval` in steps; `keep` the newest 2 or more, or 0 for all."""
+    """`interval` in steps; `also` lists further steps that are saved; `keep` the newest 2 or more, or 0 for all."""
 
     interval: Positive = 500
+    also: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     keep: NonNegative = 2
     async_save: bool = False
 

@@ -72,6 +72,10 @@ class Sweep(Section):
         run = self.runs[name]
         return [*self.set, *(self.runs[run.stage_1] if run.stage_1 else run).set]
 
+    def saved(self, name: str) -> list[int]:
+        """Steps of a run's first stage that others begin from."""
+        return sorted({run.at for run in self.runs.values() if run.stage_1 == name and run.at})
+
 
 def load_sweep(path: Path) -> Sweep:
     """The sweep in a file; every run's recipe is valid.
@@ -109,11 +113,9 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(f"{path}: run {name}: recover must be 0 with schedule.decay_steps; see recover.decay")
         if any(one.checkpoint.keep for one in keeping):
             raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
-        steps, interval = recipe.training.steps, recipe.checkpoint.interval
-        if run.at > steps or (run.at % interval and run.at != steps):
+        if run.at > recipe.training.steps:
             raise RecipeError(
-                f"{path}: run {name}: the run {run.stage_1} has no checkpoint of step {run.at}, only every "
-                f"{interval} steps to {steps}"
+                f"{path}: run {name}: the run {run.stage_1} ends at step {recipe.training.steps}, before {run.at}"
             )
         if sweep.evaluate and sweep.evaluate.tokens > recipe.training.seq_len:
             raise RecipeError(

@@ -29,6 +29,8 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     recover = ["recover", str(path), "--steps", str(wanted.recover), *_set(wanted.recover_set)]
     if not begun(path):
         settings = [*sweep.settings(name), f"output.dir={json.dumps(str(output))}"]
+        if saved := sweep.saved(name):
+            settings.append(f"checkpoint.also={saved}")
         return recover if wanted.stage_1 else ["pretrain", str(base), "--name", name, *_set(settings)]
     run = Run(path)
     if not run.recovering and not stage_1_done(path):

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Checkpointer(CheckpointManager):
         self.group = torch.distributed.new_group(backend="gloo")
         # What has to be known of the steps before a checkpoint may hold them.
         self.before_save = lambda: None
+        # Steps that are saved besides every `interval`-th.
+        self.also: Sequence[int] = ()
         # Keeps the time of saves.
         self.during_save = contextlib.nullcontext
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
@@ -57,6 +60,9 @@ class Checkpointer(CheckpointManager):
         for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
             shutil.rmtree(leftover)
         return None
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return super()._should_save(curr_step, last_step or curr_step in self.also)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         with self.during_save() if self._should_save(curr_step, last_step) else contextlib.nullcontext():

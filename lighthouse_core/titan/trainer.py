@@ -210,6 +210,7 @@ class Trainer(titan_train.Trainer):
         titan_train.dist_utils = NotingUtils(dist_utils, lambda norm: self.guard.judge(self.step, norm))
         self.checkpointer.before_save = functools.partial(self.guard.look, lag=0)
         self.checkpointer.during_save = self.metrics_processor.left_out
+        self.checkpointer.also = recipe.checkpoint.also
         if recipe.data.validation:
             self.validator.anywhere = self.anywhere
 

@@ -62,7 +62,7 @@ def test_saved_steps_are_sealed_and_the_oldest_go(start, tmp_path):
 
 def test_saves_are_told_of_and_other_steps_are_not(start):
     saver, step, _ = start()
-    saver.interval, seen = 2, []
+    saver.interval, saver.also, seen = 2, (3, 7), []
 
     @contextlib.contextmanager
     def during():
@@ -70,8 +70,8 @@ def test_saves_are_told_of_and_other_steps_are_not(start):
         yield
 
     saver.during_save = during
-    save(saver, step, 1, 2, 3, 4)
-    assert seen == [2, 4]
+    save(saver, step, 1, 2, 3, 4, 5)
+    assert seen == [2, 3, 4]
 
 
 def test_the_last_one_does_not_come_on_top(start, tmp_path):

@@ -128,9 +128,10 @@ def test_a_second_recovery_begins_where_the_first_stage_ended(sweep, tmp_path):
 
 
 def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_path):
-    text = SWEEP.replace("steps=10", 'steps=10", "checkpoint.interval=4').replace('"random"\n', '"random"\nat = 8\n')
+    text = SWEEP.replace("steps=10", 'steps=10", "checkpoint.interval=50').replace('"random"\n', '"random"\nat = 8\n')
     (tmp_path / "sweep.toml").write_text(text)
     sweep, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "runs"
+    assert "checkpoint.also=[8]" in next_command(sweep, tmp_path / "base.toml", "random", output)
     run = begin(sweep, tmp_path, "random")
     save(run, 4)
     assert waits(sweep, "random-annealed", output)
@@ -231,8 +232,7 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         ("recipe = ", "recipe ", "cannot read"),
         ('"checkpoint.keep=0"', '"checkpoint.keep=2"', "random-annealed: stage_1 needs checkpoint.keep=0"),
         ("recover = 5\n\n", "recover = 5\nrecover_set = ['checkpoint.keep=2']\n\n", "stage_1 needs checkpoint.keep=0"),
-        ('stage_1 = "random"', 'stage_1 = "random"\nat = 7', "no checkpoint of step 7, only every 50 steps to 10"),
-        ('stage_1 = "random"', 'stage_1 = "random"\nat = 50', "no checkpoint of step 50"),
+        ('stage_1 = "random"', 'stage_1 = "random"\nat = 50', "the run random ends at step 10, before 50"),
         ("recover = 5\n\n", "recover = 5\nat = 5\n\n", "random: at is a step of"),
         (
             'enabled=false"]',
