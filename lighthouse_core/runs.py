@@ -41,6 +41,8 @@ RESUMABLE = (
     "lighthouse.backend",
     "lighthouse.dense_backend",
 )
+# Where this code is, as a checkout.
+_CHECKOUT = Path(__file__).resolve().parents[1]
 _RECORDED = ("lighthouse-pretrain", "torch", "triton", "flash-attn-4", "torchtitan", "numpy", "safetensors", "pydantic")
 
 
@@ -451,16 +453,20 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
-    """Commit of the checkout that this code runs from; None where it was installed as a package."""
-    checkout = Path(__file__).resolve().parents[1]
-    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        answer = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+def _git_commit(checkout: Path = _CHECKOUT) -> str | None:
+    """Commit of the checkout that this code runs from, with "-dirty" where files differ from it; None where it was
+    installed as a package."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(("git", *arguments), cwd=checkout, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    if git("rev-parse", "--show-toplevel") != str(checkout):
         return None
-    top, _, commit = answer.stdout.strip().partition("\n")
-    return commit if answer.returncode == 0 and Path(top) == checkout else None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,8 +7,8 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -43,11 +43,19 @@ between dense runs of several lengths, each of which decays over its last quarte
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep; `timed` is False where it shared its GPU."""
+    """A run of a sweep.
+
+    Attributes:
+        name: of it.
+        run: what was collected.
+        alone: whether it had a GPU to itself, and its own steps tell what they take.
+        paces: seconds of a step where it had not, of others: see `pace`.
+    """
 
     name: str
     run: dict[str, Any]
-    timed: bool = True
+    alone: bool = True
+    paces: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def end(self) -> dict | None:
@@ -77,19 +85,43 @@ class Trial:
         """Fingerprint of what it was trained on; None where that is not known."""
         return self.run["ledger"]["stages"][0].get("data")
 
+    def pace(self, stage: str) -> str:
+        """What decides how long a step of a stage takes."""
+        sections = ("recover", "schedule", *(() if stage == "lighthouse" else ("lighthouse",)))
+        keys = ("training.steps", "training.seed", *(() if stage == "lighthouse" else ("model.dense_layers",)))
+        conditions = self.run["ledger"]["stages"][0].get("conditions", {})
+        return json.dumps([stage, conditions.get("device"), self.run["versions"], self.settings(sections, keys)])
+
+    @cached_property
+    def own_paces(self) -> dict[str, float]:
+        """The median seconds of a step by stage, without those that compile."""
+        found = {}
+        for stage in {row["stage"]: None for row in self.run["rows"]}:
+            timed = [row for row in self.run["rows"] if "loss" in row and row["stage"] == stage]
+            if timed:
+                settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
+                found[stage] = median(settled or [row["seconds"] for row in timed])
+        return found
+
+    @property
+    def timed(self) -> bool:
+        """Whether the seconds of its curve are those of a run that has a GPU to itself."""
+        return self.alone or all(self.pace(stage) in self.paces for stage in self.own_paces)
+
     @cached_property
     def curve(self) -> compare.Curve:
         """Each stage at the median seconds of its steps: what compiles, and how often, is no part of a method."""
         stages = self.run["ledger"]["stages"]
         flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
+        seconds = dict(self.own_paces)
+        if not self.alone and self.timed:
+            seconds = {stage: self.paces[self.pace(stage)] for stage in seconds}
         # Of a stage whose costs are not in the ledger yet, nothing is said.
-        rows = [dict(row) for row in self.run["rows"] if row["stage"] in flops]
-        for stage in flops:
-            timed = [row for row in rows if "loss" in row and row["stage"] == stage]
-            settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
-            typical = median(settled or [row["seconds"] for row in timed])
-            for row in timed:
-                row["seconds"] = typical
+        rows = [
+            row | ({"seconds": seconds[row["stage"]]} if "loss" in row else {})
+            for row in self.run["rows"]
+            if row["stage"] in flops
+        ]
         return compare.curve(self.name, rows, stages, flops)
 
     @property
@@ -123,8 +155,17 @@ class Trial:
         return json.dumps(recipe, sort_keys=True)
 
 
-def trials(sweep: dict) -> list[Trial]:
-    return [Trial(name, run, sweep.get("per_gpu", 1) == 1) for name, run in sweep["runs"].items()]
+def trials(sweep: dict, paces: Mapping[str, float] | None = None) -> list[Trial]:
+    return [Trial(name, run, sweep.get("per_gpu", 1) == 1, paces or {}) for name, run in sweep["runs"].items()]
+
+
+def paces(sweeps: Iterable[dict]) -> dict[str, float]:
+    """Seconds of the steps of runs that had a GPU to themselves; the median of those that are alike."""
+    found: dict[str, list[float]] = {}
+    for trial in itertools.chain.from_iterable(map(trials, sweeps)):
+        for stage, seconds in trial.own_paces.items() if trial.alone else ():
+            found.setdefault(trial.pace(stage), []).append(seconds)
+    return {pace: median(seconds) for pace, seconds in found.items()}
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -212,11 +253,24 @@ def results(runs: list[Trial], others: list[Trial]) -> str:
     return table(columns, [row(trial) for trial in runs if trial.end])
 
 
+def steps(runs: list[Trial]) -> str:
+    """What a step takes of each stage, and of memory."""
+
+    def row(trial: Trial) -> list[str]:
+        memory = max(row.get("memory_gib") or 0.0 for row in trial.run["rows"] if "loss" in row)
+        return [
+            trial.name,
+            *(f"{trial.own_paces[s]:.3f}" if s in trial.own_paces else "" for s in stages),
+            f"{memory:.1f}",
+        ]
+
+    stages = ("lighthouse", "dense")
+    return table(["run", "stage 1", "dense", "peak GiB"], [row(trial) for trial in runs if trial.own_paces])
+
+
 def measured(runs: list[Trial]) -> str:
     """How much text was measured."""
     ends = [trial.end for trial in runs if trial.end]
-    if not ends:
-        return "Nothing yet."
     words = f"{ends[0]['sequences']} sequences of {ends[0]['tokens']} tokens"
     context = next((end["context"]["context"] for end in ends if "context" in end), None)
     words += f"; the short context is {context} tokens." if context else "."
@@ -339,7 +393,9 @@ def machines(runs: list[Trial]) -> str:
         device = run["ledger"]["stages"][0].get("conditions", {}).get("device", "?")
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "flash-attn-4"))
         python = f"Python {run['python']}, " if "python" in run else ""
-        found[f"commit {str(run['git_commit'])[:10]}; {device}; {python}{versions}"] = None
+        commit, _, dirty = str(run["git_commit"]).partition("-")
+        changed = " with changes" if dirty else ""
+        found[f"commit {commit[:10]}{changed}; {device}; {python}{versions}"] = None
     return "; or ".join(found)
 
 
@@ -362,7 +418,8 @@ def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
 def write(files: list[Path], out: Path) -> None:
     files = sorted(files, key=lambda file: file.stem)
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    measurements = [trials(sweep) for sweep in sweeps]
+    alone = paces(sweeps)
+    measurements = [trials(sweep, alone) for sweep in sweeps]
     everything = list(itertools.chain(*measurements))
     text = [INTRODUCTION]
     conclusions = out / "conclusions.md"
@@ -379,9 +436,15 @@ def write(files: list[Path], out: Path) -> None:
         told.setdefault(about, name)
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
-        if not all(trial.timed for trial in runs):
-            text.append("Runs shared a GPU, so that their seconds tell nothing.\n")
-        text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
+        if not all(trial.alone for trial in runs):
+            there = (
+                "; those that are there are of the same steps in another sweep" if any(t.timed for t in runs) else ""
+            )
+            text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
+        if any(trial.end for trial in runs):
+            text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
+        else:
+            text.append(f"### Seconds a step\n\n{steps(runs)}\n")
         if switch := at_the_switch(runs):
             text.append(f"### At the switch\n\n{switch}\n")
         if equal := same_time(runs):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
+import subprocess
 import tomllib
 
 import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
-from lighthouse_core.runs import Run, create_run, find_run, plan_recovery, run_path
+from lighthouse_core.runs import Run, _git_commit, create_run, find_run, plan_recovery, run_path
 from lighthouse_core.seal import seal
 
 RECIPE = """
@@ -61,6 +63,26 @@ def test_a_new_run_holds_recipe_ledger_and_environment(recipe):
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["argv"] and environment["python"] and environment["versions"]["torch"]
     assert not list(run.path.glob(".*")), "a temporary file was left"
+
+
+def test_a_commit_says_whether_files_differ_from_it(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        subprocess.run(("git", "-C", str(tmp_path), *identity, *arguments), check=True, capture_output=True)
+
+    assert _git_commit(tmp_path) is None
+    git("init")
+    assert _git_commit(tmp_path) is None, "there is no commit yet"
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "folder").mkdir()
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "v1")
+    commit = _git_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "file").write_text("b")
+    assert _git_commit(tmp_path) == f"{commit}-dirty"
+    assert _git_commit(tmp_path / "folder") is None, "a package within somebody's repository"
 
 
 def test_a_dense_recipe_makes_a_dense_run(recipe):

@@ -256,6 +256,32 @@ def test_runs_that_shared_a_gpu_have_no_times(sweep, tmp_path):
     assert "shared a GPU" in (tmp_path / "REPORT.md").read_text()
 
 
+def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep, tmp_path):
+    module = report()
+    norm = sweep["runs"]["norm"]
+    for part in (*norm["rows"], *norm["ledger"]["stages"]):
+        part["stage"] = "lighthouse"
+    alone = json.loads(json.dumps(sweep)) | {"sweep": "alone"}
+    for name, run in alone["runs"].items():
+        del run["evaluations"]["end"]
+        run["rows"] = [row | {"seconds": 2.0 if name == "norm" else 3.0, "memory_gib": 7.0} for row in run["rows"]]
+        # What is no matter to a step.
+        run["recipe"] |= {"training": {"seed": 5, "steps": 40}, "schedule": {"decay_steps": 9}}
+    sweep["per_gpu"] = 2
+    for file, content in (("trial", sweep), ("alone", alone)):
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    module.write([tmp_path / "trial.json", tmp_path / "alone.json"], tmp_path)
+    lines = (tmp_path / "REPORT.md").read_text().splitlines()
+    assert "| norm | 2.000 |  | 7.0 |" in lines and "| dense |  | 3.000 | 7.0 |" in lines
+    assert any(line.startswith("| norm | 2 | 1.4000") and line.endswith("| 4 |") for line in lines)
+    dense, _, norm = module.trials(sweep, module.paces([alone]))
+    assert (dense.seconds, norm.seconds) == (6.0, 4.0)
+    norm.run["recipe"]["lighthouse"]["window"] = 8
+    assert dense.timed and not norm.timed
+    dense.run["ledger"]["stages"][0]["conditions"] = {"device": "another"}
+    assert not dense.timed
+
+
 def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
     module = report()
     norm = sweep["runs"]["norm"]
