@@ -85,7 +85,7 @@ def flops_per_token(recipe: Recipe, stage: str) -> float:
     """Forward and backward, causal work counted once.
 
     6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim; or 12 d
-    times the keys that a query sees there. Dense steps within stage 1 count with their share.
+    times the keys that a query sees there. Dense steps within stage 1, and its windows, count with their share.
 
     Args:
         recipe: gives the model and N.
@@ -96,7 +96,8 @@ def flops_per_token(recipe: Recipe, stage: str) -> float:
     dense = model.layers if stage == "dense" else len(model.dense_layers)
     flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
     if dense < model.layers:
-        keys = recipe.lighthouse.attention().keys(tokens)
+        windows = recipe.lighthouse.windows or (recipe.lighthouse.window,)
+        keys = sum(recipe.lighthouse.attention(window).keys(tokens) for window in windows) / len(windows)
         if every := recipe.lighthouse.dense_every:
             keys += (tokens / 2 - keys) / every
         flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)

@@ -90,6 +90,13 @@ def set_selection_keys(model: nn.Module, seed: int, step: int, sample: int) -> N
             module.key.copy_(torch.tensor((seed, step, module.layer, sample)))
 
 
+def use_settings(model: nn.Module, cfg: LighthouseConfig) -> None:
+    """Have every Lighthouse layer of `model` go on with other settings. Compiled layers compile again."""
+    for module in model.modules():
+        if isinstance(module, LighthouseAttention):
+            module.cfg = cfg
+
+
 @contextmanager
 def dense_for_now(model: nn.Module) -> Iterator[None]:
     """Every Lighthouse layer of `model` attends densely for as long as the context lasts."""

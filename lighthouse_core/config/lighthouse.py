@@ -3,17 +3,18 @@
 from pydantic import model_validator
 
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.config.section import NonNegative, Section, conflict
+from lighthouse_core.config.section import Ints, NonNegative, Section, conflict
 
 
 class LighthouseSection(Section):
     """`enabled = false` trains a dense baseline. Every `dense_every`-th step of stage 1 is dense in all layers, 0 for
-    none; a `metrics.every` that it divides keeps the ledger's medians fair. The other keys are LighthouseConfig's, with
-    its defaults.
+    none; a `metrics.every` that it divides keeps the ledger's medians fair. `windows`, shortest first, take turns as
+    `window` over equal parts of stage 1. The other keys are LighthouseConfig's, with its defaults.
     """
 
     enabled: bool = True
     dense_every: NonNegative = 0
+    windows: Ints = ()
     pooling: int = 4
     levels: int = 3
     topk: int = 1536
@@ -28,16 +29,29 @@ class LighthouseSection(Section):
     compression: int = 16
     keep: int = 0
 
-    def attention(self) -> LighthouseConfig:
-        """The same settings as the attention call takes them."""
-        return LighthouseConfig(**self.model_dump(exclude={"enabled", "dense_every"}))
+    def attention(self, window: int | None = None) -> LighthouseConfig:
+        """The same settings as the attention call takes them, with this window, or else the last one of stage 1."""
+        if window is None:
+            window = self.windows[-1] if self.windows else self.window
+        settings = self.model_dump(exclude={"enabled", "dense_every", "windows"})
+        return LighthouseConfig(**settings | {"window": window})
+
+    def window_at(self, step: int, steps: int) -> int:
+        """The window of a step, 1 to `steps`, of a stage 1 of so many."""
+        return self.windows[(step - 1) * len(self.windows) // steps] if self.windows else self.window
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":
+        if self.windows and self.window:
+            raise conflict("window", "lighthouse.windows take the place of lighthouse.window")
+        if list(self.windows) != sorted(set(self.windows)):
+            raise conflict("windows", f"lighthouse.windows must grow: {list(self.windows)}")
         try:
-            self.attention()
+            for window in self.windows or (self.window,):
+                self.attention(window)
         except ValueError as error:
             # LighthouseConfig's messages open with the name of the field.
             key = str(error).split(maxsplit=1)[0]
+            key = "windows" if key == "window" and self.windows else key
             raise conflict(key, f"lighthouse.{error}") from None
         return self

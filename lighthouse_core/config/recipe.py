@@ -65,9 +65,10 @@ class Recipe(Section):
 
         tokens, cfg = self.training.seq_len, self.lighthouse.attention()
         if cfg.window >= tokens:
-            raise conflict(
-                "lighthouse.window", f"lighthouse.window ({cfg.window}) is not below training.seq_len ({tokens})"
-            )
+            key = "lighthouse.windows" if self.lighthouse.windows else "lighthouse.window"
+            raise conflict(key, f"{key} ({cfg.window}) is not below training.seq_len ({tokens})")
+        if len(self.lighthouse.windows) > self.training.steps:
+            raise conflict("lighthouse.windows", "lighthouse.windows are more than training.steps")
         if cfg.method == "pyramid" and (call := geometry(tokens, cfg)).dense:
             raise conflict(
                 "lighthouse.topk",

@@ -44,7 +44,8 @@ def load_checkpoint(
     model = build_dense_model(recipe.model, recipe.training.seq_len)
     model.load_state_dict(load_weights(source, entries(recipe.model)), assign=True)
     pooled = attention == "trained" and _in_stage_1(source)
-    cfg = recipe.lighthouse.attention()
+    step = min(source.step, recipe.training.steps)
+    cfg = recipe.lighthouse.attention(recipe.lighthouse.window_at(step, recipe.training.steps))
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, recipe.model.dense_layers)

@@ -20,7 +20,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
 from lighthouse_core.attention.dense import log_choices
-from lighthouse_core.attention.module import dense_for_now, set_selection_keys
+from lighthouse_core.attention.module import dense_for_now, set_selection_keys, use_settings
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
@@ -196,6 +196,8 @@ class Trainer(titan_train.Trainer):
         titan_train.CheckpointManager = Checkpointer
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
+        # A layer is compiled for each window, with gradients and without; torch gives up after 8 times.
+        torch._dynamo.config.recompile_limit += 2 * len(recipe.lighthouse.windows)
         self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.attention().draws
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
@@ -246,6 +248,7 @@ class Trainer(titan_train.Trainer):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
+        self._set_window(max(self.step, 1))
         validated = self.metrics_processor.begin(self.step, self.dataloader.fingerprint)
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
@@ -279,6 +282,7 @@ class Trainer(titan_train.Trainer):
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
         self.micro_batch = 0
+        self._set_window(self.step)
         with self._dense_step():
             super().train_step(data_iterator)
         if not is_training():
@@ -286,6 +290,12 @@ class Trainer(titan_train.Trainer):
             self.anywhere(False)
             training_begins()
         self.guard.look()
+
+    def _set_window(self, step: int) -> None:
+        """The window whose turn it is, where stage 1 has several."""
+        lighthouse, steps = self.stage.recipe.lighthouse, self.stage.recipe.training.steps
+        if lighthouse.windows and self.stage.name == "lighthouse":
+            use_settings(self.model_parts[0], lighthouse.attention(lighthouse.window_at(step, steps)))
 
     def _dense_step(self) -> contextlib.AbstractContextManager[None]:
         """Dense attention in every layer, if it is the turn of a step of stage 1 that has it."""

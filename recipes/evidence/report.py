@@ -85,40 +85,47 @@ class Trial:
         """Fingerprint of what it was trained on; None where that is not known."""
         return self.run["ledger"]["stages"][0].get("data")
 
-    def pace(self, stage: str) -> str:
-        """What decides how long a step of a stage takes."""
-        sections = ("recover", "schedule", *(() if stage == "lighthouse" else ("lighthouse",)))
-        keys = ("training.steps", "training.seed", *(() if stage == "lighthouse" else ("model.dense_layers",)))
+    def part(self, row: dict) -> str:
+        """Steps of one part take equally long: a stage, or of stage 1 the time of one of several windows."""
+        windows, steps = self.run["recipe"]["lighthouse"].get("windows"), self.run["recipe"]["training"].get("steps")
+        if row["stage"] != "lighthouse" or not windows:
+            return row["stage"]
+        return f"lighthouse {windows[(row['step'] - 1) * len(windows) // steps]}"
+
+    def pace(self, part: str) -> str:
+        """What decides how long a step of a part takes."""
+        pooled = part.startswith("lighthouse")
+        sections = ("recover", "schedule", *(() if pooled else ("lighthouse",)))
+        keys = ("training.steps", "training.seed", *(() if pooled else ("model.dense_layers",)))
         conditions = self.run["ledger"]["stages"][0].get("conditions", {})
-        return json.dumps([stage, conditions.get("device"), self.run["versions"], self.settings(sections, keys)])
+        return json.dumps([part, conditions.get("device"), self.run["versions"], self.settings(sections, keys)])
 
     @cached_property
     def own_paces(self) -> dict[str, float]:
-        """The median seconds of a step by stage, without those that compile."""
-        found = {}
-        for stage in {row["stage"]: None for row in self.run["rows"]}:
-            timed = [row for row in self.run["rows"] if "loss" in row and row["stage"] == stage]
-            if timed:
-                settled = [row["seconds"] for row in timed if "first_of_launch" not in row]
-                found[stage] = median(settled or [row["seconds"] for row in timed])
-        return found
+        """The median seconds of a step by part, without those that compile."""
+        found: dict[str, list[dict]] = {}
+        for row in self.run["rows"]:
+            if "loss" in row:
+                found.setdefault(self.part(row), []).append(row)
+        settled = {part: [row for row in rows if "first_of_launch" not in row] or rows for part, rows in found.items()}
+        return {part: median(row["seconds"] for row in rows) for part, rows in settled.items()}
 
     @property
     def timed(self) -> bool:
         """Whether the seconds of its curve are those of a run that has a GPU to itself."""
-        return self.alone or all(self.pace(stage) in self.paces for stage in self.own_paces)
+        return self.alone or all(self.pace(part) in self.paces for part in self.own_paces)
 
     @cached_property
     def curve(self) -> compare.Curve:
-        """Each stage at the median seconds of its steps: what compiles, and how often, is no part of a method."""
+        """Each part at the median seconds of its steps: what compiles, and how often, is no part of a method."""
         stages = self.run["ledger"]["stages"]
         flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
         seconds = dict(self.own_paces)
         if not self.alone and self.timed:
-            seconds = {stage: self.paces[self.pace(stage)] for stage in seconds}
+            seconds = {part: self.paces[self.pace(part)] for part in seconds}
         # Of a stage whose costs are not in the ledger yet, nothing is said.
         rows = [
-            row | ({"seconds": seconds[row["stage"]]} if "loss" in row else {})
+            row | ({"seconds": seconds[self.part(row)]} if "loss" in row else {})
             for row in self.run["rows"]
             if row["stage"] in flops
         ]
@@ -146,9 +153,16 @@ class Trial:
         return self.text, self.settings(("lighthouse", "recover"), keys)
 
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
-        """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections."""
+        """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections.
+
+        What is off is left out, too: a recipe of before there was such a key says as much.
+        """
         left_out = ("output", "checkpoint", "metrics", *sections)
-        recipe = {name: dict(part) for name, part in self.run["recipe"].items() if name not in left_out}
+        recipe = {
+            name: {key: value for key, value in part.items() if value}
+            for name, part in self.run["recipe"].items()
+            if name not in left_out
+        }
         for key in keys:
             section, name = key.split(".")
             recipe.get(section, {}).pop(name, None)
@@ -163,8 +177,8 @@ def paces(sweeps: Iterable[dict]) -> dict[str, float]:
     """Seconds of the steps of runs that had a GPU to themselves; the median of those that are alike."""
     found: dict[str, list[float]] = {}
     for trial in itertools.chain.from_iterable(map(trials, sweeps)):
-        for stage, seconds in trial.own_paces.items() if trial.alone else ():
-            found.setdefault(trial.pace(stage), []).append(seconds)
+        for part, seconds in trial.own_paces.items() if trial.alone else ():
+            found.setdefault(trial.pace(part), []).append(seconds)
     return {pace: median(seconds) for pace, seconds in found.items()}
 
 
@@ -258,11 +272,9 @@ def steps(runs: list[Trial]) -> str:
 
     def row(trial: Trial) -> list[str]:
         memory = max(row.get("memory_gib") or 0.0 for row in trial.run["rows"] if "loss" in row)
-        return [
-            trial.name,
-            *(f"{trial.own_paces[s]:.3f}" if s in trial.own_paces else "" for s in stages),
-            f"{memory:.1f}",
-        ]
+        paces = trial.own_paces.items()
+        seconds = (" to ".join(f"{pace:.3f}" for part, pace in paces if part.startswith(stage)) for stage in stages)
+        return [trial.name, *seconds, f"{memory:.1f}"]
 
     stages = ("lighthouse", "dense")
     return table(["run", "stage 1", "dense", "peak GiB"], [row(trial) for trial in runs if trial.own_paces])

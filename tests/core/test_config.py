@@ -59,7 +59,7 @@ def test_defaults_are_resolved():
 
 
 def test_the_lighthouse_section_is_the_attention_config():
-    own = ("enabled", "dense_every")
+    own = ("enabled", "dense_every", "windows")
     ours = {name: field.default for name, field in LighthouseSection.model_fields.items() if name not in own}
     assert ours == {field.name: field.default for field in dataclasses.fields(LighthouseConfig)}
 
@@ -159,6 +159,11 @@ def test_an_override_error_names_the_flag(override, message):
         ("training.seq_len=64", "--set training.seq_len: the gathered sequence"),
         ("lighthouse.tile_parents=6", "--set lighthouse.tile_parents: lighthouse.topk must be"),
         ("data.validation=0.0", "--set data.validation: metrics.validation_every needs"),
+        ("lighthouse.windows=[8, 8]", "--set lighthouse.windows: lighthouse.windows must grow: [8, 8]"),
+        ("lighthouse.windows=[8, -8]", "--set lighthouse.windows: lighthouse.windows must grow"),
+        ("lighthouse.windows=[-8, 8]", "--set lighthouse.windows: lighthouse.window must be"),
+        ("lighthouse.windows=[8, 1024]", "--set lighthouse.windows: lighthouse.windows (1024) is not below"),
+        ("lighthouse={window=8, windows=[8]}", "--set lighthouse: lighthouse.windows take the place"),
     ],
 )
 def test_of_keys_that_conflict_the_one_that_a_flag_set_is_named(override, message):

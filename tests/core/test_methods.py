@@ -1,6 +1,7 @@
 """Stage-1 attention that is not the paper's, and the parts of a softmax it is made of, against masks written out."""
 
 import dataclasses
+import itertools
 import math
 import sys
 import types
@@ -11,6 +12,7 @@ import torch
 from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention, select_indices
 from lighthouse_core.attention import flash
 from lighthouse_core.attention.methods import kept_blocks
+from lighthouse_core.attention.module import LighthouseAttention, use_settings
 from lighthouse_core.attention.parts import far, fused, merge, near
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
@@ -253,6 +255,30 @@ def test_types_and_compilation(cfg):
     assert_close(single, [x.float() for x in exact], 1e-4)
     compiled = torch.compile(lambda *x: lighthouse_attention(*x, cfg, key=KEY), fullgraph=True, backend="aot_eager")
     assert_close(gradients(compiled, tensors), exact, 1e-10)
+
+
+@pytest.mark.parametrize("cfg", METHODS, ids=IDS)
+def test_a_compiled_layer_takes_other_windows(cfg):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([type(x) for x in inputs])
+        return graph
+
+    torch._dynamo.reset()
+    layers = torch.nn.ModuleList(LighthouseAttention(LighthouseConfig(**cfg), layer) for layer in range(2))
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True)
+    q, k, v = (x.transpose(1, 2) for x in draw())
+    for window in (24, 32, 48):
+        use_settings(layers, LighthouseConfig(**cfg | {"window": window}))
+        for layer in layers:
+            out = layer(q, k, v)
+            assert torch.equal(out, layer(q, k, v))
+            assert_close([out], [layer.forward(q, k, v)], 1e-10)
+    # A shape that is not known would cost time in every call.
+    assert torch.SymInt not in itertools.chain(*seen) and int not in itertools.chain(*seen)
+    assert len(seen) in (3, 6)
 
 
 @pytest.mark.parametrize("tokens", [500, 7000, 16384])

@@ -192,6 +192,26 @@ def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
 
 
+def test_windows_take_turns_over_stage_1():
+    settings = ['lighthouse.method="chunked"', "training.steps=7"]
+    recipe = load_recipe("recipes/quickstart.toml", [*settings, "lighthouse.windows=[64, 128, 512]"])
+    model = build_dense_model(recipe.model, 64)
+    use_lighthouse(model, recipe.lighthouse.attention(), recipe.model.dense_layers)
+    layers = [module for module in model.modules() if isinstance(module, LighthouseAttention)]
+    assert {layer.cfg.window for layer in layers} == {512}
+
+    def window(step, stage="lighthouse"):
+        trainer = SimpleNamespace(stage=SimpleNamespace(recipe=recipe, name=stage), model_parts=[model])
+        Trainer._set_window(trainer, step)
+        return {layer.cfg.window for layer in layers}
+
+    assert [window(step) for step in range(1, 8)] == [{64}, {64}, {64}, {128}, {128}, {512}, {512}]
+    assert window(1, "dense") == {512}
+    each = [load_recipe("recipes/quickstart.toml", [*settings, f"lighthouse.window={n}"]) for n in (64, 128, 512)]
+    share = sum(flops_per_token(one, "lighthouse") for one in each) / 3
+    assert flops_per_token(recipe, "lighthouse") == pytest.approx(share)
+
+
 def test_which_steps_of_stage_1_are_dense():
     recipe = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=3"])
     model = build_dense_model(recipe.model, 64)

@@ -157,6 +157,9 @@ def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
 def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
+    # A key that came later.
+    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["windows"] = []
+    assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
     assert module.repetitions([module.trials(sweep)]) == ""
 
@@ -189,6 +192,20 @@ def test_other_text_is_not_compared(sweep):
 def test_compilation_is_not_counted(sweep):
     sweep["runs"]["dense"]["rows"][0] |= {"seconds": 100.0, "first_of_launch": True}
     assert [point.seconds for point in report().trials(sweep)[0].curve.points] == [5.0, 10.0]
+
+
+def test_steps_of_each_window_have_a_time_of_their_own(sweep):
+    norm = sweep["runs"]["norm"]
+    norm["recipe"]["lighthouse"]["windows"], norm["recipe"]["training"]["steps"] = [8, 16], 8
+    rows = [{**norm["rows"][0], "stage": "lighthouse", "step": step, "seconds": 1.0} for step in range(1, 9)]
+    # The last four are of the second window, and the first of them compiles.
+    for row, seconds in zip(rows[4:], (100.0, 3.0, 3.0, 3.0), strict=True):
+        row["seconds"] = seconds
+    norm["rows"] = rows
+    norm["ledger"]["stages"] = [{"stage": "lighthouse", "start": 0, "end": 8, "steps": 8, "flops": 1e9}]
+    trial = next(trial for trial in report().trials(sweep) if trial.name == "norm")
+    assert trial.seconds == 4 * 1.0 + 4 * 3.0
+    assert report().steps([trial]).splitlines()[-1] == "| norm | 1.000 to 3.000 |  | 0.0 |"
 
 
 def test_no_equal_time_without_validations_on_both_sides(sweep):
