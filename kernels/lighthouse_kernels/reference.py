@@ -1,7 +1,7 @@
 """Every operation in plain PyTorch, on any device: the readable truth.
 
-A backend is a module with `pyramid`, `norm_scores`, `select`, `select_drawn`, `given`, `gather` and `scatter`, and
-with what activation checkpointing has to know: SELECTING, the operations that decide the selection, and GATHERING,
+A backend is a module with `pyramid`, `norm_scores`, `select`, `select_drawn`, `given`, `gather`, `scatter` and `merge`,
+and with what activation checkpointing has to know: SELECTING, the operations that decide the selection, and GATHERING,
 those whose results are better kept than made again.
 """
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lighthouse_kernels.gather.reference import gather as gather_rows
 from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.merge.reference import merge as merge_parts
 from lighthouse_kernels.pyramid.reference import block_scores, pool, random_scores
 from lighthouse_kernels.pyramid.reference_op import norm_scores
 from lighthouse_kernels.scatter.reference import scatter as scatter_rows
@@ -55,3 +56,9 @@ def gather(
 def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
     """[B, N, H, D] from the dense call's rows, [B, S, H, D]."""
     return scatter_rows(rows, selection.indices, g)
+
+
+def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, selection: Selection, g: Geometry) -> Tensor:
+    """[B, N, H, D] from a window's attention [B, N, H, D] and the dense call's rows [B, S, H, D], with the log-sum-exps
+    [B, N, H] and [B, S, H] of both."""
+    return merge_parts(out, lse, rows, row_lse, selection.indices, g)

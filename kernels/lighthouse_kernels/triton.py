@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lighthouse_kernels.gather import op as gather_op
 from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.merge import op as merge_op
 from lighthouse_kernels.pyramid import op as pyramid_op
 from lighthouse_kernels.scatter import op as scatter_op
 from lighthouse_kernels.select import op as select_op
@@ -60,3 +61,10 @@ def gather(
 def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
     """[B, N, H, D] from the dense call's rows, [B, S, H, D]. Differentiable."""
     return scatter_op.scatter(rows, *selection, g.shape)
+
+
+def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, selection: Selection, g: Geometry) -> Tensor:
+    """[B, N, H, D] from a window's attention [B, N, H, D] and the dense call's rows [B, S, H, D], with the log-sum-exps
+    [B, N, H] and [B, S, H] of both. Differentiable in these four."""
+    sums = lse.transpose(1, 2), row_lse.transpose(1, 2)
+    return merge_op.merge(out, sums[0], rows, sums[1], *selection, g.shape)[0]

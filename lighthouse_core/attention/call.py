@@ -9,7 +9,7 @@ from torch import Tensor
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense import check_inputs, dense_attention
 from lighthouse_core.attention.methods import checked_key, chunked, compressed, sliding
-from lighthouse_core.attention.parts import Part, merge, near
+from lighthouse_core.attention.parts import near
 from lighthouse_core.backends import Geometry, geometry, kernels, log_once, window_scores
 
 Scores = tuple[Tensor, Tensor]
@@ -22,22 +22,6 @@ def _select(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, s
     key = checked_key(key, cfg)
     block = cfg.score_block if cfg.scorer == "block" else 0
     return ops.select_drawn(key.to(q.device), q.shape[0], kv_heads, block, g)
-
-
-def _levels(ops, gathered: Part, selection, g: Geometry) -> list[Part]:
-    """What the entries [B, S, H, D] of each level write to the positions: one part a level, for no position has two
-    entries of one."""
-    bounds = torch.tensor([g.offset(level) for level in range(1, g.levels)], device=selection.indices.device)
-    level_of = torch.bucketize(selection.indices, bounds, right=True).transpose(1, 2)
-    level_of = level_of.repeat_interleave(gathered.lse.shape[2] // level_of.shape[2], 2)
-    parts = []
-    for level in range(g.levels):
-        mine = (level_of == level)[..., None]
-        out = ops.scatter(torch.where(mine, gathered.out, 0), selection, g)
-        sums = torch.where(mine, torch.stack((gathered.lse, torch.ones_like(gathered.lse)), -1), 0)
-        lse, there = ops.scatter(sums, selection, g).unbind(-1)
-        parts.append(Part(out, torch.where(there > 0, lse, -torch.inf)))
-    return parts
 
 
 def select_indices(
@@ -138,6 +122,6 @@ def lighthouse_attention(
     gathered = ops.gather(q, k, v, pyramid, selection, g)
     if cfg.window:
         how = {"scale": scale, "backend": cfg.dense_backend}
-        return merge([near(q, k, v, cfg.window, **how), *_levels(ops, near(*gathered, 0, **how), selection, g)])
+        return ops.merge(*near(q, k, v, cfg.window, **how), *near(*gathered, 0, **how), selection, g)
     rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)
     return ops.scatter(rows, selection, g)

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from lighthouse_kernels.gather import triton as gather
 from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.launching import Layout
+from lighthouse_kernels.merge import triton as merge
 from lighthouse_kernels.pyramid import triton as pyramid
 from lighthouse_kernels.scatter import triton as scatter
 from lighthouse_kernels.select import triton as select
@@ -56,6 +57,9 @@ def compile_all(tokens, p, levels, k, m, heads, kv_heads, dim, dtype):
     gather.gather_backward(*gathered, slots, g)
     scatter.scatter(gathered[0], slots, g)
     scatter.scatter_backward(q, indices, g)
+    parts = q, torch.zeros(1, heads, tokens), gathered[0], torch.zeros(1, heads, indices.shape[2])
+    merged = merge.merge(*parts, slots, g)
+    merge.merge_backward(q, *merged, *parts, indices, g)
 
 
 compile_all(12288, 4, 3, 128, 128, 8, 8, 128, torch.bfloat16)

@@ -42,6 +42,10 @@ def test_operations_keep_the_rules_of_torch():
     indices, slots = ops.select(by_query, by_key, shape)
     gathered = ops.gather(q, k, v, *rows, indices, slots, shape)
     scattered = ops.scatter(gathered[0], indices, slots, shape)
+    heads_first = [(x.shape[0], x.shape[2], x.shape[1]) for x in (q, gathered[0])]
+    sums = [torch.zeros(size, device=DEVICE) for size in heads_first]
+    parts = [x.detach().requires_grad_() for x in (q, sums[0], gathered[0], sums[1])]
+    merged = ops.merge(*parts, indices, slots, shape)
     calls = [
         (ops.pyramid, (*detached, shape, True, True)),
         (ops.pyramid, (*detached, shape, False, True)),
@@ -51,6 +55,8 @@ def test_operations_keep_the_rules_of_torch():
         (ops.gather_backward, (*(torch.ones_like(x) for x in gathered), slots, shape)),
         (ops.scatter, (gathered[0].detach().requires_grad_(), indices, slots, shape)),
         (ops.scatter_backward, (torch.ones_like(scattered), indices, shape)),
+        (ops.merge, (*parts, indices, slots, shape)),
+        (ops.merge_backward, (q.detach(), *(x.detach() for x in (*merged, *parts)), indices, shape)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
@@ -123,4 +129,7 @@ def test_every_kernel_compiles_for_hopper_without_a_gpu():
         "_gather_backward_kernel",
         "_scatter_kernel",
         "_scatter_backward_kernel",
+        "_merge_kernel",
+        "_merge_backward_tokens_kernel",
+        "_merge_backward_rows_kernel",
     }

@@ -1,0 +1,36 @@
+"""Kept entries and a window of tokens as parts of one softmax, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from lighthouse_kernels.geometry import Geometry
+
+
+def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
+    """Average every position's window and the rows that serve it, by the exponentials of their log-sum-exps.
+
+    Args:
+        out: [B, N, H, D], attention over a window that ends with the position.
+        lse: [B, N, H], its log-sum-exp, finite; float32, or float64.
+        rows: [B, S, H, D], the output of the dense call.
+        row_lse: [B, S, H], its log-sum-exp.
+        indices: [B, Hkv, S] flat pyramid indices of the rows.
+        geometry: the pyramid.
+
+    Returns:
+        [B, N, H, D] in the dtype of `out`; added in that of `lse`. Differentiable in the first four.
+    """
+    tokens, heads, dim = out.shape[1:]
+    places = torch.arange(indices.shape[2], device=indices.device).expand(indices.shape)
+    slots = places.new_full((*indices.shape[:2], geometry.pyramid_length), -1).scatter(2, indices.long(), places)
+    slots = slots.repeat_interleave(heads // indices.shape[1], 1).transpose(1, 2)
+    ends = torch.arange(1, tokens + 1, device=out.device)
+    parts, sums = [out], [lse]
+    for level in range(geometry.levels):
+        window = ends // geometry.window(level) - 1
+        slot = torch.where((window >= 0)[:, None], slots[:, geometry.offset(level) + window.clamp(min=0)], -1)
+        here = slot.clamp(min=0)
+        parts.append(rows.gather(1, here[..., None].expand(-1, -1, -1, dim)))
+        sums.append(torch.where(slot >= 0, row_lse.gather(1, here), -torch.inf))
+    weights = torch.softmax(torch.stack(sums), 0)[..., None]
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True)).to(out.dtype)

@@ -1,0 +1,185 @@
+"""A window of tokens and kept entries as one softmax: each position reads its rows, and each row its positions."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
+
+# Rows of a program, and its warps: positions, and entries in the backward pass.
+BLOCK_TOKENS, TOKEN_WARPS = 16, 2
+BLOCK_ENTRIES, ENTRY_WARPS = 4, 2
+
+
+@triton.jit
+def _merge_kernel(
+    p_x, p_lse, p_rows, p_row_lse, p_slots, p_out, p_total, sxb, sxn, sxh, srb, srs, srh,
+    tokens, padded, entries, blocks, heads, windows,
+    GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    i_h = pid % heads
+    i_block = (pid // heads) % blocks
+    i_b = pid // (heads * blocks)
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < tokens
+    o_d = tl.arange(0, D2)
+    m_d = (o_d < D)[None, :]
+    p_slots += (i_b * (heads // GROUP) + i_h // GROUP) * windows
+    p_rows += i_b * srb + i_h * srh
+    p_row_lse += (i_b * heads + i_h) * entries
+    o_sums = (i_b * heads + i_h) * tokens + o_n
+    p_x += i_b * sxb + i_h * sxh
+    acc = tl.load(p_x + o_n[:, None] * sxn + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0).to(tl.float32)
+    top = tl.load(p_lse + o_sums, mask=m_n, other=0.0)
+    mass = tl.full([BLOCK], 1.0, tl.float32)
+    o_level = tl.zeros([], tl.int64)
+    for level in tl.static_range(LEVELS):
+        # The window of this level that ended last.
+        window = ((o_n + 1) >> (LOG_P * level)) - 1
+        slot = tl.load(p_slots + o_level + window, mask=m_n & (window >= 0), other=-1).to(tl.int64)
+        m = slot >= 0
+        lse = tl.load(p_row_lse + slot, mask=m, other=float("-inf"))
+        row = tl.load(p_rows + slot[:, None] * srs + o_d[None, :], mask=m[:, None] & m_d, other=0.0).to(tl.float32)
+        higher = tl.maximum(top, lse)
+        before, now = tl.exp(top - higher), tl.exp(lse - higher)
+        acc = acc * before[:, None] + row * now[:, None]
+        mass = mass * before + now
+        top = higher
+        o_level += padded >> (LOG_P * level)
+    tl.store(p_total + o_sums, top + tl.log(mass), mask=m_n)
+    acc = acc / mass[:, None]
+    p_out += (i_b * tokens * heads + i_h) * D
+    tl.store(p_out + o_n[:, None] * (heads * D) + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_d)
+
+
+@triton.jit
+def _merge_backward_tokens_kernel(
+    p_grad, p_out, p_total, p_x, p_lse, p_dx, p_dlse, p_delta, sgb, sgn, sgh, sob, son, soh, sxb, sxn, sxh,
+    tokens, blocks, heads,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    i_h = pid % heads
+    i_block = (pid // heads) % blocks
+    i_b = pid // (heads * blocks)
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < tokens
+    o_d = tl.arange(0, D2)[None, :]
+    m = m_n[:, None] & (o_d < D)
+    o_sums = (i_b * heads + i_h) * tokens + o_n
+    grad = tl.load(p_grad + i_b * sgb + i_h * sgh + o_n[:, None] * sgn + o_d, mask=m, other=0.0).to(tl.float32)
+    out = tl.load(p_out + i_b * sob + i_h * soh + o_n[:, None] * son + o_d, mask=m, other=0.0).to(tl.float32)
+    x = tl.load(p_x + i_b * sxb + i_h * sxh + o_n[:, None] * sxn + o_d, mask=m, other=0.0).to(tl.float32)
+    total = tl.load(p_total + o_sums, mask=m_n, other=0.0)
+    weight = tl.exp(tl.load(p_lse + o_sums, mask=m_n, other=0.0) - total)
+    delta = tl.sum(grad * out, axis=1)
+    tl.store(p_delta + o_sums, delta, mask=m_n)
+    tl.store(p_dlse + o_sums, weight * (tl.sum(grad * x, axis=1) - delta), mask=m_n)
+    p_dx += (i_b * tokens * heads + i_h) * D
+    tl.store(p_dx + o_n[:, None] * (heads * D) + o_d, (weight[:, None] * grad).to(p_dx.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _merge_backward_rows_kernel(
+    p_grad, p_total, p_delta, p_rows, p_row_lse, p_indices, p_drows, p_drow_lse, sgb, sgn, sgh, srb, srs, srh,
+    tokens, padded, entries, blocks, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    i_h = pid % heads
+    i_block = (pid // heads) % blocks
+    i_b = pid // (heads * blocks)
+    o_e = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < entries
+    o_d = tl.arange(0, D2)[None, :]
+    m_d = o_d < D
+    o_indices = (i_b * (heads // GROUP) + i_h // GROUP) * entries
+    index = tl.load(p_indices + o_indices + o_e, mask=m_e, other=0).to(tl.int64)
+    log_window = tl.zeros([BLOCK], tl.int64)
+    o_window = index
+    o_level = tl.zeros([], tl.int64)
+    for level in tl.static_range(1, LEVELS):
+        o_level += padded >> (LOG_P * (level - 1))
+        log_window = tl.where(index >= o_level, LOG_P * level, log_window)
+        o_window = tl.where(index >= o_level, index - o_level, o_window)
+    width = tl.where(m_e, tl.full([BLOCK], 1, tl.int64) << log_window, 0)
+    # From the last token of its window on.
+    first = ((o_window + 1) << log_window) - 1
+    p_grad += i_b * sgb + i_h * sgh
+    p_total += (i_b * heads + i_h) * tokens
+    p_delta += (i_b * heads + i_h) * tokens
+    o_sums = (i_b * heads + i_h) * entries + o_e
+    lse = tl.load(p_row_lse + o_sums, mask=m_e, other=0.0)
+    acc = tl.zeros([BLOCK, D2], tl.float32)
+    mean_delta = tl.zeros([BLOCK], tl.float32)
+    for r in range(tl.max(width, axis=0)):
+        m = (r < width) & (first + r < tokens)
+        weight = tl.exp(lse - tl.load(p_total + first + r, mask=m, other=float("inf")))
+        row = tl.load(p_grad + (first + r)[:, None] * sgn + o_d, mask=m[:, None] & m_d, other=0.0)
+        acc += weight[:, None] * row.to(tl.float32)
+        mean_delta += weight * tl.load(p_delta + first + r, mask=m, other=0.0)
+    row = tl.load(p_rows + i_b * srb + i_h * srh + o_e[:, None] * srs + o_d, mask=m_e[:, None] & m_d, other=0.0)
+    tl.store(p_drow_lse + o_sums, tl.sum(acc * row.to(tl.float32), axis=1) - mean_delta, mask=m_e)
+    p_drows += (i_b * entries * heads + i_h) * D
+    tl.store(p_drows + o_e[:, None] * (heads * D) + o_d, acc.to(p_drows.dtype.element_ty), mask=m_e[:, None] & m_d)
+
+
+def merge(x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, g: Layout) -> tuple[Tensor, Tensor]:
+    """One softmax over every position's window and the windows of the pyramid that end at it or last before it.
+
+    Args:
+        x: [B, N, H, D], attention over the window; last dimension contiguous.
+        lse: [B, H, N] float32, its log-sum-exp, contiguous and finite.
+        rows: [B, S, H, D], those of the dense call; last dimension contiguous.
+        row_lse: [B, H, S] float32, contiguous.
+        slots: [B, Hkv, M] int32.
+
+    Returns:
+        [B, N, H, D], added in float32 and rounded once, and its log-sum-exp [B, H, N] float32.
+    """
+    batch, tokens, heads, dim = x.shape
+    blocks = -(-tokens // BLOCK_TOKENS)
+    out, total = x.new_empty(x.shape), lse.new_empty(lse.shape)
+    with target(x):
+        _merge_kernel[(batch * heads * blocks,)](
+            x, lse, rows, row_lse, slots, out, total, *row_strides(x), *row_strides(rows),
+            tokens, g.padded, rows.shape[1], blocks, heads, slots.shape[2],
+            GROUP=heads // slots.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
+            LEVELS=g.levels, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
+        )  # fmt: skip
+    return out, total
+
+
+def merge_backward(
+    grad: Tensor, out: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor,
+    g: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, lse, rows and row_lse, in their shapes.
+
+    Args:
+        grad: [B, N, H, D], last dimension contiguous.
+        out, total: what `merge` returned.
+        x, lse, rows, row_lse: what it took.
+        indices: [B, Hkv, S] int32.
+    """
+    batch, tokens, heads, dim = x.shape
+    entries = rows.shape[1]
+    d_x, d_lse, delta = x.new_empty(x.shape), lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    d_rows, d_row_lse = rows.new_empty(rows.shape), row_lse.new_empty(row_lse.shape)
+    with target(x):
+        blocks = -(-tokens // BLOCK_TOKENS)
+        _merge_backward_tokens_kernel[(batch * heads * blocks,)](
+            grad, out, total, x, lse, d_x, d_lse, delta, *row_strides(grad), *row_strides(out), *row_strides(x),
+            tokens, blocks, heads, D=dim, D2=padded_dim(dim), BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
+        )  # fmt: skip
+        blocks = -(-entries // BLOCK_ENTRIES)
+        _merge_backward_rows_kernel[(batch * heads * blocks,)](
+            grad, total, delta, rows, row_lse, indices, d_rows, d_row_lse, *row_strides(grad), *row_strides(rows),
+            tokens, g.padded, entries, blocks, heads,
+            GROUP=heads // indices.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
+            LEVELS=g.levels, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
+        )  # fmt: skip
+    return d_x, d_lse, d_rows, d_row_lse
