@@ -79,7 +79,8 @@ def far(
     """Every query over fewer keys than tokens, one for each `ratio` of them: that of position t over the keys 0 to
     t // ratio - behind.
 
-    The queries of one remainder t % ratio make a sequence whose causal mask is just that, so the kernel is a stock one.
+    The queries of one remainder t % ratio make a sequence whose causal mask is just that, so the kernel is a stock one,
+    to which they are further heads: a view of q, and of what it returns.
 
     Args:
         q: [B, N, H, D].
@@ -88,17 +89,15 @@ def far(
         behind: keys that the newest visible one lies behind the query's own, at least 1.
         scale, backend: see `near`.
     """
-    batch, tokens, _heads, _dim = q.shape
+    tokens, heads = q.shape[1:3]
     rows = -(-tokens // ratio)
     keys = rows - behind
     if keys < 1:
         return Part(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q.dtype)))
     whole = pad(q, (0, 0, 0, 0, 0, rows * ratio - tokens)).unflatten(1, (rows, ratio))
-    queries = whole[:, behind:].transpose(1, 2).flatten(0, 1)
-    part = near(queries, *(x[:, :keys].repeat_interleave(ratio, 0) for x in (k, v)), 0, scale=scale, backend=backend)
-    out, lse = (
-        x.unflatten(0, (batch, ratio)).transpose(1, 2).flatten(1, 2)[:, : tokens - behind * ratio] for x in part
-    )
+    queries = whole[:, behind:].flatten(2, 3)
+    part = near(queries, *(x[:, :keys].repeat(1, 1, ratio, 1) for x in (k, v)), 0, scale=scale, backend=backend)
+    out, lse = (x.unflatten(2, (ratio, heads)).flatten(1, 2)[:, : tokens - behind * ratio] for x in part)
     return Part(pad(out, (0, 0, 0, 0, behind * ratio, 0)), pad(lse, (0, 0, behind * ratio, 0), value=-torch.inf))
 
 
