@@ -1,5 +1,6 @@
 """What a recipe costs, by arithmetic alone: parameters, gathered length, FLOPs, memory. Nothing here imports torch."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lighthouse_core.config import Recipe
@@ -81,7 +82,7 @@ def gathered(recipe: Recipe) -> int:
     return gathered_length(recipe.training.seq_len, recipe.lighthouse.attention())
 
 
-def flops_per_token(recipe: Recipe, stage: str) -> float:
+def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = None) -> float:
     """Forward and backward, causal work counted once.
 
     6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim; or 12 d
@@ -90,14 +91,17 @@ def flops_per_token(recipe: Recipe, stage: str) -> float:
     Args:
         recipe: gives the model and N.
         stage: "lighthouse" or "dense".
+        steps: the first and the last one that it is the mean over; all of stage 1 by default.
     """
     model, tokens = recipe.model, recipe.training.seq_len
     counts = parameters(model)
     dense = model.layers if stage == "dense" else len(model.dense_layers)
     flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
     if dense < model.layers:
-        windows = recipe.lighthouse.windows or (recipe.lighthouse.window,)
-        keys = sum(recipe.lighthouse.attention(window).keys(tokens) for window in windows) / len(windows)
+        first, last = steps or (1, recipe.training.steps)
+        turns = Counter(recipe.lighthouse.window_at(i, recipe.training.steps) for i in range(first, last + 1))
+        seen = {window: recipe.lighthouse.attention(window).keys(tokens) for window in turns}
+        keys = sum(seen[window] * count for window, count in turns.items()) / turns.total()
         if every := recipe.lighthouse.dense_every:
             keys += (tokens / 2 - keys) / every
         flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)

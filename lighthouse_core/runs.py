@@ -454,8 +454,8 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_commit(checkout: Path = _CHECKOUT) -> str | None:
-    """Commit of the checkout that this code runs from, with "-dirty" where files differ from it; None where it was
-    installed as a package."""
+    """Commit of the checkout that this code runs from, with "-dirty" where tracked files differ from it; None where it
+    was installed as a package."""
 
     def git(*arguments: str) -> str | None:
         try:

@@ -56,6 +56,8 @@ class Recipe(Section):
             )
         if self.schedule.decay_steps and self.schedule.warmup_steps + self.schedule.decay_steps > self.training.steps:
             raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
+        if (last := max(self.checkpoint.also, default=0)) > self.training.steps + self.recover.steps:
+            raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
         if self.lighthouse.enabled:
             self._check_that_stage_1_is_not_dense()
         return self

@@ -72,8 +72,8 @@ class Sweep(Section):
         run = self.runs[name]
         return [*self.set, *(self.runs[run.stage_1] if run.stage_1 else run).set]
 
-    def saved(self, name: str) -> list[int]:
-        """Steps of a run's first stage that others begin from."""
+    def branches(self, name: str) -> list[int]:
+        """Steps of a run's first stage that `at` of others names."""
         return sorted({run.at for run in self.runs.values() if run.stage_1 == name and run.at})
 
 

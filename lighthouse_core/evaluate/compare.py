@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -83,12 +83,18 @@ class Summary:
 def read(run: Run) -> Curve:
     """A run's curve, from its metrics.jsonl."""
     per_step = run.recipe.training.global_batch_size * run.recipe.training.seq_len
-    flops = {stage: per_step * flops_per_token(run.recipe, stage) for stage in ("lighthouse", "dense")}
+
+    def flops(stage: str, first: int, last: int) -> float:
+        return (last - first + 1) * per_step * flops_per_token(run.recipe, stage, (first, last))
+
     return curve(run.name, read_rows(run.path / "metrics.jsonl"), run.ledger["stages"], flops)
 
 
 def curve(
-    name: str, rows: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], step_flops: Mapping[str, float]
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    flops_of: Callable[[str, int, int], float],
 ) -> Curve:
     """A run's curve. Rows whose loss is not finite are left out, but not their time. Steps that an interruption left
     without a row count as those of the next one.
@@ -97,7 +103,7 @@ def curve(
         name: of the run.
         rows: of its metrics.jsonl.
         stages: of its ledger.
-        step_flops: of one step of each stage.
+        flops_of: a stage and its steps, first and last: their model FLOPs.
     """
     dense = stages[0]["stage"] == "dense"
     seconds = flops = 0.0
@@ -105,7 +111,7 @@ def curve(
     for row in rows:
         if "loss" in row:
             seconds += (row["step"] - step) * row["seconds"]
-            flops += (row["step"] - step) * step_flops[row["stage"]]
+            flops += flops_of(row["stage"], step + 1, row["step"])
             step = row["step"]
             if row["loss"] is not None and math.isfinite(row["loss"]):
                 points.append(Point(row["step"], row["tokens"], seconds, flops, row["loss"], row["leaky"]))

@@ -29,12 +29,11 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     recover = ["recover", str(path), "--steps", str(wanted.recover), *_set(wanted.recover_set)]
     if not begun(path):
         settings = [*sweep.settings(name), f"output.dir={json.dumps(str(output))}"]
-        if saved := sweep.saved(name):
-            settings.append(f"checkpoint.also={saved}")
+        settings += _also(sweep, name, load_recipe(base, settings))
         return recover if wanted.stage_1 else ["pretrain", str(base), "--name", name, *_set(settings)]
     run = Run(path)
     if not run.recovering and not stage_1_done(path):
-        return ["pretrain", "--resume", str(path)]
+        return ["pretrain", "--resume", str(path), *_set(_also(sweep, name, run.recipe))]
     evaluate = sweep.evaluate
     before_switch = run.stage == "lighthouse"
     # What only others recover from is measured at the switch alone.
@@ -88,6 +87,15 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
             found = report(path, which) if sweep.evaluate else None
             for key in ("tokens", "sequences") if found is not None else ():
                 pairs[f"evaluate.{key} ({which})"] = found.get(key), getattr(sweep.evaluate, key)
+        for step in sweep.branches(name) if not run.recovering else ():
+            done = run.checkpoint_steps()
+            waiting = [other for other, its in sweep.runs.items() if its.stage_1 == name and its.at == step]
+            if step not in done and done[-1] > step and not all(begun(output / other) for other in waiting):
+                raise RunError(
+                    f"run {path} is past step {step}, from which {', '.join(waiting)} should begin, and has no "
+                    f"checkpoint of it",
+                    hint="delete the run or choose another --output",
+                )
         for key, (old, new) in pairs.items():
             if old != new:
                 raise RunError(
@@ -107,6 +115,12 @@ def _pairs(one: Recipe, other: Recipe, free: frozenset[str]) -> dict[str, tuple[
         for key in first | second
         if not free & {key, key.partition(".")[0]} and not isinstance((first | second)[key], dict)
     }
+
+
+def _also(sweep: Sweep, name: str, recipe: Recipe) -> list[str]:
+    """The setting that has those steps saved which others begin from, where the recipe does not do so."""
+    wanted = {*recipe.checkpoint.also, *sweep.branches(name)}
+    return [f"checkpoint.also={sorted(wanted)}"] if wanted - set(recipe.checkpoint.also) else []
 
 
 def _set(settings) -> list[str]:

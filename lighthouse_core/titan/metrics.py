@@ -21,6 +21,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from lighthouse_core.errors import UserError
+from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
 from lighthouse_core.train.progress import finite
 from lighthouse_core.train.spikes import Spikes
@@ -194,7 +195,8 @@ class Metrics(MetricsProcessor):
         }
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
-            row["mfu"] = self.num_flops_per_token * per_device / self.gpu_peak_flops
+            flops = flops_per_token(self.stage.recipe, self.stage.name, (self.last_step + 1, step))
+            row["mfu"] = flops * per_device / self.gpu_peak_flops
         if self.last_step == self.start_step:
             row["first_of_launch"] = True
         if spike := self.spikes.score(row["loss"]):

@@ -23,7 +23,8 @@ Written by `recipes/evidence/report.py` from the JSON in [results/](results), wh
 Losses are in nats per byte on held-out text, the same sequences for every run of a table, with dense attention unless
 it is said otherwise. ± is the standard error over sequences of one trained run: how much another training of the same
 would differ is under *Noise*, and is more. *Beside dense* is the mean paired difference from the
-dense run of the same seed and as many steps, whose rate decays over as many. *Validation* is the last loss on the
+dense run of the same seed and as many steps, whose rate decays over as many; *beside the best dense* that from the best
+of them, whatever steps its rate decays over. *Validation* is the last loss on the
 validation text of the training, packages that were left out of it. *Beyond* is the loss of the tokens that have more
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
@@ -49,13 +50,13 @@ class Trial:
         name: of it.
         run: what was collected.
         alone: whether it had a GPU to itself, and its own steps tell what they take.
-        paces: seconds of a step where it had not, of others: see `pace`.
+        paces: seconds of a step where it had not, of others, and where they are from: see `pace`.
     """
 
     name: str
     run: dict[str, Any]
     alone: bool = True
-    paces: Mapping[str, float] = field(default_factory=dict)
+    paces: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
     @property
     def end(self) -> dict | None:
@@ -101,14 +102,24 @@ class Trial:
         return json.dumps([part, conditions.get("device"), self.run["versions"], self.settings(sections, keys)])
 
     @cached_property
-    def own_paces(self) -> dict[str, float]:
-        """The median seconds of a step by part, without those that compile."""
+    def settled(self) -> dict[str, list[float]]:
+        """Seconds of a step, as logged, by part; without those that compile where there are others."""
         found: dict[str, list[dict]] = {}
         for row in self.run["rows"]:
             if "loss" in row:
                 found.setdefault(self.part(row), []).append(row)
-        settled = {part: [row for row in rows if "first_of_launch" not in row] or rows for part, rows in found.items()}
-        return {part: median(row["seconds"] for row in rows) for part, rows in settled.items()}
+        kept = {part: [row for row in rows if "first_of_launch" not in row] or rows for part, rows in found.items()}
+        return {part: [row["seconds"] for row in rows] for part, rows in kept.items()}
+
+    @property
+    def own_paces(self) -> dict[str, float]:
+        return {part: median(seconds) for part, seconds in self.settled.items()}
+
+    @property
+    def sources(self) -> set[str]:
+        """Where its seconds are from, but for itself."""
+        known = {self.pace(part) for part in self.own_paces} & set(self.paces)
+        return set() if self.alone else {self.paces[pace][1] for pace in known}
 
     @property
     def timed(self) -> bool:
@@ -122,14 +133,14 @@ class Trial:
         flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
         seconds = dict(self.own_paces)
         if not self.alone and self.timed:
-            seconds = {part: self.paces[self.pace(part)] for part in seconds}
+            seconds = {part: self.paces[self.pace(part)][0] for part in seconds}
         # Of a stage whose costs are not in the ledger yet, nothing is said.
         rows = [
             row | ({"seconds": seconds[self.part(row)]} if "loss" in row else {})
             for row in self.run["rows"]
             if row["stage"] in flops
         ]
-        return compare.curve(self.name, rows, stages, flops)
+        return compare.curve(self.name, rows, stages, lambda stage, first, last: (last - first + 1) * flops[stage])
 
     @property
     def seconds(self) -> float:
@@ -169,17 +180,22 @@ class Trial:
         return json.dumps(recipe, sort_keys=True)
 
 
-def trials(sweep: dict, paces: Mapping[str, float] | None = None) -> list[Trial]:
+def trials(sweep: dict, paces: Mapping[str, tuple[float, str]] | None = None) -> list[Trial]:
     return [Trial(name, run, sweep.get("per_gpu", 1) == 1, paces or {}) for name, run in sweep["runs"].items()]
 
 
-def paces(sweeps: Iterable[dict]) -> dict[str, float]:
-    """Seconds of the steps of runs that had a GPU to themselves; the median of those that are alike."""
-    found: dict[str, list[float]] = {}
-    for trial in itertools.chain.from_iterable(map(trials, sweeps)):
-        for part, seconds in trial.own_paces.items() if trial.alone else ():
-            found.setdefault(trial.pace(part), []).append(seconds)
-    return {pace: median(seconds) for pace, seconds in found.items()}
+def paces(sweeps: Mapping[str, dict]) -> dict[str, tuple[float, str]]:
+    """Median seconds of alike steps of runs that had a GPU to themselves, and of which sweeps and commits these are."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name, sweep in sweeps.items():
+        for trial in trials(sweep):
+            for part, seconds in trial.own_paces.items() if trial.alone else ():
+                source = f"`{name}`, commit {str(trial.run['git_commit'])[:10]}"
+                found.setdefault(trial.pace(part), []).append((seconds, source))
+    return {
+        pace: (median(seconds for seconds, _ in alike), " and ".join(sorted({source for _, source in alike})))
+        for pace, alike in found.items()
+    }
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -200,6 +216,16 @@ def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
         if other.dense and alike and sum(other.steps) == sum(trial.steps):
             return other
     return None
+
+
+def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
+    """The best of the runs that are dense from the start and else alike, whatever steps the rate decays over."""
+    dense = [other for other in others if other.dense and other.end and other.common == trial.common]
+    return min(
+        (other for other in dense if sum(other.steps) == sum(trial.steps)),
+        key=lambda other: other.loss["mean"],
+        default=None,
+    )
 
 
 def but_for_the_seed(trial: Trial) -> tuple:
@@ -246,6 +272,7 @@ def results(runs: list[Trial], others: list[Trial]) -> str:
             " + ".join(map(str, trial.steps)),
             mean(trial.loss),
             beside(trial, dense_of(trial, [*runs, *others])),
+            beside(trial, best_dense_of(trial, [*runs, *others])),
             f"{trial.curve.validation[-1][1]:.4f}" if trial.curve.validation else "-",
             mean(context["full"]) if context else "-",
             mean(context["gain"]) if context else "-",
@@ -258,6 +285,7 @@ def results(runs: list[Trial], others: list[Trial]) -> str:
         "steps",
         "loss at the end",
         "beside dense",
+        "beside the best dense",
         "validation",
         "beyond",
         "far context",
@@ -268,16 +296,21 @@ def results(runs: list[Trial], others: list[Trial]) -> str:
 
 
 def steps(runs: list[Trial]) -> str:
-    """What a step takes of each stage, and of memory."""
+    """What a step takes of each stage, with the range of its logged rows, and of memory."""
+
+    def spread(seconds: list[float]) -> str:
+        return f"{median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
 
     def row(trial: Trial) -> list[str]:
         memory = max(row.get("memory_gib") or 0.0 for row in trial.run["rows"] if "loss" in row)
-        paces = trial.own_paces.items()
-        seconds = (" to ".join(f"{pace:.3f}" for part, pace in paces if part.startswith(stage)) for stage in stages)
+        seconds = (
+            ", then ".join(spread(each) for part, each in trial.settled.items() if part.startswith(stage))
+            for stage in stages
+        )
         return [trial.name, *seconds, f"{memory:.1f}"]
 
     stages = ("lighthouse", "dense")
-    return table(["run", "stage 1", "dense", "peak GiB"], [row(trial) for trial in runs if trial.own_paces])
+    return table(["run", "stage 1", "dense", "peak GiB"], [row(trial) for trial in runs if trial.settled])
 
 
 def measured(runs: list[Trial]) -> str:
@@ -430,7 +463,7 @@ def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
 def write(files: list[Path], out: Path) -> None:
     files = sorted(files, key=lambda file: file.stem)
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    alone = paces(sweeps)
+    alone = paces({file.stem: sweep for file, sweep in zip(files, sweeps, strict=True)})
     measurements = [trials(sweep, alone) for sweep in sweeps]
     everything = list(itertools.chain(*measurements))
     text = [INTRODUCTION]
@@ -449,9 +482,8 @@ def write(files: list[Path], out: Path) -> None:
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.alone for trial in runs):
-            there = (
-                "; those that are there are of the same steps in another sweep" if any(t.timed for t in runs) else ""
-            )
+            sources = sorted(set().union(*(trial.sources for trial in runs if trial.timed)))
+            there = f"; those that are there are of such steps in {', '.join(sources)}" if sources else ""
             text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
         if any(trial.end for trial in runs):
             text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")

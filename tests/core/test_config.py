@@ -159,6 +159,7 @@ def test_an_override_error_names_the_flag(override, message):
         ("training.seq_len=64", "--set training.seq_len: the gathered sequence"),
         ("lighthouse.tile_parents=6", "--set lighthouse.tile_parents: lighthouse.topk must be"),
         ("data.validation=0.0", "--set data.validation: metrics.validation_every needs"),
+        ("checkpoint.also=[3, 99999]", "--set checkpoint.also: checkpoint.also has step 99999, which"),
         ("lighthouse.windows=[8, 8]", "--set lighthouse.windows: lighthouse.windows must grow: [8, 8]"),
         ("lighthouse.windows=[8, -8]", "--set lighthouse.windows: lighthouse.windows must grow"),
         ("lighthouse.windows=[-8, 8]", "--set lighthouse.windows: lighthouse.window must be"),

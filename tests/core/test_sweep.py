@@ -132,10 +132,19 @@ def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_pa
     (tmp_path / "sweep.toml").write_text(text)
     sweep, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "runs"
     assert "checkpoint.also=[8]" in next_command(sweep, tmp_path / "base.toml", "random", output)
+    own = sweep.model_copy(update={"set": (*sweep.set, "checkpoint.also=[2]")})
+    assert "checkpoint.also=[2, 8]" in next_command(own, tmp_path / "base.toml", "random", output)
     run = begin(sweep, tmp_path, "random")
     save(run, 4)
+    # Begun before there was such a run in the sweep: it saves that step, too.
+    resume = next_command(sweep, tmp_path / "base.toml", "random", output)
+    assert resume == ["pretrain", "--resume", str(run.path), "--set", "checkpoint.also=[8]"]
     assert waits(sweep, "random-annealed", output)
+    save(run, 9)
+    with pytest.raises(RunError, match=r"past step 8, from which random-annealed should begin"):
+        check(sweep, tmp_path / "base.toml", output)
     save(run, 8)
+    check(sweep, tmp_path / "base.toml", output)
     assert not waits(sweep, "random-annealed", output)
     run.note(steps=8, seconds=1.0, data="00ff")
     with run.lock():

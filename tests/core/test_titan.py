@@ -208,8 +208,11 @@ def test_windows_take_turns_over_stage_1():
     assert [window(step) for step in range(1, 8)] == [{64}, {64}, {64}, {128}, {128}, {512}, {512}]
     assert window(1, "dense") == {512}
     each = [load_recipe("recipes/quickstart.toml", [*settings, f"lighthouse.window={n}"]) for n in (64, 128, 512)]
-    share = sum(flops_per_token(one, "lighthouse") for one in each) / 3
+    costs = [flops_per_token(one, "lighthouse") for one in each]
+    share = sum(cost * steps for cost, steps in zip(costs, (3, 2, 2), strict=True)) / 7
     assert flops_per_token(recipe, "lighthouse") == pytest.approx(share)
+    assert flops_per_token(recipe, "lighthouse", (4, 5)) == pytest.approx(costs[1])
+    assert flops_per_token(recipe, "lighthouse", (3, 4)) == pytest.approx((costs[0] + costs[1]) / 2)
 
 
 def test_which_steps_of_stage_1_are_dense():

@@ -18,6 +18,7 @@ from jobs import options
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
+from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.listing import checkpoint_steps
@@ -287,6 +288,26 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
     assert report["loss"]["nats_per_token"]["mean"] < 7
     done = succeed("eval", "one", "--tokens", "256", "--sequences", "2", "--only", "loss", "--json", cwd=workspace)
     assert json.loads(done.stdout)["subject"] == "one step 10, dense attention"
+
+
+def test_windows_grow_also_after_an_interruption(workspace):
+    method = ['lighthouse.method="chunked"', "model.dense_layers=[]", "checkpoint.interval=50", "checkpoint.keep=0"]
+    also = ["lighthouse.windows=[64, 256]", "checkpoint.also=[2, 4]"]
+    run = pretrain(workspace, "growing", *options(*method, *also))
+    assert checkpoint_steps(run) == [2, 4, 6]
+    losses = {step: row["loss"] for step, row in rows(run).items()}
+    for step, window in ((2, 64), (4, 256), (6, 256)):
+        subject, _ = load_checkpoint(run, attention="trained", step=step)
+        assert {m.cfg.window for m in subject.model.modules() if isinstance(m, LighthouseAttention)} == {window}
+    # As if it had been interrupted before the second window.
+    for step in (4, 6):
+        shutil.rmtree(run / f"checkpoints/step-{step}")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(rows(run)[step]) + "\n" for step in (1, 2)))
+    succeed("pretrain", "--resume", "growing", cwd=workspace)
+    assert {step: row["loss"] for step, row in rows(run).items()} == losses
+    short = pretrain(workspace, "short", *options(*method, "lighthouse.window=64", "training.steps=4"))
+    of_short = {step: row["loss"] for step, row in rows(short).items()}
+    assert [of_short[step] == losses[step] for step in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):

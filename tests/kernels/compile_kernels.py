@@ -59,7 +59,7 @@ def compile_all(tokens, p, levels, k, m, heads, kv_heads, dim, dtype):
     scatter.scatter_backward(q, indices, g)
     parts = q, torch.zeros(1, heads, tokens), gathered[0], torch.zeros(1, heads, indices.shape[2])
     merged = merge.merge(*parts, slots, g)
-    merge.merge_backward(q, *merged, *parts, indices, g)
+    merge.merge_backward(q, merged[1], *parts, indices, slots, g)
 
 
 compile_all(12288, 4, 3, 128, 128, 8, 8, 128, torch.bfloat16)

@@ -56,7 +56,7 @@ def test_operations_keep_the_rules_of_torch():
         (ops.scatter, (gathered[0].detach().requires_grad_(), indices, slots, shape)),
         (ops.scatter_backward, (torch.ones_like(scattered), indices, shape)),
         (ops.merge, (*parts, indices, slots, shape)),
-        (ops.merge_backward, (q.detach(), *(x.detach() for x in (*merged, *parts)), indices, shape)),
+        (ops.merge_backward, (q.detach(), *(x.detach() for x in (merged[1], *parts)), indices, slots, shape)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)

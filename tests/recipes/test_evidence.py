@@ -105,9 +105,10 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     module.write([tmp_path / "trial.json"], tmp_path)
     lines = (tmp_path / "REPORT.md").read_text().splitlines()
     # Beside the dense run of its own seed: 0.3 and 0.5.
+    above = "+0.4000 ± 0.1000"
     assert (
-        "| norm | 2 | 1.4000 ± 0.1000 | +0.4000 ± 0.1000 | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
-        and "| dense-2 | 2 | 1.2000 ± 0.1000 |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
+        f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
+        and "| dense-2 | 2 | 1.2000 ± 0.1000 |  |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
     )
     switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
     assert switch in lines
@@ -141,6 +142,25 @@ def test_runs_are_held_against_one_of_as_many_steps(sweep):
     assert dense_of(module, sweep, "norm") is None
     sweep["runs"]["dense"]["ledger"]["stages"].append({"stage": "dense", "start": 1, "end": 2})
     assert dense_of(module, sweep, "norm") == "dense"
+
+
+def test_the_best_dense_run_of_the_same_steps_is_named_too(sweep):
+    module = report()
+    runs = sweep["runs"]
+    # Another decay, and lower; of another seed it is no matter.
+    runs["decayed"] = json.loads(json.dumps(run(0.9, [0.8, 1.0])))
+    runs["decayed"]["recipe"]["schedule"]["decay_steps"] = 1
+    trials = {trial.name: trial for trial in module.trials(sweep)}
+    found = {name: module.best_dense_of(trial, list(trials.values())) for name, trial in trials.items()}
+    assert {name: best.name for name, best in found.items()} == {
+        "dense": "decayed",
+        "dense-2": "dense-2",
+        "norm": "decayed",
+        "decayed": "decayed",
+    }
+    assert module.beside(trials["norm"], found["norm"]) == "+0.5000 ± 0.1000"
+    runs["decayed"]["ledger"]["stages"][0]["end"] = 3
+    assert module.best_dense_of(trials["norm"], module.trials(sweep)).name == "dense"
 
 
 def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
@@ -206,7 +226,10 @@ def test_steps_of_each_window_have_a_time_of_their_own(sweep):
     norm["ledger"]["stages"] = [{"stage": "lighthouse", "start": 0, "end": 8, "steps": 8, "flops": 1e9}]
     trial = next(trial for trial in report().trials(sweep) if trial.name == "norm")
     assert trial.seconds == 4 * 1.0 + 4 * 3.0
-    assert report().steps([trial]).splitlines()[-1] == "| norm | 1.000 to 3.000 |  | 0.0 |"
+    assert (
+        report().steps([trial]).splitlines()[-1]
+        == "| norm | 1.000 (1.000 to 1.000), then 3.000 (3.000 to 100.000) |  | 0.0 |"
+    )
 
 
 def test_no_equal_time_without_validations_on_both_sides(sweep):
@@ -290,9 +313,13 @@ def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep,
         (tmp_path / f"{file}.json").write_text(json.dumps(content))
     module.write([tmp_path / "trial.json", tmp_path / "alone.json"], tmp_path)
     lines = (tmp_path / "REPORT.md").read_text().splitlines()
-    assert "| norm | 2.000 |  | 7.0 |" in lines and "| dense |  | 3.000 | 7.0 |" in lines
+    assert "| norm | 2.000 (2.000 to 2.000) |  | 7.0 |" in lines
+    assert "| dense |  | 3.000 (3.000 to 3.000) | 7.0 |" in lines
+    assert any(
+        "shared a GPU" in line and line.endswith("of such steps in `alone`, commit 0123456789.") for line in lines
+    )
     assert any(line.startswith("| norm | 2 | 1.4000") and line.endswith("| 4 |") for line in lines)
-    dense, _, norm = module.trials(sweep, module.paces([alone]))
+    dense, _, norm = module.trials(sweep, module.paces({"alone": alone}))
     assert (dense.seconds, norm.seconds) == (6.0, 4.0)
     norm.run["recipe"]["lighthouse"]["window"] = 8
     assert dense.timed and not norm.timed

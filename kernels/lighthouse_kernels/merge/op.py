@@ -25,17 +25,17 @@ def _(x, lse, rows, row_lse, indices, slots, shape):
 
 @operation
 def merge_backward(
-    grad: Tensor, out: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor,
+    grad: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, slots: Tensor,
     shape: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `triton.merge_backward`."""
     grad, x, rows = map(rows_contiguous, (grad, x, rows))
     sums = lse.contiguous(), row_lse.contiguous()
-    return kernel.merge_backward(grad, out, total, x, sums[0], rows, sums[1], indices, layout(shape))
+    return kernel.merge_backward(grad, total, x, sums[0], rows, sums[1], indices, slots, layout(shape))
 
 
 @register_fake("lighthouse::merge_backward")
-def _(grad, out, total, x, lse, rows, row_lse, indices, shape):
+def _(grad, total, x, lse, rows, row_lse, indices, slots, shape):
     return tuple(y.new_empty(y.shape) for y in (x, lse, rows, row_lse))
 
 
@@ -44,7 +44,7 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, x, lse, rows, row_lse, indices, slots, shape):
         with below_autograd():
             out, total = merge(x, lse, rows, row_lse, indices, slots, shape)
-        ctx.save_for_backward(out, total, x, lse, rows, row_lse, indices)
+        ctx.save_for_backward(total, x, lse, rows, row_lse, indices, slots)
         ctx.mark_non_differentiable(total)
         ctx.shape = shape
         return out, total

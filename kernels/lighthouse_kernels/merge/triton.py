@@ -56,9 +56,11 @@ def _merge_kernel(
 
 @triton.jit
 def _merge_backward_tokens_kernel(
-    p_grad, p_out, p_total, p_x, p_lse, p_dx, p_dlse, p_delta, sgb, sgn, sgh, sob, son, soh, sxb, sxn, sxh,
-    tokens, blocks, heads,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr,
+    p_grad, p_total, p_x, p_lse, p_rows, p_row_lse, p_slots, p_dx, p_dlse, p_delta,
+    sgb, sgn, sgh, sxb, sxn, sxh, srb, srs, srh,
+    tokens, padded, entries, blocks, heads, windows,
+    GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     i_h = pid % heads
@@ -67,16 +69,30 @@ def _merge_backward_tokens_kernel(
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tokens
     o_d = tl.arange(0, D2)[None, :]
-    m = m_n[:, None] & (o_d < D)
+    m_d = o_d < D
+    m = m_n[:, None] & m_d
+    p_slots += (i_b * (heads // GROUP) + i_h // GROUP) * windows
+    p_rows += i_b * srb + i_h * srh
+    p_row_lse += (i_b * heads + i_h) * entries
     o_sums = (i_b * heads + i_h) * tokens + o_n
     grad = tl.load(p_grad + i_b * sgb + i_h * sgh + o_n[:, None] * sgn + o_d, mask=m, other=0.0).to(tl.float32)
-    out = tl.load(p_out + i_b * sob + i_h * soh + o_n[:, None] * son + o_d, mask=m, other=0.0).to(tl.float32)
     x = tl.load(p_x + i_b * sxb + i_h * sxh + o_n[:, None] * sxn + o_d, mask=m, other=0.0).to(tl.float32)
     total = tl.load(p_total + o_sums, mask=m_n, other=0.0)
     weight = tl.exp(tl.load(p_lse + o_sums, mask=m_n, other=0.0) - total)
-    delta = tl.sum(grad * out, axis=1)
+    own = tl.sum(grad * x, axis=1)
+    # From the parts: the output was rounded.
+    delta = weight * own
+    o_level = tl.zeros([], tl.int64)
+    for level in tl.static_range(LEVELS):
+        window = ((o_n + 1) >> (LOG_P * level)) - 1
+        slot = tl.load(p_slots + o_level + window, mask=m_n & (window >= 0), other=-1).to(tl.int64)
+        m_slot = slot >= 0
+        lse = tl.load(p_row_lse + slot, mask=m_slot, other=float("-inf"))
+        row = tl.load(p_rows + slot[:, None] * srs + o_d, mask=m_slot[:, None] & m_d, other=0.0).to(tl.float32)
+        delta += tl.exp(lse - total) * tl.sum(grad * row, axis=1)
+        o_level += padded >> (LOG_P * level)
     tl.store(p_delta + o_sums, delta, mask=m_n)
-    tl.store(p_dlse + o_sums, weight * (tl.sum(grad * x, axis=1) - delta), mask=m_n)
+    tl.store(p_dlse + o_sums, weight * (own - delta), mask=m_n)
     p_dx += (i_b * tokens * heads + i_h) * D
     tl.store(p_dx + o_n[:, None] * (heads * D) + o_d, (weight[:, None] * grad).to(p_dx.dtype.element_ty), mask=m)
 
@@ -154,32 +170,34 @@ def merge(x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, 
 
 
 def merge_backward(
-    grad: Tensor, out: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor,
+    grad: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, slots: Tensor,
     g: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, lse, rows and row_lse, in their shapes.
 
     Args:
         grad: [B, N, H, D], last dimension contiguous.
-        out, total: what `merge` returned.
-        x, lse, rows, row_lse: what it took.
+        total: [B, H, N], the log-sum-exp that `merge` returned.
+        x, lse, rows, row_lse, slots: what it took.
         indices: [B, Hkv, S] int32.
     """
     batch, tokens, heads, dim = x.shape
     entries = rows.shape[1]
     d_x, d_lse, delta = x.new_empty(x.shape), lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     d_rows, d_row_lse = rows.new_empty(rows.shape), row_lse.new_empty(row_lse.shape)
+    shape = {"GROUP": heads // slots.shape[1], "D": dim, "D2": padded_dim(dim), "LOG_P": g.log_p, "LEVELS": g.levels}
     with target(x):
         blocks = -(-tokens // BLOCK_TOKENS)
         _merge_backward_tokens_kernel[(batch * heads * blocks,)](
-            grad, out, total, x, lse, d_x, d_lse, delta, *row_strides(grad), *row_strides(out), *row_strides(x),
-            tokens, blocks, heads, D=dim, D2=padded_dim(dim), BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
+            grad, total, x, lse, rows, row_lse, slots, d_x, d_lse, delta,
+            *row_strides(grad), *row_strides(x), *row_strides(rows),
+            tokens, g.padded, entries, blocks, heads, slots.shape[2],
+            **shape, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
         blocks = -(-entries // BLOCK_ENTRIES)
         _merge_backward_rows_kernel[(batch * heads * blocks,)](
             grad, total, delta, rows, row_lse, indices, d_rows, d_row_lse, *row_strides(grad), *row_strides(rows),
             tokens, g.padded, entries, blocks, heads,
-            GROUP=heads // indices.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
-            LEVELS=g.levels, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
+            **shape, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return d_x, d_lse, d_rows, d_row_lse
