@@ -88,7 +88,9 @@ def evaluate(
     if not only:
         # Dense attention cannot leak; --only leak measures it all the same.
         absent = {"leak", "switch"} if subject.model is None else set()
-        absent |= {"context"} if context >= length - 1 else set()
+        if context >= length - 1:
+            _output.say(f"a short context of {context} tokens is left out: the sequences have {length}")
+            absent |= {"context"}
         measures = tuple(name for name in measures if name not in absent)
     report = measure(
         subject,

@@ -52,6 +52,7 @@ class LighthouseSection(Section):
         except ValueError as error:
             # LighthouseConfig's messages open with the name of the field.
             key = str(error).split(maxsplit=1)[0]
-            key = "windows" if key == "window" and self.windows else key
+            if key == "window" and self.windows:
+                raise conflict("windows", f"lighthouse.windows: {error}") from None
             raise conflict(key, f"lighthouse.{error}") from None
         return self

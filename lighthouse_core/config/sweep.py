@@ -50,6 +50,8 @@ class EvaluateSection(Section):
                 parse_measures(getattr(self, key))
             except ValueError as error:
                 raise conflict(key, f"evaluate.{key} {error}") from None
+        if self.only and "context" in parse_measures(self.only) and self.context >= self.tokens - 1:
+            raise conflict("context", f"evaluate.context ({self.context}) is not below evaluate.tokens ({self.tokens})")
         if self.set and not self.recipe:
             raise conflict("set", "evaluate.set changes the recipe that evaluate.recipe names")
         return self
@@ -96,10 +98,14 @@ def load_sweep(path: Path) -> Sweep:
     base = path.parent / sweep.recipe
     for name, run in sweep.runs.items():
         parent = sweep.runs.get(run.stage_1) if run.stage_1 else None
-        if run.stage_1 and (parent is None or parent.stage_1 or run.set or not run.recover):
+        if run.stage_1 and parent is None:
+            raise RecipeError(f"{path}: run {name}: stage_1 names {run.stage_1!r}, which is no run of the sweep")
+        if parent and parent.stage_1:
             raise RecipeError(
-                f"{path}: run {name}: stage_1 must name a run that has its own, and there is a recovery and no set",
+                f"{path}: run {name}: the stage 1 of {run.stage_1} is that of {parent.stage_1}: name that"
             )
+        if parent and (run.set or not run.recover):
+            raise RecipeError(f"{path}: run {name}: with stage_1 there is a recover, and recover_set rather than set")
         if run.at and not parent:
             raise RecipeError(f"{path}: run {name}: at is a step of the run that stage_1 names, and there is none")
         try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from lighthouse_core.estimate import flops_per_token
@@ -62,7 +62,7 @@ class Summary:
         jump: first dense loss less the mean of the last five before the switch (of fewer, a quarter of all, where there
             are fewer than twenty).
         spike: the highest of the first five dense losses less the same mean.
-        back: steps after the switch until the mean of five rows is below that of before it.
+        back: steps after the switch until the mean of five rows' steps is below that of before it.
         below_dense: steps after the switch until it is below that of the dense run at the same tokens.
     """
 
@@ -135,10 +135,10 @@ def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
         level = fmean(p.loss for p in before[-max(1, min(_SMOOTH, len(before) // 4)) :])
         jump = after[0].loss - level
         spike = max(p.loss for p in after[:_SMOOTH]) - level
-        smooth = list(zip(after[_SMOOTH - 1 :], _smooth(after), strict=True))
+        smooth = _smooth(after)
         back = next((p.step - curve.switch for p, loss in smooth if loss < level), None)
         if dense is not None:
-            other = list(zip(dense.points[_SMOOTH - 1 :], _smooth(dense.points), strict=True))
+            other = _smooth(dense.points)
             for p, loss in smooth:
                 then = next((theirs for q, theirs in other if q.tokens >= p.tokens), None)
                 if then is not None and loss < then:
@@ -161,10 +161,19 @@ def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
     )
 
 
-def _smooth(points: Sequence[Point]) -> list[float]:
-    """Means of five neighbours, one for each point from the fifth on."""
-    losses = [p.loss for p in points]
-    return [fmean(losses[i - _SMOOTH : i]) for i in range(_SMOOTH, len(losses) + 1)]
+def _smooth(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    """Points from the fifth or so on, each with the mean loss of five rows' steps: a launch logs its first step, too,
+    and what is drawn must not depend on where there was one."""
+    if len(points) < 2:
+        return []
+    apart = median(q.step - p.step for p, q in itertools.pairwise(points))
+    found, first = [], 0
+    for i, point in enumerate(points):
+        while points[first].step <= point.step - _SMOOTH * apart:
+            first += 1
+        if point.step >= points[0].step + (_SMOOTH - 1) * apart:
+            found.append((point, fmean(p.loss for p in points[first : i + 1])))
+    return found
 
 
 def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
@@ -188,9 +197,8 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
                 shown = list(points)
                 style = ":" if leaky else "--" if again else "-"
                 name = f"{curve.name}{' (leaky)' if leaky else ''}" if part == 0 or leaky else None
-                losses = [p.loss for p in shown]
-                if len(shown) >= 2 * _SMOOTH:
-                    shown, losses = shown[_SMOOTH - 1 :], _smooth(shown)
+                smooth = _smooth(shown) if len(shown) >= 2 * _SMOOTH else [(p, p.loss) for p in shown]
+                shown, losses = [p for p, _ in smooth], [loss for _, loss in smooth]
                 axes.plot([getattr(p, key) for p in shown], losses, style, color=color, label=name)
             if curve.switch is not None:
                 at = next((getattr(p, key) for p in curve.points if p.step > curve.switch), None)

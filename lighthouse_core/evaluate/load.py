@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.module import set_selection_keys
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -55,7 +56,7 @@ def load_checkpoint(
     model.freqs_cis = angles.to(device)
     set_selection_keys(model, recipe.training.seed, 0, 0)
     subject = Subject(
-        name=f"{source.run.name} step {source.step}, {'Lighthouse' if pooled else 'dense'} attention",
+        name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}",
         hidden=model.hidden,
         head=model.output,
         tokenizer=build_tokenizer(recipe.data.tokenizer),
@@ -66,6 +67,12 @@ def load_checkpoint(
         model=model if pooled else None,
     )
     return subject, recipe
+
+
+def _words(cfg: LighthouseConfig) -> str:
+    """Which attention of stage 1, in words."""
+    plain = cfg.method == "pyramid" and not cfg.window
+    return "Lighthouse attention" if plain else f"Lighthouse attention ({cfg.method}, window {cfg.window})"
 
 
 def _device() -> torch.device:

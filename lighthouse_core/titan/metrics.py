@@ -197,6 +197,8 @@ class Metrics(MetricsProcessor):
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             flops = flops_per_token(self.stage.recipe, self.stage.name, (self.last_step + 1, step))
             row["mfu"] = flops * per_device / self.gpu_peak_flops
+        if self.stage.name == "lighthouse" and self.stage.recipe.lighthouse.windows:
+            row["window"] = self.stage.recipe.lighthouse.window_at(step, training.steps)
         if self.last_step == self.start_step:
             row["first_of_launch"] = True
         if spike := self.spikes.score(row["loss"]):

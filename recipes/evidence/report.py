@@ -29,9 +29,15 @@ validation text of the training, packages that were left out of it. *Beyond* is 
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
 layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Seconds are of
-training on one GPU: every step counts with its stage's median time, without compilation. Hypotheses: (1) stage 1 reads
-the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is not close to dense attention; (4) heads
-that copy come late.
+training on one GPU: every step counts with its stage's median time, without compilation.
+
+The text is what `base.toml` and `held-out.toml` say: Python sources of the packages that were installed, in an order of
+samples that the seed decides, and, to be measured on, half of the standard library, of which packages hold copies of a
+few files. Texts with the same fingerprint, whose first digits stand with each sweep, are the same; other packages are
+another text, on which figures differ.
+
+Hypotheses: (1) stage 1 reads the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is not close
+to dense attention; (4) heads that copy come late.
 """
 NOISE = """Runs that differ in nothing but the seed, or in nothing at all: kernels add up gradients in an order that
 changes from run to run, so that a run is not repeated exactly. *Beside dense* is the difference of each from the dense
@@ -441,7 +447,10 @@ def machines(runs: list[Trial]) -> str:
         commit, _, dirty = str(run["git_commit"]).partition("-")
         changed = " with changes" if dirty else ""
         found[f"commit {commit[:10]}{changed}; {device}; {python}{versions}"] = None
-    return "; or ".join(found)
+    texts = {(trial.text or "unknown")[:8] for trial in runs}
+    measured = {trial.end["data"]["sha256"][:8] for trial in runs if trial.end}
+    words = f"; trained on text {', '.join(sorted(texts))}"
+    return "; or ".join(found) + words + (f", measured on {', '.join(sorted(measured))}" if measured else "")
 
 
 def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import pytest
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import flops_per_token
-from lighthouse_core.evaluate.compare import AXES, plot, read, summarize
+from lighthouse_core.evaluate.compare import AXES, _smooth, plot, read, summarize
 from lighthouse_core.runs import Recovery, create_run
 
 STEP = 4 * 2048
@@ -50,6 +50,21 @@ def test_a_curve_adds_up_time_and_flops(make):
     costs = [flops_per_token(run.recipe, stage) for stage in ("lighthouse", "dense")]
     assert last.flops == pytest.approx(STEP * (10 * costs[0] + 5 * costs[1]))
     assert [p.leaky for p in curve.points] == [True] * 10 + [False] * 5
+
+
+def test_where_a_launch_began_changes_no_mean(make):
+    """A launch logs its first step beside every fifth one."""
+    losses = [10.0 - 0.1 * step for step in range(60)]
+    points = read(make("a", (60,), [("lighthouse", x) for x in losses])).points
+    fifth = [p for p in points if p.step % 5 == 0]
+    launches = [p for p in points if p.step % 5 == 0 or p.step in (1, 33)]
+    plain = {p.step: loss for p, loss in _smooth(fifth)}
+    assert plain[25] == pytest.approx(sum(losses[step - 1] for step in (5, 10, 15, 20, 25)) / 5)
+    assert list(plain) == list(range(25, 61, 5))
+    other = {p.step: loss for p, loss in _smooth(launches)}
+    # A row more in a window of 25 steps moves its mean a little, and no more than that.
+    assert all(other[step] == pytest.approx(plain[step], abs=0.3) for step in plain)
+    assert other[60] == plain[60] and other[30] == plain[30]
 
 
 def test_a_dense_run_that_goes_on_does_not_switch(make):

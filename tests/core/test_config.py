@@ -162,7 +162,7 @@ def test_an_override_error_names_the_flag(override, message):
         ("checkpoint.also=[3, 99999]", "--set checkpoint.also: checkpoint.also has step 99999, which"),
         ("lighthouse.windows=[8, 8]", "--set lighthouse.windows: lighthouse.windows must grow: [8, 8]"),
         ("lighthouse.windows=[8, -8]", "--set lighthouse.windows: lighthouse.windows must grow"),
-        ("lighthouse.windows=[-8, 8]", "--set lighthouse.windows: lighthouse.window must be"),
+        ("lighthouse.windows=[-8, 8]", "--set lighthouse.windows: lighthouse.windows: window must be"),
         ("lighthouse.windows=[8, 1024]", "--set lighthouse.windows: lighthouse.windows (1024) is not below"),
         ("lighthouse={window=8, windows=[8]}", "--set lighthouse: lighthouse.windows take the place"),
     ],

@@ -236,7 +236,14 @@ def test_what_is_no_run_is_not_removed(tmp_path):
     [
         ("training.steps=10", "training.stebs=10", "training.steps"),
         ("recover = 5\n\n", "recovers = 5\n\n", "runs.random.recovers"),
-        ('stage_1 = "random"', 'stage_1 = "nothing"', "stage_1 must name"),
+        ('stage_1 = "random"', 'stage_1 = "nothing"', "stage_1 names 'nothing', which is no run of the sweep"),
+        (
+            'stage_1 = "random"',
+            'stage_1 = "random-annealed"',
+            "the stage 1 of random-annealed is that of random-annealed",
+        ),
+        ('stage_1 = "random"', 'stage_1 = "random"\nset = ["training.seed=2"]', "recover_set rather than set"),
+        ('only = "loss"', 'only = "loss,context"', "evaluate.context .2048. is not below evaluate.tokens .512."),
         ("[evaluate]\ntokens = 512", "[evaluate]", "evaluate.tokens"),
         ("recipe = ", "recipe ", "cannot read"),
         ('"checkpoint.keep=0"', '"checkpoint.keep=2"', "random-annealed: stage_1 needs checkpoint.keep=0"),

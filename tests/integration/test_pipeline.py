@@ -296,9 +296,11 @@ def test_windows_grow_also_after_an_interruption(workspace):
     run = pretrain(workspace, "growing", *options(*method, *also))
     assert checkpoint_steps(run) == [2, 4, 6]
     losses = {step: row["loss"] for step, row in rows(run).items()}
+    assert [row["window"] for row in rows(run).values()] == [64] * 3 + [256] * 3
     for step, window in ((2, 64), (4, 256), (6, 256)):
         subject, _ = load_checkpoint(run, attention="trained", step=step)
         assert {m.cfg.window for m in subject.model.modules() if isinstance(m, LighthouseAttention)} == {window}
+        assert subject.name == f"growing step {step}, Lighthouse attention (chunked, window {window})"
     # As if it had been interrupted before the second window.
     for step in (4, 6):
         shutil.rmtree(run / f"checkpoints/step-{step}")
