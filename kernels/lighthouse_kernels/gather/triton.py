@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lighthouse_kernels.indexing import located, program
 from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps, forward and backward.
@@ -49,24 +50,15 @@ def _gather_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     STORED: tl.constexpr, FLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % kv_heads
-    i_block = (pid // kv_heads) % blocks
-    i_b = pid // (kv_heads * blocks)
+    i_b, i_h, i_block = program(kv_heads, blocks)
     o_e = i_block * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < entries
     index = tl.load(p_indices + (i_b * kv_heads + i_h) * entries + o_e, mask=m_e, other=0).to(tl.int64)
 
-    log_window = tl.zeros([BLOCK], tl.int64)
-    o_window = index
-    o_level = tl.zeros([], tl.int64)
+    log_window, o_window = located(index, padded, LOG_P, LEVELS)
     o_first_stored = tl.zeros([], tl.int64)
-    for level in tl.static_range(1, LEVELS):
-        o_level += padded >> (LOG_P * (level - 1))
-        log_window = tl.where(index >= o_level, LOG_P * level, log_window)
-        o_window = tl.where(index >= o_level, index - o_level, o_window)
-        if level <= STORED:
-            o_first_stored = o_level
+    for level in tl.static_range(STORED):
+        o_first_stored += padded >> (LOG_P * level)
     window = tl.full([BLOCK], 1, tl.int64) << log_window
     is_stored = log_window >= LOG_P * STORED
     o_token = o_window << log_window
@@ -133,10 +125,7 @@ def _gather_backward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % kv_heads
-    i_block = (pid // kv_heads) % blocks
-    i_b = pid // (kv_heads * blocks)
+    i_b, i_h, i_block = program(kv_heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tokens
     p_slots += (i_b * kv_heads + i_h) * windows

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lighthouse_kernels.indexing import ended_last, program, served
 from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps: positions, and entries in the backward pass.
@@ -18,10 +19,7 @@ def _merge_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
+    i_b, i_h, i_block = program(heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tokens
     o_d = tl.arange(0, D2)
@@ -36,9 +34,7 @@ def _merge_kernel(
     mass = tl.full([BLOCK], 1.0, tl.float32)
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(LEVELS):
-        # The window of this level that ended last.
-        window = ((o_n + 1) >> (LOG_P * level)) - 1
-        slot = tl.load(p_slots + o_level + window, mask=m_n & (window >= 0), other=-1).to(tl.int64)
+        slot = ended_last(p_slots, o_level, o_n, m_n, LOG_P, level)
         m = slot >= 0
         lse = tl.load(p_row_lse + slot, mask=m, other=float("-inf"))
         row = tl.load(p_rows + slot[:, None] * srs + o_d[None, :], mask=m[:, None] & m_d, other=0.0).to(tl.float32)
@@ -62,10 +58,7 @@ def _merge_backward_tokens_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
+    i_b, i_h, i_block = program(heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tokens
     o_d = tl.arange(0, D2)[None, :]
@@ -84,8 +77,7 @@ def _merge_backward_tokens_kernel(
     delta = weight * own
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(LEVELS):
-        window = ((o_n + 1) >> (LOG_P * level)) - 1
-        slot = tl.load(p_slots + o_level + window, mask=m_n & (window >= 0), other=-1).to(tl.int64)
+        slot = ended_last(p_slots, o_level, o_n, m_n, LOG_P, level)
         m_slot = slot >= 0
         lse = tl.load(p_row_lse + slot, mask=m_slot, other=float("-inf"))
         row = tl.load(p_rows + slot[:, None] * srs + o_d, mask=m_slot[:, None] & m_d, other=0.0).to(tl.float32)
@@ -104,26 +96,14 @@ def _merge_backward_rows_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
+    i_b, i_h, i_block = program(heads, blocks)
     o_e = i_block * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < entries
     o_d = tl.arange(0, D2)[None, :]
     m_d = o_d < D
     o_indices = (i_b * (heads // GROUP) + i_h // GROUP) * entries
     index = tl.load(p_indices + o_indices + o_e, mask=m_e, other=0).to(tl.int64)
-    log_window = tl.zeros([BLOCK], tl.int64)
-    o_window = index
-    o_level = tl.zeros([], tl.int64)
-    for level in tl.static_range(1, LEVELS):
-        o_level += padded >> (LOG_P * (level - 1))
-        log_window = tl.where(index >= o_level, LOG_P * level, log_window)
-        o_window = tl.where(index >= o_level, index - o_level, o_window)
-    width = tl.where(m_e, tl.full([BLOCK], 1, tl.int64) << log_window, 0)
-    # From the last token of its window on.
-    first = ((o_window + 1) << log_window) - 1
+    first, width = served(index, m_e, padded, LOG_P, LEVELS)
     p_grad += i_b * sgb + i_h * sgh
     p_total += (i_b * heads + i_h) * tokens
     p_delta += (i_b * heads + i_h) * tokens

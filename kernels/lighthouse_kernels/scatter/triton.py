@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lighthouse_kernels.indexing import ended_last, program, served
 from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps, forward and backward.
@@ -18,10 +19,7 @@ def _scatter_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
+    i_b, i_h, i_block = program(heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tokens
     o_d = tl.arange(0, D2)
@@ -31,9 +29,7 @@ def _scatter_kernel(
     total = tl.zeros([BLOCK, D2], tl.float32)
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(LEVELS):
-        # The window of this level that ended last.
-        window = ((o_n + 1) >> (LOG_P * level)) - 1
-        slot = tl.load(p_slots + o_level + window, mask=m_n & (window >= 0), other=-1).to(tl.int64)
+        slot = ended_last(p_slots, o_level, o_n, m_n, LOG_P, level)
         row = tl.load(p_rows + slot[:, None] * stride_s + o_d[None, :], mask=(slot >= 0)[:, None] & m_d, other=0.0)
         total += row.to(tl.float32)
         o_level += padded >> (LOG_P * level)
@@ -50,26 +46,14 @@ def _scatter_backward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    i_h = pid % heads
-    i_block = (pid // heads) % blocks
-    i_b = pid // (heads * blocks)
+    i_b, i_h, i_block = program(heads, blocks)
     o_e = i_block * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < entries
     o_d = tl.arange(0, D2)
     m_d = (o_d < D)[None, :]
     o_indices = (i_b * (heads // GROUP) + i_h // GROUP) * entries
     index = tl.load(p_indices + o_indices + o_e, mask=m_e, other=0).to(tl.int64)
-    log_window = tl.zeros([BLOCK], tl.int64)
-    o_window = index
-    o_level = tl.zeros([], tl.int64)
-    for level in tl.static_range(1, LEVELS):
-        o_level += padded >> (LOG_P * (level - 1))
-        log_window = tl.where(index >= o_level, LOG_P * level, log_window)
-        o_window = tl.where(index >= o_level, index - o_level, o_window)
-    width = tl.where(m_e, tl.full([BLOCK], 1, tl.int64) << log_window, 0)
-    # From the last token of its window on.
-    first = ((o_window + 1) << log_window) - 1
+    first, width = served(index, m_e, padded, LOG_P, LEVELS)
     p_grad += i_b * stride_b + i_h * stride_h
     total = tl.zeros([BLOCK, D2], tl.float32)
     for r in range(tl.max(width, axis=0)):
