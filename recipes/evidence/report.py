@@ -92,12 +92,10 @@ class Trial:
         """Fingerprint of what it was trained on; None where that is not known."""
         return self.run["ledger"]["stages"][0].get("data")
 
-    def part(self, row: dict) -> str:
+    @staticmethod
+    def part(row: dict) -> str:
         """Steps of one part take equally long: a stage, or of stage 1 the time of one of several windows."""
-        windows, steps = self.run["recipe"]["lighthouse"].get("windows"), self.run["recipe"]["training"].get("steps")
-        if row["stage"] != "lighthouse" or not windows:
-            return row["stage"]
-        return f"lighthouse {windows[(row['step'] - 1) * len(windows) // steps]}"
+        return f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""
@@ -359,6 +357,20 @@ def at_the_switch(runs: list[Trial]) -> str:
     return table(columns, [row(name, switch) for name, switch in found if switch])
 
 
+def by_position(runs: list[Trial]) -> str:
+    """Losses of tokens by how many are before them: every second one of the bins, each of doubling width."""
+    ended = [trial for trial in runs if trial.end]
+    firsts = [part["first"] for part in ended[0].end.get("by_position", [])][4::2] if ended else []
+    if not firsts:
+        return ""
+
+    def row(trial: Trial) -> list[str]:
+        losses = {part["first"]: part["loss"]["mean"] for part in trial.end["by_position"]}
+        return [trial.name, *(f"{losses[first]:.3f}" for first in firsts)]
+
+    return table(["run", *(f"{first} to {2 * first - 1}" for first in firsts)], map(row, ended))
+
+
 def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     """The value at x of straight lines between points, in order; None outside of them."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -498,6 +510,8 @@ def write(files: list[Path], out: Path) -> None:
             text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
         else:
             text.append(f"### Seconds a step\n\n{steps(runs)}\n")
+        if positions := by_position(runs):
+            text.append(f"### By the tokens before\n\n{positions}\n")
         if switch := at_the_switch(runs):
             text.append(f"### At the switch\n\n{switch}\n")
         if equal := same_time(runs):

@@ -49,6 +49,10 @@ def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, swit
             "full": {"mean": 1.5, "standard_error": None, "sequences": 1},
             "gain": {"mean": 0.25, "standard_error": 0.01, "sequences": 2},
         },
+        "by_position": [
+            {"first": first, "last": 2 * first - 1, "loss": {"mean": loss + 1 / first}}
+            for first in (1, 2, 4, 8, 16, 32, 64, 128)
+        ],
         "needles": {"cells": [{"right": 1, "trials": 10}, {"right": 2, "trials": 10}]},
     }
     return {
@@ -110,6 +114,7 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
         f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
         and "| dense-2 | 2 | 1.2000 ± 0.1000 |  |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
     )
+    assert "| run | 16 to 31 | 64 to 127 |" in lines and "| norm | 1.462 | 1.416 |" in lines
     switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
     assert switch in lines
     assert "| dense, dense-2 | 1, 2 | 1.0000, 1.2000 | 0.1414 |  |" in lines
@@ -217,11 +222,12 @@ def test_compilation_is_not_counted(sweep):
 
 def test_steps_of_each_window_have_a_time_of_their_own(sweep):
     norm = sweep["runs"]["norm"]
-    norm["recipe"]["lighthouse"]["windows"], norm["recipe"]["training"]["steps"] = [8, 16], 8
-    rows = [{**norm["rows"][0], "stage": "lighthouse", "step": step, "seconds": 1.0} for step in range(1, 9)]
-    # The last four are of the second window, and the first of them compiles.
-    for row, seconds in zip(rows[4:], (100.0, 3.0, 3.0, 3.0), strict=True):
-        row["seconds"] = seconds
+    first = {**norm["rows"][0], "stage": "lighthouse", "seconds": 1.0, "window": 8}
+    # The first step of the second window compiles.
+    seconds = (1.0, 1.0, 1.0, 1.0, 100.0, 3.0, 3.0, 3.0)
+    rows = [first | {"step": step, "seconds": each} for step, each in enumerate(seconds, start=1)]
+    for row in rows[4:]:
+        row["window"] = 16
     norm["rows"] = rows
     norm["ledger"]["stages"] = [{"stage": "lighthouse", "start": 0, "end": 8, "steps": 8, "flops": 1e9}]
     trial = next(trial for trial in report().trials(sweep) if trial.name == "norm")
