@@ -85,7 +85,8 @@ def read(run: Run) -> Curve:
     per_step = run.recipe.training.global_batch_size * run.recipe.training.seq_len
 
     def flops(stage: str, first: int, last: int) -> float:
-        return (last - first + 1) * per_step * flops_per_token(run.recipe, stage, (first, last))
+        # A row may repeat a step that a crash cost.
+        return (last - first + 1) * per_step * flops_per_token(run.recipe, stage, (first, max(first, last)))
 
     return curve(run.name, read_rows(run.path / "metrics.jsonl"), run.ledger["stages"], flops)
 

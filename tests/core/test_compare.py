@@ -52,6 +52,15 @@ def test_a_curve_adds_up_time_and_flops(make):
     assert [p.leaky for p in curve.points] == [True] * 10 + [False] * 5
 
 
+def test_a_row_of_the_same_step_costs_nothing_more(make):
+    run = switched(make, [3.0] * 5)
+    flops = read(run).points[-1].flops
+    file = run.path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:4], lines[3], *lines[4:]]))
+    assert read(run).points[-1].flops == pytest.approx(flops)
+
+
 def test_where_a_launch_began_changes_no_mean(make):
     """A launch logs its first step beside every fifth one."""
     losses = [10.0 - 0.1 * step for step in range(60)]
