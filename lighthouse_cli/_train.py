@@ -45,9 +45,8 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
         if cost.gathered is not None:
             line("S", f"{cost.gathered} of {training.seq_len} tokens")
         if recipe.lighthouse.windows:
-            begins = {recipe.lighthouse.window_at(step, training.steps): step for step in range(training.steps, 0, -1)}
-            turns = (f"{window} from step {begins[window]}" for window in recipe.lighthouse.windows)
-            line("windows", ", ".join(turns))
+            turns = recipe.lighthouse.turns(training.steps)
+            line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
         line("FLOPs per token", f"{_short(cost.lighthouse_flops)} in stage 1, {_short(cost.dense_flops)} dense")
     else:
         line("FLOPs per token", f"{_short(cost.dense_flops)}")

@@ -1,7 +1,8 @@
 """What a recipe costs, by arithmetic alone: parameters, gathered length, FLOPs, memory. Nothing here imports torch."""
 
-from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.config.model import ModelSection
@@ -99,9 +100,11 @@ def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = 
     flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
     if dense < model.layers:
         first, last = steps or (1, recipe.training.steps)
-        turns = Counter(recipe.lighthouse.window_at(i, recipe.training.steps) for i in range(first, last + 1))
-        seen = {window: recipe.lighthouse.attention(window).keys(tokens) for window in turns}
-        keys = sum(seen[window] * count for window, count in turns.items()) / turns.total()
+        turns = recipe.lighthouse.turns(recipe.training.steps)
+        keys = 0.0
+        for window, (begin, end) in zip(turns, pairwise([*turns.values(), inf]), strict=True):
+            share = (min(last + 1, end) - max(first, begin)) / (last + 1 - first)
+            keys += recipe.lighthouse.attention(window).keys(tokens) * max(0.0, share)
         if every := recipe.lighthouse.dense_every:
             keys += (tokens / 2 - keys) / every
         flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)

@@ -45,11 +45,12 @@ def account(run: "Run") -> dict[str, Any]:
             saved = [step for step in run.checkpoint_steps() if stage["start"] < step <= end]
             steps = max(timed[-1]["step"], *saved, 0) - stage["start"]
             untimed = steps - sum(row["steps"] for row in timed)
+            finished = stage["start"] + 1, stage["start"] + steps
             stage |= {
                 "steps": steps,
                 "tokens": steps * per_step,
                 "seconds": sum(row["steps"] * row["seconds"] for row in timed) + untimed * _typical(timed),
-                "flops": steps * per_step * flops_per_token(run.recipe, stage["stage"], _span(stage, steps)),
+                "flops": steps * per_step * flops_per_token(run.recipe, stage["stage"], finished),
             }
     ledger["stages"] = stages
     if stages[0]["stage"] == "lighthouse" and own[0]:
@@ -59,11 +60,6 @@ def account(run: "Run") -> dict[str, Any]:
         ledger["dense_step"] = {"seconds": seconds, "how": how}
         ledger["dense"] = {"seconds": steps * seconds, "flops": steps * flops}
     return ledger
-
-
-def _span(stage: dict[str, Any], steps: int) -> tuple[int, int]:
-    """The first and the last of so many steps of a stage."""
-    return stage["start"] + 1, stage["start"] + steps
 
 
 def _dense_step(stages: list[dict[str, Any]], own: list[list[Row]], flops: float) -> tuple[float, str]:

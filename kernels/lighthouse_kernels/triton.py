@@ -9,7 +9,7 @@ from lighthouse_kernels.merge import op as merge_op
 from lighthouse_kernels.pyramid import op as pyramid_op
 from lighthouse_kernels.scatter import op as scatter_op
 from lighthouse_kernels.select import op as select_op
-from lighthouse_kernels.types import Pyramid, Selection
+from lighthouse_kernels.types import Pyramid, Selection, slots_of
 
 SELECTING = (select_op.select, select_op.select_drawn)
 GATHERING = (gather_op.gather,)
@@ -45,10 +45,7 @@ def _with_sample(key: Tensor) -> Tensor:
 
 def given(indices: Tensor, g: Geometry) -> Selection:
     """The selection that these indices make."""
-    batch, kv_heads, entries = indices.shape
-    places = torch.arange(entries, dtype=torch.int32, device=indices.device).expand(indices.shape)
-    slots = torch.full((batch, kv_heads, g.pyramid_length), -1, dtype=torch.int32, device=indices.device)
-    return Selection(indices.int().contiguous(), slots.scatter(-1, indices.long(), places))
+    return Selection(indices.int().contiguous(), slots_of(indices, g.pyramid_length))
 
 
 def gather(

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,14 @@ class Selection(NamedTuple):
 
     indices: Tensor
     slots: Tensor | None
+
+
+def slots_of(indices: Tensor, windows: int) -> Tensor:
+    """The slots of a selection, [B, Hkv, windows] int32: see `Selection`.
+
+    Args:
+        indices: [B, Hkv, S] integers, no window twice.
+        windows: of the pyramid, M.
+    """
+    places = torch.arange(indices.shape[2], dtype=torch.int32, device=indices.device).expand(indices.shape)
+    return places.new_full((*indices.shape[:2], windows), -1).scatter(2, indices.long(), places)

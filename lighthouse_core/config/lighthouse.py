@@ -36,9 +36,14 @@ class LighthouseSection(Section):
         settings = self.model_dump(exclude={"enabled", "dense_every", "windows"})
         return LighthouseConfig(**settings | {"window": window})
 
+    def turns(self, steps: int) -> dict[int, int]:
+        """Every window of a stage 1 of so many steps, with the step that its turn begins with."""
+        windows = self.windows or (self.window,)
+        return {window: -(-number * steps // len(windows)) + 1 for number, window in enumerate(windows)}
+
     def window_at(self, step: int, steps: int) -> int:
         """The window of a step, 1 to `steps`, of a stage 1 of so many."""
-        return self.windows[(step - 1) * len(self.windows) // steps] if self.windows else self.window
+        return max((begin, window) for window, begin in self.turns(steps).items() if begin <= step)[1]
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":

@@ -27,10 +27,12 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     wanted = sweep.runs[name]
     path = output / name
     recover = ["recover", str(path), "--steps", str(wanted.recover), *_set(wanted.recover_set)]
+    if not begun(path) and wanted.stage_1:
+        return recover
     if not begun(path):
         settings = [*sweep.settings(name), f"output.dir={json.dumps(str(output))}"]
         settings += _also(sweep, name, load_recipe(base, settings))
-        return recover if wanted.stage_1 else ["pretrain", str(base), "--name", name, *_set(settings)]
+        return ["pretrain", str(base), "--name", name, *_set(settings)]
     run = Run(path)
     if not run.recovering and not stage_1_done(path):
         return ["pretrain", "--resume", str(path), *_set(_also(sweep, name, run.recipe))]

@@ -112,7 +112,6 @@ class Metrics(MetricsProcessor):
         self.device_memory_monitor = DeviceMemoryMonitor() if HAS_ACCELERATOR else _HostMemoryMonitor()
         self.gpu_peak_flops = get_peak_flops(self.device_memory_monitor.device_name) if HAS_ACCELERATOR else None
         self.color = NoColor()
-        self.num_flops_per_token = 0
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.optimizers = self.lr_schedulers = self.model_parts = None

@@ -26,7 +26,6 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import TrainingError
-from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
 from lighthouse_core.titan.guard import Guard, NotingUtils
@@ -219,14 +218,12 @@ class Trainer(titan_train.Trainer):
     @staticmethod
     def _register(stage: Stage) -> None:
         recipe = stage.recipe
-        flops = flops_per_token(recipe, stage.name)
         attention = recipe.lighthouse.attention() if stage.name == "lighthouse" else None
         training = recipe.training
         args = model_args(
             recipe.model,
             training.seq_len,
             seed=training.seed,
-            flops_per_token=flops,
             loss_chunk=training.loss_chunk,
         )
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(

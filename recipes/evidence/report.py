@@ -120,24 +120,24 @@ class Trial:
         return {part: median(seconds) for part, seconds in self.settled.items()}
 
     @property
-    def sources(self) -> set[str]:
-        """Where its seconds are from, but for itself."""
-        known = {self.pace(part) for part in self.own_paces} & set(self.paces)
-        return set() if self.alone else {self.paces[pace][1] for pace in known}
+    def elsewhere(self) -> dict[str, tuple[float, str]]:
+        """Of a run that shared its GPU, the seconds of those parts that are known of others, and where from."""
+        known = {part: self.paces.get(self.pace(part)) for part in self.own_paces if not self.alone}
+        return {part: found for part, found in known.items() if found}
 
     @property
     def timed(self) -> bool:
         """Whether the seconds of its curve are those of a run that has a GPU to itself."""
-        return self.alone or all(self.pace(part) in self.paces for part in self.own_paces)
+        return self.alone or self.elsewhere.keys() == self.own_paces.keys()
 
     @cached_property
     def curve(self) -> compare.Curve:
         """Each part at the median seconds of its steps: what compiles, and how often, is no part of a method."""
         stages = self.run["ledger"]["stages"]
         flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
-        seconds = dict(self.own_paces)
-        if not self.alone and self.timed:
-            seconds = {part: self.paces[self.pace(part)][0] for part in seconds}
+        seconds = self.own_paces
+        if self.timed:
+            seconds |= {part: found for part, (found, _) in self.elsewhere.items()}
         # Of a stage whose costs are not in the ledger yet, nothing is said.
         rows = [
             row | ({"seconds": seconds[self.part(row)]} if "loss" in row else {})
@@ -213,23 +213,21 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]) if lines else ""
 
 
+def dense_alike(trial: Trial, others: list[Trial]) -> list[Trial]:
+    """The runs that are dense from the start and else alike, with as many steps; of any decay."""
+    alike = [other for other in others if other.dense and other.common == trial.common]
+    return [other for other in alike if sum(other.steps) == sum(trial.steps)]
+
+
 def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
-    """The run that is dense from the start and else alike: as many steps, and as many of a decaying rate."""
-    for other in others:
-        alike = other.common == trial.common and other.decay == trial.decay
-        if other.dense and alike and sum(other.steps) == sum(trial.steps):
-            return other
-    return None
+    """That of them whose rate decays over as many steps."""
+    return next((other for other in dense_alike(trial, others) if other.decay == trial.decay), None)
 
 
 def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
-    """The best of the runs that are dense from the start and else alike, whatever steps the rate decays over."""
-    dense = [other for other in others if other.dense and other.end and other.common == trial.common]
-    return min(
-        (other for other in dense if sum(other.steps) == sum(trial.steps)),
-        key=lambda other: other.loss["mean"],
-        default=None,
-    )
+    """That of them which ended best."""
+    ended = [other for other in dense_alike(trial, others) if other.end]
+    return min(ended, key=lambda other: other.loss["mean"], default=None)
 
 
 def but_for_the_seed(trial: Trial) -> tuple:
@@ -503,7 +501,7 @@ def write(files: list[Path], out: Path) -> None:
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.alone for trial in runs):
-            sources = sorted(set().union(*(trial.sources for trial in runs if trial.timed)))
+            sources = sorted({source for trial in runs if trial.timed for _, source in trial.elsewhere.values()})
             there = f"; those that are there are of such steps in {', '.join(sources)}" if sources else ""
             text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
         if any(trial.end for trial in runs):

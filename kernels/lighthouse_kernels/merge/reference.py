@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lighthouse_kernels.geometry import Geometry
+from lighthouse_kernels.types import slots_of
 
 
 def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
@@ -21,15 +22,14 @@ def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tens
         [B, N, H, D] in the dtype of `out`; added in that of `lse`. Differentiable in the first four.
     """
     tokens, heads, dim = out.shape[1:]
-    places = torch.arange(indices.shape[2], device=indices.device).expand(indices.shape)
-    slots = places.new_full((*indices.shape[:2], geometry.pyramid_length), -1).scatter(2, indices.long(), places)
+    slots = slots_of(indices, geometry.pyramid_length)
     slots = slots.repeat_interleave(heads // indices.shape[1], 1).transpose(1, 2)
     ends = torch.arange(1, tokens + 1, device=out.device)
     parts, sums = [out], [lse]
     for level in range(geometry.levels):
         window = ends // geometry.window(level) - 1
         slot = torch.where((window >= 0)[:, None], slots[:, geometry.offset(level) + window.clamp(min=0)], -1)
-        here = slot.clamp(min=0)
+        here = slot.clamp(min=0).long()
         parts.append(rows.gather(1, here[..., None].expand(-1, -1, -1, dim)))
         sums.append(torch.where(slot >= 0, row_lse.gather(1, here), -torch.inf))
     weights = torch.softmax(torch.stack(sums), 0)[..., None]
