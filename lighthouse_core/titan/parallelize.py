@@ -54,6 +54,14 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
     return kept
 
 
+def mend_cant_split() -> None:
+    """Have Inductor of torch 2.11 pass over a tiling that does not fit, where it would end with a TypeError: it raises
+    CantSplit without the arguments that it asks for (pytorch/pytorch#178676)."""
+    from torch._inductor.codegen.simd import CantSplit
+
+    CantSplit.__init__.__defaults__ = (None, None)
+
+
 def parallelize(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cfg: LighthouseConfig | None = None
 ) -> nn.Module:
@@ -73,6 +81,8 @@ def parallelize(
             checkpointing = dataclasses.replace(checkpointing, mode="selective", selective_ac_option="op")
         apply_ac(model, checkpointing, model_compile_enabled=compiled, op_sac_save_list=kept)
     if compiled:
+        if torch.__version__ < "2.12":
+            mend_cant_split()
         apply_compile(model, job_config.compile)
     model.output.compiled = job_config.compile.enable and "loss" in job_config.compile.components
     param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
