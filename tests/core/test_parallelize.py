@@ -9,7 +9,7 @@ from lighthouse_core import LighthouseConfig
 from lighthouse_core.config import load_recipe
 from lighthouse_core.titan import build_job
 from lighthouse_core.titan.model import Transformer, attention_layers, model_args, use_lighthouse
-from lighthouse_core.titan.parallelize import kept_results, parallelize, use_plain_sums
+from lighthouse_core.titan.parallelize import kept_results, mend_cant_split, parallelize, use_plain_sums
 
 from torchtitan.distributed import ParallelDims  # isort: skip
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp  # isort: skip
@@ -184,6 +184,6 @@ def test_a_tiling_that_does_not_fit_is_passed_over(monkeypatch):
     monkeypatch.setattr(CantSplit.__init__, "__defaults__", None)
     with pytest.raises(TypeError):
         raise CantSplit
-    parallelize.mend_cant_split()
+    mend_cant_split()
     with pytest.raises(CantSplit):
         raise CantSplit
