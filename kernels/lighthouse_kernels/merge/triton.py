@@ -109,16 +109,18 @@ def _merge_backward_rows_kernel(
     p_delta += (i_b * heads + i_h) * tokens
     o_sums = (i_b * heads + i_h) * entries + o_e
     lse = tl.load(p_row_lse + o_sums, mask=m_e, other=0.0)
+    own = tl.load(p_rows + i_b * srb + i_h * srh + o_e[:, None] * srs + o_d, mask=m_e[:, None] & m_d, other=0.0)
+    own = own.to(tl.float32)
     acc = tl.zeros([BLOCK, D2], tl.float32)
-    mean_delta = tl.zeros([BLOCK], tl.float32)
+    d_lse = tl.zeros([BLOCK], tl.float32)
     for r in range(tl.max(width, axis=0)):
         m = (r < width) & (first + r < tokens)
         weight = tl.exp(lse - tl.load(p_total + first + r, mask=m, other=float("inf")))
-        row = tl.load(p_grad + (first + r)[:, None] * sgn + o_d, mask=m[:, None] & m_d, other=0.0)
-        acc += weight[:, None] * row.to(tl.float32)
-        mean_delta += weight * tl.load(p_delta + first + r, mask=m, other=0.0)
-    row = tl.load(p_rows + i_b * srb + i_h * srh + o_e[:, None] * srs + o_d, mask=m_e[:, None] & m_d, other=0.0)
-    tl.store(p_drow_lse + o_sums, tl.sum(acc * row.to(tl.float32), axis=1) - mean_delta, mask=m_e)
+        grad = tl.load(p_grad + (first + r)[:, None] * sgn + o_d, mask=m[:, None] & m_d, other=0.0).to(tl.float32)
+        acc += weight[:, None] * grad
+        # Differences, not two long sums that cancel each other.
+        d_lse += weight * (tl.sum(grad * own, axis=1) - tl.load(p_delta + first + r, mask=m, other=0.0))
+    tl.store(p_drow_lse + o_sums, d_lse, mask=m_e)
     p_drows += (i_b * entries * heads + i_h) * D
     tl.store(p_drows + o_e[:, None] * (heads * D) + o_d, acc.to(p_drows.dtype.element_ty), mask=m_e[:, None] & m_d)
 
