@@ -62,7 +62,7 @@ class Trial:
     name: str
     run: dict[str, Any]
     alone: bool = True
-    paces: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    paces: Mapping[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
 
     @property
     def end(self) -> dict | None:
@@ -92,6 +92,11 @@ class Trial:
         """Fingerprint of what it was trained on; None where that is not known."""
         return self.run["ledger"]["stages"][0].get("data")
 
+    @property
+    def machine(self) -> tuple[str | None, dict]:
+        """Its GPU, and the versions of what ran."""
+        return self.run["ledger"]["stages"][0].get("conditions", {}).get("device"), self.run["versions"]
+
     @staticmethod
     def part(row: dict) -> str:
         """Steps of one part take equally long: a stage, or of stage 1 the time of one of several windows."""
@@ -101,9 +106,8 @@ class Trial:
         """What decides how long a step of a part takes."""
         pooled = part.startswith("lighthouse")
         sections = ("recover", "schedule", *(() if pooled else ("lighthouse",)))
-        keys = ("training.steps", "training.seed", *(() if pooled else ("model.dense_layers",)))
-        conditions = self.run["ledger"]["stages"][0].get("conditions", {})
-        return json.dumps([part, conditions.get("device"), self.run["versions"], self.settings(sections, keys)])
+        keys = ("training.steps", "training.seed", "model.rope_theta", *(() if pooled else ("model.dense_layers",)))
+        return json.dumps([part, *self.machine, self.settings(sections, keys)])
 
     @cached_property
     def settled(self) -> dict[str, list[float]]:
@@ -120,7 +124,7 @@ class Trial:
         return {part: median(seconds) for part, seconds in self.settled.items()}
 
     @property
-    def elsewhere(self) -> dict[str, tuple[float, str]]:
+    def elsewhere(self) -> dict[str, tuple[float, tuple[str, ...]]]:
         """Of a run that shared its GPU, the seconds of those parts that are known of others, and where from."""
         known = {part: self.paces.get(self.pace(part)) for part in self.own_paces if not self.alone}
         return {part: found for part, found in known.items() if found}
@@ -184,11 +188,11 @@ class Trial:
         return json.dumps(recipe, sort_keys=True)
 
 
-def trials(sweep: dict, paces: Mapping[str, tuple[float, str]] | None = None) -> list[Trial]:
+def trials(sweep: dict, paces: Mapping[str, tuple[float, tuple[str, ...]]] | None = None) -> list[Trial]:
     return [Trial(name, run, sweep.get("per_gpu", 1) == 1, paces or {}) for name, run in sweep["runs"].items()]
 
 
-def paces(sweeps: Mapping[str, dict]) -> dict[str, tuple[float, str]]:
+def paces(sweeps: Mapping[str, dict]) -> dict[str, tuple[float, tuple[str, ...]]]:
     """Median seconds of alike steps of runs that had a GPU to themselves, and of which sweeps and commits these are."""
     found: dict[str, list[tuple[float, str]]] = {}
     for name, sweep in sweeps.items():
@@ -197,7 +201,7 @@ def paces(sweeps: Mapping[str, dict]) -> dict[str, tuple[float, str]]:
                 source = f"`{name}`, commit {str(trial.run['git_commit'])[:10]}"
                 found.setdefault(trial.pace(part), []).append((seconds, source))
     return {
-        pace: (median(seconds for seconds, _ in alike), " and ".join(sorted({source for _, source in alike})))
+        pace: (median(seconds for seconds, _ in alike), tuple(sorted({source for _, source in alike})))
         for pace, alike in found.items()
     }
 
@@ -330,6 +334,20 @@ def measured(runs: list[Trial]) -> str:
     return words + (f" Begun and not measured: {', '.join(places)}." if places else "")
 
 
+def under_way(runs: list[Trial]) -> str:
+    """Validation losses of runs whose rate was to go to zero, at every second of the last steps."""
+    found = {
+        trial.name: {row["step"]: row["val_loss"] for row in trial.run["rows"] if "val_loss" in row}
+        for trial in runs
+        if trial.decay
+    }
+    places = sorted(set(itertools.chain(*found.values())))[::-2][:6][::-1]
+    rows = [
+        [name, *(f"{losses[step]:.4f}" if step in losses else "" for step in places)] for name, losses in found.items()
+    ]
+    return table(["validation", *(f"step {step}" for step in places)], rows if places else [])
+
+
 def at_the_switch(runs: list[Trial]) -> str:
     def row(name: str, switch: dict) -> list[str]:
         leak = next((row for row in switch.get("leak", []) if row["distance"] == 0), None)
@@ -388,23 +406,34 @@ def same_time(runs: list[Trial]) -> str:
     return equal_time("validation loss", rows)
 
 
-def beside_lines(runs: list[Trial]) -> list[tuple[Trial, list[tuple[float, float]]]]:
-    """The runs that decay and are not dense, each with the outcomes of dense runs that decay over their last quarter,
-    shortest first; of two or more."""
-    ended = [trial for trial in runs if trial.decay and trial.end and trial.timed]
-    dense = [trial for trial in ended if trial.dense]
-    dense = [trial for trial in dense if abs(4 * trial.decay - sum(trial.steps)) <= 0.02 * sum(trial.steps)]
-    found = [
-        (trial, sorted(other.outcome for other in dense if other.common == trial.common))
-        for trial in ended
-        if not trial.dense
-    ]
-    return [(trial, line) for trial, line in found if len(line) > 1]
+def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, list[tuple[float, float]]]]:
+    """The runs that decay and are not dense, each with the outcomes of dense runs of several lengths, shortest first,
+    that decay over a like part of their steps: as it does, or else a quarter."""
+
+    def part(trial: Trial) -> float:
+        return trial.decay / sum(trial.steps)
+
+    def alike(trial: Trial) -> tuple:
+        return trial.common, trial.end["data"]["sha256"], trial.machine
+
+    def decaying(trials: Iterable[Trial], dense: bool) -> list[Trial]:
+        return [trial for trial in trials if trial.decay and trial.end and trial.timed and trial.dense == dense]
+
+    found = []
+    for trial in decaying(runs, dense=False):
+        dense = [other for other in decaying([*runs, *others], dense=True) if alike(other) == alike(trial)]
+        lines = (
+            sorted({other.outcome for other in dense if abs(part(other) - wanted) <= 0.005})
+            for wanted in (part(trial), 0.25)
+        )
+        found += [(trial, line) for line in itertools.islice((line for line in lines if len(line) > 1), 1)]
+    return found
 
 
-def same_time_decayed(runs: list[Trial]) -> str:
+def same_time_decayed(runs: list[Trial], others: list[Trial]) -> str:
     """Losses at the end of runs that decay, beside those of dense runs of other lengths at the same seconds."""
-    return equal_time("loss at the end", [(trial.name, *trial.outcome, line) for trial, line in beside_lines(runs)])
+    lines = beside_lines(runs, others)
+    return equal_time("loss at the end", [(trial.name, *trial.outcome, line) for trial, line in lines])
 
 
 def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> str:
@@ -463,9 +492,9 @@ def machines(runs: list[Trial]) -> str:
     return "; or ".join(found) + words + (f", measured on {', '.join(sorted(measured))}" if measured else "")
 
 
-def losses_by_time(runs: list[Trial], folder: Path) -> list[Path]:
+def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list[Path]:
     """Losses at the end of runs that decay against their seconds: dense ones as lines, others as points."""
-    pyplot, found = figures.pyplot(), beside_lines(runs)
+    pyplot, found = figures.pyplot(), beside_lines(runs, others)
     if pyplot is None or not found:
         return []
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
@@ -501,23 +530,26 @@ def write(files: list[Path], out: Path) -> None:
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.alone for trial in runs):
-            sources = sorted({source for trial in runs if trial.timed for _, source in trial.elsewhere.values()})
-            there = f"; those that are there are of such steps in {', '.join(sources)}" if sources else ""
+            found = [sources for trial in runs if trial.timed for _, sources in trial.elsewhere.values()]
+            sources = sorted(set(itertools.chain(*found)))
+            there = f"; those that are there are of such steps in {' and '.join(sources)}" if sources else ""
             text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
         if any(trial.end for trial in runs):
             text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
-        else:
+        elif all(trial.alone for trial in runs):
             text.append(f"### Seconds a step\n\n{steps(runs)}\n")
+        if not any(trial.end for trial in runs) and (so_far := under_way(runs)):
+            text.append(f"### Under way\n\nNone of these was trained to its end.\n\n{so_far}\n")
         if positions := by_position(runs):
             text.append(f"### By the tokens before\n\n{positions}\n")
         if switch := at_the_switch(runs):
             text.append(f"### At the switch\n\n{switch}\n")
         if equal := same_time(runs):
             text.append(f"### At equal wall-clock\n\n{SAME_TIME}\n\n{equal}\n")
-        if equal := same_time_decayed(runs):
+        if equal := same_time_decayed(runs, everything):
             text.append(f"### At equal wall-clock, decayed\n\n{SAME_TIME_DECAYED}\n\n{equal}\n")
         drawn = compare.plot([trial.curve for trial in runs if trial.curve.points], folder) or []
-        drawn += losses_by_time(runs, folder)
+        drawn += losses_by_time(runs, everything, folder)
         text += [f"![losses]({file.relative_to(out)})\n" for file in drawn if file.suffix == ".svg"]
     (out / "REPORT.md").write_text("\n".join(text), encoding="utf-8")
 
