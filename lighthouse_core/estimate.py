@@ -41,7 +41,7 @@ class Estimate:
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
         state_bytes: weights, gradients and two Adam moments in float32, over all processes.
-        activation_bytes: rough, of one process in stage 1.
+        activation_bytes: rough, of one process, in the stage that takes more.
     """
 
     parameters: Parameters
@@ -117,20 +117,24 @@ def profile_defaults(tokens: int) -> tuple[int, int, int]:
 
 
 def _activation_bytes(recipe: Recipe) -> int:
-    """What autograd keeps, per process.
+    """What autograd keeps, per process, in the stage that takes more.
 
     A layer without checkpointing keeps about 5 rows of dim, 2 of the queries, 2 of the keys and values and 3 of the
-    feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. "full" keeps one row
-    a layer and one layer at a time; "selective" is taken as half. The head: logits of one chunk, and its weights'
-    gradient in float32 and in the compute type.
+    feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. A Lighthouse layer keeps
+    some more rows of the queries where several parts make its softmax, as measured in recipes/evidence. "full" keeps
+    one row a layer and one layer at a time; "selective" is taken as half. The head: logits of one chunk, and its
+    weights' gradient in float32 and in the compute type.
     """
-    model, training = recipe.model, recipe.training
+    model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
     width = 2 if training.dtype == "bfloat16" else 4
     rows = 5 * model.dim + 2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim
+    parts = {"compressed": 11 if lighthouse.keep else 6, "pyramid": 2 if lighthouse.window or lighthouse.windows else 0}
+    pooled = model.layers - len(model.dense_layers) if lighthouse.enabled else 0
+    more = parts.get(lighthouse.method, 0) * model.heads * model.head_dim
     kept = {
-        "none": rows * model.layers,
-        "selective": rows * model.layers // 2,
-        "full": model.dim * model.layers + rows,
+        "none": rows * model.layers + more * pooled,
+        "selective": (rows * model.layers + more * pooled) // 2,
+        "full": model.dim * model.layers + rows + (more if pooled else 0),
     }[training.activation_checkpointing]
     tokens = training.local_batch_size * training.seq_len
     head = min(training.loss_chunk, tokens) * model.vocab_size * width + model.vocab_size * model.dim * (4 + width)

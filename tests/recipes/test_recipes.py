@@ -1,11 +1,12 @@
 """The recipes that come with the package: each loads, says what it is, and costs what it should."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from lighthouse_core import listing
-from lighthouse_core.config import dump_recipe, find_recipe, load_recipe, loads_recipe
+from lighthouse_core.config import Recipe, dump_recipe, find_recipe, load_recipe, loads_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import estimate, flops_per_token, parameters
 
@@ -73,6 +74,14 @@ def test_the_memory_estimate_is_near_what_was_measured():
     settings = recipe("530m_98k_dense", "model.vocab_size=2048", 'training.activation_checkpointing="none"')
     found = estimate(settings)
     assert 0.9 < (found.state_bytes + found.activation_bytes) / 2**30 / 81.2 < 1.1
+
+
+def test_the_memory_estimate_knows_the_methods():
+    runs = json.loads((RECIPES / "evidence/results/theta.json").read_text())["runs"]
+    for name, run in runs.items():
+        measured = max(row["memory_gib"] for row in run["rows"] if "memory_gib" in row)
+        found = estimate(Recipe.model_validate(run["recipe"]))
+        assert 0.9 < (found.state_bytes + found.activation_bytes) / 2**30 / measured < 1.1, name
 
 
 def test_a_recipe_is_found_by_path_and_by_name(tmp_path, monkeypatch):
