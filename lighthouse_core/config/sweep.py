@@ -1,5 +1,6 @@
 """A sweep: several runs of one recipe, each with settings of its own."""
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,7 @@ class EvaluateSection(Section):
     """
 
     tokens: Positive
-    sequences: Positive = 16
+    sequences: Positive = 8
     context: Annotated[int, Field(ge=2, multiple_of=2)] = 2048
     trials: Positive = 10
     only: str = ""
@@ -92,9 +93,7 @@ def load_sweep(path: Path) -> Sweep:
     try:
         sweep = Sweep.model_validate(table)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise RecipeError(f"{path}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        raise RecipeError(f"{path}: {_first_problem(error)}") from None
     base = path.parent / sweep.recipe
     for name, run in sweep.runs.items():
         parent = sweep.runs.get(run.stage_1) if run.stage_1 else None
@@ -137,3 +136,15 @@ def load_sweep(path: Path) -> Sweep:
         evaluate = sweep.evaluate.model_copy(update={"recipe": str(held_out)})
         sweep = sweep.model_copy(update={"evaluate": evaluate})
     return sweep
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    *table, key = map(str, problem["loc"])
+    where = ".".join([*table, key])
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    # At the top, in [evaluate], and in a [runs.NAME].
+    section = (Sweep, EvaluateSection, RunSection)[len(table)]
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0)
+    return f"unknown key {where}; did you mean {'.'.join([*table, *near])}?"
