@@ -59,7 +59,7 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
     line(
         "memory (estimate)",
         f"{_gib(state + cost.activation_bytes)} a process over {processes}: weights, gradients and optimizer "
-        f"{_gib(state)}, activations about {_gib(cost.activation_bytes)}",
+        f"{_gib(state)}, activations about {_gib(cost.activation_bytes)} in the stage that takes more",
     )
 
 

@@ -121,9 +121,9 @@ def _activation_bytes(recipe: Recipe) -> int:
 
     A layer without checkpointing keeps about 5 rows of dim, 2 of the queries, 2 of the keys and values and 3 of the
     feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. A Lighthouse layer keeps
-    some more rows of the queries where several parts make its softmax, as measured in recipes/evidence. "full" keeps
-    one row a layer and one layer at a time; "selective" is taken as half. The head: logits of one chunk, and its
-    weights' gradient in float32 and in the compute type.
+    some more rows of the queries where several parts make its softmax, fitted to the peaks in recipes/evidence, which
+    are of no checkpointing. "full" keeps one row a layer and one layer at a time; "selective" is taken as half. The
+    head: logits of one chunk, and its weights' gradient in float32 and in the compute type.
     """
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
     width = 2 if training.dtype == "bfloat16" else 4

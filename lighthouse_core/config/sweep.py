@@ -36,7 +36,7 @@ class EvaluateSection(Section):
     """
 
     tokens: Positive
-    sequences: Positive = 8
+    sequences: Positive = 16
     context: Annotated[int, Field(ge=2, multiple_of=2)] = 2048
     trials: Positive = 10
     only: str = ""
@@ -146,5 +146,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
     # At the top, in [evaluate], and in a [runs.NAME].
     section = (Sweep, EvaluateSection, RunSection)[len(table)]
-    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0)
-    return f"unknown key {where}; did you mean {'.'.join([*table, *near])}?"
+    near = difflib.get_close_matches(key, section.model_fields, n=1)
+    return f"unknown key {where}" + (f"; did you mean {'.'.join([*table, *near])}?" if near else "")

@@ -21,8 +21,8 @@ INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
 
 Written by `recipes/evidence/report.py` from the JSON in [results/](results), which `lighthouse sweep` collected.
 Losses are in nats per byte on held-out text, the same sequences for every run of a table, with dense attention unless
-it is said otherwise. ± is the standard error over sequences of one trained run: how much another training of the same
-would differ is under *Noise*, and is more. *Beside dense* is the mean paired difference from the
+it is said otherwise. ± is the standard error over sequences of one trained run; how much another training of the same
+differs is under *Noise*, and is more than the ± of a difference. *Beside dense* is the mean paired difference from the
 dense run of the same seed and as many steps, whose rate decays over as many; *beside the best dense* that from the best
 of them, whatever steps its rate decays over. *Validation* is the last loss on the
 validation text of the training, packages that were left out of it. *Beyond* is the loss of the tokens that have more
@@ -39,13 +39,13 @@ another text, on which figures differ.
 Hypotheses: (1) stage 1 reads the leak; (2) it lacks a neighbourhood at full resolution; (3) its function is not close
 to dense attention; (4) heads that copy come late.
 """
-NOISE = """Runs that differ in nothing but the seed, or in nothing at all: kernels add up gradients in an order that
-changes from run to run, so that a run is not repeated exactly. *Beside dense* is the difference of each from the dense
-run of its own sweep."""
+NOISE = """Runs that differ in nothing but the seed, or in nothing at all, and perhaps the commit: kernels add up
+gradients in an order that changes from run to run, so that a run is not repeated exactly. *Beside dense* is the
+difference of each from the dense run of its own sweep."""
 SAME_TIME = """Losses on the validation text of the training, the same batches every time, that of dense as a straight
 line between its validations."""
 SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone to zero, that of dense as a straight line
-between dense runs of several lengths, each of which decays over its last quarter."""
+between dense runs of several lengths, each of which decays over the share of its steps that stands with the run."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Trial:
         """What decides how long a step of a part takes."""
         pooled = part.startswith("lighthouse")
         sections = ("recover", "schedule", *(() if pooled else ("lighthouse",)))
-        keys = ("training.steps", "training.seed", "model.rope_theta", *(() if pooled else ("model.dense_layers",)))
+        keys = ("training.steps", "training.seed", *(() if pooled else ("model.dense_layers",)))
         return json.dumps([part, *self.machine, self.settings(sections, keys)])
 
     @cached_property
@@ -335,16 +335,14 @@ def measured(runs: list[Trial]) -> str:
 
 
 def under_way(runs: list[Trial]) -> str:
-    """Validation losses of runs whose rate was to go to zero, at every second of the last steps."""
+    """Validation losses of runs whose rate was to go to zero, at the last steps that all of them have, newest last."""
     found = {
         trial.name: {row["step"]: row["val_loss"] for row in trial.run["rows"] if "val_loss" in row}
         for trial in runs
         if trial.decay
     }
-    places = sorted(set(itertools.chain(*found.values())))[::-2][:6][::-1]
-    rows = [
-        [name, *(f"{losses[step]:.4f}" if step in losses else "" for step in places)] for name, losses in found.items()
-    ]
+    places = sorted(set.intersection(*map(set, found.values())))[-8:] if found else []
+    rows = [[name, *(f"{losses[step]:.4f}" for step in places)] for name, losses in found.items()]
     return table(["validation", *(f"step {step}" for step in places)], rows if places else [])
 
 
@@ -406,11 +404,28 @@ def same_time(runs: list[Trial]) -> str:
     return equal_time("validation loss", rows)
 
 
-def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, list[tuple[float, float]]]]:
-    """The runs that decay and are not dense, each with the outcomes of dense runs of several lengths, shortest first,
-    that decay over a like part of their steps: as it does, or else a quarter."""
+@dataclass(frozen=True)
+class Line:
+    """Dense runs of several lengths.
 
-    def part(trial: Trial) -> float:
+    Attributes:
+        share: of their steps over which the rate goes to zero.
+        outcomes: seconds of training and loss of each, shortest first.
+    """
+
+    share: float
+    outcomes: list[tuple[float, float]]
+
+    def at(self, seconds: float) -> float | None:
+        return between(self.outcomes, seconds)
+
+
+def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Line]]:
+    """The runs that decay and are not dense, each with a line of dense ones of the same machine, measured on the same
+    text: those that decay over as large a share of their steps as it does, or else over a quarter. One that covers its
+    seconds goes first."""
+
+    def share(trial: Trial) -> float:
         return trial.decay / sum(trial.steps)
 
     def alike(trial: Trial) -> tuple:
@@ -419,21 +434,27 @@ def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, li
     def decaying(trials: Iterable[Trial], dense: bool) -> list[Trial]:
         return [trial for trial in trials if trial.decay and trial.end and trial.timed and trial.dense == dense]
 
+    def line(trial: Trial, wanted: float) -> Line:
+        found = [other for other in decaying([*runs, *others], dense=True) if alike(other) == alike(trial)]
+        # One of each length, the sweep's own where it has one.
+        lengths = {sum(other.steps): other for other in reversed(found) if abs(share(other) - wanted) <= 0.005}
+        return Line(wanted, sorted(other.outcome for other in lengths.values()))
+
     found = []
     for trial in decaying(runs, dense=False):
-        dense = [other for other in decaying([*runs, *others], dense=True) if alike(other) == alike(trial)]
-        lines = (
-            sorted({other.outcome for other in dense if abs(part(other) - wanted) <= 0.005})
-            for wanted in (part(trial), 0.25)
+        lines = [line(trial, wanted) for wanted in (share(trial), 0.25)]
+        lines = sorted(
+            (each for each in lines if len(each.outcomes) > 1), key=lambda each: each.at(trial.seconds) is None
         )
-        found += [(trial, line) for line in itertools.islice((line for line in lines if len(line) > 1), 1)]
+        found += [(trial, each) for each in lines[:1]]
     return found
 
 
 def same_time_decayed(runs: list[Trial], others: list[Trial]) -> str:
     """Losses at the end of runs that decay, beside those of dense runs of other lengths at the same seconds."""
     lines = beside_lines(runs, others)
-    return equal_time("loss at the end", [(trial.name, *trial.outcome, line) for trial, line in lines])
+    rows = [(f"{trial.name} ({line.share:.0%})", *trial.outcome, line.outcomes) for trial, line in lines]
+    return equal_time("loss at the end", rows)
 
 
 def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple[float, float]]]]) -> str:
@@ -472,9 +493,10 @@ def repetitions(sweeps: list[list[Trial]]) -> str:
                     ", ".join(f"{loss:.4f}" for loss in losses),
                     f"{stdev(losses):.4f}",
                     ", ".join(f"{difference:+.4f}" for difference in apart),
+                    ", ".join(dict.fromkeys(str(trial.run["git_commit"])[:7] for trial, _ in group)),
                 ]
             )
-    return table(["runs", "seeds", "losses at the end", "standard deviation", "beside dense"], rows)
+    return table(["runs", "seeds", "losses at the end", "standard deviation", "beside dense", "commits"], rows)
 
 
 def machines(runs: list[Trial]) -> str:
@@ -498,7 +520,7 @@ def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list
     if pyplot is None or not found:
         return []
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, line in enumerate(dict.fromkeys(tuple(line) for _, line in found)):
+    for number, line in enumerate(dict.fromkeys(tuple(line.outcomes) for _, line in found)):
         axes.plot(*zip(*line, strict=True), "o-", color="black", label=None if number else "dense")
     for trial, _ in found:
         axes.plot(*trial.outcome, "o", label=trial.name)

@@ -9,7 +9,7 @@ from lighthouse_core import LighthouseConfig
 from lighthouse_core.config import load_recipe
 from lighthouse_core.titan import build_job
 from lighthouse_core.titan.model import Transformer, attention_layers, model_args, use_lighthouse
-from lighthouse_core.titan.parallelize import kept_results, mend_cant_split, parallelize, use_plain_sums
+from lighthouse_core.titan.parallelize import kept_results, parallelize, use_plain_sums
 
 from torchtitan.distributed import ParallelDims  # isort: skip
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp  # isort: skip
@@ -177,13 +177,13 @@ def test_sharded_parameters_in_mixed_precision(tmp_path, process_group, backend,
         assert difference < 0.05
 
 
-def test_a_tiling_that_does_not_fit_is_passed_over(monkeypatch):
+@pytest.mark.parametrize(("version", "mended"), [("2.11.0+cu130", True), ("2.12.0", False)])
+def test_a_tiling_that_does_not_fit_is_passed_over(version, mended, tmp_path, monkeypatch):
     """torch 2.11 raises it without arguments, and to catch it there it has to be one."""
     from torch._inductor.codegen.simd import CantSplit
 
     monkeypatch.setattr(CantSplit.__init__, "__defaults__", None)
-    with pytest.raises(TypeError):
-        raise CantSplit
-    mend_cant_split()
-    with pytest.raises(CantSplit):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    prepared(config(), tmp_path, "none", compiled=True)
+    with pytest.raises(CantSplit if mended else TypeError):
         raise CantSplit

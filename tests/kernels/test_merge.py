@@ -99,3 +99,18 @@ def test_a_part_that_outweighs_all_others(shape):
         "triton", (x, lse + 1000, rows, row_lse - 1000), indices, g, torch.ones_like(q)
     )
     assert torch.equal(out, x) and not any(y.any() for y in (dlse, drows, drow_lse))
+
+
+@pytest.mark.parametrize("shape", [pytest.param(*SHAPES[8].values, marks=gpu)])
+def test_a_row_that_outweighs_the_window_over_hundreds_of_positions(shape):
+    """Its log-sum-exp's gradient is a sum of small differences."""
+    q, k, _, cfg = inputs(shape)
+    g = geometry(q.shape[1], cfg)
+    indices = select_indices(q, k, replace(cfg, backend="reference"))
+    x, lse, rows, row_lse = parts(q, indices.shape[2], torch.float32)
+    tensors = x, lse, rows, row_lse + 12
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ours, plain = (merged(backend, tensors, indices, g, grad) for backend in ("triton", "reference"))
+    exact = merged("reference", [y.double() for y in tensors], indices, g, grad)
+    for name, *found in zip(NAMES, ours, plain, exact, strict=True):
+        assert_as_good(*found, name)

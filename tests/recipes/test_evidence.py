@@ -26,10 +26,10 @@ def test_a_sweep_says_what_it_expects_and_gives_every_method_the_same_tokens(fil
     assert "Expected" in sweep.about
     recipes = {name: load_recipe(EVIDENCE / sweep.recipe, sweep.settings(name)) for name in sweep.runs}
     steps = {name: (run.at or recipes[name].training.steps) + run.recover for name, run in sweep.runs.items()}
-    dense = {name for name, recipe in recipes.items() if not recipe.lighthouse.enabled}
-    # Dense runs of other lengths are for equal wall-clock; without a recovery a stage 1 is for others.
-    lengths = {max(steps.values())} | {steps[name] for name in dense}
-    assert all(steps[name] in lengths for name, run in sweep.runs.items() if run.recover)
+    for name, run in sweep.runs.items():
+        whole, dense = max(steps.values()), not recipes[name].lighthouse.enabled
+        # Dense runs of other lengths are for equal wall-clock; without a recovery a stage 1 is for others.
+        assert steps[name] == whole or dense or not run.recover
 
 
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
@@ -117,7 +117,7 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     assert "| run | 16 to 31 | 64 to 127 |" in lines and "| norm | 1.462 | 1.416 |" in lines
     switch = "| norm | 1.2000 ± 0.1000 (leaky) | 2.5000 ± 0.1000 | +1.3000 | +0.6000 ± 0.0500 | 0.60 (0.50 to 0.70) |"
     assert switch in lines
-    assert "| dense, dense-2 | 1, 2 | 1.0000, 1.2000 | 0.1414 |  |" in lines
+    assert "| dense, dense-2 | 1, 2 | 1.0000, 1.2000 | 0.1414 |  | 0123456 |" in lines
     # After its 8 s the dense run was three fifths of the way from 2.5, at 5 s, to 2.0.
     assert "| norm | 8 | 2.0000 | 2.2000 | -0.2000 |" in lines
     assert "It is." in lines and "Is it?" in lines
@@ -196,10 +196,10 @@ def test_repetitions_are_each_held_against_dense_of_their_own_sweep(sweep):
     again["runs"]["norm"]["evaluations"]["end"]["loss"]["per_sequence"] = [1.1, 1.7]
     lines = module.repetitions([module.trials(sweep), module.trials(again)]).splitlines()
     # 0.3 and 0.5 from it, and 0.2 and 0.6; then 0.3 and 0.5 from a dense run that is 0.1 lower.
-    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4000, +0.4000 |" in lines
+    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4000, +0.4000 | 0123456 |" in lines
     again["runs"]["dense"]["evaluations"]["end"]["loss"]["per_sequence"] = [0.8, 1.0]
     lines = module.repetitions([module.trials(sweep), module.trials(again)]).splitlines()
-    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4000, +0.5000 |" in lines
+    assert "| norm | 1, 1 | 1.4000, 1.4000 | 0.0000 | +0.4000, +0.5000 | 0123456 |" in lines
 
 
 def test_other_text_is_not_compared(sweep):
@@ -282,12 +282,63 @@ def test_runs_that_decay_are_held_against_dense_ones_of_several_lengths(sweep, t
     }
     # Three fifths of the way from 1.6, at 20 s, to 1.0, at 40 s.
     lines = module.same_time_decayed(module.trials(sweep), []).splitlines()
-    assert lines[2:] == ["| norm | 32 | 1.4000 | 1.2400 | +0.1600 |", "| quick | 8 | 1.4000 | outside |  |"]
+    assert lines[2:] == ["| norm (25%) | 32 | 1.4000 | 1.2400 | +0.1600 |", "| quick (25%) | 8 | 1.4000 | outside |  |"]
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     module.write([tmp_path / "trial.json"], tmp_path)
     assert "figures/trial/time.svg" in (tmp_path / "REPORT.md").read_text() or not module.figures.pyplot()
     del sweep["runs"]["short"]
     assert module.same_time_decayed(module.trials(sweep), []) == ""
+
+
+def lines_beside(module, trial, *others):
+    """Each line of the dense runs beside one run: share of the decay, and losses."""
+    runs = module.trials({"runs": {"trial": trial}})
+    others = module.trials({"runs": {str(number): other for number, other in enumerate(others)}})
+    found = module.beside_lines(runs, others)
+    return [(line.share, [loss for _, loss in line.outcomes]) for _, line in found]
+
+
+def test_a_line_is_of_dense_runs_of_the_same_share_of_the_same_machine_and_text(sweep):
+    module = report()
+    norm = decay(sweep["runs"]["norm"], 10, 2, seconds=2.0)
+    fifths = [decay(run(loss, [loss, loss]), steps, steps // 5) for steps, loss in ((5, 1.9), (10, 1.1))]
+    quarters = [decay(run(loss, [loss, loss]), steps, steps // 4) for steps, loss in ((4, 1.6), (8, 1.2))]
+    assert lines_beside(module, norm, *quarters) == [(0.25, [1.6, 1.2])]
+    # 20 s are too early for its own share, which begins at 25.
+    assert lines_beside(module, norm, *fifths, *quarters) == [(0.25, [1.6, 1.2])]
+    slow = decay(sweep["runs"]["norm"], 10, 2, seconds=3.0)
+    assert lines_beside(module, slow, *fifths, *quarters) == [(0.2, [1.9, 1.1])]
+    # Another run of the same length does not make a line.
+    assert lines_beside(module, slow, fifths[1], json.loads(json.dumps(fifths[1]))) == []
+    for change in (
+        lambda other: other["ledger"]["stages"][0].update(conditions={"device": "another"}),
+        lambda other: other["versions"].update(torch="3"),
+        lambda other: other["evaluations"]["end"]["data"].update(sha256="1"),
+        lambda other: other["recipe"]["training"].update(seed=2),
+    ):
+        other = json.loads(json.dumps(fifths[0]))
+        change(other)
+        assert lines_beside(module, slow, other, fifths[1]) == []
+
+
+def test_a_sweep_without_ends_shows_its_validations(sweep, tmp_path):
+    module = report()
+    runs = {name: decay(sweep["runs"]["norm"], 8, 2) for name in ("early", "late")}
+    for name, each in runs.items():
+        each["evaluations"] = {}
+        each["rows"] += [{"step": step, "val_loss": 1 / step} for step in ((2, 4, 6) if name == "late" else (2, 4))]
+    sweep["runs"] = runs
+    assert module.under_way(module.trials(sweep)).splitlines()[2:] == [
+        "| early | 0.5000 | 0.2500 |",
+        "| late | 0.5000 | 0.2500 |",
+    ]
+    for each in runs.values():
+        for row in each["rows"]:
+            row["stage"] = "dense"
+            row.setdefault("leaky", False)
+    (tmp_path / "trial.json").write_text(json.dumps(sweep))
+    module.write([tmp_path / "trial.json"], tmp_path)
+    assert "### Under way" in (tmp_path / "REPORT.md").read_text()
 
 
 def test_runs_that_shared_a_gpu_have_no_times(sweep, tmp_path):
