@@ -163,7 +163,7 @@ class Run:
         Raises:
             UserError: the checkpoint decides one of them.
         """
-        _check_resumable(overrides)
+        check_resumable(overrides)
         self.recipe = _with_own_tokenizer(load_recipe(self.recipe_path, overrides), self.path)
 
     def write_recipe(self) -> None:
@@ -264,7 +264,7 @@ def plan_recovery(
             raise UserError(f"{option} must be at least 1, not {number}")
     if steps is not None and extend is not None:
         raise UserError("--steps and --extend exclude each other", hint="--extend adds to a recovery begun before")
-    _check_resumable(overrides)
+    check_resumable(overrides)
     if steps is not None:
         overrides = [*overrides, f"recover.steps={steps}"]
     if run.recovering:
@@ -311,8 +311,15 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, strict: boo
     return Recovery(recipe, run.start, run.start + length, step, stopped_early=False)
 
 
-def _check_resumable(overrides: Sequence[str]) -> None:
-    """A setting that the checkpoint would override is refused; unknown keys are left to the loader's better words."""
+def check_resumable(overrides: Sequence[str]) -> None:
+    """Refuse settings that the checkpoint would override; unknown keys are left to the loader's better words.
+
+    Args:
+        overrides: as `--set` takes them, for what goes on from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint decides one of them.
+    """
     for override in overrides:
         for path, value in flatten(parse_override(override)).items():
             section, key = path[0], ".".join(path[:2])

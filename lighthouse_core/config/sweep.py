@@ -122,6 +122,12 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: the run {run.stage_1} ends at step {recipe.training.steps}, before {run.at}"
             )
+        only = parse_measures(sweep.evaluate.only) if sweep.evaluate and sweep.evaluate.only else ()
+        if "switch" in only and (run.recover or not recipe.lighthouse.enabled):
+            raise RecipeError(
+                f"{path}: run {name}: evaluate.only has switch, and the run ends dense",
+                hint="evaluate.at_switch has it",
+            )
         if sweep.evaluate and sweep.evaluate.tokens > recipe.training.seq_len:
             raise RecipeError(
                 f"{path}: run {name}: evaluate.tokens ({sweep.evaluate.tokens}) is above training.seq_len "
@@ -139,7 +145,9 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A key that is misspelt says more than the one that is missing for it.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     *table, key = map(str, problem["loc"])
     where = ".".join([*table, key])
     if problem["type"] != "extra_forbidden":

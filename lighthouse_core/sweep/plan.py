@@ -7,8 +7,8 @@ from typing import Any
 from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.config.sweep import Sweep
-from lighthouse_core.errors import LighthouseError, RunError
-from lighthouse_core.runs import RESUMABLE, Run
+from lighthouse_core.errors import LighthouseError, RecipeError, RunError, UserError
+from lighthouse_core.runs import RESUMABLE, Run, check_resumable
 from lighthouse_core.sweep.state import begun, report, stage_1_done
 
 # What a run may have otherwise than the sweep asks: what it keeps of its own, and what resuming it may change.
@@ -59,7 +59,7 @@ def waits(sweep: Sweep, name: str, output: Path) -> bool:
 
 
 def check(sweep: Sweep, base: Path, output: Path) -> None:
-    """Compare what was trained and measured with what the sweep asks for now.
+    """Compare what was trained and measured with what the sweep asks for now, and this with what a recovery may set.
 
     Args:
         sweep: the sweep.
@@ -67,10 +67,15 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
         output: where the runs live.
 
     Raises:
+        RecipeError: a recovery would set what its checkpoint decides.
         RunError: the sweep has changed since.
     """
     for name, wanted in sweep.runs.items():
         path, settings, free = output / name, sweep.settings(name), _FREE
+        try:
+            check_resumable(wanted.recover_set)
+        except UserError as error:
+            raise RecipeError(f"run {name}: recover_set: {error}", hint=error.hint) from None
         if not begun(path):
             continue
         try:

@@ -261,6 +261,8 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         ('only = "loss"', 'onyl = "loss"', "unknown key evaluate.onyl; did you mean evaluate.only"),
         ("[runs.dense]", "[runs.dense]\nrecovr = 1", "unknown key runs.dense.recovr; did you mean runs.dense.recover"),
         ("[runs.dense]", "[rums.dense]", "unknown key rums; did you mean runs"),
+        ("tokens = 512", "token = 512", "unknown key evaluate.token; did you mean evaluate.tokens"),
+        ('only = "loss"', 'only = "loss,switch"', "run .*: evaluate.only has switch, and the run ends dense"),
         ('only = "loss"', "context = 0", "evaluate.context"),
         ('only = "loss"', "trials = 0", "evaluate.trials"),
         ('only = "loss"', 'set = ["data.validation=0.5"]', "evaluate.set"),
@@ -334,6 +336,13 @@ def test_a_sweep_that_has_changed(sweep, tmp_path, before, after, words):
     (tmp_path / "sweep.toml").write_text(SWEEP.replace(before, after, 1))
     with pytest.raises(RunError, match=words):
         check(load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", tmp_path / "runs")
+
+
+def test_a_recovery_sets_only_what_its_checkpoint_does_not_decide(sweep, tmp_path):
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace('recover.decay="linear"', "optimizer.lr=1e-4"))
+    changed = load_sweep(tmp_path / "sweep.toml")
+    with pytest.raises(RecipeError, match=r"run random-annealed: recover_set: .*the checkpoint decides optimizer.lr"):
+        check(changed, tmp_path / "base.toml", tmp_path / "runs")
 
 
 def test_a_sweep_is_held_by_one(tmp_path):
