@@ -48,6 +48,7 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     windows = ("lighthouse.windows=[64, 128, 256]", "training.steps=50", 'lighthouse.method="chunked"')
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *(x for setting in windows for x in ("--set", setting)))
     assert "\n# windows               64 from step 1, 128 from step 18, 256 from step 35\n" in answer.out
+    assert "\n# keys a query (mean)   32, then 64, then 128; dense 512\n" in answer.out
 
 
 @pytest.mark.parametrize(
