@@ -47,10 +47,8 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
         turns = recipe.lighthouse.turns(training.steps)
         if recipe.lighthouse.windows:
             line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
-        seen = [recipe.lighthouse.attention(window).keys(training.seq_len) for window in turns]
-        line(
-            "keys a query (mean)", f"{', then '.join(f'{keys:.0f}' for keys in seen)}; dense {training.seq_len / 2:.0f}"
-        )
+        seen = (f"{recipe.lighthouse.attention(window).keys(training.seq_len):.0f}" for window in turns)
+        line("keys a query (mean)", f"{', then '.join(seen)}; dense {training.seq_len / 2:.0f}")
         line("FLOPs per token", f"{_short(cost.lighthouse_flops)} in stage 1, {_short(cost.dense_flops)} dense")
     else:
         line("FLOPs per token", f"{_short(cost.dense_flops)}")

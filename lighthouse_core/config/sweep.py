@@ -44,6 +44,11 @@ class EvaluateSection(Section):
     recipe: str = ""
     set: Strings = ()
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Measures that `only` asks for; none where it leaves the choice."""
+        return parse_measures(self.only) if self.only else ()
+
     @model_validator(mode="after")
     def _check(self) -> "EvaluateSection":
         for key in ("only", "at_switch"):
@@ -51,7 +56,7 @@ class EvaluateSection(Section):
                 parse_measures(getattr(self, key))
             except ValueError as error:
                 raise conflict(key, f"evaluate.{key} {error}") from None
-        if self.only and "context" in parse_measures(self.only) and self.context >= self.tokens - 1:
+        if "context" in self.named and self.context >= self.tokens - 1:
             raise conflict("context", f"evaluate.context ({self.context}) is not below evaluate.tokens ({self.tokens})")
         if self.set and not self.recipe:
             raise conflict("set", "evaluate.set changes the recipe that evaluate.recipe names")
@@ -109,7 +114,7 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(f"{path}: run {name}: at is a step of the run that stage_1 names, and there is none")
         try:
             recipe = load_recipe(base, sweep.settings(name))
-            # Of a recovery, which keys it may set is decided where it begins.
+            # Which keys a recovery may set, lighthouse_core.sweep.check knows.
             load_recipe(base, [*sweep.settings(name), *run.recover_set])
             keeping = [recipe, load_recipe(base, [*sweep.settings(name), *parent.recover_set])] if parent else []
         except RecipeError as error:
@@ -122,8 +127,8 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: the run {run.stage_1} ends at step {recipe.training.steps}, before {run.at}"
             )
-        only = parse_measures(sweep.evaluate.only) if sweep.evaluate and sweep.evaluate.only else ()
-        if "switch" in only and (run.recover or not recipe.lighthouse.enabled):
+        dense_at_the_end = run.recover or not recipe.lighthouse.enabled
+        if sweep.evaluate and "switch" in sweep.evaluate.named and dense_at_the_end:
             raise RecipeError(
                 f"{path}: run {name}: evaluate.only has switch, and the run ends dense",
                 hint="evaluate.at_switch has it",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from lighthouse_core.evaluate import compare, figures
 
@@ -404,8 +404,7 @@ def same_time(runs: list[Trial]) -> str:
     return equal_time("validation loss", rows)
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """Dense runs of several lengths.
 
     Attributes:
@@ -416,9 +415,6 @@ class Line:
     share: float
     outcomes: list[tuple[float, float]]
 
-    def at(self, seconds: float) -> float | None:
-        return between(self.outcomes, seconds)
-
 
 def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Line]]:
     """The runs that decay and are not dense, each with a line of dense ones of the same machine, measured on the same
@@ -428,25 +424,24 @@ def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Li
     def share(trial: Trial) -> float:
         return trial.decay / sum(trial.steps)
 
-    def alike(trial: Trial) -> tuple:
+    def conditions(trial: Trial) -> tuple:
         return trial.common, trial.end["data"]["sha256"], trial.machine
 
     def decaying(trials: Iterable[Trial], dense: bool) -> list[Trial]:
         return [trial for trial in trials if trial.decay and trial.end and trial.timed and trial.dense == dense]
 
-    def line(trial: Trial, wanted: float) -> Line:
-        found = [other for other in decaying([*runs, *others], dense=True) if alike(other) == alike(trial)]
-        # One of each length, the sweep's own where it has one.
-        lengths = {sum(other.steps): other for other in reversed(found) if abs(share(other) - wanted) <= 0.005}
-        return Line(wanted, sorted(other.outcome for other in lengths.values()))
-
+    # Of one length, the sweep's own is the last.
+    dense = decaying([*runs, *others], dense=True)[::-1]
     found = []
     for trial in decaying(runs, dense=False):
-        lines = [line(trial, wanted) for wanted in (share(trial), 0.25)]
-        lines = sorted(
-            (each for each in lines if len(each.outcomes) > 1), key=lambda each: each.at(trial.seconds) is None
-        )
-        found += [(trial, each) for each in lines[:1]]
+        alike = [other for other in dense if conditions(other) == conditions(trial)]
+        lines = []
+        for wanted in (share(trial), 0.25):
+            lengths = {sum(other.steps): other.outcome for other in alike if abs(share(other) - wanted) <= 0.005}
+            if len(lengths) > 1:
+                lines.append(Line(wanted, sorted(lengths.values())))
+        if lines:
+            found.append((trial, min(lines, key=lambda line: between(line.outcomes, trial.seconds) is None)))
     return found
 
 

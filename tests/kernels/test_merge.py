@@ -37,6 +37,22 @@ def merged(backend, tensors, indices, g, grad):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
 
 
+def case(shape):
+    """A selection in a pyramid, and float32 parts of it."""
+    q, k, _, cfg = inputs(shape)
+    indices = select_indices(q, k, replace(cfg, backend="reference"))
+    return q, indices, geometry(q.shape[1], cfg), parts(q, indices.shape[2], torch.float32)
+
+
+def assert_like_plain(tensors, indices, g, grad):
+    """The kernel's output and gradients are as near the truth as plain PyTorch's. Returns them."""
+    ours, plain = (merged(backend, tensors, indices, g, grad) for backend in ("triton", "reference"))
+    exact = merged("reference", [x.double() for x in tensors], indices, g, grad)
+    for name, *found in zip(NAMES, ours, plain, exact, strict=True):
+        assert_as_good(*found, name)
+    return ours
+
+
 @given(draws.calls())
 def test_parts_are_those_of_the_rule(call):
     q, k, _, cfg, scores = call
@@ -63,22 +79,16 @@ def test_values_and_gradients(shape, dtype):
     g = geometry(q.shape[1], cfg)
     scores = tuple(x.to(DEVICE) for x in draws.token_scores(q.cpu(), k.cpu(), seed=3))
     indices = select_indices(q, k, replace(cfg, backend="reference"), scores=scores)
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)
     tensors = parts(q, indices.shape[2], dtype)
-    ours, plain = (merged(backend, tensors, indices, g, grad.to(dtype)) for backend in ("triton", "reference"))
-    exact = merged("reference", [x.double() for x in tensors], indices, g, grad.to(dtype))
-    for name, *found in zip(NAMES, ours, plain, exact, strict=True):
-        assert_as_good(*found, name)
-    again = merged("triton", tensors, indices, g, grad.to(dtype))
+    ours = assert_like_plain(tensors, indices, g, grad)
+    again = merged("triton", tensors, indices, g, grad)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 @pytest.mark.parametrize("shape", [pytest.param(*SHAPES[2].values, marks=gpu)])
 def test_strided_parts_give_the_same(shape):
-    q, k, _, cfg = inputs(shape)
-    g = geometry(q.shape[1], cfg)
-    indices = select_indices(q, k, replace(cfg, backend="reference"))
-    tensors = parts(q, indices.shape[2], torch.float32)
+    q, indices, g, tensors = case(shape)
     expected = merged("triton", tensors, indices, g, torch.ones_like(q))
     strided = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in tensors]
     assert not any(x.is_contiguous() for x in strided)
@@ -91,10 +101,7 @@ def test_strided_parts_give_the_same(shape):
 @pytest.mark.parametrize("shape", [pytest.param(*SHAPES[1].values, marks=gpu)])
 def test_a_part_that_outweighs_all_others(shape):
     """No overflow, and the others' gradients vanish."""
-    q, k, _, cfg = inputs(shape)
-    g = geometry(q.shape[1], cfg)
-    indices = select_indices(q, k, replace(cfg, backend="reference"))
-    x, lse, rows, row_lse = parts(q, indices.shape[2], torch.float32)
+    q, indices, g, (x, lse, rows, row_lse) = case(shape)
     out, _, dlse, drows, drow_lse = merged(
         "triton", (x, lse + 1000, rows, row_lse - 1000), indices, g, torch.ones_like(q)
     )
@@ -104,13 +111,6 @@ def test_a_part_that_outweighs_all_others(shape):
 @pytest.mark.parametrize("shape", [pytest.param(*SHAPES[8].values, marks=gpu)])
 def test_a_row_that_outweighs_the_window_over_hundreds_of_positions(shape):
     """Its log-sum-exp's gradient is a sum of small differences."""
-    q, k, _, cfg = inputs(shape)
-    g = geometry(q.shape[1], cfg)
-    indices = select_indices(q, k, replace(cfg, backend="reference"))
-    x, lse, rows, row_lse = parts(q, indices.shape[2], torch.float32)
-    tensors = x, lse, rows, row_lse + 12
+    q, indices, g, (x, lse, rows, row_lse) = case(shape)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    ours, plain = (merged(backend, tensors, indices, g, grad) for backend in ("triton", "reference"))
-    exact = merged("reference", [y.double() for y in tensors], indices, g, grad)
-    for name, *found in zip(NAMES, ours, plain, exact, strict=True):
-        assert_as_good(*found, name)
+    assert_like_plain((x, lse, rows, row_lse + 12), indices, g, grad)
