@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -45,7 +45,14 @@ difference of each from the dense run of its own sweep."""
 SAME_TIME = """Losses on the validation text of the training, the same batches every time, that of dense as a straight
 line between its validations."""
 SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone to zero, that of dense as a straight line
-between dense runs of several lengths, each of which decays over the share of its steps that stands with the run."""
+between dense runs of several lengths, each of which decays over the share of its steps that stands with the run. A step
+of them counts with the seconds that it takes on the GPU that the run's own seconds are of."""
+
+
+# A GPU, and the versions of what ran there.
+Machine = tuple[str | None, dict]
+# Median seconds of alike steps, and which runs' they are.
+Pace = tuple[float, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,14 @@ class Trial:
         run: what was collected.
         alone: whether it had a GPU to itself, and its own steps tell what they take.
         paces: seconds of a step where it had not, of others, and where they are from: see `pace`.
+        timed_on: another machine than its own, whose seconds are wanted; it had no GPU there.
     """
 
     name: str
     run: dict[str, Any]
     alone: bool = True
-    paces: Mapping[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    timed_on: Machine | None = None
 
     @property
     def end(self) -> dict | None:
@@ -93,9 +102,14 @@ class Trial:
         return self.run["ledger"]["stages"][0].get("data")
 
     @property
-    def machine(self) -> tuple[str | None, dict]:
-        """Its GPU, and the versions of what ran."""
-        return self.run["ledger"]["stages"][0].get("conditions", {}).get("device"), self.run["versions"]
+    def machine(self) -> Machine:
+        """Where its seconds are of."""
+        device = self.run["ledger"]["stages"][0].get("conditions", {}).get("device")
+        return self.timed_on or (device, self.run["versions"])
+
+    def on(self, machine: Machine) -> "Trial":
+        """The same with the seconds of another machine, if its steps are known there: see `timed`."""
+        return self if machine == self.machine else replace(self, alone=False, timed_on=machine)
 
     @staticmethod
     def part(row: dict) -> str:
@@ -106,7 +120,7 @@ class Trial:
         """What decides how long a step of a part takes."""
         pooled = part.startswith("lighthouse")
         sections = ("recover", "schedule", *(() if pooled else ("lighthouse",)))
-        keys = ("training.steps", "training.seed", *(() if pooled else ("model.dense_layers",)))
+        keys = ("training.steps", "training.seed", "model.rope_theta", *(() if pooled else ("model.dense_layers",)))
         return json.dumps([part, *self.machine, self.settings(sections, keys)])
 
     @cached_property
@@ -124,7 +138,7 @@ class Trial:
         return {part: median(seconds) for part, seconds in self.settled.items()}
 
     @property
-    def elsewhere(self) -> dict[str, tuple[float, tuple[str, ...]]]:
+    def elsewhere(self) -> dict[str, Pace]:
         """Of a run that shared its GPU, the seconds of those parts that are known of others, and where from."""
         known = {part: self.paces.get(self.pace(part)) for part in self.own_paces if not self.alone}
         return {part: found for part, found in known.items() if found}
@@ -188,17 +202,22 @@ class Trial:
         return json.dumps(recipe, sort_keys=True)
 
 
-def trials(sweep: dict, paces: Mapping[str, tuple[float, tuple[str, ...]]] | None = None) -> list[Trial]:
+def trials(sweep: dict, paces: Mapping[str, Pace] | None = None) -> list[Trial]:
     return [Trial(name, run, sweep.get("per_gpu", 1) == 1, paces or {}) for name, run in sweep["runs"].items()]
 
 
-def paces(sweeps: Mapping[str, dict]) -> dict[str, tuple[float, tuple[str, ...]]]:
-    """Median seconds of alike steps of runs that had a GPU to themselves, and of which sweeps and commits these are."""
+def timed(trial: Trial, machines: Iterable[Machine]) -> Trial:
+    """With seconds of its machine or, if these are not known, of the first one where they are."""
+    return next((there for machine in (trial.machine, *machines) if (there := trial.on(machine)).timed), trial)
+
+
+def paces(sweeps: Mapping[str, dict]) -> dict[str, Pace]:
+    """Median seconds of alike steps of runs that had a GPU to themselves, and their sweeps, commits and GPUs."""
     found: dict[str, list[tuple[float, str]]] = {}
     for name, sweep in sweeps.items():
         for trial in trials(sweep):
             for part, seconds in trial.own_paces.items() if trial.alone else ():
-                source = f"`{name}`, commit {str(trial.run['git_commit'])[:10]}"
+                source = f"`{name}` (commit {str(trial.run['git_commit'])[:10]}, {trial.machine[0] or '?'})"
                 found.setdefault(trial.pace(part), []).append((seconds, source))
     return {
         pace: (median(seconds for seconds, _ in alike), tuple(sorted({source for _, source in alike})))
@@ -417,24 +436,25 @@ class Line(NamedTuple):
 
 
 def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Line]]:
-    """The runs that decay and are not dense, each with a line of dense ones of the same machine, measured on the same
-    text: those that decay over as large a share of their steps as it does, or else over a quarter. One that covers its
-    seconds goes first."""
+    """The runs that decay and are not dense, each with a line of dense ones, at the seconds of its machine, measured on
+    the same text: those that decay over as large a share of their steps as it does, or else over a quarter. One that
+    covers its seconds goes first."""
 
     def share(trial: Trial) -> float:
         return trial.decay / sum(trial.steps)
 
     def conditions(trial: Trial) -> tuple:
-        return trial.common, trial.end["data"]["sha256"], trial.machine
+        return trial.common, trial.end["data"]["sha256"]
 
     def decaying(trials: Iterable[Trial], dense: bool) -> list[Trial]:
-        return [trial for trial in trials if trial.decay and trial.end and trial.timed and trial.dense == dense]
+        return [trial for trial in trials if trial.decay and trial.end and trial.dense == dense]
 
     # Of one length, the sweep's own is the last.
     dense = decaying([*runs, *others], dense=True)[::-1]
     found = []
-    for trial in decaying(runs, dense=False):
-        alike = [other for other in dense if conditions(other) == conditions(trial)]
+    for trial in (trial for trial in decaying(runs, dense=False) if trial.timed):
+        alike = [other.on(trial.machine) for other in dense if conditions(other) == conditions(trial)]
+        alike = [other for other in alike if other.timed]
         lines = []
         for wanted in (share(trial), 0.25):
             lengths = {sum(other.steps): other.outcome for other in alike if abs(share(other) - wanted) <= 0.005}
@@ -509,6 +529,19 @@ def machines(runs: list[Trial]) -> str:
     return "; or ".join(found) + words + (f", measured on {', '.join(sorted(measured))}" if measured else "")
 
 
+def borrowed(runs: list[Trial]) -> str:
+    """Where seconds of runs that shared a GPU are from, and of which GPU if they are of several."""
+    found = [trial for trial in runs if trial.timed]
+    sources = sorted({source for trial in found for _, places in trial.elsewhere.values() for source in places})
+    gpus: dict[str, list[str]] = {}
+    for trial in found:
+        gpus.setdefault(trial.machine[0] or "?", []).append(trial.name)
+    words = f"; those that are there are of such steps in {', '.join(sources)}" if sources else ""
+    return words + (
+        f", on {'; on '.join(f'{gpu} for ' + ', '.join(gpus[gpu]) for gpu in gpus)}" if len(gpus) > 1 else ""
+    )
+
+
 def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list[Path]:
     """Losses at the end of runs that decay against their seconds: dense ones as lines, others as points."""
     pyplot, found = figures.pyplot(), beside_lines(runs, others)
@@ -530,6 +563,8 @@ def write(files: list[Path], out: Path) -> None:
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     alone = paces({file.stem: sweep for file, sweep in zip(files, sweeps, strict=True)})
     measurements = [trials(sweep, alone) for sweep in sweeps]
+    known = [trial.machine for trial in itertools.chain(*measurements) if trial.alone]
+    measurements = [[timed(trial, known) for trial in runs] for runs in measurements]
     everything = list(itertools.chain(*measurements))
     text = [INTRODUCTION]
     conclusions = out / "conclusions.md"
@@ -547,10 +582,7 @@ def write(files: list[Path], out: Path) -> None:
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.alone for trial in runs):
-            found = [sources for trial in runs if trial.timed for _, sources in trial.elsewhere.values()]
-            sources = sorted(set(itertools.chain(*found)))
-            there = f"; those that are there are of such steps in {' and '.join(sources)}" if sources else ""
-            text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
+            text.append(f"Runs shared a GPU, so that their own seconds tell nothing{borrowed(runs)}.\n")
         if any(trial.end for trial in runs):
             text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
         elif all(trial.alone for trial in runs):

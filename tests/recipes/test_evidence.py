@@ -373,7 +373,7 @@ def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep,
     assert "| norm | 2.000 (2.000 to 2.000) |  | 7.0 |" in lines
     assert "| dense |  | 3.000 (3.000 to 3.000) | 7.0 |" in lines
     assert any(
-        "shared a GPU" in line and line.endswith("of such steps in `alone`, commit 0123456789.") for line in lines
+        "shared a GPU" in line and line.endswith("of such steps in `alone` (commit 0123456789, ?).") for line in lines
     )
     assert any(line.startswith("| norm | 2 | 1.4000") and line.endswith("| 4 |") for line in lines)
     dense, _, norm = module.trials(sweep, module.paces({"alone": alone}))
@@ -382,6 +382,27 @@ def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep,
     assert dense.timed and not norm.timed
     dense.run["ledger"]["stages"][0]["conditions"] = {"device": "another"}
     assert not dense.timed
+
+
+def test_seconds_are_of_another_machine_where_they_are_not_known_of_its_own(sweep):
+    module = report()
+    dense = decay(sweep["runs"]["dense"], 8, 2)
+    norm, short = decay(sweep["runs"]["norm"], 8, 2, seconds=3.5), decay(run(1.6, [1.5, 1.7]), 4, 1, seconds=50.0)
+    paces = module.paces({"alone": {"runs": {"dense": dense}}})
+    shared = json.loads(json.dumps(dense))
+    for each in (shared, short):
+        each["ledger"]["stages"][0]["conditions"] = {"device": "another"}
+    here, there = module.trials({"runs": {"here": dense, "there": shared}}, paces)
+    (trial,) = module.trials({"runs": {"shared": shared}, "per_gpu": 2}, paces)
+    assert not trial.timed and here.machine != there.machine
+    assert module.timed(trial, [there.machine, ("unknown", {})]) is trial
+    found = module.timed(trial, [there.machine, here.machine])
+    assert (found.seconds, found.machine, found.loss) == (40.0, here.machine, trial.loss)
+    assert module.borrowed([found, there]).endswith("(commit 0123456789, ?), on ? for shared; on another for there")
+    # A line goes through the dense runs of every machine, at the seconds of the run's own.
+    others = module.trials({"runs": {"dense": dense, "short": short}}, paces)
+    ((_, line),) = module.beside_lines(module.trials({"runs": {"norm": norm}}, paces), others)
+    assert line.outcomes == [(20.0, 1.6), (40.0, 1.0)]
 
 
 def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
