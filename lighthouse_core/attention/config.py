@@ -75,6 +75,8 @@ class LighthouseConfig:
             raise ValueError(f"window must be a number of tokens for the method {self.method}, not {self.window}")
         if self.keep < 0 or self.keep == 1:
             raise ValueError(f"keep must be 0 or at least 2, not {self.keep}")
+        if self.keep and self.method != "compressed":
+            raise ValueError(f"keep must be 0 for the method {self.method}, which keeps no blocks, not {self.keep}")
         if self.method == "compressed" and (self.compression < 2 or self.window % self.compression):
             raise ValueError(
                 f"compression must be at least 2 and divide the window of {self.window}, not {self.compression}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from lighthouse_core.config.load import load_recipe
+from lighthouse_core.config.load import load_recipe, parse_override
 from lighthouse_core.config.section import NonNegative, Positive, Section, Strings, conflict
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.measures import parse_measures
@@ -121,6 +121,8 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
         if run.recover and recipe.schedule.decay_steps:
             raise RecipeError(f"{path}: run {name}: recover must be 0 with schedule.decay_steps; see recover.decay")
+        if any("steps" in parse_override(override).get("recover", {}) for override in run.recover_set):
+            raise RecipeError(f"{path}: run {name}: recover_set: the steps of a recovery are its recover")
         if any(one.checkpoint.keep for one in keeping):
             raise RecipeError(f"{path}: run {name}: stage_1 needs checkpoint.keep=0 in the run {run.stage_1}")
         if run.at > recipe.training.steps:

@@ -330,6 +330,7 @@ def test_what_leaks_and_what_draws():
         ({"method": "compressed", "window": 24, "compression": 16}, "divide the window"),
         ({"method": "compressed", "window": 24, "compression": 1}, "compression must be"),
         ({"keep": 1}, "keep must be 0 or at least 2"),
+        ({"method": "sliding", "window": 8, "keep": 2}, "keep must be 0 for the method sliding"),
         ({"window": 2.0}, "window must be an integer"),
         ({"window": 64, "dense_backend": "cudnn"}, "dense_backend 'cudnn' gives no log-sum-exp"),
     ],

@@ -248,6 +248,11 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         ("recipe = ", "recipe ", "cannot read"),
         ('"checkpoint.keep=0"', '"checkpoint.keep=2"', "random-annealed: stage_1 needs checkpoint.keep=0"),
         ("recover = 5\n\n", "recover = 5\nrecover_set = ['checkpoint.keep=2']\n\n", "stage_1 needs checkpoint.keep=0"),
+        (
+            'recover.decay="linear"',
+            "recover.steps=7",
+            "random-annealed: recover_set: the steps of a recovery are its recover",
+        ),
         ('stage_1 = "random"', 'stage_1 = "random"\nat = 50', "the run random ends at step 10, before 50"),
         ("recover = 5\n\n", "recover = 5\nat = 5\n\n", "random: at is a step of"),
         (
