@@ -177,8 +177,8 @@ def _smooth(points: Sequence[Point]) -> list[tuple[Point, float]]:
     return found
 
 
-def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
-    """One page with the loss against each of AXES, means of five rows, leaky parts dotted, as PNG and SVG.
+def plot(curves: Sequence[Curve], folder: Path, against: Mapping[str, str] = AXES) -> list[Path] | None:
+    """One page with the loss against each of AXES or some, means of five rows, leaky parts dotted, as PNG and SVG.
 
     Returns:
         The files; None where matplotlib is missing.
@@ -188,7 +188,9 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path] | None:
         return None
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True)
     colors = pyplot.get_cmap("tab10" if len(curves) <= 10 else "tab20").colors
-    for axes, (key, label) in zip(grid.flat, AXES.items(), strict=True):
+    for axes in grid.flat[len(against) :]:
+        axes.remove()
+    for axes, (key, label) in zip(grid.flat, against.items(), strict=False):
         for number, curve in enumerate(curves):
             # Dashed where the colours begin anew.
             again, color = divmod(number, len(colors))

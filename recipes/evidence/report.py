@@ -29,7 +29,8 @@ validation text of the training, packages that were left out of it. *Beyond* is 
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
 layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Seconds are of
-training on one GPU: every step counts with its stage's median time, without compilation.
+training on one GPU, without compilation: every step counts with the median time of all alike steps that were measured
+on such a GPU.
 
 The text is what `base.toml` and `held-out.toml` say: Python sources of the packages that were installed, in an order of
 samples that the seed decides, and, to be measured on, half of the standard library, of which packages hold copies of a
@@ -46,7 +47,8 @@ SAME_TIME = """Losses on the validation text of the training, the same batches e
 line between its validations."""
 SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone to zero, that of dense as a straight line
 between dense runs of several lengths, each of which decays over the share of its steps that stands with the run. A step
-of them counts with the seconds that it takes on the GPU that the run's own seconds are of."""
+of them counts with the seconds that it takes on the GPU that the run's own seconds are of. A loss that falls ever more
+slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
 
 
 # A GPU, and the versions of what ran there.
@@ -63,8 +65,8 @@ class Trial:
         name: of it.
         run: what was collected.
         alone: whether it had a GPU to itself, and its own steps tell what they take.
-        paces: seconds of a step where it had not, of others, and where they are from: see `pace`.
-        timed_on: another machine than its own, whose seconds are wanted; it had no GPU there.
+        paces: seconds of alike steps of all runs that had, and where they are from: see `pace`.
+        timed_on: another machine than its own, whose seconds are wanted.
     """
 
     name: str
@@ -138,15 +140,15 @@ class Trial:
         return {part: median(seconds) for part, seconds in self.settled.items()}
 
     @property
-    def elsewhere(self) -> dict[str, Pace]:
-        """Of a run that shared its GPU, the seconds of those parts that are known of others, and where from."""
-        known = {part: self.paces.get(self.pace(part)) for part in self.own_paces if not self.alone}
+    def known(self) -> dict[str, Pace]:
+        """Of its parts, the seconds that are known of all such steps on its machine."""
+        known = {part: self.paces.get(self.pace(part)) for part in self.own_paces}
         return {part: found for part, found in known.items() if found}
 
     @property
     def timed(self) -> bool:
         """Whether the seconds of its curve are those of a run that has a GPU to itself."""
-        return self.alone or self.elsewhere.keys() == self.own_paces.keys()
+        return self.alone or self.known.keys() == self.own_paces.keys()
 
     @cached_property
     def curve(self) -> compare.Curve:
@@ -155,7 +157,7 @@ class Trial:
         flops = {stage["stage"]: stage["flops"] / stage["steps"] for stage in stages if stage.get("steps")}
         seconds = self.own_paces
         if self.timed:
-            seconds |= {part: found for part, (found, _) in self.elsewhere.items()}
+            seconds |= {part: found for part, (found, _) in self.known.items()}
         # Of a stage whose costs are not in the ledger yet, nothing is said.
         rows = [
             row | ({"seconds": seconds[self.part(row)]} if "loss" in row else {})
@@ -480,7 +482,7 @@ def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple
         columns,
         [
             [name, f"{spent:.0f}", f"{loss:.4f}"]
-            + (["outside", ""] if dense is None else [f"{dense:.4f}", f"{loss - dense:+.4f}"])
+            + (["outside", ""] if dense is None else [f"{dense:.2f}", f"{loss - dense:+.2f}"])
             for name, spent, loss, dense in found
         ],
     )
@@ -532,14 +534,16 @@ def machines(runs: list[Trial]) -> str:
 def borrowed(runs: list[Trial]) -> str:
     """Where seconds of runs that shared a GPU are from, and of which GPU if they are of several."""
     found = [trial for trial in runs if trial.timed]
-    sources = sorted({source for trial in found for _, places in trial.elsewhere.values() for source in places})
+    sources = sorted({source for trial in found for _, places in trial.known.values() for source in places})
     gpus: dict[str, list[str]] = {}
     for trial in found:
         gpus.setdefault(trial.machine[0] or "?", []).append(trial.name)
-    words = f"; those that are there are of such steps in {', '.join(sources)}" if sources else ""
-    return words + (
-        f", on {'; on '.join(f'{gpu} for ' + ', '.join(gpus[gpu]) for gpu in gpus)}" if len(gpus) > 1 else ""
-    )
+    if not sources:
+        return ""
+    words = f"; those that are there are of such steps in {', '.join(sources)}"
+    if len(gpus) > 1:
+        return words + f", on {'; on '.join(f'{gpu} for ' + ', '.join(names) for gpu, names in gpus.items())}"
+    return words + (f", on {', '.join(gpus)}" if any(trial.timed_on for trial in found) else "")
 
 
 def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list[Path]:
@@ -548,10 +552,14 @@ def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list
     if pyplot is None or not found:
         return []
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, line in enumerate(dict.fromkeys(tuple(line.outcomes) for _, line in found)):
-        axes.plot(*zip(*line, strict=True), "o-", color="black", label=None if number else "dense")
+    gpus = {trial.machine[0] for trial, _ in found}
+    drawn = {tuple(line.outcomes): trial.machine[0] for trial, line in found}
+    for style, (outcomes, gpu) in zip(itertools.cycle(("o-", "s--", "^:")), drawn.items(), strict=False):
+        label = f"dense, seconds of {gpu}" if len(gpus) > 1 else "dense"
+        axes.plot(*zip(*outcomes, strict=True), style, color="black", label=label)
     for trial, _ in found:
-        axes.plot(*trial.outcome, "o", label=trial.name)
+        label = f"{trial.name}, of {trial.machine[0]}" if len(gpus) > 1 else trial.name
+        axes.plot(*trial.outcome, "o", label=label)
     axes.set(xlabel="seconds of training", ylabel="nats per byte at the end")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -563,7 +571,10 @@ def write(files: list[Path], out: Path) -> None:
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     alone = paces({file.stem: sweep for file, sweep in zip(files, sweeps, strict=True)})
     measurements = [trials(sweep, alone) for sweep in sweeps]
-    known = [trial.machine for trial in itertools.chain(*measurements) if trial.alone]
+    known: list[Machine] = []
+    for trial in itertools.chain(*measurements):
+        if trial.alone and trial.machine not in known:
+            known.append(trial.machine)
     measurements = [[timed(trial, known) for trial in runs] for runs in measurements]
     everything = list(itertools.chain(*measurements))
     text = [INTRODUCTION]
@@ -582,7 +593,8 @@ def write(files: list[Path], out: Path) -> None:
         command = f"lighthouse sweep recipes/evidence/{sweep['sweep']}.toml --output runs/{sweep['sweep']}"
         text.append(f"`{command}` of {machines(runs)}\n")
         if not all(trial.alone for trial in runs):
-            text.append(f"Runs shared a GPU, so that their own seconds tell nothing{borrowed(runs)}.\n")
+            there = borrowed(runs) if any(trial.end for trial in runs) else ""
+            text.append(f"Runs shared a GPU, so that their own seconds tell nothing{there}.\n")
         if any(trial.end for trial in runs):
             text.append(f"### After recovery\n\n{measured(runs)}\n\n{results(runs, everything)}\n")
         elif all(trial.alone for trial in runs):
@@ -597,7 +609,9 @@ def write(files: list[Path], out: Path) -> None:
             text.append(f"### At equal wall-clock\n\n{SAME_TIME}\n\n{equal}\n")
         if equal := same_time_decayed(runs, everything):
             text.append(f"### At equal wall-clock, decayed\n\n{SAME_TIME_DECAYED}\n\n{equal}\n")
-        drawn = compare.plot([trial.curve for trial in runs if trial.curve.points], folder) or []
+        one_clock = all(trial.timed and trial.machine == runs[0].machine for trial in runs)
+        axes = {key: label for key, label in compare.AXES.items() if key != "seconds" or one_clock}
+        drawn = compare.plot([trial.curve for trial in runs if trial.curve.points], folder, axes) or []
         drawn += losses_by_time(runs, everything, folder)
         text += [f"![losses]({file.relative_to(out)})\n" for file in drawn if file.suffix == ".svg"]
     (out / "REPORT.md").write_text("\n".join(text), encoding="utf-8")

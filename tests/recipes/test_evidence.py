@@ -110,8 +110,9 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     lines = (tmp_path / "REPORT.md").read_text().splitlines()
     # Beside the dense run of its own seed: 0.3 and 0.5.
     above = "+0.4000 ± 0.1000"
+    # Steps of 4 and 5 s that nothing tells apart count with their median.
     assert (
-        f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
+        f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
         and "| dense-2 | 2 | 1.2000 ± 0.1000 |  |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
     )
     assert "| run | 16 to 31 | 64 to 127 |" in lines and "| norm | 1.462 | 1.416 |" in lines
@@ -282,7 +283,7 @@ def test_runs_that_decay_are_held_against_dense_ones_of_several_lengths(sweep, t
     }
     # Three fifths of the way from 1.6, at 20 s, to 1.0, at 40 s.
     lines = module.same_time_decayed(module.trials(sweep), []).splitlines()
-    assert lines[2:] == ["| norm (25%) | 32 | 1.4000 | 1.2400 | +0.1600 |", "| quick (25%) | 8 | 1.4000 | outside |  |"]
+    assert lines[2:] == ["| norm (25%) | 32 | 1.4000 | 1.24 | +0.16 |", "| quick (25%) | 8 | 1.4000 | outside |  |"]
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     module.write([tmp_path / "trial.json"], tmp_path)
     assert "figures/trial/time.svg" in (tmp_path / "REPORT.md").read_text() or not module.figures.pyplot()
@@ -398,11 +399,73 @@ def test_seconds_are_of_another_machine_where_they_are_not_known_of_its_own(swee
     assert module.timed(trial, [there.machine, ("unknown", {})]) is trial
     found = module.timed(trial, [there.machine, here.machine])
     assert (found.seconds, found.machine, found.loss) == (40.0, here.machine, trial.loss)
+    assert module.borrowed([found, trial]).endswith("(commit 0123456789, ?), on ?")
     assert module.borrowed([found, there]).endswith("(commit 0123456789, ?), on ? for shared; on another for there")
+    assert module.borrowed([trial]) == ""
+    # Its own goes before others, and both parts have to be known.
+    both = module.paces({"alone": {"runs": {"dense": dense, "there": shared | {"rows": short["rows"]}}}})
+    (trial,) = module.trials({"runs": {"shared": shared}, "per_gpu": 2}, both)
+    assert module.timed(trial, [here.machine, there.machine]).seconds == 400.0
+    shared["rows"].append({**dense["rows"][0], "step": 9, "stage": "another"})
+    (trial,) = module.trials({"runs": {"shared": shared}, "per_gpu": 2}, both)
+    assert not module.timed(trial, [here.machine, there.machine]).timed
     # A line goes through the dense runs of every machine, at the seconds of the run's own.
     others = module.trials({"runs": {"dense": dense, "short": short}}, paces)
     ((_, line),) = module.beside_lines(module.trials({"runs": {"norm": norm}}, paces), others)
     assert line.outcomes == [(20.0, 1.6), (40.0, 1.0)]
+
+
+def test_a_dense_step_takes_as_long_whatever_the_first_stage_was(sweep):
+    module = report()
+    runs = [decay(sweep["runs"]["dense"], 8, 2, seconds) for seconds in (1.0, 2.0, 9.0)]
+    runs[0]["recipe"] |= {"lighthouse": {"enabled": True, "scorer": "block"}, "model": {"dense_layers": [0]}}
+    runs[1]["recipe"]["model"] = {"rope_theta": 5e5}
+    runs[2]["recipe"]["model"] = {"dense_layers": [0, 1]}
+    paces = module.paces({"alone": {"runs": dict(zip("abc", runs, strict=True))}})
+    # The median of all three, also where a run had a GPU to itself.
+    assert [seconds for seconds, _ in paces.values()] == [2.0]
+    assert [trial.seconds for trial in module.trials({"runs": {"a": runs[0]}}, paces)] == [16.0]
+
+
+def test_what_a_repetition_is(sweep):
+    module = report()
+    norm = decay(sweep["runs"]["norm"], 8, 2)
+    again = json.loads(json.dumps(norm))
+    again["recipe"]["training"]["seed"] = 2
+    assert module.repetitions([module.trials({"runs": {"norm": norm, "again": again}})])
+
+    def decays(run):
+        run["settings"]["recover"] = 3
+
+    def goes_on(run):
+        run["ledger"]["stages"][0]["end"] = 9
+
+    for change in (
+        lambda run: run["ledger"]["stages"][0].update(data="other text"),
+        lambda run: run["evaluations"]["end"]["data"].update(sha256="1"),
+        lambda run: run["recipe"]["lighthouse"].update(window=8),
+        decays,
+        goes_on,
+    ):
+        other = json.loads(json.dumps(again))
+        change(other)
+        assert module.repetitions([module.trials({"runs": {"norm": norm, "other": other}})]) == ""
+
+
+def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
+    module = report()
+    norm = decay(sweep["runs"]["norm"], 8, 2, seconds=3.5)
+    dense, short, other = (decay(run(loss, [1, 1]), steps, steps // 4) for loss, steps in ((1, 8), (2, 4), (3, 8)))
+    others = module.trials({"runs": {"other": other}})
+    ((_, line),) = module.beside_lines(module.trials({"runs": {"norm": norm, "dense": dense, "short": short}}), others)
+    assert [loss for _, loss in line.outcomes] == [2, 1]
+    known = module.trials({"runs": {"dense": dense, "short": short}})
+    for change in ("per_gpu", "device"):
+        untimed = json.loads(json.dumps(norm))
+        if change == "device":
+            untimed["ledger"]["stages"][0]["conditions"] = {"device": "another"}
+        runs = module.trials({"runs": {"norm": untimed}, "per_gpu": 2 if change == "per_gpu" else 1})
+        assert module.beside_lines(runs, known) == []
 
 
 def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
