@@ -104,15 +104,17 @@ def sweep():
 
 def test_a_report_holds_what_was_measured(sweep, tmp_path):
     module = report()
+    norm = sweep["runs"]["norm"]
+    for part in (*norm["rows"], *norm["ledger"]["stages"]):
+        part["stage"] = "lighthouse"
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     (tmp_path / "conclusions.md").write_text("## So\n\nIt is.\n")
     module.write([tmp_path / "trial.json"], tmp_path)
     lines = (tmp_path / "REPORT.md").read_text().splitlines()
     # Beside the dense run of its own seed: 0.3 and 0.5.
     above = "+0.4000 ± 0.1000"
-    # Steps of 4 and 5 s that nothing tells apart count with their median.
     assert (
-        f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
+        f"| norm | 2 | 1.4000 ± 0.1000 | {above} | {above} | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 8 |" in lines
         and "| dense-2 | 2 | 1.2000 ± 0.1000 |  |  | 2.0000 | 1.5000 | 0.2500 ± 0.0100 | 0.15 | 10 |" in lines
     )
     assert "| run | 16 to 31 | 64 to 127 |" in lines and "| norm | 1.462 | 1.416 |" in lines
@@ -120,7 +122,7 @@ def test_a_report_holds_what_was_measured(sweep, tmp_path):
     assert switch in lines
     assert "| dense, dense-2 | 1, 2 | 1.0000, 1.2000 | 0.1414 |  | 0123456 |" in lines
     # After its 8 s the dense run was three fifths of the way from 2.5, at 5 s, to 2.0.
-    assert "| norm | 8 | 2.0000 | 2.2000 | -0.2000 |" in lines
+    assert "| norm | 8 | 2.0000 | 2.20 | -0.20 |" in lines
     assert "It is." in lines and "Is it?" in lines
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/trial/compare.svg").stat().st_size > 1000
@@ -340,6 +342,24 @@ def test_a_sweep_without_ends_shows_its_validations(sweep, tmp_path):
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     module.write([tmp_path / "trial.json"], tmp_path)
     assert "### Under way" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_curves_are_drawn_against_seconds_of_one_clock_or_none(sweep, tmp_path, monkeypatch):
+    module = report()
+    drawn = []
+    monkeypatch.setattr(module.compare, "plot", lambda curves, folder, axes: drawn.append("seconds" in axes))
+
+    def write():
+        (tmp_path / "trial.json").write_text(json.dumps(sweep))
+        module.write([tmp_path / "trial.json"], tmp_path)
+
+    write()
+    sweep["per_gpu"] = 2
+    write()
+    sweep["per_gpu"] = 1
+    sweep["runs"]["norm"]["ledger"]["stages"][0]["conditions"] = {"device": "another"}
+    write()
+    assert drawn == [True, False, False]
 
 
 def test_runs_that_shared_a_gpu_have_no_times(sweep, tmp_path):
