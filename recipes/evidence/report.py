@@ -356,14 +356,16 @@ def measured(runs: list[Trial]) -> str:
 
 
 def under_way(runs: list[Trial]) -> str:
-    """Validation losses of runs whose rate was to go to zero, at the last steps that all of them have, newest last."""
+    """Validation losses of runs that were to recover or decay, at the last eight steps that any of them has."""
     found = {
         trial.name: {row["step"]: row["val_loss"] for row in trial.run["rows"] if "val_loss" in row}
         for trial in runs
-        if trial.decay
+        if trial.decay or trial.run["settings"]["recover"]
     }
-    places = sorted(set.intersection(*map(set, found.values())))[-8:] if found else []
-    rows = [[name, *(f"{losses[step]:.4f}" for step in places)] for name, losses in found.items()]
+    places = sorted(set().union(*found.values()))[-8:]
+    rows = [
+        [name, *(f"{losses[step]:.4f}" if step in losses else "" for step in places)] for name, losses in found.items()
+    ]
     return table(["validation", *(f"step {step}" for step in places)], rows if places else [])
 
 

@@ -331,9 +331,12 @@ def test_a_sweep_without_ends_shows_its_validations(sweep, tmp_path):
         each["evaluations"] = {}
         each["rows"] += [{"step": step, "val_loss": 1 / step} for step in ((2, 4, 6) if name == "late" else (2, 4))]
     sweep["runs"] = runs
+    # This one is still in stage 1: its recovery, and the decay with it, are to come.
+    early = runs["early"]
+    early["recipe"]["recover"]["decay"], early["recipe"]["schedule"]["decay_steps"] = "none", 0
     assert module.under_way(module.trials(sweep)).splitlines()[2:] == [
-        "| early | 0.5000 | 0.2500 |",
-        "| late | 0.5000 | 0.2500 |",
+        "| early | 0.5000 | 0.2500 |  |",
+        "| late | 0.5000 | 0.2500 | 0.1667 |",
     ]
     for each in runs.values():
         for row in each["rows"]:
