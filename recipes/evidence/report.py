@@ -356,17 +356,19 @@ def measured(runs: list[Trial]) -> str:
 
 
 def under_way(runs: list[Trial]) -> str:
-    """Validation losses of runs that were to recover or decay, at the last eight steps that any of them has."""
+    """Validation losses of runs that were to recover or decay: at the last eight steps that any has, and their last."""
     found = {
         trial.name: {row["step"]: row["val_loss"] for row in trial.run["rows"] if "val_loss" in row}
         for trial in runs
         if trial.decay or trial.run["settings"]["recover"]
     }
     places = sorted(set().union(*found.values()))[-8:]
-    rows = [
-        [name, *(f"{losses[step]:.4f}" if step in losses else "" for step in places)] for name, losses in found.items()
-    ]
-    return table(["validation", *(f"step {step}" for step in places)], rows if places else [])
+    rows = []
+    for name, losses in found.items():
+        if losses:
+            last = f"{losses[max(losses)]:.4f} at {max(losses)}"
+            rows.append([name, *(f"{losses[step]:.4f}" if step in losses else "" for step in places), last])
+    return table(["validation", *(f"step {step}" for step in places), "last"], rows)
 
 
 def at_the_switch(runs: list[Trial]) -> str:

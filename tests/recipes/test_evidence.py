@@ -335,8 +335,14 @@ def test_a_sweep_without_ends_shows_its_validations(sweep, tmp_path):
     early = runs["early"]
     early["recipe"]["recover"]["decay"], early["recipe"]["schedule"]["decay_steps"] = "none", 0
     assert module.under_way(module.trials(sweep)).splitlines()[2:] == [
-        "| early | 0.5000 | 0.2500 |  |",
-        "| late | 0.5000 | 0.2500 | 0.1667 |",
+        "| early | 0.5000 | 0.2500 |  | 0.2500 at 4 |",
+        "| late | 0.5000 | 0.2500 | 0.1667 | 0.1667 at 6 |",
+    ]
+    for each in runs.values():
+        each["rows"] = [row for row in each["rows"] if "val_loss" not in row or each is runs["late"]]
+    runs["late"]["rows"] += [{"step": step, "val_loss": 1 / step} for step in range(8, 26, 2)]
+    assert module.under_way(module.trials(sweep)).splitlines()[2:] == [
+        "| late | 0.1000 | 0.0833 | 0.0714 | 0.0625 | 0.0556 | 0.0500 | 0.0455 | 0.0417 | 0.0417 at 24 |"
     ]
     for each in runs.values():
         for row in each["rows"]:
