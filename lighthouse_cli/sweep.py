@@ -1,6 +1,7 @@
 """lighthouse sweep: several runs of one recipe, side by side on the GPUs of this machine."""
 
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def sweep(
                 _output.data(f"{name}: waits for {plan.runs[name].stage_1}")
             else:
                 arguments = next_command(plan, base, name, output)
-                _output.data(f"{name}: " + (f"lighthouse {' '.join(arguments)}" if arguments else "done"))
+                _output.data(f"{name}: " + (shlex.join(["lighthouse", *arguments]) if arguments else "done"))
         return
     with lock(output, file.stem):
         begun = time.monotonic()

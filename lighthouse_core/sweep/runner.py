@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ class Runner:
             self.left.remove(name)
             self.say(f"{name}: done")
             return
-        words = f"lighthouse {' '.join(arguments)}"
+        words = shlex.join(["lighthouse", *arguments])
         if arguments == self._last.get(name):
             raise LighthouseError(f"{words} ended, and would be next again; see {self._log(name)}")
         self._last[name] = arguments

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -122,6 +123,17 @@ def test_a_dry_run_writes_nothing(here, lighthouse, mode):
     result = lighthouse("sweep", "trial.toml", "--dry-run")
     assert result.out == ("one: lighthouse recover runs/one --steps 5\ntwo: lighthouse recover runs/two --steps 6\n")
     assert sorted((here / "runs").rglob("*")) == before
+
+
+def test_the_commands_it_prints_are_a_shells(here, lighthouse, mode):
+    settings = ['lighthouse.scorer="block"', "model.dense_layers=[0, 1]"]
+    (here / "trial.toml").write_text(SWEEP.replace("[runs.one]", f"[runs.one]\nset = {json.dumps(settings)}"))
+    mode("pretrain")
+    printed = lighthouse("sweep", "trial.toml", "--dry-run").out.splitlines()[0]
+    said = next(line for line in lighthouse("sweep", "trial.toml").err.splitlines() if "pretrain" in line)
+    for line in (printed, said):
+        words = shlex.split(line.partition("one: ")[2])
+        assert words[:3] == ["lighthouse", "pretrain", "tiny.toml"] and set(settings) < set(words)
 
 
 def test_what_is_refused(here, lighthouse, mode):

@@ -52,6 +52,16 @@ def test_both_of_the_papers_runs_are_the_same_but_for_the_attention():
     assert not dense.lighthouse.enabled
 
 
+def test_the_recommended_stage_1_has_the_papers_model_and_steps():
+    ours, growing = recipe("530m_98k"), recipe("530m_98k_growing")
+    others = {"dense_layers": (), "rope_theta": 500000.0, "embedding_std": 0.02}
+    assert ours.model.model_copy(update=others) == growing.model
+    assert growing.training.steps + growing.recover.steps == ours.training.steps + ours.recover.steps
+    assert growing.training.steps * 5 == (growing.training.steps + growing.recover.steps) * 4
+    for section in ("data", "optimizer", "schedule", "parallel", "checkpoint", "metrics"):
+        assert getattr(ours, section) == getattr(growing, section)
+
+
 def test_flops_of_the_paper():
     # 6 (body + head) = 2.3927e9; a dense layer 6 * 1024 * 98304; a Lighthouse layer 6 * 1024 * 18432^2 / 98304.
     settings = recipe("530m_98k")
