@@ -62,19 +62,8 @@ def compare(
             )
             for s in summaries
         ]
-        names = (
-            "run",
-            "step",
-            "tokens",
-            "time",
-            "FLOPs",
-            "mean loss",
-            "validation",
-            "jump",
-            "spike",
-            "back",
-            "below dense",
-        )
+        spent, losses = ("step", "tokens", "time", "FLOPs"), ("mean loss", "validation", "jump", "spike")
+        names = ("run", *spent, *losses, "back", "below dense")
         _output.table("", names, rows)
     _output.say(
         f"written to {out}" + ("" if drawn is not None else "; the page needs matplotlib: pip install -e '.[plot]'")
