@@ -471,9 +471,8 @@ def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Li
     return found
 
 
-def same_time_decayed(runs: list[Trial], others: list[Trial]) -> str:
+def same_time_decayed(lines: list[tuple[Trial, Line]]) -> str:
     """Losses at the end of runs that decay, beside those of dense runs of other lengths at the same seconds."""
-    lines = beside_lines(runs, others)
     rows = [(f"{trial.name} ({line.share:.0%})", *trial.outcome, line.outcomes) for trial, line in lines]
     return equal_time("loss at the end", rows)
 
@@ -550,18 +549,18 @@ def borrowed(runs: list[Trial]) -> str:
     return words + (f", on {', '.join(gpus)}" if any(trial.timed_on for trial in found) else "")
 
 
-def losses_by_time(runs: list[Trial], others: list[Trial], folder: Path) -> list[Path]:
+def losses_by_time(lines: list[tuple[Trial, Line]], folder: Path) -> list[Path]:
     """Losses at the end of runs that decay against their seconds: dense ones as lines, others as points."""
-    pyplot, found = figures.pyplot(), beside_lines(runs, others)
-    if pyplot is None or not found:
+    pyplot = figures.pyplot()
+    if pyplot is None or not lines:
         return []
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    gpus = {trial.machine[0] for trial, _ in found}
-    drawn = {tuple(line.outcomes): trial.machine[0] for trial, line in found}
+    gpus = {trial.machine[0] for trial, _ in lines}
+    drawn = {tuple(line.outcomes): trial.machine[0] for trial, line in lines}
     for style, (outcomes, gpu) in zip(itertools.cycle(("o-", "s--", "^:")), drawn.items(), strict=False):
         label = f"dense, seconds of {gpu}" if len(gpus) > 1 else "dense"
         axes.plot(*zip(*outcomes, strict=True), style, color="black", label=label)
-    for trial, _ in found:
+    for trial, _ in lines:
         label = f"{trial.name}, of {trial.machine[0]}" if len(gpus) > 1 else trial.name
         axes.plot(*trial.outcome, "o", label=label)
     axes.set(xlabel="seconds of training", ylabel="nats per byte at the end")
@@ -611,12 +610,13 @@ def write(files: list[Path], out: Path) -> None:
             text.append(f"### At the switch\n\n{switch}\n")
         if equal := same_time(runs):
             text.append(f"### At equal wall-clock\n\n{SAME_TIME}\n\n{equal}\n")
-        if equal := same_time_decayed(runs, everything):
+        lines = beside_lines(runs, everything)
+        if equal := same_time_decayed(lines):
             text.append(f"### At equal wall-clock, decayed\n\n{SAME_TIME_DECAYED}\n\n{equal}\n")
         one_clock = all(trial.timed and trial.machine == runs[0].machine for trial in runs)
         axes = {key: label for key, label in compare.AXES.items() if key != "seconds" or one_clock}
         drawn = compare.plot([trial.curve for trial in runs if trial.curve.points], folder, axes) or []
-        drawn += losses_by_time(runs, everything, folder)
+        drawn += losses_by_time(lines, folder)
         text += [f"![losses]({file.relative_to(out)})\n" for file in drawn if file.suffix == ".svg"]
     (out / "REPORT.md").write_text("\n".join(text), encoding="utf-8")
 

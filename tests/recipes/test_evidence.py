@@ -284,13 +284,13 @@ def test_runs_that_decay_are_held_against_dense_ones_of_several_lengths(sweep, t
         "quick": decay(runs["norm"], 8, 2, seconds=1.0),
     }
     # Three fifths of the way from 1.6, at 20 s, to 1.0, at 40 s.
-    lines = module.same_time_decayed(module.trials(sweep), []).splitlines()
+    lines = module.same_time_decayed(module.beside_lines(module.trials(sweep), [])).splitlines()
     assert lines[2:] == ["| norm (25%) | 32 | 1.4000 | 1.24 | +0.16 |", "| quick (25%) | 8 | 1.4000 | outside |  |"]
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     module.write([tmp_path / "trial.json"], tmp_path)
     assert "figures/trial/time.svg" in (tmp_path / "REPORT.md").read_text() or not module.figures.pyplot()
     del sweep["runs"]["short"]
-    assert module.same_time_decayed(module.trials(sweep), []) == ""
+    assert module.same_time_decayed(module.beside_lines(module.trials(sweep), [])) == ""
 
 
 def lines_beside(module, trial, *others):
@@ -377,7 +377,7 @@ def test_runs_that_shared_a_gpu_have_no_times(sweep, tmp_path):
     sweep["runs"] |= {"whole": decay(run(1.6, [1.5, 1.7]), 8, 2), "half": decay(run(1.6, [1.5, 1.7]), 4, 1)}
     sweep["runs"]["decayed"] = decay(sweep["runs"]["norm"], 8, 2)
     runs = module.trials(sweep)
-    assert module.same_time(runs) == module.same_time_decayed(runs, []) == ""
+    assert module.same_time(runs) == module.same_time_decayed(module.beside_lines(runs, [])) == ""
     assert "| norm | 2 |" in module.results(runs, []) and "| 0.15 | - |" in module.results(runs, [])
     (tmp_path / "trial.json").write_text(json.dumps(sweep))
     module.write([tmp_path / "trial.json"], tmp_path)
