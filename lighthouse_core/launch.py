@@ -28,6 +28,8 @@ from lighthouse_core.train.stop import SAME_REQUEST_SECONDS, SIGNALS
 # The folder in which the processes of a job tell their launcher of themselves.
 JOB_FOLDER = "LIGHTHOUSE_JOB"
 QUIET = "LIGHTHOUSE_QUIET"
+# Where a run leaves a trace of its last step; such a run saves nothing.
+TRACE_FOLDER = "LIGHTHOUSE_TRACE"
 _PARENT = "LIGHTHOUSE_PARENT"
 # The file in that folder with the rank of a process that a signal killed.
 _KILLED = "killed"
@@ -155,6 +157,8 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
     defaults = {
         # torchrun's own default of one thread wastes a CPU.
         "OMP_NUM_THREADS": str(max(1, cores // plan.nproc)),
+        # Else MKL takes fewer threads when it sees fit, and sums in another order.
+        "MKL_DYNAMIC": "FALSE",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
         # glibc gives the threads of each save arenas of their own, of which it returns little.
         "MALLOC_ARENA_MAX": "1",

@@ -40,6 +40,11 @@ def _log_torch() -> None:
             logger.propagate = True
 
 
+def _fix_arithmetic() -> None:
+    """Have MKL, which reads this when it is loaded, give the same bits in every process: else it promises none."""
+    os.environ.setdefault("MKL_CBWR", "AVX2")
+
+
 def main(run_dir: str) -> int:
     """Train the last stage of the run.
 
@@ -57,6 +62,8 @@ def main(run_dir: str) -> int:
     try:
         run = Run(Path(run_dir))
         _set_up_logging(run.path, rank, QUIET in os.environ)
+        if run.recipe.training.deterministic:
+            _fix_arithmetic()
         from lighthouse_core.titan import train
 
         _log_torch()

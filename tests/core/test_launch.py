@@ -116,7 +116,7 @@ def test_argv():
 def test_environment(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     found = environment(Plan(3), {"PYTHONPATH": "a:b", "X": "1"}, Path("/e"))
-    assert found["OMP_NUM_THREADS"] == "2"
+    assert found["OMP_NUM_THREADS"] == "2" and found["MKL_DYNAMIC"] == "FALSE"
     assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_JOB"]) == ("a:b", "1", "/e")
     assert environment(Plan(30), {}, Path("/e"))["OMP_NUM_THREADS"] == "1"
     assert environment(Plan(3), {"OMP_NUM_THREADS": "7"}, Path("/e"))["OMP_NUM_THREADS"] == "7"
