@@ -1,22 +1,65 @@
-"""lighthouse profile: what one attention call costs on this machine."""
+"""lighthouse profile: what attention, a training step and a selection cost here, and which settings to train with."""
 
+import contextlib
 import json
+import shutil
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _output
+from lighthouse_cli import _complete, _options, _output
+
+if TYPE_CHECKING:
+    from lighthouse_core.profile.report import Report
+
+# Whose model --tune plans for where no recipe is named.
+_MODEL = "530m_98k"
 
 
 def profile(
-    seq: Annotated[int, typer.Option("--seq", metavar="N", help="Sequence length in tokens.")],
+    seq: Annotated[
+        str, typer.Option("--seq", metavar="N[,N...]", help="Lengths in tokens: one attention call, beside dense ones.")
+    ] = "",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="A training step of it: a file, or a name of `lighthouse recipes list`.",
+            autocompletion=_complete.recipes,
+        ),
+    ] = "",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search pooling, levels and topk for --recipe (or 530m_98k) at --seq.")
+    ] = False,
+    selection: Annotated[
+        str,
+        typer.Option(
+            "--selection",
+            metavar="RUN",
+            help="What a run, or one of its checkpoints/step-N, selects.",
+            autocompletion=_complete.checkpoints,
+        ),
+    ] = "",
     pooling: Annotated[int | None, typer.Option("--pooling", metavar="P", help="Pooling factor.")] = None,
     levels: Annotated[int | None, typer.Option("--levels", metavar="L", help="Pyramid levels.")] = None,
     topk: Annotated[int | None, typer.Option("--topk", metavar="K", help="Parents expanded per level.")] = None,
     tile_parents: Annotated[
         int, typer.Option("--tile-parents", metavar="M", help="Parents chosen in each tile.")
     ] = 128,
+    scorer: Annotated[str, typer.Option("--scorer", help="norm, random or block.")] = "norm",
+    method: Annotated[
+        str, typer.Option("--method", help="pyramid, chunked, sliding or compressed; see lighthouse.method.")
+    ] = "pyramid",
+    window: Annotated[int, typer.Option("--window", metavar="W", help="Tokens; see lighthouse.window.")] = 0,
+    backend: Annotated[str, typer.Option("--backend", help="Of the stages: auto, triton or reference.")] = "auto",
+    dense_backend: Annotated[
+        str, typer.Option("--dense-backend", help="Inside the call: auto, fa4, cudnn, flash or math.")
+    ] = "auto",
     heads: Annotated[int, typer.Option("--heads", help="Query heads.")] = 8,
     kv_heads: Annotated[
         int | None, typer.Option("--kv-heads", help="Key/value heads; as many as heads by default.")
@@ -26,59 +69,172 @@ def profile(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="bfloat16 on a GPU, else float32."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the JSON file goes.")] = Path("profiles"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    floor: Annotated[
+        float, typer.Option("--floor", metavar="F", help="--tune: least share of the tokens at level 0.")
+    ] = 0.0625,
+    sequences: Annotated[int, typer.Option("--sequences", metavar="B", help="--selection: held-out sequences.")] = 4,
+    settings: _options.Settings = None,
+    nproc: _options.Nproc = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Of the report; a new one in profiles/ by default.")
+    ] = None,
+    quiet: _options.Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
 ) -> None:
-    """Time Lighthouse attention against dense attention."""
+    """Measure on this machine: an attention call, a training step, settings to train with, or a run's selection."""
+    from lighthouse_core.errors import UserError
+
+    _output.set_quiet(quiet)
+    lengths = _lengths(seq) if seq else []
+    kinds = {"--selection": selection, "--recipe": recipe or tune, "--seq": seq}
+    asked = [name for name, given in kinds.items() if given]
+    if not asked or (selection and len(asked) > 1) or (recipe and seq and not tune):
+        raise UserError(
+            f"profile takes one of --seq, --recipe and --selection, not {' and '.join(asked) or 'none'}",
+            hint="lighthouse profile --seq 98304 is one attention call; --tune takes --recipe and --seq together",
+        )
+    if settings and not (recipe or tune):
+        raise UserError("--set changes the recipe that --recipe names")
+    if selection:
+        _selection(selection, sequences, out, as_json)
+    elif tune or recipe:
+        if len(lengths) > 1:
+            raise UserError(f"--tune takes one length, not {seq}")
+        overrides = [*(settings or ()), *(f"training.seq_len={n}" for n in lengths)]
+        _recipe(recipe or _MODEL, overrides, tune, floor, nproc, out, as_json)
+    else:
+        given = {"pooling": pooling, "levels": levels, "topk": topk}
+        fixed = {
+            "tile_parents": tile_parents,
+            "scorer": scorer,
+            "method": method,
+            "window": window,
+            "backend": backend,
+            "dense_backend": dense_backend,
+        }
+        configs = {n: _config(n, given, fixed) for n in lengths}
+        _attention(configs, (heads, heads if kv_heads is None else kv_heads, head_dim, dtype), out, as_json)
+
+
+def _lengths(seq: str) -> list[int]:
+    from lighthouse_core.errors import UserError
+
+    try:
+        lengths = sorted({int(part) for part in seq.split(",")})
+    except ValueError:
+        raise UserError(f"--seq takes numbers of tokens with commas between them, not {seq!r}") from None
+    if lengths[0] < 1:
+        raise UserError(f"--seq must be at least 1, not {lengths[0]}")
+    return lengths
+
+
+def _config(tokens: int, given: dict[str, int | None], fixed: dict):
     from lighthouse_core.attention.config import LighthouseConfig
     from lighthouse_core.errors import UserError
     from lighthouse_core.estimate import profile_defaults
 
-    if seq < 1:
-        raise UserError(f"--seq must be at least 1, not {seq}")
-    given = (pooling, levels, topk)
-    p, L, k = (default if value is None else value for value, default in zip(given, profile_defaults(seq), strict=True))
+    defaults = dict(zip(given, profile_defaults(tokens), strict=True))
+    chosen = {key: defaults[key] if value is None else value for key, value in given.items()}
     try:
-        config = LighthouseConfig(pooling=p, levels=L, topk=k, tile_parents=tile_parents)
+        config = LighthouseConfig(**chosen, **fixed)
     except ValueError as error:
         raise UserError(str(error)) from None
-    _output.say(f"N = {seq}, pooling {p}, levels {L}, topk {k}")
+    what = "pooling {pooling}, levels {levels}, topk {topk}".format(**chosen)
+    if config.method != "pyramid":
+        what = f"{config.method}, window {config.window}"
+    _output.say(f"N = {tokens}: {what}")
+    return config
 
+
+def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path | None, as_json: bool) -> None:
+    from lighthouse_core.errors import UserError
+
+    heads, kv_heads, head_dim, dtype = shape
+    for tokens in configs:
+        if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
+            raise UserError(
+                f"no attention call has N = {tokens}, {heads} heads, {kv_heads} KV heads and D = {head_dim}"
+            )
+    from lighthouse_core.profile import run
+    from lighthouse_core.profile.work import Shape
+
+    number = dtype or ("bfloat16" if run.device().type == "cuda" else "float32")
+    shapes = [(Shape(tokens, heads, kv_heads, head_dim, number), cfg) for tokens, cfg in configs.items()]
+    columns = 0 if as_json else shutil.get_terminal_size((100, 24)).columns
+    colour = sys.stdout.isatty() and _output.can_redraw()
+    with _folder(out, f"attention-{max(configs)}") as folder:
+        report, plot = run.attention(shapes, folder, _output.say, columns=columns, colour=colour)
+        _finish(report, folder, as_json, plot)
+
+
+def _recipe(
+    name: str, overrides: list[str], tune: bool, floor: float, nproc: str, out: Path | None, as_json: bool
+) -> None:
+    from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.launch import plan
+
+    path = find_recipe(name)
+    resolved = load_recipe(path, overrides)
+    if not 0 < floor < 1:
+        raise UserError(f"--floor must lie between 0 and 1, not {floor}")
+    processes = plan(nproc).nproc
     from lighthouse_core.profile import run
 
-    report = run(seq, config, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype).as_json()
-    text = json.dumps(report, indent=1)
-    file = out / f"profile-{seq}.json"
+    with _folder(out, f"{'tune' if tune else 'step'}-{path.stem}") as folder:
+        if tune:
+            report = run.tune(path, resolved, overrides, floor, folder, processes, _output.say)
+        else:
+            report = run.step(path, resolved, overrides, folder, processes, _output.say)
+        _finish(report, folder, as_json)
+
+
+def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> None:
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.runs import find_run
+
+    if sequences < 1:
+        raise UserError(f"--sequences must be at least 1, not {sequences}")
+    path = Path(target).resolve()
+    if not path.name.startswith("step-"):
+        path = find_run(target).path
+    from lighthouse_core.profile import run
+
+    with _folder(out, f"selection-{path.name}") as folder:
+        _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None, name: str) -> Iterator[Path]:
+    """Where the report goes, made; an empty one is not left behind."""
+    from lighthouse_core.profile.report import prepare
+
+    folder = out or Path("profiles") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    prepare(folder)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}", hint="choose another --out") from None
+        yield folder
+    finally:
+        for empty in (folder, folder.parent):
+            # It holds something, or is the working directory.
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+def _finish(report: "Report", folder: Path, as_json: bool, plot: str | None = None) -> None:
+    """Write the report and show it."""
+    from lighthouse_core.profile.report import Table, roof_line
+
+    report.write(folder)
     if as_json:
-        _output.data(text)
+        _output.data(json.dumps(report.as_json(), indent=1))
     else:
-        _show(report)
-    _output.say(f"written to {file}")
-
-
-def _show(report: dict) -> None:
-    settings, machine = report["settings"], report["machine"]
-    rows = []
-    for timing in [*report["stages"], *report["calls"]]:
-        forward, backward, peak = timing["forward_ms"], timing["backward_ms"], report["peak_gib"].get(timing["name"])
-        rows.append(
-            (
-                timing["name"],
-                f"{forward:.2f}",
-                "-" if backward is None else f"{backward:.2f}",
-                f"{forward + (backward or 0.0):.2f}",
-                "-" if peak is None else f"{peak:.2f}",
-            )
-        )
-    title = f"N = {settings['seq']}, S = {settings['gathered_length']}, {settings['dtype']}, {machine['device']}"
-    _output.table(title, ("what", "forward ms", "backward ms", "sum ms", "peak GiB"), rows)
-    speedup = report["speedup"]
-    _output.say(
-        f"against dense: {speedup['forward']:.2f}x forward, {speedup['forward_backward']:.2f}x forward and backward; "
-        f"resident memory {report['resident_gib']:.2f} GiB"
-    )
+        if report.roof:
+            _output.say(roof_line(report.roof))
+        for part in report.parts:
+            if isinstance(part, Table):
+                _output.table(part.title, part.columns, part.rows, text_columns=part.text_columns)
+            else:
+                _output.data(part)
+        if plot:
+            _output.data(plot)
+    _output.final(f"written to {folder}")

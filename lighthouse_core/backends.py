@@ -59,6 +59,20 @@ def window_scores(
     )
 
 
+def norm_scores(q: "torch.Tensor", k: "torch.Tensor", g: Geometry) -> "tuple[torch.Tensor, torch.Tensor]":
+    """(s_Q, s_K) of the scorer `norm`, each [B, Hkv, M] float32, in plain PyTorch. To be looked at: the scores that
+    another backend selects by may be rounded otherwise.
+
+    Args:
+        q: [B, N, H, D].
+        k: [B, N, Hkv, D].
+        g: the pyramid.
+    """
+    from lighthouse_kernels.pyramid import reference
+
+    return reference.norm_scores(q, k, g)
+
+
 def uniform(key: "torch.Tensor", batch: int, heads: int, index: "torch.Tensor") -> "torch.Tensor":
     """What content-free scorers draw, in [0, 1), [B, heads, len(index)]: see lighthouse_kernels.pyramid.random."""
     from lighthouse_kernels.pyramid.random import uniform as draw

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from lighthouse_core import figures
 from lighthouse_core.estimate import flops_per_token
-from lighthouse_core.evaluate import figures
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import read_rows
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from lighthouse_core import figures
 from lighthouse_core.attention.module import dense_for_now
 from lighthouse_core.data.build import DataSettings
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.errors import DataError, UserError
-from lighthouse_core.evaluate import figures
 from lighthouse_core.evaluate.leak import leak
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
 from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
@@ -67,7 +67,7 @@ def evaluate(
         raise UserError(f"a context of {context} tokens must be even and below the length of {tokens}")
     if "switch" in measures and subject.model is None:
         raise UserError("only a checkpoint of stage 1 has a switch before it")
-    text = _held_out(data, subject, tokens, max(sequences, 2))
+    text = held_out(data, subject, tokens, max(sequences, 2))
     try:
         return _measure(subject, data, text, sequences, context, trials, measures, say)
     except torch.OutOfMemoryError as error:
@@ -152,7 +152,7 @@ def _one_by_one(subject: Subject):
     return losses
 
 
-def _held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
+def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
     """[B, N] int64 of the validation split, none twice: every sixteenth sequence, or more of them where these are too
     few. The same for all models of a tokenizer."""
     # Not every tokenizer's samples can be shuffled.

@@ -1,5 +1,1 @@
-"""Times one attention call, stage by stage, against dense attention on this machine."""
-
-from lighthouse_core.profile.attention import Profile, run
-
-__all__ = ["Profile", "run"]
+"""What attention, a training step and a selection cost on this machine, and which settings to train with."""

@@ -1,8 +1,7 @@
-"""The attention call taken apart: each stage forward and backward, the whole call, and dense attention."""
+"""The attention call taken apart: each stage forward and backward, the whole call, and every dense kernel there is."""
 
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,164 +9,253 @@ from torch import Tensor
 
 from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
 from lighthouse_core.backends import geometry, kernels
-from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.profile.timing import host_memory, median_ms, peak_gib, resident_gib
+from lighthouse_core.errors import UserError
+from lighthouse_core.profile.check import check_call, random_inputs
+from lighthouse_core.profile.dense import Kernel, dense_kernels
+from lighthouse_core.profile.machine import Roof, memory
+from lighthouse_core.profile.timing import Sample, measure, peak_gib, resident_gib
+from lighthouse_core.profile.work import Shape, Work, stage_work
 
-SCHEMA = 1
-_CHECK_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One row: milliseconds forward and, where there is a gradient, backward."""
-
-    name: str
-    forward_ms: float
-    backward_ms: float | None
-
-    @property
-    def total_ms(self) -> float:
-        return self.forward_ms + (self.backward_ms or 0.0)
+# A dense call forward and backward that would take longer is worked out from a shorter one.
+LIMIT_MS = 10_000.0
+# Of the shorter one.
+_FRACTION = 8
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What `run` measured.
+class Pass:
+    """One stage in one direction.
 
     Attributes:
-        settings: the shape and the attention settings.
-        machine: device, threads and versions.
-        checks: what was compared before anything was timed, with the figure seen.
-        stages: the stages of the Lighthouse call.
-        calls: the whole Lighthouse call and dense attention.
-        peak_gib: peak device memory of a forward and backward of each call; None on the CPU.
+        ms: measured.
+        gigabytes: that it has to move at least; None where that is not known.
+        gigaflops: that it has to compute; 0 where memory is the limit.
+        of_roof: fraction of the copy rate, or of the rate of a matrix product, that this is.
+    """
+
+    ms: Sample
+    gigabytes: float | None
+    gigaflops: float
+    of_roof: float | None
+
+    @classmethod
+    def of(cls, ms: Sample, work: Work | None, roof: Roof) -> "Pass":
+        if work is None:
+            return cls(ms, None, 0.0, None)
+        seconds = ms.median / 1e3
+        least = work.flops / roof.flops_per_second if work.flops else work.bytes / roof.bytes_per_second
+        return cls(ms, work.bytes / 1e9, work.flops / 1e9, least / seconds)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the call."""
+
+    name: str
+    forward: Pass
+    backward: Pass | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A whole attention call.
+
+    Attributes:
+        name: short.
+        label: what it is.
+        forward_ms: without gradients.
+        both_ms: forward and backward.
+        peak_gib: of device memory, forward and backward, with inputs and gradients; None on the CPU.
+        extrapolated: worked out, by the square of the length, from a call on this many tokens; 0 for a measured one.
+    """
+
+    name: str
+    label: str
+    forward_ms: Sample
+    both_ms: Sample
+    peak_gib: float | None
+    extrapolated: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionProfile:
+    """One shape, measured.
+
+    Attributes:
+        settings: the shape and the attention settings, `gathered_length` among them where the method has one.
+        checks: relative errors of what is timed, seen before it was timed.
+        stages: of the Lighthouse call.
+        lighthouse: the whole call.
+        dense: every dense kernel that takes such inputs, fastest first.
+        absent: why others are not there.
         resident_gib: largest resident memory of the process.
-        speedup: dense time over Lighthouse time, `forward` and `forward_backward`.
     """
 
     settings: dict[str, Any]
-    machine: dict[str, Any]
     checks: dict[str, float]
-    stages: list[Timing]
-    calls: list[Timing]
-    peak_gib: dict[str, float | None]
+    stages: list[Stage]
+    lighthouse: Call
+    dense: list[Call]
+    absent: dict[str, str]
     resident_gib: float
-    speedup: dict[str, float]
-    schema: int = field(default=SCHEMA)
+    speedup: dict[str, dict[str, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ours = self.lighthouse
+        speedup = {
+            call.name: {
+                "forward": call.forward_ms.median / ours.forward_ms.median,
+                "forward_backward": call.both_ms.median / ours.both_ms.median,
+            }
+            for call in self.dense
+        }
+        object.__setattr__(self, "speedup", speedup)
+
+    @property
+    def tokens(self) -> int:
+        return self.settings["seq"]
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
         return asdict(self)
 
 
-def _relative_error(got: Tensor, exact: Tensor) -> float:
-    return ((got.float() - exact).norm() / exact.norm()).item()
-
-
-def _check(cfg: LighthouseConfig, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device):
-    """Compare both calls, at a smaller size, with plain PyTorch in float32; raise if they disagree."""
-    cfg = replace(cfg, topk=cfg.tile_parents)
-    coarsest = cfg.pooling ** (cfg.levels - 1)
-    # Long enough for the selection to leave something out.
-    tokens = 2 * cfg.topk * ((cfg.levels - 1) * cfg.pooling + coarsest)
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, tokens, h, dim, device=device, dtype=dtype, generator=generator)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    key = torch.zeros(3, dtype=torch.int64, device=device)
-    plain = replace(cfg, backend="reference", dense_backend="math")
-    scores = tuple(x.float().norm(dim=-1) for x in (q, k))
-    if not torch.equal(select_indices(q, k, cfg, scores=scores), select_indices(q, k, plain, scores=scores)):
-        raise LighthouseError("the selection is not that of plain PyTorch: nothing was timed")
-    indices = select_indices(q, k, cfg, key=key)
-    exact = lighthouse_attention(q.float(), k.float(), v.float(), plain, indices=indices)
-    short = slice(_CHECK_TOKENS)
-    checks = {
-        "lighthouse_relative_error": _relative_error(lighthouse_attention(q, k, v, cfg, key=key), exact),
-        "dense_relative_error": _relative_error(
-            dense_attention(q[:, short], k[:, short], v[:, short], backend=cfg.dense_backend),
-            dense_attention(*(x[:, short].float() for x in (q, k, v)), backend="math"),
-        ),
-    }
-    # A few roundings to the dtype; float32 itself sums in another order.
-    bound = max(4 * torch.finfo(dtype).eps, 1e-5)
-    for name, error in checks.items():
-        if not error <= bound:
-            raise LighthouseError(f"{name} is {error:.2e}, above {bound:.0e}: nothing was timed")
-    return checks
-
-
-def _time(call: Callable[..., Any], inputs: tuple[Tensor, ...], name: str, **timing) -> Timing:
-    """Time `call` on `inputs` forward, and backward through whatever of its result carries a gradient."""
-    forward = median_ms(lambda: call(*inputs), **timing)
-    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
-    result = call(*leaves)
-    outputs = tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x.requires_grad)
-    if not outputs:
-        return Timing(name, forward, None)
-    wanted = tuple(x for x in leaves if x.requires_grad)
-    gradients = tuple(torch.randn_like(x) for x in outputs)
-    backward = median_ms(
-        lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True), **timing
-    )
-    return Timing(name, forward, backward)
-
-
-def run(
-    seq: int,
-    cfg: LighthouseConfig,
-    *,
-    heads: int = 8,
-    kv_heads: int | None = None,
-    head_dim: int = 128,
-    dtype: str | None = None,
-    repeats: int = 5,
-    budget: float = 10.0,
-) -> Profile:
-    """Time one Lighthouse attention call, stage by stage, beside dense attention, on random data, batch 1.
-
-    Args:
-        seq: sequence length N in tokens.
-        cfg: settings of the call.
-        heads: query heads H.
-        kv_heads: key/value heads; `heads` by default.
-        head_dim: D.
-        dtype: `float32`, `bfloat16` or `float16`; bfloat16 on a GPU and float32 on the CPU by default.
-        repeats: timed calls a row; the median is kept.
-        budget: seconds a row may take before no further call is begun.
+def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> None:
+    """Raise before anything is allocated.
 
     Raises:
-        UserError: for shapes that make no call, or a selection no shorter than the sequence.
-        LighthouseError: when what is timed disagrees with a slower way to the same result.
+        UserError: for shapes that make no call, a selection no shorter than the sequence, or too little memory.
     """
-    kv_heads = kv_heads or heads
-    if min(seq, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
-        raise UserError(f"no attention call has N = {seq}, {heads} heads, {kv_heads} KV heads and D = {head_dim}")
-    g = geometry(seq, cfg)
-    if g.dense:
+    if min(shape.tokens, shape.heads, shape.kv_heads, shape.head_dim) < 1 or shape.heads % shape.kv_heads:
         raise UserError(
-            f"at N = {seq} this selection would hold {g.selected_length} entries, so the call would be dense",
-            hint=f"use --seq above {g.selected_length}, a smaller --topk, or more --levels",
+            f"no attention call has N = {shape.tokens}, {shape.heads} heads, {shape.kv_heads} KV heads and "
+            f"D = {shape.head_dim}"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    number = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    # q, k, v, their gradients, the pyramids and the outputs of both calls.
-    needed = 16 * seq * (heads + kv_heads) * head_dim * number.itemsize
-    there = torch.cuda.mem_get_info()[0] if device.type == "cuda" else host_memory()
+    if cfg.method == "pyramid":
+        try:
+            g = geometry(shape.tokens, cfg)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if g.dense:
+            raise UserError(
+                f"at N = {shape.tokens} this selection would hold {g.selected_length} entries, so the call would be "
+                "dense",
+                hint=f"use --seq above {g.selected_length}, a smaller --topk, or more --levels",
+            )
+    # Inputs, outputs, their gradients and what a dense kernel keeps are about 8 rows; plain PyTorch, 16.
+    rows = 8 if device.type == "cuda" and cfg.backend != "reference" else 16
+    needed, there = rows * shape.tokens * shape.row, memory(device)
     if needed > there:
-        raise UserError(f"N = {seq} needs about {needed / 2**30:.0f} GiB, and {there / 2**30:.0f} GiB are there")
-    checks = _check(cfg, heads, kv_heads, head_dim, number, device)
+        raise UserError(
+            f"N = {shape.tokens} needs about {needed / 2**30:.0f} GiB, and this machine has {there / 2**30:.0f}",
+            hint="use a smaller --seq, or fewer --heads: the times of heads add up",
+        )
 
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, seq, h, head_dim, device=device, dtype=number, generator=generator)
-        for h in (heads, kv_heads, kv_heads)
-    )
+
+def profile_call(
+    name: str,
+    label: str,
+    call: Callable[..., Tensor],
+    shape: Shape,
+    device: torch.device,
+    repeats: int,
+) -> Call:
+    """Time a call, forward and with its gradients, on random inputs of this shape."""
+    *qkv, grad = random_inputs(shape, device)
+    leaves = [x.requires_grad_() for x in qkv]
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(*leaves), leaves, grad)
+
+    with torch.no_grad():
+        forward = measure(lambda: call(*leaves), device, repeats=repeats)
+    return Call(name, label, forward, measure(both, device, repeats=repeats), peak_gib(both, device))
+
+
+def profile_attention(
+    shape: Shape,
+    cfg: LighthouseConfig,
+    roof: Roof,
+    device: torch.device,
+    *,
+    before: Mapping[str, Call] | None = None,
+    before_tokens: int = 0,
+    repeats: int = 20,
+) -> AttentionProfile:
+    """Time one attention call, stage by stage, beside every dense kernel, on random data, batch 1.
+
+    Args:
+        shape: of the call.
+        cfg: its settings.
+        roof: of this machine.
+        device: a GPU, or the CPU.
+        before: dense calls of a shorter sequence, by name, from which long ones are worked out.
+        before_tokens: its length.
+        repeats: timed calls at most.
+
+    Raises:
+        UserError: see `check_size`.
+        LighthouseError: what would be timed disagrees with plain PyTorch.
+    """
+    check_size(shape, cfg, device)
+    checks = check_call(shape, cfg, device)
+    dtype = getattr(torch, shape.dtype)
+    there, absent, errors = dense_kernels(device, dtype, shape.heads, shape.kv_heads, shape.head_dim)
+    checks |= {f"dense {name}": error for name, error in errors.items()}
+    stages = _stages(shape, cfg, roof, device, repeats) if cfg.method == "pyramid" and not cfg.window else []
     key = torch.zeros(3, dtype=torch.int64, device=device)
-    ops = kernels(cfg.backend, device.type, number)
-    timing = {"device": device, "repeats": repeats, "budget": budget}
 
+    def lighthouse(*x: Tensor) -> Tensor:
+        return lighthouse_attention(*x, cfg, key=key)
+
+    ours = profile_call("lighthouse", f"Lighthouse attention, {cfg.method}", lighthouse, shape, device, repeats)
+    dense = [_dense(kernel, shape, device, repeats, (before or {}).get(kernel.name), before_tokens) for kernel in there]
+    settings = {"batch": 1, "seq": shape.tokens, **asdict(shape), **asdict(cfg)}
+    del settings["tokens"]
+    if cfg.method == "pyramid":
+        settings["gathered_length"] = geometry(shape.tokens, cfg).gathered_length
+    return AttentionProfile(
+        settings=settings,
+        checks=checks,
+        stages=stages,
+        lighthouse=ours,
+        dense=sorted(dense, key=lambda call: call.both_ms.median),
+        absent=absent,
+        resident_gib=resident_gib(),
+    )
+
+
+def _dense(
+    kernel: Kernel, shape: Shape, device: torch.device, repeats: int, before: Call | None, before_tokens: int
+) -> Call:
+    """A dense kernel, measured; worked out from a shorter call where it would take over LIMIT_MS."""
+    if before is None:
+        before_tokens = max(1, shape.tokens // _FRACTION)
+        short = Shape(before_tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype)
+        before = profile_call(kernel.name, kernel.label, kernel.call, short, device, 3)
+    longer = shape.tokens / before_tokens
+    if before.both_ms.median * longer**2 <= LIMIT_MS:
+        return profile_call(kernel.name, kernel.label, kernel.call, shape, device, repeats)
+    return Call(
+        kernel.name,
+        kernel.label,
+        _scaled(before.forward_ms, longer**2),
+        _scaled(before.both_ms, longer**2),
+        None if before.peak_gib is None else before.peak_gib * longer,
+        before.extrapolated or before_tokens,
+    )
+
+
+def _scaled(sample: Sample, factor: float) -> Sample:
+    return Sample(sample.median * factor, sample.p10 * factor, sample.p90 * factor, sample.calls)
+
+
+def _stages(shape: Shape, cfg: LighthouseConfig, roof: Roof, device: torch.device, repeats: int) -> list[Stage]:
+    """Every stage on what the one before it gives."""
+    q, k, v, _ = random_inputs(shape, device)
+    g = geometry(shape.tokens, cfg)
+    key = torch.zeros(3, dtype=torch.int64, device=device)
+    ops = kernels(cfg.backend, device.type, q.dtype)
     by_norm = cfg.scorer == "norm"
     pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
     selection = ops.given(select_indices(q, k, cfg, key=key), g)
@@ -178,60 +266,46 @@ def run(
         return ops.gather(q, k, v, pyramid._replace(q=pooled[0], k=pooled[1], v=pooled[2]), selection, g)
 
     def select(*x: Tensor) -> Tensor:
-        if by_norm:
-            return ops.select(pyramid.scores, g).indices
-        return select_indices(*x, cfg, key=key)
+        return ops.select(pyramid.scores, g).indices if by_norm else select_indices(*x, cfg, key=key)
 
-    stages = [
-        _time(lambda *x: tuple(ops.pyramid(*x, g, scored=by_norm)[:3]), (q, k, v), "pyramid + score", **timing),
-        _time(select, (q, k), "select", **timing),
-        _time(gather, (q, k, v, *pyramid[:3]), "gather", **timing),
-        _time(lambda *x: dense_attention(*x, backend=cfg.dense_backend), gathered, "dense call on S", **timing),
-        _time(lambda x: ops.scatter(x, selection, g), (rows,), "scatter", **timing),
-    ]
-    # Let go of them before the memory of whole calls is measured.
-    pyramid = gathered = rows = None
-
-    def lighthouse(*x: Tensor) -> Tensor:
-        return lighthouse_attention(*x, cfg, key=key)
-
-    def dense(*x: Tensor) -> Tensor:
-        return dense_attention(*x, backend=cfg.dense_backend)
-
-    def both_ways(call: Callable[..., Tensor]) -> None:
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        call(*leaves).sum().backward()
-
-    calls = [_time(lighthouse, (q, k, v), "lighthouse", **timing), _time(dense, (q, k, v), "dense", **timing)]
-    peaks = {
-        name: peak_gib(lambda c=c: both_ways(c), device) for name, c in (("lighthouse", lighthouse), ("dense", dense))
+    calls = {
+        "pyramid + score": (lambda *x: tuple(ops.pyramid(*x, g, scored=by_norm)[:3]), (q, k, v)),
+        "select": (select, (q, k)),
+        "gather": (gather, (q, k, v, *pyramid[:3])),
+        "dense call": (lambda *x: dense_attention(*x, backend=cfg.dense_backend), gathered),
+        "scatter": (lambda x: ops.scatter(x, selection, g), (rows,)),
     }
-    return Profile(
-        settings={
-            "batch": 1,
-            "seq": seq,
-            "gathered_length": g.gathered_length,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "dtype": str(number).removeprefix("torch."),
-            **asdict(cfg),
-        },
-        machine={
-            "device": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        checks=checks,
-        stages=stages,
-        calls=calls,
-        peak_gib=peaks,
-        resident_gib=resident_gib(),
-        speedup={
-            "forward": calls[1].forward_ms / calls[0].forward_ms,
-            "forward_backward": calls[1].total_ms / calls[0].total_ms,
-        },
+    work = stage_work(shape, cfg)
+    stages = []
+    for name, (call, inputs) in calls.items():
+        forward, backward = _both_passes(call, inputs, device, repeats)
+        works = work[name]
+        stages.append(
+            Stage(
+                name,
+                Pass.of(forward, works[0], roof),
+                None if backward is None else Pass.of(backward, works[1], roof),
+            )
+        )
+    return stages
+
+
+def _both_passes(
+    call: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device, repeats: int
+) -> tuple[Sample, Sample | None]:
+    """Forward, and backward through whatever of the result carries a gradient; None if nothing does."""
+    with torch.no_grad():
+        forward = measure(lambda: call(*inputs), device, repeats=repeats)
+    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    result = call(*leaves)
+    outputs = tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x.requires_grad)
+    if not outputs:
+        return forward, None
+    wanted = tuple(x for x in leaves if x.requires_grad)
+    gradients = tuple(torch.randn_like(x) for x in outputs)
+    backward = measure(
+        lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True),
+        device,
+        repeats=repeats,
     )
+    return forward, backward

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import TrainingError
+from lighthouse_core.launch import TRACE_FOLDER
 from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
 from lighthouse_core.titan.guard import Guard, NotingUtils
@@ -376,6 +379,10 @@ def train(run: Run) -> None:
             weights = trainer.checkpointer.states[MODEL_STATE].state_dict()
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
             check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
+        if folder := os.environ.get(TRACE_FOLDER):
+            from lighthouse_core.titan.tracing import trace_last_step
+
+            trace_last_step(trainer, Path(folder))
         trainer.train()
     except TrainingError:
         # All processes are here, and one of them may have a checkpoint to publish yet.

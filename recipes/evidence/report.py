@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from lighthouse_core.evaluate import compare, figures
+from lighthouse_core import figures
+from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?

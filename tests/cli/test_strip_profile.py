@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from lighthouse_core.errors import ExportError
+from lighthouse_core.profile.report import Table
 
 
 @pytest.fixture
@@ -65,47 +66,59 @@ def test_a_failed_export_is_a_fault(lighthouse, fake, here):
     assert (answer.code, answer.out, answer.err) == (1, "", "error: logits differ\nhint: keep the checkpoint\n")
 
 
-REPORT = {
-    "settings": {"seq": 4096, "gathered_length": 1280, "dtype": "float32"},
-    "machine": {"device": "cpu"},
-    "stages": [{"name": "select", "forward_ms": 1.5, "backward_ms": None}],
-    "calls": [{"name": "dense", "forward_ms": 1234.5, "backward_ms": 2.0}],
-    "peak_gib": {"dense": None},
-    "resident_gib": 0.5,
-    "speedup": {"forward": 2.0, "forward_backward": 3.0},
-}
-
-
 @pytest.fixture
 def profiler(fake):
+    """In place of lighthouse_core.profile.run; what each kind was called with."""
     calls = []
 
-    def run(seq, cfg, **options):
-        calls.append((seq, cfg, options))
-        return SimpleNamespace(as_json=lambda: REPORT)
+    def kind(name):
+        def work(*arguments, **options):
+            calls.append((name, arguments, options))
+            report = _Report([Table("Stages", ("stage", "ms"), [("select", "1.50")]), "Checked."])
+            return (report, "a plot") if name == "attention" else report
 
-    fake("lighthouse_core.profile", run=run)
+        return work
+
+    class _Report:
+        roof = None
+
+        def __init__(self, parts):
+            self.parts = parts
+
+        def as_json(self):
+            return {"schema": 2}
+
+        def write(self, folder):
+            (folder / "report.md").write_text("# it\n")
+
+    kinds = {name: kind(name) for name in ("attention", "step", "tune", "selection")}
+    fake("lighthouse_core.profile.run", device=lambda: SimpleNamespace(type="cpu"), **kinds)
     return calls
 
 
-def test_profile_prints_a_table_and_writes_json(lighthouse, profiler, here):
-    answer = lighthouse("profile", "--seq", "4096", "--heads", "4", "--kv-heads", "2", "--dtype", "bfloat16")
+def test_profile_shows_a_table_and_writes_a_report(lighthouse, profiler, here):
+    answer = lighthouse("profile", "--seq", "4096,1024", "--heads", "4", "--kv-heads", "2", "--dtype", "bfloat16")
     assert answer.code == 0
-    rows = [line.split() for line in answer.out.splitlines() if line.strip()]
-    assert ["select", "1.50", "-", "1.50", "-"] in rows
-    assert ["dense", "1234.50", "2.00", "1236.50", "-"] in rows
-    assert "\x1b" not in answer.out
-    assert json.loads((here / "profiles/profile-4096.json").read_text()) == REPORT
-    assert profiler[0][0] == 4096
-    assert profiler[0][2] == {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    assert ["select", "1.50"] in [line.split() for line in answer.out.splitlines()]
+    assert "Checked.\na plot\n" in answer.out and "\x1b" not in answer.out
+    (folder,) = (here / "profiles").iterdir()
+    assert folder.name.startswith("attention-4096-") and (folder / "report.md").is_file()
+    assert answer.err.splitlines()[-1] == f"written to profiles/{folder.name}"
+    ((name, (shapes, where, _), _),) = profiler
+    assert name == "attention" and where == Path("profiles", folder.name)
+    assert [(shape.tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype) for shape, _ in shapes] == [
+        (1024, 4, 2, 128, "bfloat16"),
+        (4096, 4, 2, 128, "bfloat16"),
+    ]
 
 
 def test_profile_prints_json_when_asked(lighthouse, profiler, here):
     answer = lighthouse("profile", "--seq", "4096", "--json", "--out", "elsewhere/deep")
-    assert json.loads(answer.out) == REPORT
-    assert (here / "elsewhere/deep/profile-4096.json").is_file()
+    assert json.loads(answer.out) == {"schema": 2}
+    assert (here / "elsewhere/deep/report.md").is_file()
     (here / "file").touch()
-    assert "cannot write" in lighthouse("profile", "--seq", "4096", "--json", "--out", "file").err
+    answer = lighthouse("profile", "--seq", "4096", "--json", "--out", "file")
+    assert (answer.code, answer.out) == (2, "") and "file is there and is no report" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -122,8 +135,61 @@ def test_profile_prints_json_when_asked(lighthouse, profiler, here):
         (["--seq", "98304", "--topk", "256"], (4, 3, 256)),
     ],
 )
-def test_profile_defaults_follow_the_length(lighthouse, profiler, arguments, expected):
+def test_profile_defaults_follow_the_length(lighthouse, profiler, here, arguments, expected):
     answer = lighthouse("profile", *arguments)
-    cfg = profiler[0][1]
+    ((_, cfg),) = profiler[0][1][0]
     assert (cfg.pooling, cfg.levels, cfg.topk) == expected
     assert "pooling {}, levels {}, topk {}".format(*expected) in answer.err
+
+
+def test_profile_takes_the_settings_of_other_methods(lighthouse, profiler, here):
+    settings = ["--method", "chunked", "--window", "512", "--dense-backend", "flash", "--backend", "reference"]
+    answer = lighthouse("profile", "--seq", "4096", *settings)
+    ((_, cfg),) = profiler[0][1][0]
+    assert (cfg.method, cfg.window, cfg.dense_backend, cfg.backend) == ("chunked", 512, "flash", "reference")
+    assert "chunked, window 512" in answer.err
+
+
+def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here):
+    lighthouse("profile", "--recipe", "quickstart", "--set", "training.steps=9")
+    lighthouse("profile", "--tune", "--recipe", "quickstart", "--seq", "4096", "--floor", "0.125", "--nproc", "1")
+    lighthouse("profile", "--tune")
+    (here / "runs/a/checkpoints/step-4").mkdir(parents=True)
+    (here / "runs/a/recipe.toml").touch()
+    (here / "runs/a/ledger.json").write_text('{"version": 1, "stages": [{"stage": "dense", "start": 0, "end": 1}]}')
+    lighthouse("profile", "--selection", "a", "--sequences", "2")
+    lighthouse("profile", "--selection", "runs/a/checkpoints/step-4")
+    names = [name for name, _, _ in profiler]
+    assert names == ["step", "tune", "tune", "selection", "selection"]
+    path, recipe, settings, *_ = profiler[0][1]
+    assert (path.stem, recipe.training.steps, settings) == ("quickstart", 9, ["training.steps=9"])
+    path, recipe, settings, floor, _, nproc, _ = profiler[1][1]
+    assert (path.stem, recipe.training.seq_len, floor, nproc) == ("quickstart", 4096, 0.125, 1)
+    assert settings == ["training.seq_len=4096"]
+    assert profiler[2][1][0].stem == "530m_98k"
+    assert (profiler[3][1][0].name, profiler[3][1][1]) == ("a", 2)
+    assert profiler[4][1][0] == (here / "runs/a/checkpoints/step-4").resolve()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "takes one of --seq, --recipe and --selection, not none"),
+        (["--seq", "4096", "--selection", "a"], "not --selection and --seq"),
+        (["--recipe", "quickstart", "--seq", "4096"], "not --recipe and --seq"),
+        (["--seq", "4096,no"], "--seq takes numbers of tokens with commas between them, not '4096,no'"),
+        (["--seq", "4096,0"], "--seq must be at least 1, not 0"),
+        (["--tune", "--seq", "4096,8192"], "--tune takes one length"),
+        (["--tune", "--floor", "1.5"], "--floor must lie between 0 and 1, not 1.5"),
+        (["--seq", "4096", "--set", "a.b=1"], "--set changes the recipe that --recipe names"),
+        (["--seq", "4096", "--dense-backend", "fa9"], "dense_backend must be one of auto, fa4"),
+        (["--seq", "4096", "--method", "chunked"], "window must be a number of tokens"),
+        (["--seq", "4096", "--heads", "8", "--kv-heads", "3"], "8 heads, 3 KV heads"),
+        (["--selection", "a", "--sequences", "0"], "--sequences must be at least 1"),
+        (["--recipe", "quickstat"], "quickstart"),
+    ],
+)
+def test_profile_refuses_what_makes_no_sense(lighthouse, profiler, here, arguments, words):
+    answer = lighthouse("profile", *arguments)
+    assert (answer.code, answer.out) == (2, "") and words in answer.err
+    assert not profiler and not (here / "profiles").exists()

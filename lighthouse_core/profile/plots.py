@@ -1,0 +1,102 @@
+"""Curves of a sweep: figures by matplotlib, and text by plotext for a terminal far away. Both are extras."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from lighthouse_core import figures
+from lighthouse_core.profile.attention import Call
+from lighthouse_core.profile.sweep import Curve, Sweep
+
+_MARKERS = "oxvs^d*"
+
+
+def _ms(call: Call) -> float | None:
+    return call.both_ms.median
+
+
+def _gib(call: Call) -> float | None:
+    return call.peak_gib
+
+
+def short(tokens: int) -> str:
+    """A length as an axis has it: 98304 is 96K."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def draw(sweep: Sweep, folder: Path) -> list[Path]:
+    """latency and, where memory was measured, memory as PNG and SVG; nothing without matplotlib."""
+    plot = figures.pyplot()
+    if plot is None:
+        return []
+    files = _draw(plot, sweep, _ms, "milliseconds, forward and backward", folder / "latency")
+    if any(_gib(call) for curve in sweep.curves for call in curve.calls):
+        files += _draw(plot, sweep, _gib, "GiB at the peak, forward and backward", folder / "memory")
+    return files
+
+
+def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, path: Path) -> list[Path]:
+    figure, axes = plot.subplots(figsize=(7, 4.5))
+    for number, curve in enumerate(sweep.curves):
+        label = curve.label
+        if value is _ms and curve.law:
+            label += f", slope {curve.law.slope:.2f}"
+        colour = f"C{number}"
+        measured = [(n, value(c)) for n, c in zip(curve.tokens, curve.calls, strict=True) if not c.extrapolated]
+        axes.plot(
+            *zip(*measured, strict=True), marker=_MARKERS[number % 7], color=colour, label=label
+        ) if measured else 0
+        worked_out = _dashed(curve, value)
+        if worked_out:
+            axes.plot(*zip(*worked_out, strict=True), linestyle="--", color=colour, label=None if measured else label)
+    for name, found in sweep.crossovers.items() if value is _ms else ():
+        if found.tokens:
+            axes.axvline(found.tokens, linestyle=":", color="grey", linewidth=1)
+            axes.annotate(f"{found.tokens:,.0f}: {name}", (found.tokens, 0.02), xycoords=("data", "axes fraction"))
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
+    lengths = sweep.curves[0].tokens
+    axes.set_xticks(lengths, [short(n) for n in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(title="dashed: by the square of the length" if any(map(_any_dashed, sweep.curves)) else None)
+    return figures.save(figure, path)
+
+
+def _any_dashed(curve: Curve) -> bool:
+    return any(call.extrapolated for call in curve.calls)
+
+
+def _dashed(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
+    """What was worked out, with the last measured point before it."""
+    pairs = list(zip(curve.tokens, curve.calls, strict=True))
+    first = next((number for number, (_, call) in enumerate(pairs) if call.extrapolated), None)
+    return [] if first is None else [(n, value(call)) for n, call in pairs[max(0, first - 1) :]]
+
+
+def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
+    """The latency plot as text; None without plotext, or for one length."""
+    try:
+        import plotext
+    except ImportError:
+        return None
+    lengths = sweep.curves[0].tokens
+    if len(lengths) < 2:
+        return None
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(min(columns, 100), 22)
+    times = []
+    # On a logarithmic ruler of its own plotext loses points.
+    for number, curve in enumerate(sweep.curves):
+        x, y = [math.log10(n) for n in curve.tokens], [math.log10(_ms(call)) for call in curve.calls]
+        times += y
+        label = curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
+        figure.draw(figure.signal(x, y, marker=_MARKERS[number % 7]).lines(True).label(label))
+    figure.ruler(0).ticks([math.log10(n) for n in lengths], [short(n) for n in lengths])
+    decades = range(math.floor(min(times)), math.ceil(max(times)) + 1)
+    figure.ruler(1).ticks(list(decades), [f"{10.0**n:g}" for n in decades])
+    figure.title("milliseconds, forward and backward, by tokens")
+    return figure.build().string(colorless=not colour)

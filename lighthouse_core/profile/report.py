@@ -1,0 +1,290 @@
+"""A directory that says what was measured: report.md, results.json, figures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighthouse_core.errors import UserError
+from lighthouse_core.profile.attention import AttentionProfile, Pass
+from lighthouse_core.profile.machine import Roof
+from lighthouse_core.profile.selection import SelectionView
+from lighthouse_core.profile.step import StepProfile
+from lighthouse_core.profile.sweep import Sweep
+from lighthouse_core.profile.tune import Advice
+
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a title; the first `text_columns` are words, the others numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a profile says.
+
+    Attributes:
+        title: of the report.
+        kind: `attention`, `step`, `tune` or `selection`.
+        machine: device, processor and versions.
+        parts: tables and sentences, in order.
+        results: for results.json.
+        roof: of the machine, where times are compared with it.
+    """
+
+    title: str
+    kind: str
+    machine: dict[str, Any]
+    parts: list[Table | str]
+    results: dict[str, Any]
+    roof: Roof | None = None
+    files: list[Path] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """What results.json holds: `schema`, `kind`, `machine`, `roof` and the results."""
+        roof = asdict(self.roof) if self.roof else None
+        return {"schema": SCHEMA, "kind": self.kind, "machine": self.machine, "roof": roof, **self.results}
+
+    def write(self, folder: Path) -> None:
+        """Write report.md and results.json, with the figures that are in the folder already.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        try:
+            (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+            (folder / "report.md").write_text(self._markdown(folder), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}", hint="choose another --out") from None
+
+    def _markdown(self, folder: Path) -> str:
+        lines = [f"# {self.title}", "", _machine_line(self.machine)]
+        if self.roof:
+            lines += ["", roof_line(self.roof)]
+        for part in self.parts:
+            lines.append("")
+            lines += _markdown_table(part) if isinstance(part, Table) else [part]
+        for file in self.files:
+            if file.suffix == ".png":
+                lines += ["", f"![{file.stem}]({file.name})"]
+        return "\n".join(lines) + "\n"
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a report, before anything is measured.
+
+    Raises:
+        UserError: it cannot be made, or holds something else.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
+        raise UserError(f"{folder} is there and is no report", hint="choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}", hint="choose another --out") from None
+
+
+def _markdown_table(table: Table) -> list[str]:
+    lines = [f"## {table.title}", ""] if table.title else []
+    rule = ["---"] * table.text_columns + ["--:"] * (len(table.columns) - table.text_columns)
+    return lines + [f"| {' | '.join(row)} |" for row in (table.columns, rule, *table.rows)]
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return f"{machine['device']}, {machine['memory_gib']} GiB; {packages}; Python {machine['python']}."
+
+
+def roof_line(roof: Roof) -> str:
+    """The machine's roof in words."""
+    return (
+        f"Roof of this machine, measured in the same process: a copy {_rate(roof.bytes_per_second, 'B/s')}, a "
+        f"{roof.dtype} matrix product {_rate(roof.flops_per_second, 'FLOP/s')}."
+    )
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e11 else f"{rate / 1e9:.3g} G{unit}"
+
+
+def attention_parts(sweep: Sweep) -> list[Table | str]:
+    """Tables and sentences of the profiles of one or several lengths."""
+    parts: list[Table | str] = []
+    for profile in sweep.profiles:
+        parts += _profile_parts(profile)
+    if len(sweep.profiles) > 1:
+        rows = [
+            (curve.label, f"{curve.law.slope:.2f}" if curve.law else "-", str(len(curve.tokens)))
+            for curve in sweep.curves
+        ]
+        parts.append(Table("Growth: time goes with this power of the length", ("call", "slope", "lengths"), rows))
+        parts += [f"Against {name}: {found.note}." for name, found in sweep.crossovers.items()]
+    return parts
+
+
+def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
+    settings = profile.settings
+    keys = ("pooling", "levels", "topk", "scorer") if settings["method"] == "pyramid" else ("method",)
+    chosen = ", ".join(f"{key} {settings[key]}" for key in (*keys, "window") if settings[key])
+    length = f", S = {settings['gathered_length']}" if "gathered_length" in settings else ""
+    shape = f"N = {profile.tokens}{length}, {settings['heads']}/{settings['kv_heads']} heads of {settings['head_dim']}"
+    title = f"{shape}, {settings['dtype']}; {chosen}"
+    parts: list[Table | str] = []
+    if profile.stages:
+        rows = [
+            (stage.name, direction, *_pass_cells(found))
+            for stage in profile.stages
+            for direction, found in (("forward", stage.forward), ("backward", stage.backward))
+            if found is not None
+        ]
+        columns = ("stage", "pass", "ms", "p10", "p90", "GB", "GFLOP", "reached", "of roof")
+        parts.append(Table(f"Stages, {title}", columns, rows, text_columns=2))
+    rows = []
+    for call in (profile.lighthouse, *profile.dense):
+        both = call.both_ms
+        faster = profile.speedup.get(call.name)
+        rows.append(
+            (
+                call.label + (f" (worked out from {call.extrapolated} tokens)" if call.extrapolated else ""),
+                f"{call.forward_ms.median:.2f}",
+                f"{both.median:.2f}",
+                f"{both.p10:.2f}",
+                f"{both.p90:.2f}",
+                "-" if call.peak_gib is None else f"{call.peak_gib:.2f}",
+                f"{faster['forward']:.2f}x" if faster else "",
+                f"{faster['forward_backward']:.2f}x" if faster else "",
+            )
+        )
+    columns = ("call", "forward ms", "both ms", "p10", "p90", "peak GiB", "faster, forward", "faster, both")
+    parts.append(Table(f"Calls, {title}", columns, rows))
+    worst = max(profile.checks.values())
+    parts.append(
+        f"Checked before it was timed: output and gradients differ from plain PyTorch in float32 by {worst:.1e} at "
+        "most (relative)."
+    )
+    if profile.absent:
+        parts.append("Not timed: " + "; ".join(f"{name} {why}" for name, why in profile.absent.items()) + ".")
+    return parts
+
+
+def _pass_cells(found: Pass) -> tuple[str, ...]:
+    seconds = found.ms.median / 1e3
+    if found.gigaflops:
+        reached = _rate(found.gigaflops * 1e9 / seconds, "FLOP/s")
+    else:
+        reached = "-" if found.gigabytes is None else _rate(found.gigabytes * 1e9 / seconds, "B/s")
+    return (
+        f"{found.ms.median:.3f}",
+        f"{found.ms.p10:.3f}",
+        f"{found.ms.p90:.3f}",
+        "-" if found.gigabytes is None else f"{found.gigabytes:.3f}",
+        f"{found.gigaflops:.1f}" if found.gigaflops else "-",
+        reached,
+        "-" if found.of_roof is None else f"{found.of_roof:.0%}",
+    )
+
+
+def tune_parts(advice: Advice) -> list[Table | str]:
+    """The candidates and the fragments to paste."""
+    rows = []
+    for one, prediction in zip(advice.timed, advice.predictions, strict=True):
+        settings = one.settings
+        pyramid = one.gathered is not None
+        rows.append(
+            (
+                f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}"
+                if pyramid
+                else f"chunks of {', '.join(map(str, settings['windows']))} in turn",
+                settings["dense_backend"],
+                str(one.gathered) if pyramid else "-",
+                f"{one.share:.1%}" if pyramid else "-",
+                str(one.coarsest) if pyramid else "-",
+                f"{one.both_ms:.2f}",
+                f"{prediction.step_ms:.0f}",
+                f"{prediction.stage_1:.2f}x",
+                f"{prediction.total:.2f}x",
+            )
+        )
+    columns = ("stage 1", "dense kernel", "S", "level 0", "coarsest", "call ms", "step ms", "stage 1", "total")
+    plan, bound = advice.plan, advice.bound
+    dense = ", ".join(f"{name} {both:.2f} ms" for name, (_, both) in plan.dense.items())
+    title = f"{advice.recipe} at N = {advice.tokens}, times faster than dense, predicted"
+    parts: list[Table | str] = [
+        Table(title, columns, rows, text_columns=2),
+        f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
+        f"{advice.coarsest} tokens. The floor is no promise of a loss: recipes/evidence/REPORT.md has what was "
+        "measured.",
+        f"A dense call takes {dense}, a step with {plan.layers} dense layers {plan.dense_step_ms:.0f} ms, of which "
+        f"{plan.rest_ms:.0f} ms are no attention. If the Lighthouse calls took no time (Amdahl's bound), stage 1 would "
+        f"be {bound.stage_1:.2f} times as fast, with {plan.dense_layers} dense layers, and {plan.steps} + "
+        f"{plan.recover_steps} steps {bound.total:.2f} times.",
+        *(
+            ["The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."]
+            if advice.timed[0].settings.get("scorer") == "norm"
+            else []
+        ),
+        "The fastest pyramid:\n\n```toml\n" + advice.fragment(0) + "\n```",
+    ]
+    if advice.timed[-1].gathered is None:
+        parts.append(
+            "Growing chunks, which the same report recommends by loss (with no dense layers, `dense_layers = []`, "
+            "where they are faster still):\n\n```toml\n" + advice.fragment(len(advice.timed) - 1) + "\n```"
+        )
+    return parts
+
+
+def selection_parts(view: SelectionView) -> list[Table | str]:
+    """A row for each layer, and what the figures mean."""
+    title = (
+        f"{view.run} step {view.step}, scorer {view.scorer}, p {view.pooling}, L {view.levels}, k {view.topk}, "
+        f"N = {view.tokens}, S = {view.gathered_length}: means over {view.kv_heads} KV heads (lowest to highest)"
+    )
+    return [
+        Table(title, view.columns(), view.rows()),
+        "level l: share of the tokens whose finest kept window is of that level. overlap l: of the parents that the "
+        "queries alone would choose there, those that the keys would, too. kept: of the tokens at level 0 at one "
+        f"checkpoint, those at level 0 at the next. {view.sequences} held-out sequences.",
+        *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
+    ]
+
+
+def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
+    """Where the time of each step goes, and how they compare."""
+    parts: list[Table | str] = []
+    for profile in profiles:
+        costs = profile.breakdown
+        rows = [
+            (
+                cost.name,
+                f"{cost.ms:.2f}",
+                f"{cost.share:.1%}",
+                f"{cost.forward_ms:.2f}",
+                "-" if cost.backward_ms is None else f"{cost.backward_ms:.2f}",
+                str(cost.calls),
+            )
+            for cost in costs.rows
+        ]
+        what = f"{profile.recipe}, {profile.stage} step" + (f", window {profile.window}" if profile.window else "")
+        title = f"{what}: {costs.wall_ms:.0f} ms under the profiler, {profile.seconds * 1e3:.0f} ms without"
+        columns = ("what", "ms", "of the step", "forward ms", "backward ms", "calls")
+        parts.append(Table(title, columns, rows))
+        mfu = "" if profile.mfu is None else f", MFU {profile.mfu:.1%}"
+        parts += [
+            f"{profile.tokens} tokens a step on {profile.processes} process{'es' * (profile.processes > 1)}, "
+            f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
+            "The three largest costs: " + ", ".join(costs.largest) + ".",
+            *(note[0].upper() + note[1:] + "." for note in profile.notes),
+            f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",
+        ]
+    if len(profiles) > 1:
+        ratio = profiles[1].seconds / profiles[0].seconds
+        parts.append(f"The step of stage 1 is {ratio:.2f} times as fast as the dense one, both without the profiler.")
+    return parts

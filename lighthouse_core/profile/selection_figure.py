@@ -1,0 +1,66 @@
+"""The selection drawn: where in the sequence each head keeps tokens, and how many of them stay from step to step."""
+
+from pathlib import Path
+
+from lighthouse_core import figures
+from lighthouse_core.profile.selection import SelectionView
+
+_LABELS = 32
+
+
+def draw(view: SelectionView, path: Path) -> list[Path] | None:
+    """A heat map of the share of tokens at level 0, a row for every layer and KV head, and beside it the drift if there
+    is any, as PNG and SVG.
+
+    Args:
+        view: what is drawn.
+        path: of the files, without suffix.
+
+    Returns:
+        The files; None where matplotlib is missing.
+    """
+    pyplot = figures.pyplot()
+    if pyplot is None:
+        return None
+    rows = [[100 * share for share in head] for layer in view.density for head in layer]
+    names = [f"{layer}.{head}" for layer in view.layers for head in range(view.kv_heads)]
+    size = (12 if view.drift else 7, min(12, max(4, 0.15 * len(rows) + 1)))
+    figure, grid = pyplot.subplots(
+        1, 2 if view.drift else 1, figsize=size, squeeze=False, width_ratios=[3, 2] if view.drift else None
+    )
+    axes = grid[0, 0]
+    extent = (0, view.tokens, len(rows), 0)
+    image = axes.imshow(rows, vmin=0, aspect="auto", interpolation="nearest", extent=extent)
+    apart = -(-len(rows) // _LABELS)
+    # Whole layers, where not every row can have a name.
+    apart = apart if apart == 1 else -(-apart // view.kv_heads) * view.kv_heads
+    axes.set_yticks([row + 0.5 for row in range(0, len(rows), apart)], names[::apart], fontsize=7)
+    axes.set(
+        xlabel="position (tokens)",
+        ylabel="layer.KV head",
+        title=f"{view.run} step {view.step}: what {view.scorer} keeps at level 0",
+    )
+    figure.colorbar(image, label="tokens at level 0 (%)")
+    if view.drift:
+        _draw_drift(pyplot, grid[0, 1], view)
+    figure.tight_layout()
+    return figures.save(figure, path)
+
+
+def _draw_drift(pyplot, axes, view: SelectionView) -> None:
+    """A line over the layers for every two checkpoints, means over the heads; of the newest two each head is a dot."""
+    assert view.drift is not None
+    colors, newest = pyplot.get_cmap("viridis_r"), len(view.drift) - 1
+    for number, pair in enumerate(view.drift):
+        color = colors(number / newest if newest else 1.0)
+        means = [100 * sum(heads) / len(heads) for heads in pair["share"]]
+        # Names for the two ends of a scale.
+        label = f"step {pair['first']} to {pair['last']}" if number in (0, newest) else None
+        axes.plot(view.layers, means, color=color, label=label)
+    for layer, heads in zip(view.layers, view.drift[-1]["share"], strict=True):
+        axes.plot([layer] * len(heads), [100 * share for share in heads], ".", color=color)
+    axes.axhline(100 * view.drift[-1]["chance"], linestyle="--", color="gray", label="chance")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="layer", ylabel="tokens at level 0 that stay (%)", ylim=(0, 105), title="drift")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,215 @@
+"""A training step of a recipe taken apart: a short run of it whose last step is traced. Nothing here imports torch."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lighthouse_core.config import Recipe, load_recipe
+from lighthouse_core.config.dump import toml_value
+from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.launch import TRACE_FOLDER, follow_parent
+from lighthouse_core.profile.trace import OPTIMIZER, Breakdown, StepShapes, breakdown, folded, read_trace
+from lighthouse_core.runs import Run
+from lighthouse_core.train.progress import read_rows
+
+# Steps of the run: these, then those that are timed, one in which the profiler starts up, and the traced one.
+_WARM, _TIMED = 2, 3
+_LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What `run_step` found.
+
+    Attributes:
+        recipe: name of its file.
+        settings: what the run had beside the recipe.
+        stage: "lighthouse", or "dense" for every layer dense.
+        window: of the traced step's Lighthouse layers; 0 for none.
+        notes: what of the recipe the step leaves out.
+        machine: versions and devices, as the run recorded them.
+        processes: that trained.
+        tokens: of a step, over all processes.
+        seconds: of a step, the median of the timed ones, which no profiler slowed down.
+        tokens_per_second: over all processes.
+        memory_gib: peak of one process.
+        mfu: model FLOPs as a fraction of the accelerator's peak; None where there is none.
+        breakdown: of the traced step, on the first process.
+        trace: for Perfetto or chrome://tracing.
+        stacks: folded ones, for speedscope or flamegraph.pl.
+        run: the run's directory.
+    """
+
+    recipe: str
+    settings: list[str]
+    stage: str
+    window: int
+    notes: list[str]
+    machine: dict[str, Any]
+    processes: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    memory_gib: float
+    mfu: float | None
+    breakdown: Breakdown
+    trace: Path
+    stacks: Path
+    run: Path
+
+    @property
+    def update_ms(self) -> float:
+        """What the step takes once, however many micro-batches it has."""
+        return sum(cost.ms for cost in self.breakdown.rows if cost.name == OPTIMIZER)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and strings."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def run_step(
+    recipe_path: Path,
+    settings: Sequence[str],
+    folder: Path,
+    nproc: int | None,
+    say: Callable[[str], None],
+    *,
+    stage: str = "lighthouse",
+) -> StepProfile:
+    """Train a few steps of a recipe by `lighthouse pretrain` and trace the last one.
+
+    Leaves trace.json.gz, stacks.folded, pretrain.log and runs/ in `folder`, and of several processes traces/. The run
+    saves no checkpoint and validates nothing. Of several windows the last one is profiled.
+
+    Args:
+        recipe_path: the recipe.
+        settings: `a.b=value`, as `--set` takes them.
+        folder: made if it is not there.
+        nproc: processes; None for one a GPU.
+        say: told what goes on.
+        stage: "dense" has every layer dense, as in the recovery.
+
+    Raises:
+        UserError: the recipe cannot be trained here.
+        LighthouseError: the run failed, or its trace holds no step.
+    """
+    asked = load_recipe(recipe_path, settings)
+    notes = _notes(asked, stage)
+    for note in notes:
+        say(note)
+    settings = [*settings, *_settings(asked, stage, folder)]
+    recipe = load_recipe(recipe_path, settings)
+    stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
+    name = f"{stage}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    say(f"{recipe.training.steps} steps of {recipe_path}, {stage}; the last one is traced")
+    traces = folder.resolve() / "traces"
+    _pretrain(recipe_path, settings, name, nproc, folder / "pretrain.log", traces)
+
+    trace, stacks = folder / "trace.json.gz", folder / "stacks.folded"
+    (traces / "rank0.json.gz").replace(trace)
+    if not any(traces.iterdir()):
+        traces.rmdir()
+    events, shapes = read_trace(trace), shapes_of(recipe)
+    costs = breakdown(events, shapes)
+    stacks.write_text("".join(f"{line}\n" for line in folded(events, shapes)), encoding="utf-8")
+
+    run = Run(folder / "runs" / name)
+    rows = [row for row in read_rows(run.path / "metrics.jsonl") if _WARM < row["step"] <= _WARM + _TIMED]
+    machine = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    del machine["argv"]
+    machine |= run.ledger["stages"][-1]["conditions"]
+    tokens = recipe.training.global_batch_size * recipe.training.seq_len
+    seconds = statistics.median(row["seconds"] for row in rows)
+    return StepProfile(
+        recipe=recipe_path.stem,
+        settings=settings,
+        stage=stage,
+        window=recipe.lighthouse.window if recipe.lighthouse.enabled else 0,
+        notes=notes,
+        machine=machine,
+        processes=machine["devices"],
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        memory_gib=max(row["memory_gib"] for row in rows),
+        mfu=statistics.median(row["mfu"] for row in rows) if "mfu" in rows[0] else None,
+        breakdown=costs,
+        trace=trace,
+        stacks=stacks,
+        run=run.path,
+    )
+
+
+def shapes_of(recipe: Recipe) -> StepShapes:
+    """The sizes by which a step of the recipe is read."""
+    model, training = recipe.model, recipe.training
+    return StepShapes(
+        dim=model.dim,
+        q_width=model.heads * model.head_dim,
+        kv_width=model.kv_heads * model.head_dim,
+        ffn_dim=model.ffn_dim,
+        vocab_size=model.vocab_size,
+        tokens=training.seq_len,
+        batch=training.local_batch_size,
+    )
+
+
+def _notes(recipe: Recipe, stage: str) -> list[str]:
+    lighthouse, notes = recipe.lighthouse, []
+    if not lighthouse.enabled or stage == "dense":
+        return notes
+    if lighthouse.windows:
+        notes.append(f"the window is {lighthouse.windows[-1]}, the last of {len(lighthouse.windows)}")
+    if lighthouse.dense_every:
+        notes.append(f"one step in {lighthouse.dense_every} is dense in every layer; this one is not")
+    return notes
+
+
+def _settings(recipe: Recipe, stage: str, folder: Path) -> list[str]:
+    chosen: dict[str, Any] = {
+        "training.steps": _WARM + _TIMED + 2,
+        "schedule.decay_steps": 0,
+        "checkpoint.also": [],
+        "metrics.every": 1,
+        "metrics.validation_every": 0,
+        "metrics.measure_dense": False,
+        "metrics.tensorboard": False,
+        "metrics.wandb": False,
+        "lighthouse.dense_every": 0,
+        "lighthouse.windows": [],
+        "lighthouse.window": recipe.lighthouse.attention().window,
+        "output.dir": str(folder.resolve() / "runs"),
+    }
+    if stage == "dense":
+        chosen["lighthouse.enabled"] = False
+    return [f"{key}={toml_value(value)}" for key, value in chosen.items()]
+
+
+def _pretrain(
+    recipe_path: Path, settings: Sequence[str], name: str, nproc: int | None, log_path: Path, traces: Path
+) -> None:
+    options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", str(recipe_path), "--name", name]
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w", encoding="utf-8") as log:
+        code = subprocess.run(
+            [*command, "--nproc", str(nproc or "auto"), *options],
+            env={**os.environ, TRACE_FOLDER: str(traces)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=follow_parent,
+        ).returncode
+    if code:
+        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("error: ")][-1:] or lines[-_LAST_LINES:]
+        words = "\n".join(said).removeprefix("error: ")
+        kind = UserError if code == UserError.exit_code else LighthouseError
+        raise kind(f"the run ended with {code}: {words}", hint=f"{log_path} has all that it said")

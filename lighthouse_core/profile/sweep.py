@@ -1,0 +1,122 @@
+"""Attention profiles of several lengths: how time and memory grow, and from where on Lighthouse is faster."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.profile.attention import AttentionProfile, Call, check_size, profile_attention
+from lighthouse_core.profile.fits import Crossover, PowerLaw, crossover, fit
+from lighthouse_core.profile.machine import Roof
+from lighthouse_core.profile.work import Shape
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One call over the lengths, forward and backward.
+
+    Attributes:
+        name: of the call.
+        label: what it is.
+        tokens: lengths, growing.
+        calls: at each of them.
+        law: fitted to what was measured; None for fewer than two lengths of that.
+    """
+
+    name: str
+    label: str
+    tokens: list[int]
+    calls: list[Call]
+    law: PowerLaw | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What several lengths show together.
+
+    Attributes:
+        profiles: of each length, shortest first.
+        curves: of Lighthouse, then of every dense kernel.
+        crossovers: of Lighthouse and each dense kernel, by its name.
+    """
+
+    profiles: list[AttentionProfile]
+    curves: list[Curve]
+    crossovers: dict[str, Crossover]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return {
+            "profiles": [profile.as_json() for profile in self.profiles],
+            "slopes": {curve.name: curve.law.slope if curve.law else None for curve in self.curves},
+            "crossovers": {name: asdict(found) for name, found in self.crossovers.items()},
+        }
+
+
+def profile_lengths(
+    shapes: Sequence[tuple[Shape, LighthouseConfig]],
+    roof: Callable[[], Roof],
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    repeats: int = 20,
+) -> tuple[Sweep, Roof]:
+    """Profile every shape, shortest first, and put them together.
+
+    Args:
+        shapes: of distinct lengths, with the settings at each.
+        roof: measures the machine's; called once nothing is wrong with the shapes.
+        device: a GPU, or the CPU.
+        say: told what begins.
+        repeats: see `profile_attention`.
+
+    Raises:
+        UserError: a shape that makes no call or does not fit, before anything is measured.
+        LighthouseError: what would be timed disagrees with plain PyTorch.
+    """
+    shapes = sorted(shapes, key=lambda pair: pair[0].tokens)
+    for shape, cfg in shapes:
+        check_size(shape, cfg, device)
+    say("measuring the machine: a copy and a matrix product")
+    limits = roof()
+    profiles: list[AttentionProfile] = []
+    for shape, cfg in shapes:
+        say(f"N = {shape.tokens}: comparing with plain PyTorch, then timing")
+        last = profiles[-1] if profiles else None
+        before = {call.name: call for call in last.dense} if last else None
+        profiles.append(
+            profile_attention(
+                shape, cfg, limits, device, before=before, before_tokens=last.tokens if last else 0, repeats=repeats
+            )
+        )
+    return together(profiles), limits
+
+
+def together(profiles: list[AttentionProfile]) -> Sweep:
+    """Curves and crossovers of profiles, shortest first."""
+    ours = [profile.lighthouse for profile in profiles]
+    tokens = [profile.tokens for profile in profiles]
+    curves = [_curve(tokens, ours)]
+    crossovers = {}
+    for name in dict.fromkeys(call.name for profile in profiles for call in profile.dense):
+        found = [
+            (profile.tokens, profile.lighthouse, call)
+            for profile in profiles
+            for call in profile.dense
+            if call.name == name
+        ]
+        curves.append(_curve([n for n, _, _ in found], [call for _, _, call in found]))
+        crossovers[name] = crossover(
+            [n for n, _, _ in found],
+            [own.both_ms.median for _, own, _ in found],
+            [call.both_ms.median for _, _, call in found],
+        )
+    return Sweep(profiles, curves, crossovers)
+
+
+def _curve(tokens: list[int], calls: list[Call]) -> Curve:
+    measured = [(n, call.both_ms.median) for n, call in zip(tokens, calls, strict=True) if not call.extrapolated]
+    law = fit([n for n, _ in measured], [ms for _, ms in measured])
+    return Curve(calls[0].name, calls[0].label, tokens, calls, law)

@@ -1,0 +1,217 @@
+"""Which settings to train with on this machine: a search by time under a floor, and what a run gains by them.
+
+Nothing here measures, but for `timed`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.backends import geometry
+
+POOLINGS = (2, 4, 8, 16)
+LEVELS = (2, 3, 4, 5)
+# A query may have to do with the mean of a window that ended this many tokens before it.
+COARSEST = 256
+# The share of tokens that the paper's settings reach at level 0: 4 * 1536 of 98304.
+FLOOR = 0.0625
+# Windows of growing chunks, as parts of the sequence: those that recipes/evidence/REPORT.md recommends.
+_CHUNKS = (48, 12, 2)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Settings of stage 1 and the times of one attention call with them, batch 1.
+
+    Attributes:
+        settings: as [lighthouse] takes them.
+        share: of the tokens that are gathered as they are, at level 0; 1 where every token is a key somewhere.
+        coarsest: tokens of the coarsest window; 1 without a pyramid.
+        gathered: S; None without a pyramid.
+        forward_ms, both_ms: medians; over the windows that take turns, their mean.
+    """
+
+    settings: dict[str, Any]
+    share: float
+    coarsest: int
+    gathered: int | None
+    forward_ms: float
+    both_ms: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run consists of, apart from the attention of its Lighthouse layers.
+
+    Attributes:
+        layers, dense_layers: of the model, and how many of them stay dense in stage 1.
+        steps, recover_steps: of the two stages.
+        calls: attention calls of one layer in a step of one process: its micro-batches' sequences.
+        repeated: forward passes that activation checkpointing makes again, 0 or 1.
+        rest_ms: of a step, all but attention.
+        dense: milliseconds of a dense call, forward and both ways, by the dense kernel.
+    """
+
+    layers: int
+    dense_layers: int
+    steps: int
+    recover_steps: int
+    calls: int
+    repeated: int
+    rest_ms: float
+    dense: dict[str, tuple[float, float]]
+
+    @property
+    def dense_step_ms(self) -> float:
+        """With every layer dense, by the fastest kernel."""
+        return self.rest_ms + self.layers * min(self._layer_ms(*times) for times in self.dense.values())
+
+    def stage_1_step_ms(self, forward_ms: float, both_ms: float, backend: str) -> float:
+        """With Lighthouse calls of these times in all layers that have them, and that dense kernel in the others."""
+        lighthouse = (self.layers - self.dense_layers) * self._layer_ms(forward_ms, both_ms)
+        return self.rest_ms + lighthouse + self.dense_layers * self._layer_ms(*self.dense[backend])
+
+    def _layer_ms(self, forward_ms: float, both_ms: float) -> float:
+        return self.calls * (both_ms + self.repeated * forward_ms)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How much faster a run is than a dense one of as many steps.
+
+    Attributes:
+        step_ms: of stage 1.
+        stage_1: times faster, in stage 1.
+        total: times faster, recovery included.
+    """
+
+    step_ms: float
+    stage_1: float
+    total: float
+
+
+def predict(plan: Plan, forward_ms: float, both_ms: float, backend: str) -> Prediction:
+    """Of Lighthouse calls that take so long, or of ones that take no time: Amdahl's bound."""
+    step, dense = plan.stage_1_step_ms(forward_ms, both_ms, backend), plan.dense_step_ms
+    steps = plan.steps + plan.recover_steps
+    return Prediction(step, dense / step, steps * dense / (plan.steps * step + plan.recover_steps * dense))
+
+
+def candidates(
+    tokens: int, base: LighthouseConfig, floor: float, coarsest: int = COARSEST
+) -> Iterator[LighthouseConfig]:
+    """Pyramids that gather at least this share of the tokens at level 0, with the fewest parents that do.
+
+    For each pooling factor p and number of levels L, k is the smallest multiple of `tile_parents` with p k >= floor N;
+    windows are at most `coarsest` tokens wide, and the sequence needs no padding for k parents.
+
+    Args:
+        tokens: N.
+        base: gives the other settings.
+        floor: between 0 and 1.
+    """
+    for pooling in POOLINGS:
+        unit = base.tile_parents
+        topk = max(unit, -(-round(floor * tokens) // pooling // unit) * unit)
+        while pooling * topk < floor * tokens:
+            topk += unit
+        for levels in LEVELS:
+            window = pooling ** (levels - 1)
+            if window > coarsest or window * topk > tokens:
+                continue
+            cfg = replace(base, method="pyramid", window=0, pooling=pooling, levels=levels, topk=topk)
+            if not geometry(tokens, cfg).dense:
+                yield cfg
+
+
+def chunk_windows(tokens: int) -> tuple[int, ...]:
+    """Windows that take turns in stage 1, powers of two or halves of the sequence, shortest first."""
+    windows = {tokens // part if part == 2 else 2 ** ((tokens // part).bit_length() - 1) for part in _CHUNKS}
+    return tuple(sorted(window for window in windows if window))
+
+
+def timed(
+    tokens: int,
+    pyramids: Sequence[LighthouseConfig],
+    backends: Sequence[str],
+    time: Callable[[LighthouseConfig], tuple[float, float]],
+) -> list[Timed]:
+    """Every pyramid by the dense kernel that is fastest in it, fastest first, then growing chunks.
+
+    Args:
+        tokens: N.
+        pyramids: the candidates.
+        backends: names of dense kernels.
+        time: milliseconds forward, and forward and backward, of a call with such settings.
+    """
+    found = []
+    for cfg in pyramids:
+        times = {name: time(replace(cfg, dense_backend=name)) for name in backends}
+        name = min(times, key=lambda name: times[name][1])
+        keys = ("pooling", "levels", "topk", "tile_parents", "scorer")
+        settings = {key: getattr(cfg, key) for key in keys} | {"dense_backend": name}
+        share = min(1.0, cfg.pooling * cfg.topk / tokens)
+        window = cfg.pooling ** (cfg.levels - 1)
+        found.append(Timed(settings, share, window, geometry(tokens, cfg).gathered_length, *times[name]))
+    found.sort(key=lambda one: one.both_ms)
+    windows = chunk_windows(tokens)
+    if pyramids and windows:
+        base = replace(pyramids[0], method="chunked", window=windows[0])
+        by_kernel = {
+            name: [time(replace(base, window=window, dense_backend=name)) for window in windows] for name in backends
+        }
+        name = min(by_kernel, key=lambda name: sum(both for _, both in by_kernel[name]))
+        means = [sum(values) / len(windows) for values in zip(*by_kernel[name], strict=True)]
+        settings = {"method": "chunked", "windows": list(windows), "dense_backend": name}
+        found.append(Timed(settings, 1.0, 1, None, *means))
+    return found
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was searched and found.
+
+    Attributes:
+        recipe: the name of the recipe that gives the model and the steps.
+        tokens: N.
+        floor, coarsest: the least share of tokens at level 0, and the widest window, of a candidate.
+        plan: the run.
+        timed: candidates, the fastest pyramid first, growing chunks last.
+        predictions: of each of these.
+        bound: Amdahl's: of Lighthouse calls that take no time.
+        measured_step_ms: of the stage 1 that `plan.rest_ms` was taken from, and
+        measured_settings: its settings.
+    """
+
+    recipe: str
+    tokens: int
+    floor: float
+    coarsest: int
+    plan: Plan
+    timed: list[Timed]
+    predictions: list[Prediction]
+    bound: Prediction
+    measured_step_ms: float
+    measured_settings: dict[str, Any]
+
+    def fragment(self, number: int) -> str:
+        """Lines of TOML for a recipe, with what they promise in comments."""
+        one, prediction = self.timed[number], self.predictions[number]
+        lines = [
+            f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
+            f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
+            f"{self.bound.stage_1:.2f} and {self.bound.total:.2f} if its attention took no time.",
+            "[lighthouse]",
+        ]
+        lines += [f"{key} = {toml(value)}" for key, value in one.settings.items()]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return {"tune": asdict(self) | {"fragments": [self.fragment(n) for n in range(len(self.timed))]}}
+
+
+def toml(value: Any) -> str:
+    """A setting's value as TOML has it."""
+    return f'"{value}"' if isinstance(value, str) else str(value)

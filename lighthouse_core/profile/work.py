@@ -1,0 +1,92 @@
+"""What the stages of a call must at least do, by arithmetic: bytes moved and floating-point operations.
+
+Batch 1. N tokens, H query heads, Hkv key/value heads, D head dimension, S entries, c coarsest windows, and r tokens
+under the windows that finer levels keep. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.backends import geometry
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the inputs of one attention call, batch 1.
+
+    Attributes:
+        tokens: N.
+        heads: H.
+        kv_heads: Hkv.
+        head_dim: D.
+        dtype: of q, k and v: `float32`, `bfloat16` or `float16`.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def q_row(self) -> int:
+        """Bytes of one token's queries."""
+        return self.heads * self.head_dim * self.itemsize
+
+    @property
+    def row(self) -> int:
+        """Bytes of one token's queries, keys and values."""
+        return self.q_row + 2 * self.kv_heads * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one stage, in one direction.
+
+    Attributes:
+        bytes: that have to be read or written.
+        flops: floating-point operations; 0 where memory is the limit.
+    """
+
+    bytes: int
+    flops: int = 0
+
+
+def attention_flops(shape: Shape, keys: float) -> tuple[int, int]:
+    """Forward and backward, where a query sees so many keys in the mean: 4 and 10 H D keys a token."""
+    products = shape.tokens * keys * shape.heads * shape.head_dim
+    return round(4 * products), round(10 * products)
+
+
+def dense_work(shape: Shape) -> tuple[Work, Work]:
+    """Dense causal attention, forward and backward."""
+    forward, backward = attention_flops(shape, shape.tokens / 2)
+    read = shape.tokens * (shape.row + shape.q_row)
+    return Work(read, forward), Work(2 * read, backward)
+
+
+def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Work | None]]:
+    """Forward and backward of every stage of a pyramid's call, in order; None where a stage has no gradient of its own.
+
+    Summed over the stages but the dense call: forward 4N + 6c + 3r + 4S rows of one tensor, backward 4N + 4S, where
+    H = Hkv, and the scores.
+    """
+    g = geometry(shape.tokens, cfg)
+    tokens, entries = g.tokens, g.gathered_length
+    coarse = -(-tokens // g.window(g.levels - 1))
+    touched = min(tokens, g.topk * g.window(g.levels - 1))
+    scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded) if cfg.scorer == "norm" else 0
+    chosen = 4 * shape.kv_heads * (entries + g.pyramid_length)
+    gathered = Shape(entries, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype)
+    scattered = Work((entries + tokens) * shape.q_row)
+    return {
+        "pyramid + score": (Work((tokens + coarse) * shape.row + scored), None),
+        "select": (Work(scored + chosen), None),
+        "gather": (Work((coarse + touched + entries) * shape.row), Work((entries + tokens) * shape.row)),
+        "dense call": dense_work(gathered),
+        "scatter": (scattered, scattered),
+    }

@@ -1,0 +1,441 @@
+"""What `lighthouse profile` works out, checks, draws and writes."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import matplotlib.image
+import pytest
+import torch
+
+from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.profile import attention, check, dense, plots, report, sweep, timing, tune
+from lighthouse_core.profile.attention import AttentionProfile, Call, Pass, Stage, check_size
+from lighthouse_core.profile.fits import crossover, fit
+from lighthouse_core.profile.machine import Roof, describe, roof
+from lighthouse_core.profile.timing import Sample, measure
+from lighthouse_core.profile.work import Shape, Work, stage_work
+
+CPU = torch.device("cpu")
+ROOF = Roof(2e12, 5e14, "bfloat16")
+SMALL = LighthouseConfig(topk=16, tile_parents=16)
+
+
+def sample(ms: float) -> Sample:
+    return Sample(ms, 0.9 * ms, 1.2 * ms, 20)
+
+
+def test_percentiles_of_a_sample():
+    found = Sample.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found.median, found.p10, found.p90, found.calls) == (3.0, pytest.approx(1.4), pytest.approx(4.6), 5)
+    assert Sample.of([7.0]) == Sample(7.0, 7.0, 7.0, 1)
+
+
+def test_what_is_measured_does_not_count_two_calls_and_keeps_to_the_budget(monkeypatch):
+    clock = iter(range(0, 1000))
+    calls = []
+
+    def call():
+        calls.append(None)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    # Each call takes a second by this clock.
+    assert measure(call, CPU, repeats=5, seconds=100.0) == Sample(1000.0, 1000.0, 1000.0, 5)
+    assert len(calls) == 7
+    assert measure(call, CPU, repeats=5, seconds=4.0).calls == 4
+    assert measure(call, CPU, repeats=5, seconds=1.5).calls == 3
+    # One call that takes all of it is timed by the second that would not count.
+    calls.clear()
+    assert measure(call, CPU, repeats=5, seconds=0.5).calls == 1
+    assert len(calls) == 2
+
+
+def test_the_work_of_the_stages_adds_up_to_the_floor():
+    shape, cfg = Shape(98304, 8, 8, 128, "bfloat16"), LighthouseConfig(scorer="block")
+    work = stage_work(shape, cfg)
+    entries, coarse, touched, row = 18432, 6144, 16 * 1536, 2 * 8 * 128
+    outside = [stage for name, stage in work.items() if name not in ("dense call", "select")]
+    rows = 4 * shape.tokens + 6 * coarse + 3 * touched + 4 * entries
+    assert sum(forward.bytes for forward, _ in outside) == rows * row
+    backward = [found for _, found in outside if found]
+    assert sum(found.bytes for found in backward) == (4 * shape.tokens + 4 * entries) * row
+    assert work["dense call"][0].flops == 2 * 8 * 128 * entries**2
+    assert work["dense call"][1].flops == 5 * 8 * 128 * entries**2
+    # Norms are written and read; drawn scores are neither.
+    scored = stage_work(shape, replace(cfg, scorer="norm"))
+    extra = 4 * 16 * (98304 // 4 + 98304 // 16)
+    assert scored["pyramid + score"][0].bytes - work["pyramid + score"][0].bytes == extra
+    assert scored["select"][0].bytes - work["select"][0].bytes == extra
+
+
+def test_a_pass_is_compared_with_what_limits_it():
+    memory = Pass.of(sample(2.0), Work(bytes=2 * 10**9), ROOF)
+    assert memory.of_roof == pytest.approx(0.5) and memory.gigabytes == 2.0
+    compute = Pass.of(sample(2.0), Work(bytes=10**9, flops=10**12), ROOF)
+    assert compute.of_roof == pytest.approx(1.0)
+    assert Pass.of(sample(2.0), None, ROOF).of_roof is None
+
+
+def test_a_line_is_found_again():
+    lengths = [8192, 32768, 98304]
+    law = fit(lengths, [3e-9 * n**2 for n in lengths])
+    assert law.slope == pytest.approx(2.0) and law.at(2**20) == pytest.approx(3e-9 * 2**40)
+    assert fit([4096], [1.0]) is None and fit([4096, 4096], [1.0, 2.0]) is None
+
+
+def test_where_two_curves_cross():
+    lengths = [1000, 4000, 16000, 64000]
+    ours, theirs = [0.1 * n for n in lengths], [1e-5 * n**2 for n in lengths]
+    assert crossover(lengths, ours, theirs).tokens == pytest.approx(10000)
+    always = crossover(lengths[2:], ours[2:], theirs[2:])
+    assert always.tokens is None and "from 16000 tokens on" in always.note
+    never = crossover(lengths[:2], ours[:2], theirs[:2])
+    assert never.tokens is None and "up to 4000 tokens" in never.note
+
+
+PLAN = tune.Plan(
+    layers=30,
+    dense_layers=4,
+    steps=10000,
+    recover_steps=6000,
+    calls=1,
+    repeated=0,
+    rest_ms=370.0,
+    dense={"cudnn": (34.0, 124.0), "fa4": (29.0, 110.0)},
+)
+
+
+def test_amdahl():
+    dense = 370 + 30 * 110
+    assert PLAN.dense_step_ms == dense
+    bound = tune.predict(PLAN, 0.0, 0.0, "fa4")
+    assert bound.stage_1 == pytest.approx(dense / (370 + 4 * 110))
+    assert bound.total == pytest.approx(16000 * dense / (10000 * (370 + 4 * 110) + 6000 * dense))
+    some = tune.predict(PLAN, 2.0, 6.0, "fa4")
+    assert some.step_ms == 370 + 4 * 110 + 26 * 6
+    assert 1 < some.total < some.stage_1 < bound.stage_1
+    # The dense layers of stage 1 have the kernel that its recipe names.
+    assert tune.predict(PLAN, 2.0, 6.0, "cudnn").step_ms == 370 + 4 * 124 + 26 * 6
+    # A call that is as slow as dense attention gains nothing.
+    assert tune.predict(PLAN, 29.0, 110.0, "fa4").total == pytest.approx(1.0)
+    # Checkpointing that makes the forward pass again makes attention's again, of every sequence.
+    again = replace(PLAN, calls=2, repeated=1)
+    assert again.stage_1_step_ms(2.0, 6.0, "fa4") == 370 + 2 * (4 * 139 + 26 * 8)
+
+
+@pytest.mark.parametrize("tokens", [8192, 98304, 100_000])
+def test_candidates_keep_the_floor_with_the_fewest_parents(tokens):
+    found = list(tune.candidates(tokens, LighthouseConfig(), 0.0625))
+    assert found and len(set(found)) == len(found)
+    for cfg in found:
+        assert cfg.pooling * cfg.topk >= 0.0625 * tokens
+        assert cfg.pooling * (cfg.topk - 128) < 0.0625 * tokens or cfg.topk == 128
+        assert cfg.pooling ** (cfg.levels - 1) <= tune.COARSEST
+    if tokens == 98304:
+        assert LighthouseConfig(pooling=4, levels=3, topk=1536) in found
+    assert not any(cfg.pooling == 16 and cfg.levels == 4 for cfg in found)
+    assert not list(tune.candidates(tokens, LighthouseConfig(), 0.98))
+
+
+def test_the_fastest_pyramid_comes_first_and_chunks_last():
+    pyramids = list(tune.candidates(98304, LighthouseConfig(), 0.0625))
+    times = {"fa4": 1.0, "cudnn": 2.0}
+
+    def time(cfg):
+        size = cfg.window if cfg.method == "chunked" else cfg.pooling * cfg.levels
+        return size / 2, size * times[cfg.dense_backend]
+
+    found = tune.timed(98304, pyramids, ["cudnn", "fa4"], time)
+    assert [one.both_ms for one in found[:-1]] == sorted(cfg.pooling * cfg.levels for cfg in pyramids)
+    assert all(one.settings["dense_backend"] == "fa4" for one in found)
+    assert found[-1].settings["windows"] == [2048, 8192, 49152]
+    assert found[-1].both_ms == pytest.approx((2048 + 8192 + 49152) / 3)
+
+
+def advice() -> tune.Advice:
+    found = tune.timed(98304, [LighthouseConfig()], ["fa4"], lambda cfg: (2.0, 6.0))
+    predictions = [tune.predict(PLAN, one.forward_ms, one.both_ms, "fa4") for one in found]
+    bound = tune.predict(PLAN, 0.0, 0.0, "fa4")
+    return tune.Advice("530m_98k", 98304, 0.0625, 256, PLAN, found, predictions, bound, 1020.0, found[0].settings)
+
+
+def test_a_fragment_is_part_of_a_recipe():
+    import tomllib
+
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.listing import shipped_recipes
+
+    found = advice()
+    for number in (0, 1):
+        text = found.fragment(number)
+        section = tomllib.loads(text)["lighthouse"]
+        settings = [f"lighthouse.{key}={tune.toml(value)}" for key, value in section.items()]
+        recipe = load_recipe(shipped_recipes()["530m_98k"], settings)
+        assert {key: getattr(recipe.lighthouse, key) for key in section if key != "windows"}.items() <= section.items()
+        assert f"{found.predictions[number].stage_1:.2f} times" in text and f"{found.bound.total:.2f}" in text
+    parts = report.tune_parts(found)
+    assert parts[0].rows[0][:5] == ("p 4, L 3, k 1536", "fa4", "18432", "6.2%", "16")
+    json.dumps(found.as_json())
+
+
+def profile_of(tokens: int, extrapolated: int = 0, gib: float | None = None) -> AttentionProfile:
+    stages = [
+        Stage("gather", Pass.of(sample(1.0), Work(10**9), ROOF), Pass.of(sample(2.0), Work(10**9), ROOF)),
+        Stage("dense call", Pass.of(sample(1.0), Work(10**9, 10**11), ROOF), None),
+    ]
+    ours, theirs = 1e-4 * tokens, 1e-8 * tokens**2
+    peak = None if gib is None else gib * tokens / 98304
+    settings = {"seq": tokens, "gathered_length": 100, "heads": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    settings |= {"method": "pyramid", "pooling": 4, "levels": 3, "topk": 128, "scorer": "norm", "window": 0}
+    return AttentionProfile(
+        settings=settings,
+        checks={"output": 1e-3},
+        stages=stages,
+        lighthouse=Call("lighthouse", "Lighthouse attention", sample(ours / 3), sample(ours), peak),
+        dense=[Call("fa4", "FlashAttention-4", sample(theirs / 3), sample(theirs), peak, extrapolated)],
+        absent={"fa3": "is not installed"},
+        resident_gib=1.0,
+    )
+
+
+def several() -> sweep.Sweep:
+    return sweep.together([profile_of(4096, gib=2.0), profile_of(32768, gib=2.0), profile_of(2**20, 32768, gib=2.0)])
+
+
+def test_a_sweep_finds_slopes_and_crossovers_of_what_was_measured():
+    found = several()
+    ours, theirs = found.curves
+    assert ours.law.slope == pytest.approx(1.0) and theirs.law.slope == pytest.approx(2.0)
+    assert found.crossovers["fa4"].tokens == pytest.approx(10000)
+    assert found.profiles[1].speedup["fa4"]["forward_backward"] == pytest.approx(32768 / 10000)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_figures_show_something(tmp_path, memory):
+    found = several()
+    if not memory:
+        found = sweep.together([profile_of(4096), profile_of(32768)])
+    files = plots.draw(found, tmp_path)
+    names = ["latency.png", "latency.svg"] + ["memory.png", "memory.svg"] * memory
+    assert [file.name for file in files] == names
+    for file in files:
+        if file.suffix == ".png":
+            pixels = matplotlib.image.imread(file)[..., :3]
+            assert len({tuple(colour) for colour in pixels.reshape(-1, 3).round(2)}) > 20
+    drawing = files[1].read_text()
+    assert "stroke-dasharray" in drawing and "10,000: fa4" in drawing
+    assert ("dashed: by the square of the length" in drawing) == memory
+
+
+def test_the_terminal_shows_both_curves():
+    text = plots.terminal(several(), 80, colour=False)
+    assert "\x1b" not in text and max(map(len, text.splitlines())) <= 80
+    assert "FlashAttention-4, slope 2.00" in text and "1M" in text
+    assert text.count("o") > 10 and text.count("x") > 10
+    assert plots.terminal(sweep.together([profile_of(4096)]), 80, colour=False) is None
+
+
+def test_without_the_extras_there_are_no_plots(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotext", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plots.terminal(several(), 80, colour=False) is None
+    assert plots.draw(several(), tmp_path) == []
+
+
+def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
+    found = several()
+    written = report.Report(
+        "One call", "attention", describe(CPU), report.attention_parts(found), found.as_json(), ROOF
+    )
+    written.write(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["schema"], results["kind"]) == (2, "attention")
+    assert results["machine"]["packages"]["torch"] == torch.__version__
+    assert results["roof"] == {"bytes_per_second": 2e12, "flops_per_second": 5e14, "dtype": "bfloat16"}
+    assert [profile["settings"]["seq"] for profile in results["profiles"]] == [4096, 32768, 2**20]
+    assert results["profiles"][0]["stages"][0]["forward"]["ms"] == {"median": 1.0, "p10": 0.9, "p90": 1.2, "calls": 20}
+    assert results["profiles"][2]["dense"][0]["extrapolated"] == 32768
+    assert results["slopes"]["fa4"] == pytest.approx(2.0)
+    text = (tmp_path / "report.md").read_text()
+    assert "| gather | forward | 1.000 | 0.900 | 1.200 | 1.000 | - | 1 TB/s | 50% |" in text
+    assert "| dense call | forward | 1.000 | 0.900 | 1.200 | 1.000 | 100.0 | 100 TFLOP/s | 20% |" in text
+    assert "FlashAttention-4 (worked out from 32768 tokens)" in text and "fa3 is not installed" in text
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    report.prepare(tmp_path / "new/deep")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    with pytest.raises(UserError, match="is no report"):
+        report.prepare(tmp_path / "full")
+    (tmp_path / "full/results.json").touch()
+    report.prepare(tmp_path / "full")
+    with pytest.raises(UserError, match="is no report"):
+        report.prepare(tmp_path / "full/thesis.tex")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(torch, "randn", None)
+    with pytest.raises(UserError, match=r"needs about \d+ GiB"):
+        attention.profile_attention(Shape(2**28, 8, 8, 128, "float32"), LighthouseConfig(topk=2**20), ROOF, CPU)
+    with pytest.raises(UserError, match="so the call would be dense"):
+        check_size(Shape(512, 8, 8, 128, "float32"), LighthouseConfig(), CPU)
+    with pytest.raises(UserError, match="no attention call has"):
+        check_size(Shape(8192, 8, 3, 128, "float32"), LighthouseConfig(topk=128), CPU)
+
+
+def test_one_that_does_not_fit_stops_a_sweep_before_the_first():
+    shapes = [(Shape(n, 2, 2, 16, "float32"), SMALL) for n in (1024, 2**40)]
+    with pytest.raises(UserError):
+        sweep.profile_lengths(shapes, lambda: pytest.fail("it was measured"), CPU, lambda words: None)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        SMALL,
+        replace(SMALL, scorer="random"),
+        replace(SMALL, scorer="block", window=64),
+        replace(SMALL, method="chunked", window=300),
+        replace(SMALL, method="sliding", window=100),
+        replace(SMALL, method="compressed", window=64),
+    ],
+    ids=lambda cfg: f"{cfg.method}-{cfg.scorer}-{cfg.window}",
+)
+def test_a_profile_on_the_cpu(cfg):
+    shape = Shape(1024, 4, 2, 16, "float32")
+    found = attention.profile_attention(shape, cfg, ROOF, CPU, repeats=2)
+    assert max(found.checks.values()) < 1e-5
+    names = [stage.name for stage in found.stages]
+    pyramid = cfg.method == "pyramid" and not cfg.window
+    assert names == (["pyramid + score", "select", "gather", "dense call", "scatter"] if pyramid else [])
+    assert ("output, N tokens" in found.checks) == (pyramid or cfg.method == "chunked")
+    assert min(found.lighthouse.both_ms.p10, found.lighthouse.forward_ms.p10) > 0
+    assert [call.name for call in found.dense] == ["flash"] and found.lighthouse.peak_gib is None
+    expected = found.dense[0].both_ms.median / found.lighthouse.both_ms.median
+    assert found.speedup["flash"]["forward_backward"] == expected
+
+
+def test_nothing_is_timed_that_is_wrong(monkeypatch):
+    right = check.lighthouse_attention
+
+    def wrong(q, k, v, cfg, **given):
+        # Only as it is timed, and only the value's gradient.
+        return right(q, k, v.detach() if cfg.dense_backend == "auto" else v, cfg, **given) + 0 * v.sum()
+
+    monkeypatch.setattr(check, "lighthouse_attention", wrong)
+    with pytest.raises(LighthouseError, match=r"relative error of dv is .* nothing was timed"):
+        attention.profile_attention(Shape(1024, 2, 2, 16, "float32"), SMALL, ROOF, CPU)
+    monkeypatch.setattr(check, "lighthouse_attention", right)
+    monkeypatch.setattr(check, "select_indices", lambda q, k, cfg, **given: torch.tensor(cfg.dense_backend == "math"))
+    with pytest.raises(LighthouseError, match="selection is not that of plain PyTorch"):
+        attention.profile_attention(Shape(1024, 2, 2, 16, "float32"), SMALL, ROOF, CPU)
+
+
+def packaged(monkeypatch, call) -> None:
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = call
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    known = [("fa2", "FlashAttention-2", lambda name: dense._package("flash_attn"))]
+    known += [("fa3", "FlashAttention-3", lambda name: dense._package("no_such_package"))]
+    monkeypatch.setitem(dense._KNOWN, "cpu", known)
+
+
+def test_a_dense_kernel_counts_if_it_is_there_and_right(monkeypatch):
+    exact = dense._forced("math")
+    packaged(monkeypatch, lambda q, k, v, causal: (exact(q, k, v), None))
+    there, absent, errors = dense.dense_kernels(CPU, torch.float32, 4, 2, 16)
+    assert [kernel.name for kernel in there] == ["fa2"] and absent == {"fa3": "is not installed"}
+    assert errors["fa2"] < 1e-6
+    packaged(monkeypatch, lambda q, k, v, causal: 1.01 * exact(q, k, v))
+    there, absent, _ = dense.dense_kernels(CPU, torch.float32, 4, 2, 16)
+    assert not there and absent["fa2"].startswith("differs from plain PyTorch by 1.0e-02")
+
+    def refuse(q, k, v, causal):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 data type\nTraceback")
+
+    packaged(monkeypatch, refuse)
+    there, absent, _ = dense.dense_kernels(CPU, torch.float32, 4, 2, 16)
+    assert not there and absent["fa2"] == "FlashAttention only supports fp16 and bf16 data type"
+
+
+def test_each_kernel_of_torch_is_forced():
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(function.overloadpacket._qualified_op_name)
+            return function(*arguments, **(options or {}))
+
+    q = torch.randn(1, 32, 2, 16)
+    for name, expected in (("flash", "flash_attention_for_cpu"), ("math", "attention_math")):
+        seen.clear()
+        with Watch():
+            dense._forced(name)(q, q, q)
+        assert any(expected in op for op in seen) or (name == "math" and any("softmax" in op for op in seen))
+        assert not any("flash" in op for op in seen) or name == "flash"
+
+
+def test_a_long_dense_call_is_worked_out_from_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(attention, "LIMIT_MS", 100.0)
+    timed_at = []
+
+    def profile_call(name, label, call, shape, device, repeats):
+        timed_at.append(shape.tokens)
+        ms = shape.tokens**2 / 1e6
+        return Call(name, label, sample(ms / 3), sample(ms), shape.tokens / 1e6)
+
+    monkeypatch.setattr(attention, "profile_call", profile_call)
+    kernel = dense.Kernel("flash", "flash", None)
+    short = Shape(8192, 2, 2, 16, "float32")
+    measured = attention._dense(kernel, short, CPU, 5, None, 0)
+    assert timed_at == [1024, 8192] and not measured.extrapolated
+    timed_at.clear()
+    long = attention._dense(kernel, replace(short, tokens=16384), CPU, 5, measured, 8192)
+    assert not timed_at and long.extrapolated == 8192
+    assert long.both_ms.median == pytest.approx(16384**2 / 1e6) and long.peak_gib == pytest.approx(0.016384)
+    # What was worked out from something keeps its source.
+    longer = attention._dense(kernel, replace(short, tokens=32768), CPU, 5, long, 16384)
+    assert longer.extrapolated == 8192 and longer.both_ms.median == pytest.approx(32768**2 / 1e6)
+
+
+def test_the_roof_of_this_machine(monkeypatch):
+    monkeypatch.setitem(sys.modules["lighthouse_core.profile.machine"]._COPIED, "cpu", 2**22)
+    monkeypatch.setitem(sys.modules["lighthouse_core.profile.machine"]._SIDE, "cpu", 256)
+    found = roof(CPU, torch.float32)
+    assert 1e8 < found.bytes_per_second < 1e13 and 1e8 < found.flops_per_second < 1e15
+    assert math.isfinite(found.flops_per_second) and found.dtype == "float32"
+
+
+def test_advice_for_a_recipe(monkeypatch):
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.profile.advise import advise
+
+    tiny = ["model.heads=2", "model.kv_heads=1", "model.head_dim=16", "training.seq_len=1024", "lighthouse.topk=16"]
+    recipe = load_recipe(shipped_recipes()["quickstart"], tiny)
+    trained = []
+
+    def run(settings):
+        trained.append(load_recipe(shipped_recipes()["quickstart"], [*tiny, *settings]))
+        return SimpleNamespace(seconds=10.0, update_ms=1000.0, processes=2)
+
+    found = advise(recipe, "quickstart", 0.125, CPU, lambda words: None, run)
+    best = found.timed[0]
+    (seen,) = trained
+    assert {key: getattr(seen.lighthouse, key) for key in best.settings} == best.settings
+    assert all(one.share >= 0.125 for one in found.timed) and found.timed[-1].settings["method"] == "chunked"
+    pyramids = found.timed[:-1]
+    assert [one.both_ms for one in pyramids] == sorted(one.both_ms for one in pyramids) and len(pyramids) > 3
+    # A step of 10 s held one micro-batch a process; two processes take 2 of the global batch of 4.
+    plan = found.plan
+    once = replace(plan, calls=1, rest_ms=0.0)
+    rest = 10_000 - once.stage_1_step_ms(best.forward_ms, best.both_ms, "flash")
+    assert plan.calls == 2 and plan.rest_ms == pytest.approx(2 * (rest - 1000) + 1000)
+    assert (plan.layers, plan.dense_layers, plan.steps, plan.recover_steps) == (4, 2, 100, 20)
+    assert found.predictions[0].step_ms == pytest.approx(2 * 9000 + 1000)
+    with pytest.raises(UserError, match="no pyramid of 1024 tokens gathers"):
+        advise(recipe, "quickstart", 0.99, CPU, lambda words: None, run)
