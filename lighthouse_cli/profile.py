@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 
 # Whose model --tune plans for where no recipe is named.
 _MODEL = "530m_98k"
+# Parameters of `profile` that each kind reads, beside those that say where the report goes.
+_READ = {
+    "--seq": "seq pooling levels topk tile_parents scorer method window backend dense_backend heads kv_heads head_dim "
+    "dtype",
+    "--recipe": "recipe settings nproc",
+    "--tune": "tune recipe seq floor settings nproc",
+    "--selection": "selection sequences",
+}
+_READ_BY_ALL = "out quiet as_json"
 
 
 def profile(
+    context: typer.Context,
     seq: Annotated[
         str, typer.Option("--seq", metavar="N[,N...]", help="Lengths in tokens: one attention call, beside dense ones.")
     ] = "",
@@ -93,8 +103,7 @@ def profile(
             f"profile takes one of --seq, --recipe and --selection, not {' and '.join(asked) or 'none'}",
             hint="lighthouse profile --seq 98304 is one attention call; --tune takes --recipe and --seq together",
         )
-    if settings and not (recipe or tune):
-        raise UserError("--set changes the recipe that --recipe names")
+    _refuse_others(context, "--tune" if tune else asked[0])
     if selection:
         _selection(selection, sequences, out, as_json)
     elif tune or recipe:
@@ -114,6 +123,18 @@ def profile(
         }
         configs = {n: _config(n, given, fixed) for n in lengths}
         _attention(configs, (heads, heads if kv_heads is None else kv_heads, head_dim, dtype), out, as_json)
+
+
+def _refuse_others(context: typer.Context, kind: str) -> None:
+    """Raise for an option that was given and that this kind does not read."""
+    from lighthouse_core.errors import UserError
+
+    read = {*_READ[kind].split(), *_READ_BY_ALL.split()}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in read and source is not None and source.name == "COMMANDLINE":
+            option = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is of no use with {kind}")
 
 
 def _lengths(seq: str) -> list[int]:
@@ -172,13 +193,15 @@ def _recipe(
 ) -> None:
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import plan
+    from lighthouse_core.launch import check_world, plan
 
     path = find_recipe(name)
-    resolved = load_recipe(path, overrides)
+    # Its pyramid may not suit another length, and another one is looked for.
+    resolved = load_recipe(path, [*overrides, "lighthouse.enabled=false"] if tune else overrides)
     if not 0 < floor < 1:
         raise UserError(f"--floor must lie between 0 and 1, not {floor}")
     processes = plan(nproc).nproc
+    check_world(resolved, processes)
     from lighthouse_core.profile import run
 
     with _folder(out, f"{'tune' if tune else 'step'}-{path.stem}") as folder:
@@ -210,12 +233,12 @@ def _folder(out: Path | None, name: str) -> Iterator[Path]:
     from lighthouse_core.profile.report import prepare
 
     folder = out or Path("profiles") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    prepare(folder)
+    made = prepare(folder)
     try:
         yield folder
     finally:
-        for empty in (folder, folder.parent):
-            # It holds something, or is the working directory.
+        for empty in made:
+            # Unless it holds something by now.
             with contextlib.suppress(OSError):
                 empty.rmdir()
 

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from lighthouse_core.attention import LighthouseConfig, lighthouse_attention
+from lighthouse_core.attention import LighthouseConfig, dense_attention
 from lighthouse_core.config import Recipe
-from lighthouse_core.errors import UserError
-from lighthouse_core.profile.attention import Call, check_size, profile_call
+from lighthouse_core.config.dump import toml_value
+from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.profile.attention import check_size, profile_call, profile_lighthouse
 from lighthouse_core.profile.check import check_call
 from lighthouse_core.profile.dense import dense_kernels
 from lighthouse_core.profile.step import StepProfile
-from lighthouse_core.profile.tune import COARSEST, Advice, Plan, Prediction, Timed, candidates, predict, timed, toml
+from lighthouse_core.profile.tune import COARSEST, Advice, Plan, Timed, amdahl, candidates, ranked, timed
 from lighthouse_core.profile.work import Shape
 
 _REPEATS = 10
@@ -21,7 +22,7 @@ _REPEATS = 10
 
 def advise(
     recipe: Recipe,
-    name: str,
+    name_of_recipe: str,
     floor: float,
     device: torch.device,
     say: Callable[[str], None],
@@ -35,7 +36,7 @@ def advise(
 
     Args:
         recipe: gives the model, N, the batch and the steps.
-        name: of the recipe.
+        name_of_recipe: for the report.
         floor: the least share of tokens at level 0.
         device: a GPU, or the CPU.
         say: told what begins.
@@ -46,16 +47,9 @@ def advise(
         UserError: no pyramid is left, or the calls do not fit.
         LighthouseError: a call disagrees with plain PyTorch.
     """
-    if not 0 < floor < 1:
-        raise UserError(f"--floor must lie between 0 and 1, not {floor}")
     model, training = recipe.model, recipe.training
-    shape = Shape(
-        training.seq_len,
-        model.heads,
-        model.kv_heads,
-        model.head_dim,
-        training.dtype if device.type == "cuda" else "float32",
-    )
+    dtype = training.dtype if device.type == "cuda" else "float32"
+    shape = Shape(training.seq_len, model.heads, model.kv_heads, model.head_dim, dtype)
     base = replace(recipe.lighthouse.attention(), method="pyramid", window=0, keep=0, dense_backend="auto")
     pyramids = list(candidates(shape.tokens, base, floor, coarsest))
     if not pyramids:
@@ -67,65 +61,66 @@ def advise(
     for cfg in pyramids:
         check_size(shape, cfg, device)
     say(f"{len(pyramids)} pyramids of N = {shape.tokens}: comparing with plain PyTorch, then timing")
-    dtype = getattr(torch, shape.dtype)
-    there, _, _ = dense_kernels(device, dtype, shape.heads, shape.kv_heads, shape.head_dim)
-    # What a recipe can name.
-    backends = [kernel.name for kernel in there if kernel.name not in ("fa2", "fa3")]
-    calls: dict[LighthouseConfig, Call] = {}
+    there, _ = dense_kernels(device, shape)
+    backends = [kernel.name for kernel in there if kernel.trains] or ["auto"]
 
     def time(cfg: LighthouseConfig) -> tuple[float, float]:
-        if cfg not in calls:
-            check_call(replace(shape, tokens=min(shape.tokens, 16384)), cfg, device)
-            key = torch.zeros(3, dtype=torch.int64, device=device)
-
-            def call(*x: Tensor) -> Tensor:
-                return lighthouse_attention(*x, cfg, key=key)
-
-            calls[cfg] = profile_call("lighthouse", "", call, shape, device, _REPEATS)
-        return calls[cfg].forward_ms.median, calls[cfg].both_ms.median
+        check_call(shape, cfg, device)
+        call = profile_lighthouse(cfg, shape, device, _REPEATS)
+        return call.forward_ms.median, call.both_ms.median
 
     found = timed(shape.tokens, pyramids, backends, time)
-    dense = {k.name: profile_call(k.name, k.label, k.call, shape, device, 3) for k in there if k.name in backends}
-    times = {name: (call.forward_ms.median, call.both_ms.median) for name, call in dense.items()}
-    best = found[0]
-    settings = [f"lighthouse.{key}={toml(value)}" for key, value in best.settings.items()]
+    dense = {}
+    for name in backends:
+        call = profile_call(name, name, partial(dense_attention, backend=name), shape, device, 3)
+        dense[name] = call.forward_ms.median, call.both_ms.median
+    trained = next(one for one in found if one.gathered is not None)
+    if device.type == "cuda":
+        # The training process needs it.
+        torch.cuda.empty_cache()
     say("training a few steps with the fastest of them")
-    step = run([*settings, 'lighthouse.method="pyramid"', "lighthouse.window=0", "lighthouse.windows=[]"])
-    plan = _plan(recipe, best, times, step)
-
-    def predicted(forward_ms: float, both_ms: float, one: Timed) -> Prediction:
-        return predict(plan, forward_ms, both_ms, one.settings["dense_backend"])
-
+    settings = {"enabled": True, "dense_every": 0, "windows": [], **trained.settings}
+    step = run([f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items()])
+    plan = _plan(recipe, trained, dense, step)
+    best = ranked(plan, found)
     return Advice(
-        recipe=name,
+        recipe=name_of_recipe,
         tokens=shape.tokens,
         floor=floor,
         coarsest=coarsest,
         plan=plan,
-        timed=found,
-        predictions=[predicted(one.forward_ms, one.both_ms, one) for one in found],
-        bound=predicted(0.0, 0.0, best),
+        timed=[one for one, _ in best],
+        predictions=[prediction for _, prediction in best],
+        bound=amdahl(plan),
         measured_step_ms=step.seconds * 1e3,
-        measured_settings=best.settings,
+        measured_settings=trained.settings,
     )
 
 
 def _plan(recipe: Recipe, trained: Timed, dense: dict[str, tuple[float, float]], step: StepProfile) -> Plan:
-    """The run of a recipe, from a step of one micro-batch a process that was trained with `trained`."""
+    """The run of a recipe, from a step of one micro-batch a process that was trained with `trained`.
+
+    Raises:
+        LighthouseError: that step took less time than its attention alone.
+    """
     model, training = recipe.model, recipe.training
-    repeated = int(training.activation_checkpointing == "full")
     plan = Plan(
         layers=model.layers,
         dense_layers=len(model.dense_layers),
         steps=training.steps,
         recover_steps=recipe.recover.steps,
         calls=training.local_batch_size,
-        repeated=repeated,
+        repeated=int(training.activation_checkpointing == "full"),
         rest_ms=0.0,
         dense=dense,
     )
     attention = plan.stage_1_step_ms(trained.forward_ms, trained.both_ms, trained.settings["dense_backend"])
-    rest = max(0.0, step.seconds * 1e3 - attention)
+    rest = step.seconds * 1e3 - attention
+    if rest <= 0:
+        raise LighthouseError(
+            f"a step of {step.seconds * 1e3:.0f} ms took less than its attention calls alone, {attention:.0f} ms",
+            hint="something else is at work on this machine: try again when it is not",
+        )
     # An update is one a step, however many micro-batches that has.
     update = min(rest, step.update_ms)
     times = training.global_batch_size // (training.local_batch_size * step.processes)

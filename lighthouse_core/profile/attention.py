@@ -1,24 +1,25 @@
 """The attention call taken apart: each stage forward and backward, the whole call, and every dense kernel there is."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
+from lighthouse_core.attention.parts import fused
 from lighthouse_core.backends import geometry, kernels
 from lighthouse_core.errors import UserError
-from lighthouse_core.profile.check import check_call, random_inputs
-from lighthouse_core.profile.dense import Kernel, dense_kernels
-from lighthouse_core.profile.machine import Roof, memory
+from lighthouse_core.profile.check import check_call
+from lighthouse_core.profile.dense import TOKENS, Kernel, dense_kernels, random_inputs
+from lighthouse_core.profile.machine import Roof, free_memory
 from lighthouse_core.profile.timing import Sample, measure, peak_gib, resident_gib
 from lighthouse_core.profile.work import Shape, Work, stage_work
 
 # A dense call forward and backward that would take longer is worked out from a shorter one.
 LIMIT_MS = 10_000.0
-# Of the shorter one.
+# That one is at least so large a part of it.
 _FRACTION = 8
 
 
@@ -82,19 +83,23 @@ class AttentionProfile:
     """One shape, measured.
 
     Attributes:
-        settings: the shape and the attention settings, `gathered_length` among them where the method has one.
+        settings: the shape and the attention settings, with the backends that `auto` stood for, and `gathered_length`
+            where the method has one.
         checks: relative errors of what is timed, seen before it was timed.
         stages: of the Lighthouse call.
         lighthouse: the whole call.
+        others: the same by the other dense kernels that a recipe can name, where it named none.
         dense: every dense kernel that takes such inputs, fastest first.
         absent: why others are not there.
         resident_gib: largest resident memory of the process.
+        speedup: times that `lighthouse` is faster than each of `dense`, `forward` and `forward_backward`.
     """
 
     settings: dict[str, Any]
     checks: dict[str, float]
     stages: list[Stage]
     lighthouse: Call
+    others: list[Call]
     dense: list[Call]
     absent: dict[str, str]
     resident_gib: float
@@ -142,12 +147,13 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
                 "dense",
                 hint=f"use --seq above {g.selected_length}, a smaller --topk, or more --levels",
             )
-    # Inputs, outputs, their gradients and what a dense kernel keeps are about 8 rows; plain PyTorch, 16.
-    rows = 8 if device.type == "cuda" and cfg.backend != "reference" else 16
-    needed, there = rows * shape.tokens * shape.row, memory(device)
+    # Of q, k and v: 3 for a call by the Triton kernels, 4 for dense attention, and some for what is compared; plain
+    # PyTorch keeps more.
+    rows = 6 if device.type == "cuda" and cfg.backend != "reference" else 16
+    needed, there = rows * shape.tokens * shape.row, free_memory(device)
     if needed > there:
         raise UserError(
-            f"N = {shape.tokens} needs about {needed / 2**30:.0f} GiB, and this machine has {there / 2**30:.0f}",
+            f"N = {shape.tokens} needs about {needed / 2**30:.0f} GiB, and {there / 2**30:.0f} are free",
             hint="use a smaller --seq, or fewer --heads: the times of heads add up",
         )
 
@@ -170,6 +176,17 @@ def profile_call(
     with torch.no_grad():
         forward = measure(lambda: call(*leaves), device, repeats=repeats)
     return Call(name, label, forward, measure(both, device, repeats=repeats), peak_gib(both, device))
+
+
+def profile_lighthouse(cfg: LighthouseConfig, shape: Shape, device: torch.device, repeats: int) -> Call:
+    """Time a Lighthouse call with these settings."""
+    key = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def call(*x: Tensor) -> Tensor:
+        return lighthouse_attention(*x, cfg, key=key)
+
+    label = f"Lighthouse, {cfg.method}, {cfg.dense_backend} inside"
+    return profile_call("lighthouse", label, call, shape, device, repeats)
 
 
 def profile_attention(
@@ -198,17 +215,15 @@ def profile_attention(
         LighthouseError: what would be timed disagrees with plain PyTorch.
     """
     check_size(shape, cfg, device)
-    checks = check_call(shape, cfg, device)
-    dtype = getattr(torch, shape.dtype)
-    there, absent, errors = dense_kernels(device, dtype, shape.heads, shape.kv_heads, shape.head_dim)
-    checks |= {f"dense {name}": error for name, error in errors.items()}
+    there, absent = dense_kernels(device, shape)
+    cfg, more = _resolved(cfg, shape, device, there)
+    checks = {}
+    for settings in (cfg, *more):
+        found = check_call(shape, settings, device)
+        checks |= {f"{what}, {settings.dense_backend} inside": error for what, error in found.items()}
+    checks |= {f"{kernel.name}, {TOKENS} tokens": kernel.error for kernel in there}
     stages = _stages(shape, cfg, roof, device, repeats) if cfg.method == "pyramid" and not cfg.window else []
-    key = torch.zeros(3, dtype=torch.int64, device=device)
-
-    def lighthouse(*x: Tensor) -> Tensor:
-        return lighthouse_attention(*x, cfg, key=key)
-
-    ours = profile_call("lighthouse", f"Lighthouse attention, {cfg.method}", lighthouse, shape, device, repeats)
+    ours, *others = (profile_lighthouse(settings, shape, device, repeats) for settings in (cfg, *more))
     dense = [_dense(kernel, shape, device, repeats, (before or {}).get(kernel.name), before_tokens) for kernel in there]
     settings = {"batch": 1, "seq": shape.tokens, **asdict(shape), **asdict(cfg)}
     del settings["tokens"]
@@ -219,17 +234,36 @@ def profile_attention(
         checks=checks,
         stages=stages,
         lighthouse=ours,
+        others=others,
         dense=sorted(dense, key=lambda call: call.both_ms.median),
         absent=absent,
         resident_gib=resident_gib(),
     )
 
 
+def _resolved(
+    cfg: LighthouseConfig, shape: Shape, device: torch.device, there: list[Kernel]
+) -> tuple[LighthouseConfig, list[LighthouseConfig]]:
+    """The settings with the backends that `auto` stands for; and the same by each other dense kernel, if that was
+    `auto` and may be another."""
+    dtype = getattr(torch, shape.dtype)
+    if cfg.method == "pyramid":
+        ops = kernels(cfg.backend, device.type, dtype).__name__
+        cfg = replace(cfg, backend=ops.rpartition(".")[2])
+    if cfg.dense_backend != "auto":
+        return cfg, []
+    if cfg.adds_parts:
+        fa4 = fused(cfg.dense_backend, device.type, dtype, shape.head_dim)
+        return replace(cfg, dense_backend="fa4" if fa4 else "math"), []
+    settings = [replace(cfg, dense_backend=kernel.name) for kernel in there if kernel.trains] or [cfg]
+    return settings[0], settings[1:]
+
+
 def _dense(
     kernel: Kernel, shape: Shape, device: torch.device, repeats: int, before: Call | None, before_tokens: int
 ) -> Call:
     """A dense kernel, measured; worked out from a shorter call where it would take over LIMIT_MS."""
-    if before is None:
+    if before is None or before_tokens * _FRACTION < shape.tokens:
         before_tokens = max(1, shape.tokens // _FRACTION)
         short = Shape(before_tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype)
         before = profile_call(kernel.name, kernel.label, kernel.call, short, device, 3)

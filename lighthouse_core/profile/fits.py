@@ -44,7 +44,7 @@ def crossover(tokens: Sequence[int], ours: Sequence[float], theirs: Sequence[flo
     """The length from which on `ours` is below `theirs`, both in milliseconds at the same lengths, which grow."""
     gaps = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     if gaps[-1] >= 0:
-        return Crossover(None, f"dense attention is as fast or faster up to {tokens[-1]} tokens")
+        return Crossover(None, f"dense attention is as fast or faster at {tokens[-1]} tokens")
     above = [number for number, gap in enumerate(gaps) if gap >= 0]
     if not above:
         return Crossover(None, f"Lighthouse is faster from {tokens[0]} tokens on, the shortest measured")

@@ -67,6 +67,14 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device that nobody uses, or torch alone keeps for later; of a CPU, all that there are."""
+    if device.type != "cuda":
+        return memory(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -61,7 +61,8 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
     axes.set_xticks(lengths, [short(n) for n in lengths])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(title="dashed: by the square of the length" if any(map(_any_dashed, sweep.curves)) else None)
+    how = "by the square of the length" if value is _ms else "in proportion to the length"
+    axes.legend(title=f"dashed: {how}" if any(map(_any_dashed, sweep.curves)) else None)
     return figures.save(figure, path)
 
 
@@ -91,12 +92,22 @@ def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
     times = []
     # On a logarithmic ruler of its own plotext loses points.
     for number, curve in enumerate(sweep.curves):
-        x, y = [math.log10(n) for n in curve.tokens], [math.log10(_ms(call)) for call in curve.calls]
-        times += y
         label = curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
-        figure.draw(figure.signal(x, y, marker=_MARKERS[number % 7]).lines(True).label(label))
+        worked_out = _dashed(curve, _ms)
+        measured = [(n, _ms(call)) for n, call in zip(curve.tokens, curve.calls, strict=True) if not call.extrapolated]
+        if worked_out:
+            label += " (dots: worked out)"
+            figure.draw(_signal(figure, worked_out, "."))
+        if measured:
+            figure.draw(_signal(figure, measured, _MARKERS[number % 7]).label(label))
+        times += [math.log10(_ms(call)) for call in curve.calls]
     figure.ruler(0).ticks([math.log10(n) for n in lengths], [short(n) for n in lengths])
     decades = range(math.floor(min(times)), math.ceil(max(times)) + 1)
     figure.ruler(1).ticks(list(decades), [f"{10.0**n:g}" for n in decades])
     figure.title("milliseconds, forward and backward, by tokens")
     return figure.build().string(colorless=not colour)
+
+
+def _signal(figure, points: list[tuple[int, float]], marker: str):
+    x, y = zip(*((math.log10(n), math.log10(ms)) for n, ms in points), strict=True)
+    return figure.signal(list(x), list(y), marker=marker).lines(True)

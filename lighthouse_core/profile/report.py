@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse_core.errors import UserError
-from lighthouse_core.profile.attention import AttentionProfile, Pass
+from lighthouse_core.profile.attention import AttentionProfile, Call, Pass
 from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
 from lighthouse_core.profile.step import StepProfile
 from lighthouse_core.profile.sweep import Sweep
+from lighthouse_core.profile.trace import COMMUNICATION
 from lighthouse_core.profile.tune import Advice
 
 SCHEMA = 2
+_LEAK = ("The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not.",)
+_ALONE = ("One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients.",)
+# A call whose p90 is so many times its p10 was not alone on the machine.
+_NOISY = 1.5
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,24 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path) -> list[Path]:
     """Make the folder of a report, before anything is measured.
+
+    Returns:
+        The folders that were made, innermost first.
 
     Raises:
         UserError: it cannot be made, or holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
+    ours = any((folder / name).exists() for name in ("results.json", "pretrain.log"))
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours)):
         raise UserError(f"{folder} is there and is no report", hint="choose another --out")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}", hint="choose another --out") from None
+    return made
 
 
 def _markdown_table(table: Table) -> list[str]:
@@ -127,7 +138,7 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
         ]
         parts.append(Table("Growth: time goes with this power of the length", ("call", "slope", "lengths"), rows))
         parts += [f"Against {name}: {found.note}." for name, found in sweep.crossovers.items()]
-    return parts
+    return [*parts, *(f"{note}." for note in sweep.notes)]
 
 
 def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
@@ -139,40 +150,61 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     title = f"{shape}, {settings['dtype']}; {chosen}"
     parts: list[Table | str] = []
     if profile.stages:
-        rows = [
-            (stage.name, direction, *_pass_cells(found))
-            for stage in profile.stages
-            for direction, found in (("forward", stage.forward), ("backward", stage.backward))
-            if found is not None
-        ]
-        columns = ("stage", "pass", "ms", "p10", "p90", "GB", "GFLOP", "reached", "of roof")
-        parts.append(Table(f"Stages, {title}", columns, rows, text_columns=2))
-    rows = []
-    for call in (profile.lighthouse, *profile.dense):
-        both = call.both_ms
-        faster = profile.speedup.get(call.name)
-        rows.append(
-            (
-                call.label + (f" (worked out from {call.extrapolated} tokens)" if call.extrapolated else ""),
-                f"{call.forward_ms.median:.2f}",
-                f"{both.median:.2f}",
-                f"{both.p10:.2f}",
-                f"{both.p90:.2f}",
-                "-" if call.peak_gib is None else f"{call.peak_gib:.2f}",
-                f"{faster['forward']:.2f}x" if faster else "",
-                f"{faster['forward_backward']:.2f}x" if faster else "",
-            )
-        )
-    columns = ("call", "forward ms", "both ms", "p10", "p90", "peak GiB", "faster, forward", "faster, both")
+        parts += _stage_parts(profile, title)
+    calls = (profile.lighthouse, *profile.others, *profile.dense)
+    columns = ("call", "forward ms", "both ms", "p10", "p90", "calls", "peak GiB", "faster, forward", "faster, both")
+    rows = [(*_call_cells(call), *_faster_cells(profile, call)) for call in calls]
     parts.append(Table(f"Calls, {title}", columns, rows))
+    if profile.dense:
+        parts.append("Faster: times that the first row is faster than this one.")
     worst = max(profile.checks.values())
     parts.append(
-        f"Checked before it was timed: output and gradients differ from plain PyTorch in float32 by {worst:.1e} at "
-        "most (relative)."
+        f"Checked before it was timed: output and gradients of all of these differ from plain PyTorch in float32 by "
+        f"{worst:.1e} at most (relative; results.json has each, and on how many tokens)."
     )
+    noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]
+    if noisy:
+        parts.append(f"Noisy, p90 above {_NOISY} times p10, on a machine that did something else: {'; '.join(noisy)}.")
     if profile.absent:
         parts.append("Not timed: " + "; ".join(f"{name} {why}" for name, why in profile.absent.items()) + ".")
     return parts
+
+
+def _stage_parts(profile: AttentionProfile, title: str) -> list[Table | str]:
+    inside = f"{profile.settings['backend']}, {profile.settings['dense_backend']} inside"
+    rows = [
+        (stage.name, direction, *_pass_cells(found))
+        for stage in profile.stages
+        for direction, found in (("forward", stage.forward), ("backward", stage.backward))
+        if found is not None
+    ]
+    columns = ("stage", "pass", "ms", "p10", "p90", "GB", "GFLOP", "reached", "of roof")
+    forward = sum(stage.forward.ms.median for stage in profile.stages)
+    both = forward + sum(stage.backward.ms.median for stage in profile.stages if stage.backward)
+    call = profile.lighthouse
+    return [
+        Table(f"Stages ({inside}), {title}", columns, rows, text_columns=2),
+        f"Each stage is timed alone: together {forward:.2f} ms forward and {both:.2f} both ways, where the call takes "
+        f"{call.forward_ms.median:.2f} and {call.both_ms.median:.2f}.",
+    ]
+
+
+def _call_cells(call: Call) -> tuple[str, ...]:
+    both = call.both_ms
+    return (
+        call.label + (f" (worked out from {call.extrapolated} tokens)" if call.extrapolated else ""),
+        f"{call.forward_ms.median:.2f}",
+        f"{both.median:.2f}",
+        f"{both.p10:.2f}",
+        f"{both.p90:.2f}",
+        str(both.calls),
+        "-" if call.peak_gib is None else f"{call.peak_gib:.2f}",
+    )
+
+
+def _faster_cells(profile: AttentionProfile, call: Call) -> tuple[str, str]:
+    found = profile.speedup.get(call.name)
+    return (f"{found['forward']:.2f}x", f"{found['forward_backward']:.2f}x") if found else ("", "")
 
 
 def _pass_cells(found: Pass) -> tuple[str, ...]:
@@ -205,7 +237,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
                 else f"chunks of {', '.join(map(str, settings['windows']))} in turn",
                 settings["dense_backend"],
                 str(one.gathered) if pyramid else "-",
-                f"{one.share:.1%}" if pyramid else "-",
+                f"{one.share:.2%}" if pyramid else "-",
                 str(one.coarsest) if pyramid else "-",
                 f"{one.both_ms:.2f}",
                 f"{prediction.step_ms:.0f}",
@@ -216,29 +248,24 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     columns = ("stage 1", "dense kernel", "S", "level 0", "coarsest", "call ms", "step ms", "stage 1", "total")
     plan, bound = advice.plan, advice.bound
     dense = ", ".join(f"{name} {both:.2f} ms" for name, (_, both) in plan.dense.items())
+    step = min(map(plan.dense_step_ms, plan.dense))
     title = f"{advice.recipe} at N = {advice.tokens}, times faster than dense, predicted"
-    parts: list[Table | str] = [
+    leaks = advice.timed[0].settings["scorer"] == "norm"
+    return [
         Table(title, columns, rows, text_columns=2),
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
         f"{advice.coarsest} tokens. The floor is no promise of a loss: recipes/evidence/REPORT.md has what was "
         "measured.",
-        f"A dense call takes {dense}, a step with {plan.layers} dense layers {plan.dense_step_ms:.0f} ms, of which "
-        f"{plan.rest_ms:.0f} ms are no attention. If the Lighthouse calls took no time (Amdahl's bound), stage 1 would "
-        f"be {bound.stage_1:.2f} times as fast, with {plan.dense_layers} dense layers, and {plan.steps} + "
-        f"{plan.recover_steps} steps {bound.total:.2f} times.",
-        *(
-            ["The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."]
-            if advice.timed[0].settings.get("scorer") == "norm"
-            else []
-        ),
-        "The fastest pyramid:\n\n```toml\n" + advice.fragment(0) + "\n```",
+        f"A dense call takes {dense}, a step with {plan.layers} dense layers {step:.0f} ms, of which {plan.rest_ms:.0f}"
+        f" ms are no attention: what a step of {advice.measured_step_ms:.0f} ms with one micro-batch took beyond its "
+        f"attention calls. If the Lighthouse calls took no time (Amdahl's bound), stage 1 would be {bound.stage_1:.2f} "
+        f"times as fast, with {plan.dense_layers} dense layers, and {plan.steps} + {plan.recover_steps} steps "
+        f"{bound.total:.2f} times.",
+        *_LEAK[: int(leaks)],
+        f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
+        "Growing chunks, which the same report recommends by loss (with no dense layers, `dense_layers = []`, where "
+        f"they are faster still):\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
     ]
-    if advice.timed[-1].gathered is None:
-        parts.append(
-            "Growing chunks, which the same report recommends by loss (with no dense layers, `dense_layers = []`, "
-            "where they are faster still):\n\n```toml\n" + advice.fragment(len(advice.timed) - 1) + "\n```"
-        )
-    return parts
 
 
 def selection_parts(view: SelectionView) -> list[Table | str]:
@@ -280,7 +307,8 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
         parts += [
             f"{profile.tokens} tokens a step on {profile.processes} process{'es' * (profile.processes > 1)}, "
             f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
-            "The three largest costs: " + ", ".join(costs.largest) + ".",
+            "The three largest costs: " + "; ".join(costs.largest) + ".",
+            *_ALONE[: int(profile.processes == 1 and any(cost.name == COMMUNICATION for cost in costs.rows))],
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",
         ]

@@ -1,13 +1,15 @@
 """The kinds of `lighthouse profile`: each measures, draws into a folder, and says what came of it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from lighthouse_core.attention import LighthouseConfig, check_backends
+from lighthouse_core.attention.dense import log_choices
 from lighthouse_core.config import Recipe
-from lighthouse_core.errors import UserError
+from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
 from lighthouse_core.profile.machine import describe, roof
@@ -18,6 +20,8 @@ from lighthouse_core.profile.sweep import profile_lengths
 from lighthouse_core.profile.work import Shape
 
 Say = Callable[[str], None]
+# Of a profiled step: its trace grows with them, and they are all alike.
+_MICRO_BATCHES = 2
 
 
 def device() -> torch.device:
@@ -25,18 +29,34 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of torch that a user can do something about."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"the GPU's memory is full: {reason}", hint="use a smaller --seq, or fewer --heads") from None
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise UserError("no dense kernel of that name takes such inputs", hint="--dense-backend auto does") from None
+
+
 def attention(
     shapes: Sequence[tuple[Shape, LighthouseConfig]], folder: Path, say: Say, *, columns: int = 0, colour: bool = False
 ) -> tuple[Report, str | None]:
     """One attention call at each length beside dense attention, and the plot for a terminal so many columns wide."""
     where = device()
+    number = getattr(torch, shapes[0][0].dtype)
     try:
-        for _, cfg in shapes:
+        for shape, cfg in shapes:
             check_backends(cfg, where.type)
+            log_choices(cfg, where.type, number, shape.head_dim, pooled=True)
     except ValueError as error:
         raise UserError(str(error)) from None
-    number = getattr(torch, shapes[0][0].dtype)
-    found, limits = profile_lengths(shapes, lambda: roof(where, number), where, say)
+    with _explained():
+        found, limits = profile_lengths(shapes, lambda: roof(where, number), where, say)
     files = plots.draw(found, folder) if len(found.profiles) > 1 else []
     lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
     report = Report(
@@ -51,17 +71,31 @@ def attention(
     return report, plots.terminal(found, columns, colour=colour) if columns else None
 
 
-def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int | None, say: Say) -> Report:
-    """A training step of a recipe, and one with every layer dense beside it."""
+def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
+    """A training step of a recipe, and one with every layer dense beside it, each of a few micro-batches."""
+    training = recipe.training
+    micro_batch = training.local_batch_size * nproc
+    notes, batch = [], min(training.global_batch_size, _MICRO_BATCHES * micro_batch)
+    if batch < training.global_batch_size:
+        notes.append(
+            f"The steps have {_MICRO_BATCHES} of their {training.global_batch_size // micro_batch} micro-batches, so "
+            "that the optimizer weighs more than in training."
+        )
+        say(notes[0])
+    settings = [*settings, f"training.global_batch_size={batch}"]
     found = [run_step(path, settings, folder, nproc, say)]
     if recipe.lighthouse.enabled:
-        found.append(run_step(path, settings, folder / "dense", nproc, say, stage="dense"))
+        try:
+            found.append(run_step(path, settings, folder / "dense", nproc, say, stage="dense"))
+        except LighthouseError as error:
+            notes.append(f"No dense step: {error}")
+            say(notes[-1])
     return Report(
         f"A training step of {path.stem}",
         "step",
         describe(device()),
-        step_parts(found),
-        {"steps": [profile.as_json() for profile in found]},
+        [*step_parts(found), *notes],
+        {"steps": [profile.as_json() for profile in found], "notes": notes},
     )
 
 
@@ -81,14 +115,16 @@ def tune(
         batch = f"training.global_batch_size={training.local_batch_size * nproc}"
         return run_step(path, [*settings, *more, batch], folder, nproc, say)
 
-    advice = advise(recipe, path.stem, floor, where, say, run)
+    with _explained():
+        advice = advise(recipe, path.stem, floor, where, say, run)
     return Report(f"Settings for {path.stem}", "tune", describe(where), tune_parts(advice), advice.as_json())
 
 
 def selection(path: Path, sequences: int, folder: Path, say: Say) -> Report:
     """What a checkpoint of stage 1 selects."""
     say(f"reading what {path} selects")
-    view = selection_view(path, sequences=sequences)
+    with _explained():
+        view = selection_view(path, sequences=sequences)
     files = selection_figure.draw(view, folder / "selection") or []
     return Report(
         f"What {view.run} selects at step {view.step}",

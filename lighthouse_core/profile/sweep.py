@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.errors import UserError
 from lighthouse_core.profile.attention import AttentionProfile, Call, check_size, profile_attention
 from lighthouse_core.profile.fits import Crossover, PowerLaw, crossover, fit
 from lighthouse_core.profile.machine import Roof
@@ -40,11 +41,13 @@ class Sweep:
         profiles: of each length, shortest first.
         curves: of Lighthouse, then of every dense kernel.
         crossovers: of Lighthouse and each dense kernel, by its name.
+        notes: what is missing, and why.
     """
 
     profiles: list[AttentionProfile]
     curves: list[Curve]
     crossovers: dict[str, Crossover]
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
@@ -52,6 +55,7 @@ class Sweep:
             "profiles": [profile.as_json() for profile in self.profiles],
             "slopes": {curve.name: curve.law.slope if curve.law else None for curve in self.curves},
             "crossovers": {name: asdict(found) for name, found in self.crossovers.items()},
+            "notes": list(self.notes),
         }
 
 
@@ -63,7 +67,8 @@ def profile_lengths(
     *,
     repeats: int = 20,
 ) -> tuple[Sweep, Roof]:
-    """Profile every shape, shortest first, and put them together.
+    """Profile every shape, shortest first, and put them together. One that fills the GPU's memory is the last; what
+    came before it counts.
 
     Args:
         shapes: of distinct lengths, with the settings at each.
@@ -73,7 +78,8 @@ def profile_lengths(
         repeats: see `profile_attention`.
 
     Raises:
-        UserError: a shape that makes no call or does not fit, before anything is measured.
+        UserError: a shape that makes no call or does not fit, before anything is measured; or the first one fills the
+            memory.
         LighthouseError: what would be timed disagrees with plain PyTorch.
     """
     shapes = sorted(shapes, key=lambda pair: pair[0].tokens)
@@ -82,19 +88,22 @@ def profile_lengths(
     say("measuring the machine: a copy and a matrix product")
     limits = roof()
     profiles: list[AttentionProfile] = []
+    notes = []
     for shape, cfg in shapes:
         say(f"N = {shape.tokens}: comparing with plain PyTorch, then timing")
         last = profiles[-1] if profiles else None
-        before = {call.name: call for call in last.dense} if last else None
-        profiles.append(
-            profile_attention(
-                shape, cfg, limits, device, before=before, before_tokens=last.tokens if last else 0, repeats=repeats
-            )
-        )
-    return together(profiles), limits
+        known = {"before": {call.name: call for call in last.dense}, "before_tokens": last.tokens} if last else {}
+        try:
+            profiles.append(profile_attention(shape, cfg, limits, device, repeats=repeats, **known))
+        except torch.OutOfMemoryError:
+            notes.append(f"N = {shape.tokens} filled the GPU's memory")
+            break
+    if not profiles:
+        raise UserError(notes[0], hint="use a smaller --seq, or fewer --heads: the times of heads add up")
+    return together(profiles, tuple(notes)), limits
 
 
-def together(profiles: list[AttentionProfile]) -> Sweep:
+def together(profiles: list[AttentionProfile], notes: tuple[str, ...] = ()) -> Sweep:
     """Curves and crossovers of profiles, shortest first."""
     ours = [profile.lighthouse for profile in profiles]
     tokens = [profile.tokens for profile in profiles]
@@ -113,7 +122,7 @@ def together(profiles: list[AttentionProfile]) -> Sweep:
             [own.both_ms.median for _, own, _ in found],
             [call.both_ms.median for _, _, call in found],
         )
-    return Sweep(profiles, curves, crossovers)
+    return Sweep(profiles, curves, crossovers, notes)
 
 
 def _curve(tokens: list[int], calls: list[Call]) -> Curve:

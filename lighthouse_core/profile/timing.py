@@ -10,6 +10,8 @@ import torch
 
 # At least so much is written between two calls, to leave nothing of their inputs in a GPU's cache.
 _FLUSHED_BYTES = 2**28
+# Clock cycles that a GPU sleeps, some 50 ms, while the host prepares the calls that it is to make after that.
+_HEAD_START = 10**8
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Sample:
 def measure(call: Callable[[], object], device: torch.device, *, repeats: int = 20, seconds: float = 5.0) -> Sample:
     """Time `call` after two calls that do not count, the first of which may compile.
 
-    CUDA calls follow each other without waiting for the host, as in training, between events; before each the L2 cache
-    is overwritten.
+    On a GPU it is the time of its own work, between events: the calls follow each other without waiting for the host,
+    which has a head start. Before each the L2 cache is overwritten.
 
     Args:
         call: does the work; its result is dropped.
@@ -59,6 +61,7 @@ def _cuda_times(call: Callable[[], object], device: torch.device, repeats: int) 
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flushed = torch.empty(max(4 * cache, _FLUSHED_BYTES), dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda._sleep(_HEAD_START)
     for start, end in events:
         flushed.zero_()
         start.record()

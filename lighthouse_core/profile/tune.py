@@ -9,6 +9,7 @@ from typing import Any
 
 from lighthouse_core.attention import LighthouseConfig
 from lighthouse_core.backends import geometry
+from lighthouse_core.config.dump import toml_value
 
 POOLINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4, 5)
@@ -18,6 +19,11 @@ COARSEST = 256
 FLOOR = 0.0625
 # Windows of growing chunks, as parts of the sequence: those that recipes/evidence/REPORT.md recommends.
 _CHUNKS = (48, 12, 2)
+# Settings of a pyramid that a fragment has.
+_PYRAMID = (
+    *("method", "pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "window"),
+    "backend",
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,9 @@ class Plan:
     rest_ms: float
     dense: dict[str, tuple[float, float]]
 
-    @property
-    def dense_step_ms(self) -> float:
-        """With every layer dense, by the fastest kernel."""
-        return self.rest_ms + self.layers * min(self._layer_ms(*times) for times in self.dense.values())
+    def dense_step_ms(self, backend: str) -> float:
+        """With every layer dense, by that kernel."""
+        return self.rest_ms + self.layers * self._layer_ms(*self.dense[backend])
 
     def stage_1_step_ms(self, forward_ms: float, both_ms: float, backend: str) -> float:
         """With Lighthouse calls of these times in all layers that have them, and that dense kernel in the others."""
@@ -78,7 +83,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How much faster a run is than a dense one of as many steps.
+    """How much faster a run is than a dense one of as many steps, by the dense kernel that is fastest.
 
     Attributes:
         step_ms: of stage 1.
@@ -92,10 +97,16 @@ class Prediction:
 
 
 def predict(plan: Plan, forward_ms: float, both_ms: float, backend: str) -> Prediction:
-    """Of Lighthouse calls that take so long, or of ones that take no time: Amdahl's bound."""
-    step, dense = plan.stage_1_step_ms(forward_ms, both_ms, backend), plan.dense_step_ms
+    """Of Lighthouse calls that take so long, where dense layers and the recovery have that dense kernel."""
+    step, recovery = plan.stage_1_step_ms(forward_ms, both_ms, backend), plan.dense_step_ms(backend)
+    dense = min(map(plan.dense_step_ms, plan.dense))
     steps = plan.steps + plan.recover_steps
-    return Prediction(step, dense / step, steps * dense / (plan.steps * step + plan.recover_steps * dense))
+    return Prediction(step, dense / step, steps * dense / (plan.steps * step + plan.recover_steps * recovery))
+
+
+def amdahl(plan: Plan) -> Prediction:
+    """The bound: Lighthouse calls that take no time, and the fastest dense kernel elsewhere."""
+    return max((predict(plan, 0.0, 0.0, backend) for backend in plan.dense), key=lambda found: found.total)
 
 
 def candidates(
@@ -137,7 +148,7 @@ def timed(
     backends: Sequence[str],
     time: Callable[[LighthouseConfig], tuple[float, float]],
 ) -> list[Timed]:
-    """Every pyramid by the dense kernel that is fastest in it, fastest first, then growing chunks.
+    """Every pyramid, and growing chunks, by every dense kernel; the fastest call first.
 
     Args:
         tokens: N.
@@ -146,26 +157,33 @@ def timed(
         time: milliseconds forward, and forward and backward, of a call with such settings.
     """
     found = []
-    for cfg in pyramids:
-        times = {name: time(replace(cfg, dense_backend=name)) for name in backends}
-        name = min(times, key=lambda name: times[name][1])
-        keys = ("pooling", "levels", "topk", "tile_parents", "scorer")
-        settings = {key: getattr(cfg, key) for key in keys} | {"dense_backend": name}
-        share = min(1.0, cfg.pooling * cfg.topk / tokens)
-        window = cfg.pooling ** (cfg.levels - 1)
-        found.append(Timed(settings, share, window, geometry(tokens, cfg).gathered_length, *times[name]))
-    found.sort(key=lambda one: one.both_ms)
     windows = chunk_windows(tokens)
-    if pyramids and windows:
-        base = replace(pyramids[0], method="chunked", window=windows[0])
-        by_kernel = {
-            name: [time(replace(base, window=window, dense_backend=name)) for window in windows] for name in backends
-        }
-        name = min(by_kernel, key=lambda name: sum(both for _, both in by_kernel[name]))
-        means = [sum(values) / len(windows) for values in zip(*by_kernel[name], strict=True)]
-        settings = {"method": "chunked", "windows": list(windows), "dense_backend": name}
+    for backend in backends:
+        for cfg in pyramids:
+            settings = {key: getattr(cfg, key) for key in _PYRAMID} | {"dense_backend": backend}
+            share = min(1.0, cfg.pooling * cfg.topk / tokens)
+            coarsest = cfg.pooling ** (cfg.levels - 1)
+            gathered = geometry(tokens, cfg).gathered_length
+            found.append(Timed(settings, share, coarsest, gathered, *time(replace(cfg, dense_backend=backend))))
+        chunks = replace(pyramids[0], method="chunked", dense_backend=backend, window=windows[0])
+        times = [time(replace(chunks, window=window)) for window in windows]
+        means = [sum(values) / len(windows) for values in zip(*times, strict=True)]
+        settings = {"method": "chunked", "windows": list(windows), "window": 0, "dense_backend": backend}
         found.append(Timed(settings, 1.0, 1, None, *means))
-    return found
+    return sorted(found, key=lambda one: one.both_ms)
+
+
+def ranked(plan: Plan, found: Sequence[Timed]) -> list[tuple[Timed, Prediction]]:
+    """Each pyramid, and the chunks, by the dense kernel that makes the run shortest; the shortest run first, chunks
+    last."""
+    best: dict[str, tuple[Timed, Prediction]] = {}
+    for one in found:
+        backend = one.settings["dense_backend"]
+        prediction = predict(plan, one.forward_ms, one.both_ms, backend)
+        name = str(one.settings | {"dense_backend": ""})
+        if name not in best or prediction.total > best[name][1].total:
+            best[name] = one, prediction
+    return sorted(best.values(), key=lambda pair: (pair[0].gathered is None, -pair[1].total))
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,7 @@ class Advice:
         tokens: N.
         floor, coarsest: the least share of tokens at level 0, and the widest window, of a candidate.
         plan: the run.
-        timed: candidates, the fastest pyramid first, growing chunks last.
+        timed: candidates, the pyramid with the shortest run first, growing chunks last.
         predictions: of each of these.
         bound: Amdahl's: of Lighthouse calls that take no time.
         measured_step_ms: of the stage 1 that `plan.rest_ms` was taken from, and
@@ -198,20 +216,16 @@ class Advice:
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""
         one, prediction = self.timed[number], self.predictions[number]
+        settings = {"enabled": True, "dense_every": 0, **one.settings}
         lines = [
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
             f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
             f"{self.bound.stage_1:.2f} and {self.bound.total:.2f} if its attention took no time.",
-            "[lighthouse]",
+            "[lighthouse]  # in place of the recipe's",
         ]
-        lines += [f"{key} = {toml(value)}" for key, value in one.settings.items()]
+        lines += [f"{key} = {toml_value(value)}" for key, value in settings.items()]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
         return {"tune": asdict(self) | {"fragments": [self.fragment(n) for n in range(len(self.timed))]}}
-
-
-def toml(value: Any) -> str:
-    """A setting's value as TOML has it."""
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from lighthouse_core.errors import ExportError
+from lighthouse_core.errors import ExportError, UserError
 from lighthouse_core.profile.report import Table
 
 
@@ -142,6 +142,19 @@ def test_profile_defaults_follow_the_length(lighthouse, profiler, here, argument
     assert "pooling {}, levels {}, topk {}".format(*expected) in answer.err
 
 
+def test_a_failed_profile_leaves_no_folder_but_those_of_others(lighthouse, fake, here):
+    def attention(*arguments, **options):
+        raise UserError("it does not fit")
+
+    fake("lighthouse_core.profile.run", device=lambda: SimpleNamespace(type="cpu"), attention=attention)
+    (here / "mine").mkdir()
+    (here / "reports").mkdir()
+    for out in ("mine", "reports/a/b", "new/c"):
+        answer = lighthouse("profile", "--seq", "4096", "--out", out)
+        assert (answer.code, answer.err.splitlines()[-1]) == (2, "error: it does not fit")
+    assert sorted(path.name for path in here.rglob("*") if path.is_dir()) == ["mine", "reports"]
+
+
 def test_profile_takes_the_settings_of_other_methods(lighthouse, profiler, here):
     settings = ["--method", "chunked", "--window", "512", "--dense-backend", "flash", "--backend", "reference"]
     answer = lighthouse("profile", "--seq", "4096", *settings)
@@ -181,7 +194,11 @@ def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here
         (["--seq", "4096,0"], "--seq must be at least 1, not 0"),
         (["--tune", "--seq", "4096,8192"], "--tune takes one length"),
         (["--tune", "--floor", "1.5"], "--floor must lie between 0 and 1, not 1.5"),
-        (["--seq", "4096", "--set", "a.b=1"], "--set changes the recipe that --recipe names"),
+        (["--seq", "4096", "--set", "a.b=1"], "--set is of no use with --seq"),
+        (["--recipe", "quickstart", "--topk", "128"], "--topk is of no use with --recipe"),
+        (["--recipe", "quickstart", "--floor", "0.0625"], "--floor is of no use with --recipe"),
+        (["--tune", "--kv-heads", "2"], "--kv-heads is of no use with --tune"),
+        (["--selection", "a", "--nproc", "1"], "--nproc is of no use with --selection"),
         (["--seq", "4096", "--dense-backend", "fa9"], "dense_backend must be one of auto, fa4"),
         (["--seq", "4096", "--method", "chunked"], "window must be a number of tokens"),
         (["--seq", "4096", "--heads", "8", "--kv-heads", "3"], "8 heads, 3 KV heads"),
