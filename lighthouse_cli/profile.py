@@ -51,7 +51,7 @@ def profile(
         typer.Option(
             "--selection",
             metavar="RUN",
-            help="What a run, or one of its checkpoints/step-N, selects.",
+            help="What a run (or latest), or one of its checkpoints/step-N, selects.",
             autocompletion=_complete.checkpoints,
         ),
     ] = "",
@@ -88,7 +88,7 @@ def profile(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Of the report; a new one in profiles/ by default.")
     ] = None,
-    quiet: _options.Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report, but no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
 ) -> None:
     """Measure on this machine: an attention call, a training step, settings to train with, or a run's selection."""
@@ -96,7 +96,7 @@ def profile(
 
     _output.set_quiet(quiet)
     lengths = _lengths(seq) if seq else []
-    kinds = {"--selection": selection, "--recipe": recipe or tune, "--seq": seq}
+    kinds = {"--selection": selection, "--tune" if tune else "--recipe": recipe or tune, "--seq": seq}
     asked = [name for name, given in kinds.items() if given]
     if not asked or (selection and len(asked) > 1) or (recipe and seq and not tune):
         raise UserError(
@@ -159,7 +159,9 @@ def _config(tokens: int, given: dict[str, int | None], fixed: dict):
     try:
         config = LighthouseConfig(**chosen, **fixed)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        option = str(error).split(maxsplit=1)[0].replace("_", "-")
+        hint = "--tile-parents is 128 unless you give another" if option == "topk" else f"see --{option}"
+        raise UserError(str(error), hint=hint) from None
     what = "pooling {pooling}, levels {levels}, topk {topk}".format(**chosen)
     if config.method != "pyramid":
         what = f"{config.method}, window {config.window}"
@@ -174,7 +176,8 @@ def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path
     for tokens in configs:
         if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
             raise UserError(
-                f"no attention call has N = {tokens}, {heads} heads, {kv_heads} KV heads and D = {head_dim}"
+                f"no attention call has N = {tokens}, {heads} heads, {kv_heads} KV heads and D = {head_dim}",
+                hint="--heads must be a multiple of --kv-heads, and none of them 0",
             )
     from lighthouse_core.profile import run
     from lighthouse_core.profile.work import Shape
@@ -223,7 +226,8 @@ def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> 
         path = find_run(target).path
     from lighthouse_core.profile import run
 
-    with _folder(out, f"selection-{path.name}") as folder:
+    name = f"{path.parents[1].name}-{path.name}" if path.name.startswith("step-") else path.name
+    with _folder(out, f"selection-{name}") as folder:
         _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
 
 
@@ -236,11 +240,14 @@ def _folder(out: Path | None, name: str) -> Iterator[Path]:
     made = prepare(folder)
     try:
         yield folder
-    finally:
+    except BaseException:
         for empty in made:
             # Unless it holds something by now.
             with contextlib.suppress(OSError):
                 empty.rmdir()
+        if folder.exists() and any(folder.iterdir()):
+            _output.say(f"what there is of the report is in {folder}")
+        raise
 
 
 def _finish(report: "Report", folder: Path, as_json: bool, plot: str | None = None) -> None:
@@ -255,9 +262,11 @@ def _finish(report: "Report", folder: Path, as_json: bool, plot: str | None = No
             _output.say(roof_line(report.roof))
         for part in report.parts:
             if isinstance(part, Table):
+                if sys.stdout.isatty():
+                    part = part.narrowed(shutil.get_terminal_size().columns)
                 _output.table(part.title, part.columns, part.rows, text_columns=part.text_columns)
             else:
-                _output.data(part)
+                _output.data(part.replace("```toml\n", "").replace("\n```", "\n"))
         if plot:
             _output.data(plot)
     _output.final(f"written to {folder}")

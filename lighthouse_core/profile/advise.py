@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from lighthouse_core.attention import LighthouseConfig, dense_attention
+from lighthouse_core.backends import geometry
 from lighthouse_core.config import Recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
@@ -52,6 +53,10 @@ def advise(
     shape = Shape(training.seq_len, model.heads, model.kv_heads, model.head_dim, dtype)
     base = replace(recipe.lighthouse.attention(), method="pyramid", window=0, keep=0, dense_backend="auto")
     pyramids = list(candidates(shape.tokens, base, floor, coarsest))
+    kept = recipe.lighthouse.method == "pyramid" and base.pooling * base.topk >= floor * shape.tokens
+    own = (base.pooling, base.levels, base.topk) if kept and not geometry(shape.tokens, base).dense else None
+    if own and base not in pyramids:
+        pyramids.append(base)
     if not pyramids:
         raise UserError(
             f"no pyramid of {shape.tokens} tokens gathers {floor:.1%} of them at level 0, in windows of {coarsest} or "
@@ -67,6 +72,9 @@ def advise(
     def time(cfg: LighthouseConfig) -> tuple[float, float]:
         check_call(shape, cfg, device)
         call = profile_lighthouse(cfg, shape, device, _REPEATS)
+        pyramid = f"p {cfg.pooling}, L {cfg.levels}, k {cfg.topk}"
+        what = pyramid if cfg.method == "pyramid" else f"chunks of {cfg.window}"
+        say(f"  {what}, {cfg.dense_backend}: {call.both_ms.median:.2f} ms")
         return call.forward_ms.median, call.both_ms.median
 
     found = timed(shape.tokens, pyramids, backends, time)
@@ -94,6 +102,7 @@ def advise(
         bound=amdahl(plan),
         measured_step_ms=step.seconds * 1e3,
         measured_settings=trained.settings,
+        own=own,
     )
 
 

@@ -134,7 +134,7 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
     if min(shape.tokens, shape.heads, shape.kv_heads, shape.head_dim) < 1 or shape.heads % shape.kv_heads:
         raise UserError(
             f"no attention call has N = {shape.tokens}, {shape.heads} heads, {shape.kv_heads} KV heads and "
-            f"D = {shape.head_dim}"
+            f"D = {shape.head_dim}: the heads must be a multiple of the KV heads, and none of them 0"
         )
     if cfg.method == "pyramid":
         try:
@@ -145,7 +145,7 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
             raise UserError(
                 f"at N = {shape.tokens} this selection would hold {g.selected_length} entries, so the call would be "
                 "dense",
-                hint=f"use --seq above {g.selected_length}, a smaller --topk, or more --levels",
+                hint="use a longer --seq, or a smaller --topk",
             )
     # Of q, k and v: 3 for a call by the Triton kernels, 4 for dense attention, and some for what is compared; plain
     # PyTorch keeps more.

@@ -76,11 +76,11 @@ _KNOWN: dict[str, list[tuple[str, str, Callable[[], Attention]]]] = {
         ("fa4", "FlashAttention-4", lambda: _forced("fa4")),
         ("fa3", "FlashAttention-3", lambda: _package("flash_attn_interface")),
         ("fa2", "FlashAttention-2", lambda: _package("flash_attn")),
-        ("cudnn", "cuDNN in torch's SDPA", lambda: _forced("cudnn")),
-        ("flash", "FlashAttention-2 in torch's SDPA", lambda: _forced("flash")),
-        ("efficient", "memory-efficient attention in torch's SDPA", lambda: _efficient),
+        ("cudnn", "cuDNN (torch)", lambda: _forced("cudnn")),
+        ("flash", "FlashAttention-2 (torch)", lambda: _forced("flash")),
+        ("efficient", "memory-efficient (torch)", lambda: _efficient),
     ],
-    "cpu": [("flash", "flash attention in torch's SDPA", lambda: _forced("flash"))],
+    "cpu": [("flash", "flash attention (torch)", lambda: _forced("flash"))],
 }
 
 

@@ -39,6 +39,8 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
 
 
 def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, path: Path) -> list[Path]:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = plot.subplots(figsize=(7, 4.5))
     for number, curve in enumerate(sweep.curves):
         label = curve.label
@@ -59,6 +61,8 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
     lengths = sweep.curves[0].tokens
     axes.set_xticks(lengths, [short(n) for n in lengths])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     how = "by the square of the length" if value is _ms else "in proportion to the length"

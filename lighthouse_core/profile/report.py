@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from lighthouse_core.profile.trace import COMMUNICATION
 from lighthouse_core.profile.tune import Advice
 
 SCHEMA = 2
+# Columns that a narrow terminal can do without, the first ones first; report.md has them.
+_LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
 _LEAK = ("The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not.",)
+_LOSS = "head + loss: its gradients are made in the forward pass."
 _ALONE = ("One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients.",)
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
@@ -30,6 +33,19 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
+
+    def narrowed(self, width: int) -> "Table":
+        """Without the columns that matter least, if it is wider than so many characters."""
+        table = self
+        for column in _LEAST:
+            if table._width() > width and column in table.columns:
+                at = list(table.columns).index(column)
+                columns, *rows = ([*row[:at], *row[at + 1 :]] for row in (table.columns, *table.rows))
+                table = replace(table, columns=columns, rows=rows)
+        return table
+
+    def _width(self) -> int:
+        return sum(max(map(len, column)) + 3 for column in zip(self.columns, *self.rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ def roof_line(roof: Roof) -> str:
 
 
 def _rate(rate: float, unit: str) -> str:
-    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e11 else f"{rate / 1e9:.3g} G{unit}"
+    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
 
 
 def attention_parts(sweep: Sweep) -> list[Table | str]:
@@ -136,7 +152,13 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
             (curve.label, f"{curve.law.slope:.2f}" if curve.law else "-", str(len(curve.tokens)))
             for curve in sweep.curves
         ]
-        parts.append(Table("Growth: time goes with this power of the length", ("call", "slope", "lengths"), rows))
+        parts.append(
+            Table(
+                "Growth: time forward and backward goes with this power of the length",
+                ("call", "slope", "lengths"),
+                rows,
+            )
+        )
         parts += [f"Against {name}: {found.note}." for name, found in sweep.crossovers.items()]
     return [*parts, *(f"{note}." for note in sweep.notes)]
 
@@ -217,7 +239,7 @@ def _pass_cells(found: Pass) -> tuple[str, ...]:
         f"{found.ms.median:.3f}",
         f"{found.ms.p10:.3f}",
         f"{found.ms.p90:.3f}",
-        "-" if found.gigabytes is None else f"{found.gigabytes:.3f}",
+        "-" if found.gigabytes is None else f"{found.gigabytes:.3g}",
         f"{found.gigaflops:.1f}" if found.gigaflops else "-",
         reached,
         "-" if found.of_roof is None else f"{found.of_roof:.0%}",
@@ -230,9 +252,10 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     for one, prediction in zip(advice.timed, advice.predictions, strict=True):
         settings = one.settings
         pyramid = one.gathered is not None
+        own = pyramid and advice.own == (settings["pooling"], settings["levels"], settings["topk"])
         rows.append(
             (
-                f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}"
+                f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}" + " (the recipe's)" * own
                 if pyramid
                 else f"chunks of {', '.join(map(str, settings['windows']))} in turn",
                 settings["dense_backend"],
@@ -256,15 +279,16 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
         f"{advice.coarsest} tokens. The floor is no promise of a loss: recipes/evidence/REPORT.md has what was "
         "measured.",
-        f"A dense call takes {dense}, a step with {plan.layers} dense layers {step:.0f} ms, of which {plan.rest_ms:.0f}"
-        f" ms are no attention: what a step of {advice.measured_step_ms:.0f} ms with one micro-batch took beyond its "
-        f"attention calls. If the Lighthouse calls took no time (Amdahl's bound), stage 1 would be {bound.stage_1:.2f} "
-        f"times as fast, with {plan.dense_layers} dense layers, and {plan.steps} + {plan.recover_steps} steps "
-        f"{bound.total:.2f} times.",
+        f"A dense call takes {dense}.",
+        f"A step with {plan.layers} dense layers takes {step:.0f} ms, {plan.rest_ms:.0f} of them no attention "
+        f"(measured: a step of one micro-batch takes {advice.measured_step_ms:.0f} ms).",
+        f"If Lighthouse calls took no time (Amdahl's bound), stage 1, with {plan.dense_layers} dense layers, would be "
+        f"{bound.stage_1:.2f} times as fast, and {plan.steps} + {plan.recover_steps} steps {bound.total:.2f} times.",
         *_LEAK[: int(leaks)],
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
         "Growing chunks, which the same report recommends by loss (with no dense layers, `dense_layers = []`, where "
-        f"they are faster still):\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
+        f"they are faster still; at other lengths than 16384 and 65536 their windows are a guess):"
+        f"\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
     ]
 
 
@@ -277,8 +301,9 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
     return [
         Table(title, view.columns(), view.rows()),
         "level l: share of the tokens whose finest kept window is of that level. overlap l: of the parents that the "
-        "queries alone would choose there, those that the keys would, too. kept: of the tokens at level 0 at one "
-        f"checkpoint, those at level 0 at the next. {view.sequences} held-out sequences.",
+        "queries alone would choose there, those that the keys would, too."
+        + " kept: of the tokens at level 0 at one checkpoint, those at level 0 at the next." * bool(view.drift)
+        + f" Held-out sequences: {view.sequences}.",
         *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
     ]
 
@@ -308,6 +333,7 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             f"{profile.tokens} tokens a step on {profile.processes} process{'es' * (profile.processes > 1)}, "
             f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
+            _LOSS,
             *_ALONE[: int(profile.processes == 1 and any(cost.name == COMMUNICATION for cost in costs.rows))],
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",

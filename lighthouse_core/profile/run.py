@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,11 +13,11 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
-from lighthouse_core.profile.machine import describe, roof
+from lighthouse_core.profile.machine import Roof, describe, roof
 from lighthouse_core.profile.report import Report, attention_parts, selection_parts, step_parts, tune_parts
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.profile.step import StepProfile, run_step
-from lighthouse_core.profile.sweep import profile_lengths
+from lighthouse_core.profile.sweep import Sweep, profile_lengths
 from lighthouse_core.profile.work import Shape
 
 Say = Callable[[str], None]
@@ -55,20 +56,23 @@ def attention(
             log_choices(cfg, where.type, number, shape.head_dim, pooled=True)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+    def report(found: Sweep, limits: Roof) -> Report:
+        lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
+        title = f"One attention call of {lengths} tokens"
+        return Report(title, "attention", describe(where), attention_parts(found), found.as_json(), limits)
+
     with _explained():
-        found, limits = profile_lengths(shapes, lambda: roof(where, number), where, say)
+        found, limits = profile_lengths(
+            shapes,
+            lambda: roof(where, number),
+            where,
+            say,
+            done=lambda found, limits: report(found, limits).write(folder),
+        )
     files = plots.draw(found, folder) if len(found.profiles) > 1 else []
-    lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
-    report = Report(
-        f"One attention call of {lengths} tokens",
-        "attention",
-        describe(where),
-        attention_parts(found),
-        found.as_json(),
-        limits,
-        files,
-    )
-    return report, plots.terminal(found, columns, colour=colour) if columns else None
+    whole = replace(report(found, limits), files=files)
+    return whole, plots.terminal(found, columns, colour=colour) if columns else None
 
 
 def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
@@ -81,7 +85,6 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
             f"The steps have {_MICRO_BATCHES} of their {training.global_batch_size // micro_batch} micro-batches, so "
             "that the optimizer weighs more than in training."
         )
-        say(notes[0])
     settings = [*settings, f"training.global_batch_size={batch}"]
     found = [run_step(path, settings, folder, nproc, say)]
     if recipe.lighthouse.enabled:

@@ -212,4 +212,4 @@ def _pretrain(
         said = [line for line in lines if line.startswith("error: ")][-1:] or lines[-_LAST_LINES:]
         words = "\n".join(said).removeprefix("error: ")
         kind = UserError if code == UserError.exit_code else LighthouseError
-        raise kind(f"the run ended with {code}: {words}", hint=f"{log_path} has all that it said")
+        raise kind(f"the run ended with exit code {code}: {words}", hint=f"{log_path} has all that it said")

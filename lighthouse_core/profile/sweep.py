@@ -66,6 +66,7 @@ def profile_lengths(
     say: Callable[[str], None],
     *,
     repeats: int = 20,
+    done: Callable[["Sweep", Roof], None] = lambda found, limits: None,
 ) -> tuple[Sweep, Roof]:
     """Profile every shape, shortest first, and put them together. One that fills the GPU's memory is the last; what
     came before it counts.
@@ -76,6 +77,7 @@ def profile_lengths(
         device: a GPU, or the CPU.
         say: told what begins.
         repeats: see `profile_attention`.
+        done: given what there is after each length.
 
     Raises:
         UserError: a shape that makes no call or does not fit, before anything is measured; or the first one fills the
@@ -98,6 +100,9 @@ def profile_lengths(
         except torch.OutOfMemoryError:
             notes.append(f"N = {shape.tokens} filled the GPU's memory")
             break
+        calls = (profiles[-1].lighthouse, *profiles[-1].dense)
+        say("  forward and backward: " + ", ".join(f"{call.label} {call.both_ms.median:.2f} ms" for call in calls))
+        done(together(profiles), limits)
     if not profiles:
         raise UserError(notes[0], hint="use a smaller --seq, or fewer --heads: the times of heads add up")
     return together(profiles, tuple(notes)), limits

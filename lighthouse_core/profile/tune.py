@@ -17,8 +17,6 @@ LEVELS = (2, 3, 4, 5)
 COARSEST = 256
 # The share of tokens that the paper's settings reach at level 0: 4 * 1536 of 98304.
 FLOOR = 0.0625
-# Windows of growing chunks, as parts of the sequence: those that recipes/evidence/REPORT.md recommends.
-_CHUNKS = (48, 12, 2)
 # Settings of a pyramid that a fragment has.
 _PYRAMID = (
     *("method", "pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "window"),
@@ -137,9 +135,16 @@ def candidates(
 
 
 def chunk_windows(tokens: int) -> tuple[int, ...]:
-    """Windows that take turns in stage 1, powers of two or halves of the sequence, shortest first."""
-    windows = {tokens // part if part == 2 else 2 ** ((tokens // part).bit_length() - 1) for part in _CHUNKS}
-    return tuple(sorted(window for window in windows if window))
+    """Windows that take turns in stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
+    530m_98k_growing at 98304, and something like them at other lengths."""
+    first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
+    second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))
+    return tuple(sorted({window for window in (first, second, tokens // 2) if window}))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to a number; 0 for 0."""
+    return 1 << (number.bit_length() - 1) if number else 0
 
 
 def timed(
@@ -200,6 +205,7 @@ class Advice:
         bound: Amdahl's: of Lighthouse calls that take no time.
         measured_step_ms: of the stage 1 that `plan.rest_ms` was taken from, and
         measured_settings: its settings.
+        own: pooling, levels and topk of the recipe, where it has a pyramid that keeps the floor.
     """
 
     recipe: str
@@ -212,6 +218,7 @@ class Advice:
     bound: Prediction
     measured_step_ms: float
     measured_settings: dict[str, Any]
+    own: tuple[int, int, int] | None = None
 
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""

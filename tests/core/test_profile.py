@@ -142,6 +142,14 @@ def test_candidates_keep_the_floor_with_the_fewest_parents(tokens):
     assert not list(tune.candidates(tokens, LighthouseConfig(), 0.98))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "windows"),
+    [(98304, (2048, 8192, 49152)), (16384, (2048, 4096, 8192)), (2048, (256, 512, 1024)), (3, (1,))],
+)
+def test_chunks_grow_as_in_the_evidence(tokens, windows):
+    assert tune.chunk_windows(tokens) == windows
+
+
 def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     pyramids = list(tune.candidates(98304, LighthouseConfig(), 0.0625))
 
@@ -294,8 +302,8 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     assert results["profiles"][2]["dense"][0]["extrapolated"] == 32768
     assert results["slopes"]["fa4"] == pytest.approx(2.0)
     text = (tmp_path / "report.md").read_text()
-    assert "| gather | forward | 1.000 | 0.900 | 1.200 | 1.000 | - | 1 TB/s | 50% |" in text
-    assert "| dense call | forward | 1.000 | 0.900 | 1.200 | 1.000 | 100.0 | 100 TFLOP/s | 20% |" in text
+    assert "| gather | forward | 1.000 | 0.900 | 1.200 | 1 | - | 1 TB/s | 50% |" in text
+    assert "| dense call | forward | 1.000 | 0.900 | 1.200 | 1 | 100.0 | 100 TFLOP/s | 20% |" in text
     assert "FlashAttention-4 (worked out from 32768 tokens)" in text and "fa3 is not installed" in text
     assert "| Lighthouse, cudnn inside |" in text and "Stages (triton, fa4 inside), N = 4096" in text
     assert "together 2.00 ms forward and 4.00 both ways, where the call takes 0.14 and 0.41" in text
@@ -303,6 +311,14 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     loud = profile_of(4096)
     loud = replace_call(loud, both_ms=Sample(1.0, 0.5, 3.0, 9))
     assert "Noisy, p90 above 1.5 times p10" in report._profile_parts(loud)[-2]
+
+
+def test_a_narrow_terminal_gets_fewer_columns():
+    table = report.attention_parts(several())[2]
+    assert table.narrowed(200) is table and "p10" in table.columns
+    narrow = table.narrowed(80)
+    assert narrow._width() <= 80 and narrow.columns[0] == "call" and "faster, both" in narrow.columns
+    assert "calls" not in narrow.columns and len(set(map(len, [narrow.columns, *narrow.rows]))) == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -554,7 +570,7 @@ def test_advice_for_a_recipe(monkeypatch):
     monkeypatch.setattr(advise, "_REPEATS", 2)
     found = advised(0.125)
     (seen,) = trained
-    assert seen.lighthouse.enabled
+    assert seen.lighthouse.enabled and found.own is None
     assert {key: getattr(seen.lighthouse, key) for key in found.measured_settings} == found.measured_settings
     assert all(one.share >= 0.125 for one in found.timed) and found.timed[-1].settings["method"] == "chunked"
     totals = [prediction.total for prediction in found.predictions[:-1]]
@@ -568,6 +584,12 @@ def test_advice_for_a_recipe(monkeypatch):
     assert (plan.layers, plan.dense_layers, plan.steps, plan.recover_steps) == (4, 2, 100, 20)
     with pytest.raises(UserError, match="no pyramid of 1024 tokens gathers"):
         advised(0.99)
+    # The recipe's own pyramid is among the candidates, if it can be.
+    lighthouse = recipe.lighthouse.model_copy(update={"topk": 48})
+    recipe = recipe.model_copy(update={"lighthouse": lighthouse})
+    found = advised(0.125)
+    assert found.own == (4, 3, 48)
+    assert [row[0] for row in report.tune_parts(found)[0].rows].count("p 4, L 3, k 48 (the recipe's)") == 1
     seconds = 1e-6
     with pytest.raises(LighthouseError, match="took less than its attention calls alone"):
         advised(0.125)

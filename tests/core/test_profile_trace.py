@@ -297,7 +297,9 @@ def test_a_file_that_is_no_trace_is_an_error(tmp_path):
 
 def test_a_run_that_fails_says_why(tmp_path):
     settings = ["training.global_batch_size=4"]
-    with pytest.raises(UserError, match=r"the run ended with 2: training.global_batch_size \(4\) must be a multiple"):
+    with pytest.raises(
+        UserError, match=r"the run ended with exit code 2: training.global_batch_size \(4\) must be a multiple"
+    ):
         run_step(jobs.RECIPE, settings, tmp_path, 3, lambda text: None)
     assert "must be a multiple" in (tmp_path / "pretrain.log").read_text()
 
