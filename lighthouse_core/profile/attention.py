@@ -1,7 +1,7 @@
 """The attention call taken apart: each stage forward and backward, the whole call, and every dense kernel there is."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,6 @@ class AttentionProfile:
         dense: every dense kernel that takes such inputs, fastest first.
         absent: why others are not there.
         resident_gib: largest resident memory of the process.
-        speedup: times that `lighthouse` is faster than each of `dense`, `forward` and `forward_backward`.
     """
 
     settings: dict[str, Any]
@@ -103,18 +102,18 @@ class AttentionProfile:
     dense: list[Call]
     absent: dict[str, str]
     resident_gib: float
-    speedup: dict[str, dict[str, float]] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def speedup(self) -> dict[str, dict[str, float]]:
+        """Times that `lighthouse` is faster than each of `dense`, `forward` and `forward_backward`."""
         ours = self.lighthouse
-        speedup = {
+        return {
             call.name: {
                 "forward": call.forward_ms.median / ours.forward_ms.median,
                 "forward_backward": call.both_ms.median / ours.both_ms.median,
             }
             for call in self.dense
         }
-        object.__setattr__(self, "speedup", speedup)
 
     @property
     def tokens(self) -> int:
@@ -122,20 +121,15 @@ class AttentionProfile:
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
-        return asdict(self)
+        return asdict(self) | {"speedup": self.speedup}
 
 
 def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> None:
     """Raise before anything is allocated.
 
     Raises:
-        UserError: for shapes that make no call, a selection no shorter than the sequence, or too little memory.
+        UserError: for a selection no shorter than the sequence, or too little memory.
     """
-    if min(shape.tokens, shape.heads, shape.kv_heads, shape.head_dim) < 1 or shape.heads % shape.kv_heads:
-        raise UserError(
-            f"no attention call has N = {shape.tokens}, {shape.heads} heads, {shape.kv_heads} KV heads and "
-            f"D = {shape.head_dim}: the heads must be a multiple of the KV heads, and none of them 0"
-        )
     if cfg.method == "pyramid":
         try:
             g = geometry(shape.tokens, cfg)
@@ -265,7 +259,7 @@ def _dense(
     """A dense kernel, measured; worked out from a shorter call where it would take over LIMIT_MS."""
     if before is None or before_tokens * _FRACTION < shape.tokens:
         before_tokens = max(1, shape.tokens // _FRACTION)
-        short = Shape(before_tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype)
+        short = replace(shape, tokens=before_tokens)
         before = profile_call(kernel.name, kernel.label, kernel.call, short, device, 3)
     longer = shape.tokens / before_tokens
     if before.both_ms.median * longer**2 <= LIMIT_MS:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def dense_kernels(device: torch.device, shape: Shape) -> tuple[list[Kernel], dic
         shape: gives heads, width and dtype.
     """
     there, absent = [], {}
-    inputs = random_inputs(Shape(TOKENS, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype), device)
+    inputs = random_inputs(replace(shape, tokens=TOKENS), device)
     exact = with_gradients(_forced("math"), [x.float() for x in inputs])
     allowed = bound(with_gradients(_forced("math"), inputs), exact)
     for name, label, make in _KNOWN[device.type]:

@@ -43,15 +43,10 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
 
     figure, axes = plot.subplots(figsize=(7, 4.5))
     for number, curve in enumerate(sweep.curves):
-        label = curve.label
-        if value is _ms and curve.law:
-            label += f", slope {curve.law.slope:.2f}"
-        colour = f"C{number}"
-        measured = [(n, value(c)) for n, c in zip(curve.tokens, curve.calls, strict=True) if not c.extrapolated]
-        axes.plot(
-            *zip(*measured, strict=True), marker=_MARKERS[number % 7], color=colour, label=label
-        ) if measured else 0
-        worked_out = _dashed(curve, value)
+        label = _label(curve) if value is _ms else curve.label
+        measured, worked_out, colour = _measured(curve, value), _worked_out(curve, value), f"C{number}"
+        if measured:
+            axes.plot(*zip(*measured, strict=True), marker=_MARKERS[number % 7], color=colour, label=label)
         if worked_out:
             axes.plot(*zip(*worked_out, strict=True), linestyle="--", color=colour, label=None if measured else label)
     for name, found in sweep.crossovers.items() if value is _ms else ():
@@ -66,16 +61,20 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     how = "by the square of the length" if value is _ms else "in proportion to the length"
-    axes.legend(title=f"dashed: {how}" if any(map(_any_dashed, sweep.curves)) else None)
+    axes.legend(title=f"dashed: {how}" if any(_worked_out(curve, value) for curve in sweep.curves) else None)
     return figures.save(figure, path)
 
 
-def _any_dashed(curve: Curve) -> bool:
-    return any(call.extrapolated for call in curve.calls)
+def _label(curve: Curve) -> str:
+    return curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
 
 
-def _dashed(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
-    """What was worked out, with the last measured point before it."""
+def _measured(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
+    return [(n, value(call)) for n, call in zip(curve.tokens, curve.calls, strict=True) if not call.extrapolated]
+
+
+def _worked_out(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
+    """What was not measured, with the last measured point before it."""
     pairs = list(zip(curve.tokens, curve.calls, strict=True))
     first = next((number for number, (_, call) in enumerate(pairs) if call.extrapolated), None)
     return [] if first is None else [(n, value(call)) for n, call in pairs[max(0, first - 1) :]]
@@ -96,9 +95,7 @@ def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
     times = []
     # On a logarithmic ruler of its own plotext loses points.
     for number, curve in enumerate(sweep.curves):
-        label = curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
-        worked_out = _dashed(curve, _ms)
-        measured = [(n, _ms(call)) for n, call in zip(curve.tokens, curve.calls, strict=True) if not call.extrapolated]
+        label, measured, worked_out = _label(curve), _measured(curve, _ms), _worked_out(curve, _ms)
         if worked_out:
             label += " (dots: worked out)"
             figure.draw(_signal(figure, worked_out, "."))

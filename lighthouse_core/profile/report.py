@@ -18,9 +18,9 @@ from lighthouse_core.profile.tune import Advice
 SCHEMA = 2
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
-_LEAK = ("The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not.",)
+_LEAK = "The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."
 _LOSS = "head + loss: its gradients are made in the forward pass."
-_ALONE = ("One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients.",)
+_ALONE = "One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients."
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
 
@@ -284,7 +284,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"(measured: a step of one micro-batch takes {advice.measured_step_ms:.0f} ms).",
         f"If Lighthouse calls took no time (Amdahl's bound), stage 1, with {plan.dense_layers} dense layers, would be "
         f"{bound.stage_1:.2f} times as fast, and {plan.steps} + {plan.recover_steps} steps {bound.total:.2f} times.",
-        *_LEAK[: int(leaks)],
+        *([_LEAK] if leaks else []),
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
         "Growing chunks, which the same report recommends by loss (with no dense layers, `dense_layers = []`, where "
         f"they are faster still; at other lengths than 16384 and 65536 their windows are a guess):"
@@ -328,13 +328,14 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
         title = f"{what}: {costs.wall_ms:.0f} ms under the profiler, {profile.seconds * 1e3:.0f} ms without"
         columns = ("what", "ms", "of the step", "forward ms", "backward ms", "calls")
         parts.append(Table(title, columns, rows))
+        alone = profile.processes == 1 and any(cost.name == COMMUNICATION for cost in costs.rows)
         mfu = "" if profile.mfu is None else f", MFU {profile.mfu:.1%}"
         parts += [
             f"{profile.tokens} tokens a step on {profile.processes} process{'es' * (profile.processes > 1)}, "
             f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
             _LOSS,
-            *_ALONE[: int(profile.processes == 1 and any(cost.name == COMMUNICATION for cost in costs.rows))],
+            *([_ALONE] if alone else []),
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",
         ]

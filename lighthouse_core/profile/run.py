@@ -126,8 +126,7 @@ def tune(
 def selection(path: Path, sequences: int, folder: Path, say: Say) -> Report:
     """What a checkpoint of stage 1 selects."""
     say(f"reading what {path} selects")
-    with _explained():
-        view = selection_view(path, sequences=sequences)
+    view = selection_view(path, sequences=sequences)
     files = selection_figure.draw(view, folder / "selection") or []
     return Report(
         f"What {view.run} selects at step {view.step}",

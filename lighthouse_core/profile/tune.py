@@ -15,8 +15,6 @@ POOLINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4, 5)
 # A query may have to do with the mean of a window that ended this many tokens before it.
 COARSEST = 256
-# The share of tokens that the paper's settings reach at level 0: 4 * 1536 of 98304.
-FLOOR = 0.0625
 # Settings of a pyramid that a fragment has.
 _PYRAMID = (
     *("method", "pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "window"),

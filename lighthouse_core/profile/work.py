@@ -4,10 +4,11 @@ Batch 1. N tokens, H query heads, Hkv key/value heads, D head dimension, S entri
 under the windows that finer levels keep. Nothing here imports torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.backends import geometry
+from lighthouse_core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Shape:
         kv_heads: Hkv.
         head_dim: D.
         dtype: of q, k and v: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        UserError: no call has such inputs.
     """
 
     tokens: int
@@ -27,6 +31,13 @@ class Shape:
     kv_heads: int
     head_dim: int
     dtype: str
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
+            raise UserError(
+                f"no attention call has N = {self.tokens}, {self.heads} heads, {self.kv_heads} KV heads and "
+                f"D = {self.head_dim}: the heads must be a multiple of the KV heads, and none of them 0"
+            )
 
     @property
     def itemsize(self) -> int:
@@ -81,7 +92,7 @@ def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Wor
     touched = min(tokens, g.topk * g.window(g.levels - 1))
     scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded) if cfg.scorer == "norm" else 0
     chosen = 4 * shape.kv_heads * (entries + g.pyramid_length)
-    gathered = Shape(entries, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype)
+    gathered = replace(shape, tokens=entries)
     scattered = Work((entries + tokens) * shape.q_row)
     return {
         "pyramid + score": (Work((tokens + coarse) * shape.row + scored), None),
