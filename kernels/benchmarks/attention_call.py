@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention, select_indices
 from lighthouse_core.attention import flash
+from lighthouse_core.backends import geometry
 
 HEADS, DIM = 8, 128
 # N: levels, parents a level.
@@ -153,14 +154,19 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
     """Milliseconds that the least traffic outside the dense call takes at the measured copy rate.
 
-    Forward 4N + 6c + 3m + 4S rows, backward 4N + 4S, with c the coarsest windows and m the rows under finer windows.
+    Forward 4N + 3w + 3r + 4S rows of one tensor, backward 4N + 4S, with w rows of pooled windows stored, and r of them
+    and of tokens read again for the windows that are kept. Storing more levels makes w larger and r smaller.
     """
-    row = 2 * HEADS * DIM
-    entries = gathered_length(tokens, cfg)
-    coarse = entries - (cfg.levels - 1) * cfg.pooling * cfg.topk
-    touched = cfg.pooling ** (cfg.levels - 1) * cfg.topk
-    rows = 8 * tokens + 6 * coarse + 3 * touched + 8 * entries
-    return rows * row / rate * 1e3
+    g = geometry(tokens, cfg)
+
+    def pooled(first: int) -> int:
+        """w + r where the levels from this one on are stored."""
+        stored = sum(g.windows(level) for level in range(first, g.levels))
+        kept = g.windows(g.levels - 1) + (g.levels - 1 - first) * g.pooling * g.topk
+        return stored + kept + g.topk * g.window(first)
+
+    rows = 8 * tokens + 3 * min(map(pooled, range(1, g.levels))) + 8 * g.selected_length
+    return rows * 2 * HEADS * DIM / rate * 1e3
 
 
 def measure_backend(tokens: int, cfg: LighthouseConfig, with_dense: bool) -> dict[str, float]:

@@ -7,6 +7,9 @@ index: all windows of level 0, then level 1, and so on.
 
 from dataclasses import dataclass
 
+# The Triton kernels pool a window this wide once, for all; their gather averages narrower ones from the tokens.
+STORED_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -75,6 +78,11 @@ class Geometry:
     def pyramid_length(self) -> int:
         """M, the number of windows of all levels."""
         return self.offset(self.levels)
+
+    @property
+    def stored_from(self) -> int:
+        """The first level whose pooled rows the Triton kernels store; L where they store none."""
+        return next((level for level in range(1, self.levels) if self.window(level) >= STORED_TOKENS), self.levels)
 
     @property
     def selected_length(self) -> int:

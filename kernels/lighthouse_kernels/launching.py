@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lighthouse_kernels.geometry import Geometry
 
-# A window this wide is pooled once, for all; the gather averages narrower ones from the tokens.
-STORED_TOKENS = 16
-
 # The guard under which an operation's gradient formula calls the operation itself.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -60,8 +57,7 @@ class Layout:
         self.pyramid_length = g.pyramid_length
         self.entries = g.selected_length
         self.tiles = g.tiles
-        # The first level whose pooled rows are stored; `levels` where none is.
-        self.stored_from = next((level for level in range(1, g.levels) if g.window(level) >= STORED_TOKENS), g.levels)
+        self.stored_from = g.stored_from
         # Rows of all stored levels, in flat pyramid order.
         self.stored_rows = sum(self.windows[self.stored_from :])
         # Windows of the levels above 0, which have scores.

@@ -15,7 +15,7 @@ from lighthouse_core.backends import Geometry, geometry, kernels, log_once, wind
 Scores = tuple[Tensor, Tensor]
 
 
-def _select(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key):
+def choose(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key):
     """The selection from window scores, or else from those that a content-free scorer draws from the key."""
     if scores is not None:
         return ops.select(scores, g)
@@ -61,7 +61,7 @@ def select_indices(
         scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
     elif cfg.scorer == "norm":
         scores = ops.norm_scores(q.detach(), k.detach(), g)
-    return _select(ops, q, k.shape[2], cfg, g, scores, key).indices
+    return choose(ops, q, k.shape[2], cfg, g, scores, key).indices
 
 
 def lighthouse_attention(
@@ -118,7 +118,7 @@ def lighthouse_attention(
     else:
         if scores is not None:
             scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
-        selection = _select(ops, q, k.shape[2], cfg, g, pyramid.scores if by_norm else scores, key)
+        selection = choose(ops, q, k.shape[2], cfg, g, pyramid.scores if by_norm else scores, key)
     gathered = ops.gather(q, k, v, pyramid, selection, g)
     if cfg.window:
         how = {"scale": scale, "backend": cfg.dense_backend}

@@ -5,6 +5,7 @@ used inside an operation of torch, and breaks a compiled graph outside of one.
 """
 
 import importlib.metadata
+import warnings
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
 _NEEDS_GPU = "needs a Hopper or Blackwell GPU"
 # Compute capabilities that it has kernels for: Hopper and Blackwell.
 _MAJORS = (9, 10)
+# It gives no auxiliary data, and its compiler says at each compilation that it does not understand that.
+warnings.filterwarnings("ignore", message=r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument")
 
 
 def absence(device_type: str) -> str | None:

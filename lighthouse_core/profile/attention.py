@@ -1,20 +1,21 @@
 """The attention call taken apart: each stage forward and backward, the whole call, and every dense kernel there is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
+from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention
+from lighthouse_core.attention.call import choose
 from lighthouse_core.attention.parts import fused
 from lighthouse_core.backends import geometry, kernels
 from lighthouse_core.errors import UserError
 from lighthouse_core.profile.check import check_call
 from lighthouse_core.profile.dense import TOKENS, Kernel, dense_kernels, random_inputs
 from lighthouse_core.profile.machine import Roof, free_memory
-from lighthouse_core.profile.timing import Sample, measure, peak_gib, resident_gib
+from lighthouse_core.profile.timing import Sample, measure, measure_parts, peak_gib, resident_gib
 from lighthouse_core.profile.work import Shape, Work, stage_work
 
 # A dense call forward and backward that would take longer is worked out from a shorter one.
@@ -28,7 +29,7 @@ class Pass:
     """One stage in one direction.
 
     Attributes:
-        ms: measured.
+        ms: measured, where it stands in the call.
         gigabytes: that it has to move at least; None where that is not known.
         gigaflops: that it has to compute; 0 where memory is the limit.
         of_roof: fraction of the copy rate, or of the rate of a matrix product, that this is.
@@ -161,6 +162,7 @@ def profile_call(
     repeats: int,
 ) -> Call:
     """Time a call, forward and with its gradients, on random inputs of this shape."""
+    besides = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     *qkv, grad = random_inputs(shape, device)
     leaves = [x.requires_grad_() for x in qkv]
 
@@ -169,7 +171,7 @@ def profile_call(
 
     with torch.no_grad():
         forward = measure(lambda: call(*leaves), device, repeats=repeats)
-    return Call(name, label, forward, measure(both, device, repeats=repeats), peak_gib(both, device))
+    return Call(name, label, forward, measure(both, device, repeats=repeats), peak_gib(both, device, besides))
 
 
 def profile_lighthouse(cfg: LighthouseConfig, shape: Shape, device: torch.device, repeats: int) -> Call:
@@ -279,61 +281,53 @@ def _scaled(sample: Sample, factor: float) -> Sample:
 
 
 def _stages(shape: Shape, cfg: LighthouseConfig, roof: Roof, device: torch.device, repeats: int) -> list[Stage]:
-    """Every stage on what the one before it gives."""
-    q, k, v, _ = random_inputs(shape, device)
-    g = geometry(shape.tokens, cfg)
+    """Every stage as it runs within one call, forward and backward."""
+    inputs = random_inputs(shape, device)
     key = torch.zeros(3, dtype=torch.int64, device=device)
-    ops = kernels(cfg.backend, device.type, q.dtype)
-    by_norm = cfg.scorer == "norm"
-    pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
-    selection = ops.given(select_indices(q, k, cfg, key=key), g)
-    gathered = ops.gather(q, k, v, pyramid, selection, g)
-    rows = dense_attention(*gathered, backend=cfg.dense_backend)
-
-    def gather(q: Tensor, k: Tensor, v: Tensor, *pooled: Tensor) -> tuple[Tensor, ...]:
-        return ops.gather(q, k, v, pyramid._replace(q=pooled[0], k=pooled[1], v=pooled[2]), selection, g)
-
-    def select(*x: Tensor) -> Tensor:
-        return ops.select(pyramid.scores, g).indices if by_norm else select_indices(*x, cfg, key=key)
-
-    calls = {
-        "pyramid + score": (lambda *x: tuple(ops.pyramid(*x, g, scored=by_norm)[:3]), (q, k, v)),
-        "select": (select, (q, k)),
-        "gather": (gather, (q, k, v, *pyramid[:3])),
-        "dense call": (lambda *x: dense_attention(*x, backend=cfg.dense_backend), gathered),
-        "scatter": (lambda x: ops.scatter(x, selection, g), (rows,)),
-    }
-    work = stage_work(shape, cfg)
-    stages = []
-    for name, (call, inputs) in calls.items():
-        forward, backward = _both_passes(call, inputs, device, repeats)
-        works = work[name]
-        stages.append(
-            Stage(
-                name,
-                Pass.of(forward, works[0], roof),
-                None if backward is None else Pass.of(backward, works[1], roof),
-            )
+    found = measure_parts(lambda: _one_by_one(*inputs, cfg, key), device, repeats=repeats)
+    return [
+        Stage(
+            name,
+            Pass.of(found[name, "forward"], forward, roof),
+            Pass.of(found[name, "backward"], backward, roof) if (name, "backward") in found else None,
         )
-    return stages
+        for name, (forward, backward) in stage_work(shape, cfg).items()
+    ]
 
 
-def _both_passes(
-    call: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device, repeats: int
-) -> tuple[Sample, Sample | None]:
-    """Forward, and backward through whatever of the result carries a gradient; None if nothing does."""
-    with torch.no_grad():
-        forward = measure(lambda: call(*inputs), device, repeats=repeats)
-    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
-    result = call(*leaves)
-    outputs = tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x.requires_grad)
-    if not outputs:
-        return forward, None
-    wanted = tuple(x for x in leaves if x.requires_grad)
-    gradients = tuple(torch.randn_like(x) for x in outputs)
-    backward = measure(
-        lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True),
-        device,
-        repeats=repeats,
-    )
-    return forward, backward
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, cfg: LighthouseConfig, key: Tensor
+) -> Iterator[tuple[str, str]]:
+    """What `lighthouse_attention` and its backward pass do, a stage a step; yields its name and its direction."""
+    g = geometry(q.shape[1], cfg)
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
+    qkv = _leaves(q, k, v)
+    pyramid = ops.pyramid(*qkv, g, scored=cfg.scorer == "norm")
+    yield "pyramid + score", "forward"
+    selection = choose(ops, q, k.shape[2], cfg, g, pyramid.scores, key)
+    yield "select", "forward"
+    # Those of plain PyTorch have a gradient of their own.
+    pooled = [x for x in pyramid[:3] if x.requires_grad]
+    pooled_leaves = _leaves(*pooled)
+    rows = pooled_leaves or pyramid[:3]
+    gathered = ops.gather(*qkv, pyramid._replace(q=rows[0], k=rows[1], v=rows[2]), selection, g)
+    yield "gather", "forward"
+    gathered_leaves = _leaves(*gathered)
+    attended = dense_attention(*gathered_leaves, backend=cfg.dense_backend)
+    yield "dense call", "forward"
+    (attended_leaf,) = _leaves(attended)
+    out = ops.scatter(attended_leaf, selection, g)
+    yield "scatter", "forward"
+    (back,) = torch.autograd.grad(out, attended_leaf, grad)
+    yield "scatter", "backward"
+    back = torch.autograd.grad(attended, gathered_leaves, back)
+    yield "dense call", "backward"
+    back = torch.autograd.grad(gathered, [*qkv, *pooled_leaves], back, allow_unused=True)
+    yield "gather", "backward"
+    if pooled:
+        torch.autograd.grad(pooled, qkv, back[3:])
+        yield "pyramid + score", "backward"
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().requires_grad_() for x in tensors]

@@ -1,6 +1,7 @@
 """The kinds of `lighthouse profile`: each measures, draws into a folder, and says what came of it."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,12 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Errors of torch that a user can do something about."""
+    """Errors of torch that a user can do something about, and none of its warnings that mean nothing here."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # The backward pass multiplies on a thread of its own.
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
+            yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise UserError(f"the GPU's memory is full: {reason}", hint="use a smaller --seq, or fewer --heads") from None
@@ -42,6 +46,12 @@ def _explained() -> Iterator[None]:
         if "No available kernel" not in str(error):
             raise
         raise UserError("no dense kernel of that name takes such inputs", hint="--dense-backend auto does") from None
+
+
+def _drawn(files: list[Path] | None, say: Say) -> list[Path]:
+    if not files:
+        say("figures need matplotlib: pip install -e '.[plot]'")
+    return files or []
 
 
 def attention(
@@ -70,7 +80,7 @@ def attention(
             say,
             done=lambda found, limits: report(found, limits).write(folder),
         )
-    files = plots.draw(found, folder) if len(found.profiles) > 1 else []
+    files = _drawn(plots.draw(found, folder), say) if len(found.profiles) > 1 else []
     whole = replace(report(found, limits), files=files)
     return whole, plots.terminal(found, columns, colour=colour) if columns else None
 
@@ -93,6 +103,7 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
         except LighthouseError as error:
             notes.append(f"No dense step: {error}")
             say(notes[-1])
+    found = [profile.within(folder) for profile in found]
     return Report(
         f"A training step of {path.stem}",
         "step",
@@ -127,7 +138,7 @@ def selection(path: Path, sequences: int, folder: Path, say: Say) -> Report:
     """What a checkpoint of stage 1 selects."""
     say(f"reading what {path} selects")
     view = selection_view(path, sequences=sequences)
-    files = selection_figure.draw(view, folder / "selection") or []
+    files = _drawn(selection_figure.draw(view, folder / "selection"), say)
     return Report(
         f"What {view.run} selects at step {view.step}",
         "selection",

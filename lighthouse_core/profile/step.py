@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class StepProfile:
 
     Attributes:
         recipe: name of its file.
-        settings: what the run had beside the recipe.
+        settings: what was asked for beside the recipe.
         stage: "lighthouse", or "dense" for every layer dense.
         window: of the traced step's Lighthouse layers; 0 for none.
         notes: what of the recipe the step leaves out.
@@ -69,6 +69,11 @@ class StepProfile:
         """What the step takes once, however many micro-batches it has."""
         return sum(cost.ms for cost in self.breakdown.rows if cost.name == OPTIMIZER)
 
+    def within(self, folder: Path) -> "StepProfile":
+        """The same with its files as they are named from that folder, which holds them."""
+        names = {key: getattr(self, key).resolve().relative_to(folder.resolve()) for key in ("trace", "stacks", "run")}
+        return replace(self, **names)
+
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and strings."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -104,13 +109,13 @@ def run_step(
     notes = _notes(asked, stage)
     for note in notes:
         say(note)
-    settings = [*settings, *_settings(asked, stage, folder)]
-    recipe = load_recipe(recipe_path, settings)
+    chosen = [*settings, *_settings(asked, stage, folder)]
+    recipe = load_recipe(recipe_path, chosen)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     name = f"{stage}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     say(f"{recipe.training.steps} steps of {recipe_path}, {stage}; the last one is traced")
     traces = folder.resolve() / "traces"
-    _pretrain(recipe_path, settings, name, nproc, folder / "pretrain.log", traces)
+    _pretrain(recipe_path, chosen, name, nproc, folder / "pretrain.log", traces)
 
     trace, stacks = folder / "trace.json.gz", folder / "stacks.folded"
     (traces / "rank0.json.gz").replace(trace)
@@ -129,7 +134,7 @@ def run_step(
     seconds = statistics.median(row["seconds"] for row in rows)
     return StepProfile(
         recipe=recipe_path.stem,
-        settings=settings,
+        settings=[*settings],
         stage=stage,
         window=recipe.lighthouse.window if recipe.lighthouse.enabled else 0,
         notes=notes,

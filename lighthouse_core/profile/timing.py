@@ -1,10 +1,12 @@
 """How long a call takes, and how much memory it needs."""
 
+import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +14,8 @@ import torch
 _FLUSHED_BYTES = 2**28
 # Clock cycles that a GPU sleeps, some 50 ms, while the host prepares the calls that it is to make after that.
 _HEAD_START = 10**8
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -49,39 +53,73 @@ def measure(call: Callable[[], object], device: torch.device, *, repeats: int = 
         repeats: calls to time; fewer, but 3, if they would take longer than `seconds`. Where one takes that long alone
             the second one that would not count is all there is.
     """
+
+    def whole() -> Iterator[None]:
+        call()
+        yield None
+
+    return measure_parts(whole, device, repeats=repeats, seconds=seconds)[None]
+
+
+def measure_parts(
+    call: Callable[[], Iterator[Name]], device: torch.device, *, repeats: int = 20, seconds: float = 5.0
+) -> dict[Name, Sample]:
+    """Like `measure`, of the parts of a call, which follow each other as they do in it.
+
+    Args:
+        call: makes an iterator that does one part a step, and gives its name.
+        device, repeats, seconds: as in `measure`, of all parts together.
+    """
     clock = _cuda_times if device.type == "cuda" else _host_times
     clock(call, device, 1)
-    second = clock(call, device, 1)
-    if second[0] > seconds * 1e3:
-        return Sample.of(second)
-    return Sample.of(clock(call, device, min(repeats, max(3, int(seconds * 1e3 / max(second[0], 1e-6))))))
+    found = clock(call, device, 1)
+    took = sum(found[0].values())
+    if took <= seconds * 1e3:
+        found = clock(call, device, min(repeats, max(3, int(seconds * 1e3 / max(took, 1e-6)))))
+    return {name: Sample.of([times[name] for times in found]) for name in found[0]}
 
 
-def _cuda_times(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+def _cuda_times(call: Callable[[], Iterator[Name]], device: torch.device, repeats: int) -> list[dict[Name, float]]:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flushed = torch.empty(max(4 * cache, _FLUSHED_BYTES), dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    marks: list[list[tuple[Name | None, torch.cuda.Event]]] = []
     torch.cuda._sleep(_HEAD_START)
-    for start, end in events:
-        flushed.zero_()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) for start, end in events]
-
-
-def _host_times(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
+        flushed.zero_()
+        marks.append([(None, _mark())])
+        for name in call():
+            marks[-1].append((name, _mark()))
+    torch.cuda.synchronize(device)
+    return [
+        {name: before.elapsed_time(after) for (_, before), (name, after) in itertools.pairwise(call)} for call in marks
+    ]
 
 
-def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Peak device memory during `call`, inputs included, in GiB; None on the CPU, where torch does not count it."""
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _host_times(call: Callable[[], Iterator[Name]], device: torch.device, repeats: int) -> list[dict[Name, float]]:
+    found = []
+    for _ in range(repeats):
+        times, before = {}, time.perf_counter()
+        for name in call():
+            after = time.perf_counter()
+            times[name], before = (after - before) * 1e3, after
+        found.append(times)
+    return found
+
+
+def peak_gib(call: Callable[[], object], device: torch.device, besides: int = 0) -> float | None:
+    """Peak device memory during `call`, inputs included, in GiB; None on the CPU, where torch does not count it.
+
+    Args:
+        call: does the work.
+        device: where.
+        besides: bytes that are there and are none of the call's, such as workspaces of libraries.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -89,7 +127,7 @@ def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return (torch.cuda.max_memory_allocated(device) - besides) / 2**30
 
 
 def resident_gib() -> float:

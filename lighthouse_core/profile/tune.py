@@ -218,6 +218,12 @@ class Advice:
     measured_settings: dict[str, Any]
     own: tuple[int, int, int] | None = None
 
+    def without_dense_layers(self, number: int) -> Prediction:
+        """The same settings in every layer."""
+        one = self.timed[number]
+        plan = replace(self.plan, dense_layers=0)
+        return predict(plan, one.forward_ms, one.both_ms, one.settings["dense_backend"])
+
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""
         one, prediction = self.timed[number], self.predictions[number]
@@ -233,4 +239,9 @@ class Advice:
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
-        return {"tune": asdict(self) | {"fragments": [self.fragment(n) for n in range(len(self.timed))]}}
+        numbers = range(len(self.timed))
+        more = {
+            "without_dense_layers": [asdict(self.without_dense_layers(n)) for n in numbers],
+            "fragments": [self.fragment(n) for n in numbers],
+        }
+        return {"tune": asdict(self) | more}

@@ -1,7 +1,6 @@
 """What the stages of a call must at least do, by arithmetic: bytes moved and floating-point operations.
 
-Batch 1. N tokens, H query heads, Hkv key/value heads, D head dimension, S entries, c coarsest windows, and r tokens
-under the windows that finer levels keep. Nothing here imports torch.
+Batch 1. N tokens, H query heads, Hkv key/value heads, D head dimension, S entries. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, replace
@@ -83,21 +82,27 @@ def dense_work(shape: Shape) -> tuple[Work, Work]:
 def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Work | None]]:
     """Forward and backward of every stage of a pyramid's call, in order; None where a stage has no gradient of its own.
 
-    Summed over the stages but the dense call: forward 4N + 6c + 3r + 4S rows of one tensor, backward 4N + 4S, where
-    H = Hkv, and the scores.
+    As the Triton kernels divide it: wide windows are pooled once and stored, the others averaged where they are kept.
+    With w stored rows, r stored rows and tokens that the kept windows are made of, and H = Hkv, the stages but the
+    dense call move at least 4N + 3w + 3r + 4S rows of one tensor forward and 4N + 4S backward, and the scores.
     """
     g = geometry(shape.tokens, cfg)
-    tokens, entries = g.tokens, g.gathered_length
-    coarse = -(-tokens // g.window(g.levels - 1))
-    touched = min(tokens, g.topk * g.window(g.levels - 1))
+    tokens, entries, first = g.tokens, g.gathered_length, g.stored_from
+    stored = sum(-(-tokens // g.window(level)) for level in range(first, g.levels))
+    if stored:
+        # The coarsest level is kept whole, of every other one the children of k parents.
+        kept = -(-tokens // g.window(g.levels - 1)) + (g.levels - 1 - first) * g.pooling * g.topk
+        read = min(stored, kept) + min(tokens, g.topk * g.window(first))
+    else:
+        read = tokens
     scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded) if cfg.scorer == "norm" else 0
     chosen = 4 * shape.kv_heads * (entries + g.pyramid_length)
     gathered = replace(shape, tokens=entries)
     scattered = Work((entries + tokens) * shape.q_row)
     return {
-        "pyramid + score": (Work((tokens + coarse) * shape.row + scored), None),
+        "pyramid + score": (Work((tokens + stored) * shape.row + scored), None),
         "select": (Work(scored + chosen), None),
-        "gather": (Work((coarse + touched + entries) * shape.row), Work((entries + tokens) * shape.row)),
+        "gather": (Work((read + entries) * shape.row), Work((entries + tokens) * shape.row)),
         "dense call": dense_work(gathered),
         "scatter": (scattered, scattered),
     }

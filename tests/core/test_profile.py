@@ -12,7 +12,7 @@ import torch
 
 from lighthouse_core.attention import LighthouseConfig
 from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.profile import attention, check, dense, plots, report, sweep, timing, tune
+from lighthouse_core.profile import attention, check, dense, plots, report, run, sweep, timing, tune
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass, Stage, check_size
 from lighthouse_core.profile.fits import crossover, fit
 from lighthouse_core.profile.machine import Roof, describe, roof
@@ -53,6 +53,21 @@ def test_what_is_measured_does_not_count_two_calls_and_keeps_to_the_budget(monke
     assert len(calls) == 2
 
 
+def test_parts_of_a_call_are_timed_as_they_follow_each_other(monkeypatch):
+    clock, done = iter(range(100)), []
+
+    def call():
+        for name in ("pool", "attend"):
+            done.append(name)
+            yield name
+
+    # A second passes between one reading of this clock and the next.
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    found = timing.measure_parts(call, CPU, repeats=5, seconds=7.0)
+    assert found == {name: Sample(1000.0, 1000.0, 1000.0, 3) for name in ("pool", "attend")}
+    assert done == ["pool", "attend"] * 5, "two calls do not count, and three take less than 7 s"
+
+
 def test_the_work_of_the_stages_adds_up_to_the_floor():
     shape, cfg = Shape(98304, 8, 8, 128, "bfloat16"), LighthouseConfig(scorer="block")
     work = stage_work(shape, cfg)
@@ -69,6 +84,19 @@ def test_the_work_of_the_stages_adds_up_to_the_floor():
     extra = 4 * 16 * (98304 // 4 + 98304 // 16)
     assert scored["pyramid + score"][0].bytes - work["pyramid + score"][0].bytes == extra
     assert scored["select"][0].bytes - work["select"][0].bytes == extra
+
+
+def test_the_gather_reads_what_is_stored_and_the_tokens_of_the_rest():
+    shape, cfg = Shape(524288, 8, 8, 128, "bfloat16"), LighthouseConfig(levels=4, topk=2048, scorer="block")
+    work = stage_work(shape, cfg)
+    # Levels 2 and 3 are stored, windows of 16 and 64 tokens; all of level 3 are kept, 4 * 2048 of each other level.
+    stored, kept, tokens_of_level_1 = 32768 + 8192, 8192 + 8192, 4 * 8192
+    assert work["pyramid + score"][0].bytes == (524288 + stored) * shape.row
+    assert work["gather"][0].bytes == (kept + tokens_of_level_1 + 32768) * shape.row
+    # Windows of 2 and 4 tokens: none is stored, and every token is read.
+    narrow = stage_work(shape, replace(cfg, pooling=2, levels=3))
+    assert narrow["pyramid + score"][0].bytes == 524288 * shape.row
+    assert narrow["gather"][0].bytes == (524288 + 524288 // 4 + 2 * 2 * 2048) * shape.row
 
 
 def test_a_pass_is_compared_with_what_limits_it():
@@ -205,6 +233,12 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
     parts = report.tune_parts(found)
     assert parts[0].rows[0][:5] == ("p 4, L 3, k 1536", "fa4", "18432", "6.25%", "16")
     assert any("norm lets later tokens decide" in part for part in parts[1:])
+    # Without its four dense layers each of which takes 110 ms.
+    chunks = found.timed[-1]
+    step = found.plan.rest_ms + 30 * chunks.both_ms
+    dense_step = found.plan.rest_ms + 30 * 110.0
+    assert found.without_dense_layers(1).stage_1 == pytest.approx(dense_step / step)
+    assert any(f"stage 1 is then predicted {dense_step / step:.2f} times" in part for part in parts[1:])
     json.dumps(found.as_json())
 
 
@@ -285,6 +319,8 @@ def test_without_the_extras_there_are_no_plots(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.terminal(several(), 80, colour=False) is None
     assert plots.draw(several(), tmp_path) == []
+    said = []
+    assert run._drawn([], said.append) == [] and "pip install -e '.[plot]'" in said[0]
 
 
 def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
@@ -386,6 +422,7 @@ def test_a_profile_on_the_cpu(cfg):
     names = [stage.name for stage in found.stages]
     pyramid = cfg.method == "pyramid" and not cfg.window
     assert names == (["pyramid + score", "select", "gather", "dense call", "scatter"] if pyramid else [])
+    assert [stage.name for stage in found.stages if stage.backward is None] == ["select"] * pyramid
     whole = pyramid or cfg.method == "chunked"
     inside = "flash" if whole else "math"
     assert (f"output, 1024 tokens, {inside} inside" in found.checks) == (pyramid or cfg.method == "chunked")

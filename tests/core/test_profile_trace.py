@@ -332,6 +332,9 @@ def test_a_real_step_is_taken_apart(tmp_path):
     assert profile.machine["device"] == "cpu" and "torch" in profile.machine["versions"]
     assert not list((profile.run / "checkpoints").iterdir())
     assert [row["step"] for row in jobs.lines(profile.run)] == [1, 2, 3, 4, 5, 6, 7], "and no validation"
-    json.dumps(profile.as_json())
+    written = profile.within(tmp_path).as_json()
+    assert (written["trace"], written["run"]) == ("trace.json.gz", f"runs/{profile.run.name}")
+    assert written["settings"] == settings
+    json.dumps(written)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"trace.json.gz", "stacks.folded", "pretrain.log", "runs"}

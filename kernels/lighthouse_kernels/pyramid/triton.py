@@ -1,6 +1,6 @@
 """Pooled rows and window scores in one pass over q, k and v.
 
-Windows of fewer than `launching.STORED_TOKENS` tokens are not stored: the gather averages them from the tokens, which
+Windows of fewer than `geometry.STORED_TOKENS` tokens are not stored: the gather averages them from the tokens, which
 costs less than writing all of them to read the few that are kept.
 
 The two finest levels are reduced row by row in registers; only the coarser ones exchange data between threads.
