@@ -5,8 +5,9 @@ it is timed, with each dense kernel, is compared with plain PyTorch in float32, 
 PyTorch loses in bfloat16 as the measure; all heads up to 131072 tokens, one head beyond.
 
 Batch 1, 8 heads of 128, bfloat16, the norm scorer. Times are medians between CUDA events around each call, called one
-after the other as in training, with the L2 cache overwritten before each. "Stages" is the device time of one call in
-torch's profiler, of all kernels, fills and copies but those that the dense call alone (by cuDNN) has, too.
+after the other as in training, the host ahead of the GPU, with the L2 cache overwritten before each. "Stages" is the
+device time of one call in torch's profiler, of all kernels, fills and copies but those that the dense call alone (by
+cuDNN) has, too.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def milliseconds(call) -> float:
 
     def times(repeats):
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        # Some 50 ms: else short calls would be as fast as the host calls them, which in training has work queued.
+        torch.cuda._sleep(10**8)
         for start, end in events:
             l2.zero_()
             start.record()
