@@ -61,7 +61,8 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     how = "by the square of the length" if value is _ms else "in proportion to the length"
-    axes.legend(title=f"dashed: {how}" if any(_worked_out(curve, value) for curve in sweep.curves) else None)
+    dashed = f"dashed: {how}" if any(_worked_out(curve, value) for curve in sweep.curves) else None
+    axes.legend(title=dashed, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     return figures.save(figure, path)
 
 

@@ -68,6 +68,21 @@ def test_parts_of_a_call_are_timed_as_they_follow_each_other(monkeypatch):
     assert done == ["pool", "attend"] * 5, "two calls do not count, and three take less than 7 s"
 
 
+def test_a_late_host_gets_a_longer_start(monkeypatch):
+    starts, host = [], iter([0.01, 0.2, 0.2, 9.0, 9.0, 9.0])
+
+    def times_after(head_start, call, device, repeats):
+        starts.append(head_start)
+        return [{None: 1.0}] * repeats, next(host)
+
+    monkeypatch.setattr(timing, "_times_after", times_after)
+    for _ in range(3):
+        timing._cuda_times(None, torch.device("cuda"), 20)
+    # On time; late, and then not; so late that the GPU does not wait for it. What does not count is not repeated.
+    timing._cuda_times(None, torch.device("cuda"), 1)
+    assert starts == [0.05, 0.05, 0.4, 0.05, 1.0, 0.05]
+
+
 def test_the_work_of_the_stages_adds_up_to_the_floor():
     shape, cfg = Shape(98304, 8, 8, 128, "bfloat16"), LighthouseConfig(scorer="block")
     work = stage_work(shape, cfg)
