@@ -1,4 +1,4 @@
-"""The committed profile of an H100 agrees with the benchmark of the same shapes, which has code of its own for times."""
+"""The committed profile of an H100 agrees with the benchmark of the same shapes, which has its own code for times."""
 
 import json
 from pathlib import Path
