@@ -455,12 +455,12 @@ def _environment() -> dict[str, Any]:
         "argv": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "versions": versions,
     }
 
 
-def _git_commit(checkout: Path = _CHECKOUT) -> str | None:
+def git_commit(checkout: Path = _CHECKOUT) -> str | None:
     """Commit of the checkout that this code runs from, with "-dirty" where tracked files differ from it; None where it
     was installed as a package."""
 

@@ -4,6 +4,7 @@ https://github.com/Dao-AILab/flash-attention, package flash-attn-4 (extra `flash
 used inside an operation of torch, and breaks a compiled graph outside of one.
 """
 
+import functools
 import importlib.metadata
 import warnings
 
@@ -16,8 +17,6 @@ INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
 _NEEDS_GPU = "needs a Hopper or Blackwell GPU"
 # Compute capabilities that it has kernels for: Hopper and Blackwell.
 _MAJORS = (9, 10)
-# It gives no auxiliary data, and its compiler says at each compilation that it does not understand that.
-warnings.filterwarnings("ignore", message=r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument")
 
 
 def absence(device_type: str) -> str | None:
@@ -45,12 +44,19 @@ def _major() -> int:
     return torch.cuda.get_device_capability()[0]
 
 
+@functools.cache
+def _quieten() -> None:
+    """It passes no auxiliary data, and its compiler says at each compilation that it does not know what that is."""
+    warnings.filterwarnings("ignore", message=r"Argument aux_data \(position \d+\) cannot be converted")
+
+
 @custom_op("lighthouse::flash4", mutates_args=())
 def _flash4(
     q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    _quieten()
     out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True, **_left(window))
     return out, lse
 

@@ -42,7 +42,7 @@ class Pass:
 
     @classmethod
     def of(cls, ms: Sample, work: Work | None, roof: Roof) -> "Pass":
-        if work is None:
+        if work is None or not work.bytes:
             return cls(ms, None, 0.0, None)
         seconds = ms.median / 1e3
         least = work.flops / roof.flops_per_second if work.flops else work.bytes / roof.bytes_per_second

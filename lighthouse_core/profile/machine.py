@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lighthouse_core.profile.timing import measure
+from lighthouse_core.runs import git_commit
 
 _PACKAGES = ("lighthouse-pretrain", "torch", "triton", "torchtitan", "flash-attn", "flash-attn-3", "flash-attn-4")
 # Bytes of each of the two tensors of a copy, and the side of the matrices: enough for either to be limited by the
@@ -46,7 +47,7 @@ def roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, processor and versions."""
+    """Device, processor, versions, and the commit of a checkout."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -56,6 +57,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "git_commit": git_commit(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
 

@@ -67,11 +67,13 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
 
 
 def _label(curve: Curve) -> str:
+    if curve.varied:
+        return f"{curve.label}, another pyramid at each length"
     return curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
 
 
 def _measured(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
-    return [(n, value(call)) for n, call in zip(curve.tokens, curve.calls, strict=True) if not call.extrapolated]
+    return [(n, value(call)) for n, call in curve.measured]
 
 
 def _worked_out(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:

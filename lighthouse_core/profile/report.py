@@ -15,11 +15,12 @@ from lighthouse_core.profile.sweep import Sweep
 from lighthouse_core.profile.trace import COMMUNICATION
 from lighthouse_core.profile.tune import Advice
 
-SCHEMA = 2
+SCHEMA = 3
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
 _LEAK = "The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."
 _LOSS = "head + loss: its gradients are made in the forward pass."
+_REFERENCE = "GB are what the Triton kernels would move at least; plain PyTorch divides the work otherwise."
 _ALONE = "One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients."
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
@@ -127,7 +128,8 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _machine_line(machine: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    return f"{machine['device']}, {machine['memory_gib']} GiB; {packages}; Python {machine['python']}."
+    commit = f"; commit {machine['git_commit']}" if machine["git_commit"] else ""
+    return f"{machine['device']}, {machine['memory_gib']} GiB; {packages}; Python {machine['python']}{commit}."
 
 
 def roof_line(roof: Roof) -> str:
@@ -149,7 +151,7 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
         parts += _profile_parts(profile)
     if len(sweep.profiles) > 1:
         rows = [
-            (curve.label, f"{curve.law.slope:.2f}" if curve.law else "-", str(len(curve.tokens)))
+            (curve.label, f"{curve.law.slope:.2f}" if curve.law else "-", str(len(curve.measured)))
             for curve in sweep.curves
         ]
         parts.append(
@@ -159,6 +161,9 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
                 rows,
             )
         )
+        if sweep.shares:
+            shares = ", ".join(f"{share:.2%}" for share in sweep.shares)
+            parts.append(f"The pyramid is another one at each length, and holds {shares} of the tokens at level 0.")
         parts += [f"Against {name}: {found.note}." for name, found in sweep.crossovers.items()]
     return [*parts, *(f"{note}." for note in sweep.notes)]
 
@@ -201,13 +206,13 @@ def _stage_parts(profile: AttentionProfile, title: str) -> list[Table | str]:
         if found is not None
     ]
     columns = ("stage", "pass", "ms", "p10", "p90", "GB", "GFLOP", "reached", "of roof")
-    forward = sum(stage.forward.ms.median for stage in profile.stages)
-    both = forward + sum(stage.backward.ms.median for stage in profile.stages if stage.backward)
-    call = profile.lighthouse
+    passes = [one for stage in profile.stages for one in (stage.forward, stage.backward) if one]
+    together = sum(one.ms.median for one in passes)
     return [
         Table(f"Stages ({inside}), {title}", columns, rows, text_columns=2),
-        f"Timed one after the other, as in the call: together {forward:.2f} ms forward and {both:.2f} both ways, where "
-        f"the call takes {call.forward_ms.median:.2f} and {call.both_ms.median:.2f}.",
+        f"Timed one after the other, as in the call: together {together:.2f} ms, where the call takes "
+        f"{profile.lighthouse.both_ms.median:.2f}.",
+        *([_REFERENCE] if profile.settings["backend"] == "reference" else []),
     ]
 
 
@@ -257,7 +262,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
             (
                 f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}" + " (the recipe's)" * own
                 if pyramid
-                else f"chunks of {', '.join(map(str, settings['windows']))} in turn",
+                else f"chunks of {', '.join(map(str, settings['windows']))} in turn, no dense layers",
                 settings["dense_backend"],
                 str(one.gathered) if pyramid else "-",
                 f"{one.share:.2%}" if pyramid else "-",
@@ -274,8 +279,6 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     step = min(map(plan.dense_step_ms, plan.dense))
     title = f"{advice.recipe} at N = {advice.tokens}, times faster than dense, predicted"
     leaks = advice.timed[0].settings["scorer"] == "norm"
-    chunks = len(advice.timed) - 1
-    everywhere = advice.without_dense_layers(chunks)
     return [
         Table(title, columns, rows, text_columns=2),
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
@@ -288,9 +291,8 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"{bound.stage_1:.2f} times as fast, and {plan.steps} + {plan.recover_steps} steps {bound.total:.2f} times.",
         *([_LEAK] if leaks else []),
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
-        "Growing chunks, which the same report recommends by loss, with no dense layers (`dense_layers = []`: stage 1 "
-        f"is then predicted {everywhere.stage_1:.2f} times as fast, both stages {everywhere.total:.2f} times); at "
-        f"other lengths than 16384 and 65536 their windows are a guess:\n\n```toml\n{advice.fragment(chunks)}\n```",
+        "Growing chunks in all layers, which the same report recommends by loss; at other lengths than 16384 and 65536 "
+        f"their windows are a guess:\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
     ]
 
 
@@ -341,7 +343,17 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",
         ]
-    if len(profiles) > 1:
-        ratio = profiles[1].seconds / profiles[0].seconds
-        parts.append(f"The step of stage 1 is {ratio:.2f} times as fast as the dense one, both without the profiler.")
+    if profiles[-1].stage == "dense" and len(profiles) > 1:
+        *stage_1, dense = profiles
+        ratios = ", ".join(f"{dense.seconds / profile.seconds:.2f}" for profile in stage_1)
+        if len(stage_1) == 1:
+            faster = f"The step of stage 1 is {ratios} times as fast as the dense one"
+        else:
+            windows = ", ".join(str(profile.window) for profile in stage_1)
+            mean = sum(profile.seconds for profile in stage_1) / len(stage_1)
+            faster = (
+                f"Steps with windows of {windows} are {ratios} times as fast as the dense one, and stage 1, an equal "
+                f"part of it with each, {dense.seconds / mean:.2f} times"
+            )
+        parts.append(f"{faster}, all without the profiler.")
     return parts

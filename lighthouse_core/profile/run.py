@@ -86,7 +86,7 @@ def attention(
 
 
 def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
-    """A training step of a recipe, and one with every layer dense beside it, each of a few micro-batches."""
+    """A training step of a recipe, or one with each of its windows, beside a dense one; each of a few micro-batches."""
     training = recipe.training
     micro_batch = training.local_batch_size * nproc
     notes, batch = [], min(training.global_batch_size, _MICRO_BATCHES * micro_batch)
@@ -96,7 +96,12 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
             "that the optimizer weighs more than in training."
         )
     settings = [*settings, f"training.global_batch_size={batch}"]
-    found = [run_step(path, settings, folder, nproc, say)]
+    found = []
+    for window in recipe.lighthouse.windows if recipe.lighthouse.enabled else []:
+        own = [*settings, "lighthouse.windows=[]", f"lighthouse.window={window}"]
+        found.append(run_step(path, own, folder / f"window-{window}", nproc, say))
+    if not found:
+        found.append(run_step(path, settings, folder, nproc, say))
     if recipe.lighthouse.enabled:
         try:
             found.append(run_step(path, settings, folder / "dense", nproc, say, stage="dense"))

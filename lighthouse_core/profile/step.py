@@ -170,8 +170,6 @@ def _notes(recipe: Recipe, stage: str) -> list[str]:
     lighthouse, notes = recipe.lighthouse, []
     if not lighthouse.enabled or stage == "dense":
         return notes
-    if lighthouse.windows:
-        notes.append(f"the window is {lighthouse.windows[-1]}, the last of {len(lighthouse.windows)}")
     if lighthouse.dense_every:
         notes.append(f"one step in {lighthouse.dense_every} is dense in every layer; this one is not")
     return notes

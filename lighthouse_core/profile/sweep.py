@@ -1,7 +1,7 @@
 """Attention profiles of several lengths: how time and memory grow, and from where on Lighthouse is faster."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Curve:
         tokens: lengths, growing.
         calls: at each of them.
         law: fitted to what was measured; None for fewer than two lengths of that.
+        varied: whether each length had settings of its own, so that no law is to be expected.
     """
 
     name: str
@@ -31,6 +32,12 @@ class Curve:
     tokens: list[int]
     calls: list[Call]
     law: PowerLaw | None
+    varied: bool = False
+
+    @property
+    def measured(self) -> list[tuple[int, Call]]:
+        """Lengths and calls that were not worked out from shorter ones."""
+        return [(n, call) for n, call in zip(self.tokens, self.calls, strict=True) if not call.extrapolated]
 
 
 @dataclass(frozen=True)
@@ -42,18 +49,21 @@ class Sweep:
         curves: of Lighthouse, then of every dense kernel.
         crossovers: of Lighthouse and each dense kernel, by its name.
         notes: what is missing, and why.
+        shares: of the tokens at level 0, for each length, where they or the levels differ; else none.
     """
 
     profiles: list[AttentionProfile]
     curves: list[Curve]
     crossovers: dict[str, Crossover]
     notes: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
         return {
             "profiles": [profile.as_json() for profile in self.profiles],
             "slopes": {curve.name: curve.law.slope if curve.law else None for curve in self.curves},
+            "shares": list(self.shares),
             "crossovers": {name: asdict(found) for name, found in self.crossovers.items()},
             "notes": list(self.notes),
         }
@@ -112,7 +122,8 @@ def together(profiles: list[AttentionProfile], notes: tuple[str, ...] = ()) -> S
     """Curves and crossovers of profiles, shortest first."""
     ours = [profile.lighthouse for profile in profiles]
     tokens = [profile.tokens for profile in profiles]
-    curves = [_curve(tokens, ours)]
+    shares = _shares([profile.settings for profile in profiles])
+    curves = [replace(_curve(tokens, ours), varied=bool(shares))]
     crossovers = {}
     for name in dict.fromkeys(call.name for profile in profiles for call in profile.dense):
         found = [
@@ -127,10 +138,17 @@ def together(profiles: list[AttentionProfile], notes: tuple[str, ...] = ()) -> S
             [own.both_ms.median for _, own, _ in found],
             [call.both_ms.median for _, _, call in found],
         )
-    return Sweep(profiles, curves, crossovers, notes)
+    return Sweep(profiles, curves, crossovers, notes, shares)
+
+
+def _shares(settings: list[dict[str, Any]]) -> tuple[float, ...]:
+    if any(one["method"] != "pyramid" for one in settings):
+        return ()
+    shares = tuple(one["pooling"] * one["topk"] / one["seq"] for one in settings)
+    return shares if len({(share, one["levels"]) for share, one in zip(shares, settings, strict=True)}) > 1 else ()
 
 
 def _curve(tokens: list[int], calls: list[Call]) -> Curve:
-    measured = [(n, call.both_ms.median) for n, call in zip(tokens, calls, strict=True) if not call.extrapolated]
-    law = fit([n for n, _ in measured], [ms for _, ms in measured])
-    return Curve(calls[0].name, calls[0].label, tokens, calls, law)
+    curve = Curve(calls[0].name, calls[0].label, tokens, calls, None)
+    lengths = [n for n, _ in curve.measured]
+    return replace(curve, law=fit(lengths, [call.both_ms.median for _, call in curve.measured]))

@@ -176,13 +176,18 @@ def timed(
     return sorted(found, key=lambda one: one.both_ms)
 
 
+def plan_of(plan: Plan, one: Timed) -> Plan:
+    """The run with these settings: growing chunks have no dense layers, as the evidence recommends them."""
+    return replace(plan, dense_layers=0) if one.gathered is None else plan
+
+
 def ranked(plan: Plan, found: Sequence[Timed]) -> list[tuple[Timed, Prediction]]:
     """Each pyramid, and the chunks, by the dense kernel that makes the run shortest; the shortest run first, chunks
     last."""
     best: dict[str, tuple[Timed, Prediction]] = {}
     for one in found:
         backend = one.settings["dense_backend"]
-        prediction = predict(plan, one.forward_ms, one.both_ms, backend)
+        prediction = predict(plan_of(plan, one), one.forward_ms, one.both_ms, backend)
         name = str(one.settings | {"dense_backend": ""})
         if name not in best or prediction.total > best[name][1].total:
             best[name] = one, prediction
@@ -199,7 +204,7 @@ class Advice:
         floor, coarsest: the least share of tokens at level 0, and the widest window, of a candidate.
         plan: the run.
         timed: candidates, the pyramid with the shortest run first, growing chunks last.
-        predictions: of each of these.
+        predictions: of each of these, growing chunks in all layers.
         bound: Amdahl's: of Lighthouse calls that take no time.
         measured_step_ms: of the stage 1 that `plan.rest_ms` was taken from, and
         measured_settings: its settings.
@@ -218,20 +223,16 @@ class Advice:
     measured_settings: dict[str, Any]
     own: tuple[int, int, int] | None = None
 
-    def without_dense_layers(self, number: int) -> Prediction:
-        """The same settings in every layer."""
-        one = self.timed[number]
-        plan = replace(self.plan, dense_layers=0)
-        return predict(plan, one.forward_ms, one.both_ms, one.settings["dense_backend"])
-
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""
         one, prediction = self.timed[number], self.predictions[number]
         settings = {"enabled": True, "dense_every": 0, **one.settings}
+        bound = amdahl(plan_of(self.plan, one))
         lines = [
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
             f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
-            f"{self.bound.stage_1:.2f} and {self.bound.total:.2f} if its attention took no time.",
+            f"{bound.stage_1:.2f} and {bound.total:.2f} if its attention took no time.",
+            *(["# In [model]: dense_layers = []"] if one.gathered is None and self.plan.dense_layers else []),
             "[lighthouse]  # in place of the recipe's",
         ]
         lines += [f"{key} = {toml_value(value)}" for key, value in settings.items()]
@@ -239,9 +240,4 @@ class Advice:
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
-        numbers = range(len(self.timed))
-        more = {
-            "without_dense_layers": [asdict(self.without_dense_layers(n)) for n in numbers],
-            "fragments": [self.fragment(n) for n in numbers],
-        }
-        return {"tune": asdict(self) | more}
+        return {"tune": asdict(self) | {"fragments": [self.fragment(n) for n in range(len(self.timed))]}}

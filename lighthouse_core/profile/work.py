@@ -48,6 +48,11 @@ class Shape:
         return self.heads * self.head_dim * self.itemsize
 
     @property
+    def qk_row(self) -> int:
+        """Bytes of one token's queries and keys."""
+        return self.q_row + self.kv_heads * self.head_dim * self.itemsize
+
+    @property
     def row(self) -> int:
         """Bytes of one token's queries, keys and values."""
         return self.q_row + 2 * self.kv_heads * self.head_dim * self.itemsize
@@ -84,7 +89,8 @@ def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Wor
 
     As the Triton kernels divide it: wide windows are pooled once and stored, the others averaged where they are kept.
     With w stored rows, r stored rows and tokens that the kept windows are made of, and H = Hkv, the stages but the
-    dense call move at least 4N + 3w + 3r + 4S rows of one tensor forward and 4N + 4S backward, and the scores.
+    dense call move at least 4N + 3w + 3r + 4S rows of one tensor forward and 4N + 4S backward, and the scores. Where
+    no row is stored, the first pass reads what it scores, q and k, or does nothing.
     """
     g = geometry(shape.tokens, cfg)
     tokens, entries, first = g.tokens, g.gathered_length, g.stored_from
@@ -95,13 +101,18 @@ def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Wor
         read = min(stored, kept) + min(tokens, g.topk * g.window(first))
     else:
         read = tokens
-    scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded) if cfg.scorer == "norm" else 0
+    by_norm = cfg.scorer == "norm"
+    scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded)
+    # Of the coarsest level all windows are candidates, of the others above 0 the children of the parents chosen before.
+    candidates = g.windows(g.levels - 1) + (g.levels - 2) * g.pooling * g.topk
+    compared = 4 * (shape.heads + shape.kv_heads) * candidates
+    pooled = (tokens + stored) * shape.row if stored else tokens * shape.qk_row * by_norm
     chosen = 4 * shape.kv_heads * (entries + g.pyramid_length)
     gathered = replace(shape, tokens=entries)
     scattered = Work((entries + tokens) * shape.q_row)
     return {
-        "pyramid + score": (Work((tokens + stored) * shape.row + scored), None),
-        "select": (Work(scored + chosen), None),
+        "pyramid + score": (Work(pooled + scored * by_norm), None),
+        "select": (Work(compared * by_norm + chosen), None),
         "gather": (Work((read + entries) * shape.row), Work((entries + tokens) * shape.row)),
         "dense call": dense_work(gathered),
         "scatter": (scattered, scattered),

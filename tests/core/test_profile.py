@@ -68,7 +68,68 @@ def test_parts_of_a_call_are_timed_as_they_follow_each_other(monkeypatch):
     assert done == ["pool", "attend"] * 5, "two calls do not count, and three take less than 7 s"
 
 
-def test_a_late_host_gets_a_longer_start(monkeypatch):
+class FakeGpu:
+    """Of torch, as timing.py uses it: a kernel takes as long as it is told, one after the other."""
+
+    int8 = torch.int8
+
+    def __init__(self):
+        self.now, self.allocated, self.peak, self.slept = 0.0, 0, 0, []
+        self.cuda = self
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=50 * 2**20)
+
+    def empty(self, size, dtype, device):
+        assert size >= 200 * 2**20, "several times the L2 cache"
+        return SimpleNamespace(zero_=lambda: self.run(7.0))
+
+    def run(self, ms, takes=0):
+        self.now += ms
+        self.peak = max(self.peak, self.allocated + takes)
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda other: other.at - event.at
+        return event
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles)
+        self.now += 50.0
+
+    def synchronize(self, device):
+        pass
+
+    empty_cache = lambda self: None  # noqa: E731
+
+    def reset_peak_memory_stats(self, device):
+        self.peak = self.allocated
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+
+def test_on_a_gpu_only_the_parts_themselves_are_timed(monkeypatch):
+    gpu, device = FakeGpu(), torch.device("cuda")
+    monkeypatch.setattr(timing, "torch", gpu)
+
+    def call():
+        gpu.run(2.0)
+        yield "pool"
+        gpu.run(5.0)
+        yield "attend"
+
+    found = timing.measure_parts(call, device, repeats=4)
+    assert {name: (one.median, one.calls) for name, one in found.items()} == {"pool": (2.0, 4), "attend": (5.0, 4)}
+    assert len(gpu.slept) == 3 and min(gpu.slept) >= 1e8
+    assert timing.measure(lambda: gpu.run(3.0), device).median == 3.0
+    gpu.allocated = 2**30
+    assert timing.peak_gib(lambda: gpu.run(1.0, takes=2**31), device) == 3.0
+    assert timing.peak_gib(lambda: gpu.run(1.0, takes=2**31), device, besides=2**30) == 2.0
+
+
+def test_a_late_host_gets_a_longer_start(monkeypatch, caplog):
     starts, host = [], iter([0.01, 0.2, 0.2, 9.0, 9.0, 9.0])
 
     def times_after(head_start, call, device, repeats):
@@ -76,11 +137,13 @@ def test_a_late_host_gets_a_longer_start(monkeypatch):
         return [{None: 1.0}] * repeats, next(host)
 
     monkeypatch.setattr(timing, "_times_after", times_after)
-    for _ in range(3):
-        timing._cuda_times(None, torch.device("cuda"), 20)
-    # On time; late, and then not; so late that the GPU does not wait for it. What does not count is not repeated.
-    timing._cuda_times(None, torch.device("cuda"), 1)
-    assert starts == [0.05, 0.05, 0.4, 0.05, 1.0, 0.05]
+    # On time; late, and then not; too late for any start. What does not count is not repeated.
+    for repeats in (20, 20, 20, 1):
+        assert not caplog.records
+        timing._cuda_times(None, torch.device("cuda"), repeats)
+        starts.append(len(caplog.records))
+        caplog.clear()
+    assert starts == [0.05, 0, 0.05, 0.4, 0, 0.05, 1.0, 1, 0.05, 0]
 
 
 def test_the_work_of_the_stages_adds_up_to_the_floor():
@@ -94,11 +157,11 @@ def test_the_work_of_the_stages_adds_up_to_the_floor():
     assert sum(found.bytes for found in backward) == (4 * shape.tokens + 4 * entries) * row
     assert work["dense call"][0].flops == 2 * 8 * 128 * entries**2
     assert work["dense call"][1].flops == 5 * 8 * 128 * entries**2
-    # Norms are written and read; drawn scores are neither.
+    # Norms are written, and those of candidates read; drawn scores are neither.
     scored = stage_work(shape, replace(cfg, scorer="norm"))
-    extra = 4 * 16 * (98304 // 4 + 98304 // 16)
-    assert scored["pyramid + score"][0].bytes - work["pyramid + score"][0].bytes == extra
-    assert scored["select"][0].bytes - work["select"][0].bytes == extra
+    written, read = (4 * 16 * (98304 // 16 + finer) for finer in (98304 // 4, 4 * 1536))
+    assert scored["pyramid + score"][0].bytes - work["pyramid + score"][0].bytes == written
+    assert scored["select"][0].bytes - work["select"][0].bytes == read
 
 
 def test_the_gather_reads_what_is_stored_and_the_tokens_of_the_rest():
@@ -108,10 +171,13 @@ def test_the_gather_reads_what_is_stored_and_the_tokens_of_the_rest():
     stored, kept, tokens_of_level_1 = 32768 + 8192, 8192 + 8192, 4 * 8192
     assert work["pyramid + score"][0].bytes == (524288 + stored) * shape.row
     assert work["gather"][0].bytes == (kept + tokens_of_level_1 + 32768) * shape.row
-    # Windows of 2 and 4 tokens: none is stored, and every token is read.
-    narrow = stage_work(shape, replace(cfg, pooling=2, levels=3))
-    assert narrow["pyramid + score"][0].bytes == 524288 * shape.row
+    # Windows of 2 and 4 tokens: none is stored, every token is gathered from, and only q and k are read for scores.
+    cfg = replace(cfg, pooling=2, levels=3)
+    narrow, scored = stage_work(shape, cfg), stage_work(shape, replace(cfg, scorer="norm"))
+    assert narrow["pyramid + score"][0].bytes == 0
+    assert scored["pyramid + score"][0].bytes == 2 * 524288 * shape.q_row + 4 * 16 * (524288 // 2 + 524288 // 4)
     assert narrow["gather"][0].bytes == (524288 + 524288 // 4 + 2 * 2 * 2048) * shape.row
+    assert Pass.of(sample(2.0), narrow["pyramid + score"][0], ROOF).of_roof is None
 
 
 def test_a_pass_is_compared_with_what_limits_it():
@@ -211,7 +277,7 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     chunks, prediction = ranked[-1]
     assert chunks.settings["windows"] == [2048, 8192, 49152]
     assert chunks.both_ms == pytest.approx((2048 + 8192 + 49152) / 3e4)
-    assert prediction == tune.predict(PLAN, chunks.forward_ms, chunks.both_ms, "fa4")
+    assert prediction == tune.predict(replace(PLAN, dense_layers=0), chunks.forward_ms, chunks.both_ms, "fa4")
 
 
 def advice() -> tune.Advice:
@@ -244,16 +310,16 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
         read = ["method", "window", "dense_backend"]
         read += ["pooling", "levels", "topk", "tile_parents", "scorer", "cover_prefix"] * (number == 0)
         assert all(getattr(lighthouse.attention(2048 * number), key) == getattr(timed, key) for key in read)
-        assert f"{found.predictions[number].stage_1:.2f} times" in text and f"{found.bound.total:.2f}" in text
+        assert f"{found.predictions[number].stage_1:.2f} times" in text
+    assert f"{found.bound.total:.2f} if" in found.fragment(0)
     parts = report.tune_parts(found)
     assert parts[0].rows[0][:5] == ("p 4, L 3, k 1536", "fa4", "18432", "6.25%", "16")
     assert any("norm lets later tokens decide" in part for part in parts[1:])
-    # Without its four dense layers each of which takes 110 ms.
-    chunks = found.timed[-1]
-    step = found.plan.rest_ms + 30 * chunks.both_ms
-    dense_step = found.plan.rest_ms + 30 * 110.0
-    assert found.without_dense_layers(1).stage_1 == pytest.approx(dense_step / step)
-    assert any(f"stage 1 is then predicted {dense_step / step:.2f} times" in part for part in parts[1:])
+    # Chunks are in all layers, of which four would else be dense.
+    rest = found.plan.rest_ms
+    assert found.predictions[1].stage_1 == pytest.approx((rest + 30 * 110.0) / (rest + 30 * found.timed[1].both_ms))
+    assert f"at most {(rest + 30 * 110.0) / rest:.2f} and" in found.fragment(1)
+    assert "# In [model]: dense_layers = []" in found.fragment(1) and "dense_layers" not in found.fragment(0)
     json.dumps(found.as_json())
 
 
@@ -300,6 +366,9 @@ def test_a_sweep_finds_slopes_and_crossovers_of_what_was_measured():
     ours, theirs = found.curves
     assert ours.law.slope == pytest.approx(1.0) and theirs.law.slope == pytest.approx(2.0)
     assert found.crossovers["fa4"].tokens == pytest.approx(10000)
+    assert found.shares == tuple(512 / n for n in (4096, 32768, 2**20)) and ours.varied and not theirs.varied
+    same = replace(found.profiles[0], settings=found.profiles[0].settings | {"seq": 8192, "topk": 256})
+    assert sweep.together([found.profiles[0], same]).shares == ()
     assert found.profiles[1].speedup["fa4"]["forward_backward"] == pytest.approx(32768 / 10000)
 
 
@@ -316,6 +385,7 @@ def test_figures_show_something(tmp_path, memory):
             pixels = matplotlib.image.imread(file)[..., :3]
             assert len({tuple(colour) for colour in pixels.reshape(-1, 3).round(2)}) > 20
     drawing = files[1].read_text()
+    assert "another pyramid at each length" in drawing
     assert "stroke-dasharray" in drawing and "10,000: fa4" in drawing
     assert ("dashed: by the square of the length" in drawing) == memory
     assert not memory or "dashed: in proportion to the length" in files[3].read_text()
@@ -345,7 +415,7 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     )
     written.write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["schema"], results["kind"]) == (2, "attention")
+    assert (results["schema"], results["kind"]) == (3, "attention")
     assert results["machine"]["packages"]["torch"] == torch.__version__
     assert results["roof"] == {"bytes_per_second": 2e12, "flops_per_second": 5e14, "dtype": "bfloat16"}
     assert [profile["settings"]["seq"] for profile in results["profiles"]] == [4096, 32768, 2**20]
@@ -357,7 +427,10 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     assert "| dense call | forward | 1.000 | 0.900 | 1.200 | 1 | 100.0 | 100 TFLOP/s | 20% |" in text
     assert "FlashAttention-4 (worked out from 32768 tokens)" in text and "fa3 is not installed" in text
     assert "| Lighthouse, cudnn inside |" in text and "Stages (triton, fa4 inside), N = 4096" in text
-    assert "together 2.00 ms forward and 4.00 both ways, where the call takes 0.14 and 0.41" in text
+    assert "together 4.00 ms, where the call takes 0.41" in text and "plain PyTorch divides" not in text
+    assert "| Lighthouse, fa4 inside | 1.00 | 3 |" in text and "| FlashAttention-4 | 2.00 | 2 |" in text
+    assert "holds 12.50%, 1.56%, 0.05% of the tokens at level 0." in text
+    assert results["machine"]["git_commit"] in text
     assert "Noisy" not in text
     loud = profile_of(4096)
     loud = replace_call(loud, both_ms=Sample(1.0, 0.5, 3.0, 9))
@@ -447,6 +520,32 @@ def test_a_profile_on_the_cpu(cfg):
     assert [call.name for call in found.dense] == ["flash"] and found.lighthouse.peak_gib is None
     expected = found.dense[0].both_ms.median / found.lighthouse.both_ms.median
     assert found.speedup["flash"]["forward_backward"] == expected
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("scorer", ["norm", "random", "block"])
+@pytest.mark.parametrize(("pooling", "levels"), [(4, 3), (2, 3), (4, 2)])
+def test_the_stages_make_the_call(monkeypatch, pooling, levels, scorer, kv_heads):
+    cfg = replace(SMALL, pooling=pooling, levels=levels, scorer=scorer)
+    inputs = dense.random_inputs(Shape(512, 4, kv_heads, 16, "float32"), CPU)
+    key = torch.zeros(3, dtype=torch.int64)
+    seen, grad = [], torch.autograd.grad
+
+    def recorded(outputs, *arguments, **options):
+        found = grad(outputs, *arguments, **options)
+        seen.append((outputs, found))
+        return found
+
+    monkeypatch.setattr(attention.torch.autograd, "grad", recorded)
+    assert len(list(attention._one_by_one(*inputs, cfg, key))) == 9
+    monkeypatch.undo()
+    call = lambda *x: attention.lighthouse_attention(*x, cfg, key=key)  # noqa: E731
+    expected = dense.with_gradients(call, inputs)
+    # What the gather gives the tokens themselves, and the pyramid by its windows.
+    parts = zip(seen[2][1][:3], seen[3][1], strict=True)
+    gradients = [sum(x for x in both if x is not None) for both in parts]
+    for got, wanted in zip([seen[0][0], *gradients], expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def refused(cfg: LighthouseConfig, match: str) -> None:
@@ -645,3 +744,52 @@ def test_advice_for_a_recipe(monkeypatch):
     seconds = 1e-6
     with pytest.raises(LighthouseError, match="took less than its attention calls alone"):
         advised(0.125)
+
+
+@pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])
+def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, name):
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.profile.step import StepProfile
+    from lighthouse_core.profile.trace import Breakdown
+
+    path, seconds = shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
+
+    def run_step(path, settings, folder, nproc, say, *, stage="lighthouse"):
+        recipe = load_recipe(path, settings)
+        window = recipe.lighthouse.attention().window if stage == "lighthouse" else 0
+        return StepProfile(
+            recipe=path.stem,
+            settings=settings,
+            stage=stage,
+            window=window,
+            notes=[],
+            machine={},
+            processes=1,
+            tokens=1000,
+            seconds=5.0 if stage == "dense" else seconds[window],
+            tokens_per_second=1.0,
+            memory_gib=1.0,
+            mfu=None,
+            breakdown=Breakdown("cpu", 1.0, [], 0.0, 0.0, []),
+            trace=folder / "trace.json.gz",
+            stacks=folder / "stacks.folded",
+            run=folder / "runs/a",
+        )
+
+    monkeypatch.setattr(run, "run_step", run_step)
+    found = run.step(path, load_recipe(path), [], tmp_path, 1, lambda words: None)
+    steps = found.results["steps"]
+    if name == "530m_98k":
+        assert [step["trace"] for step in steps] == ["trace.json.gz", "dense/trace.json.gz"]
+        assert "The step of stage 1 is 2.00 times as fast as the dense one, all without the profiler." in found.parts
+    else:
+        assert [step["window"] for step in steps] == [2048, 8192, 49152, 0]
+        assert steps[1]["trace"] == "window-8192/trace.json.gz"
+        said = "windows of 2048, 8192, 49152 are 5.00, 2.50, 1.25 times as fast as the dense one, and stage 1"
+        assert any(said in part and "with each, 2.14 times" in part for part in found.parts if isinstance(part, str))
+    # A step of two micro-batches has no other one beside it where every layer is dense anyway.
+    recipe = load_recipe(path, ["lighthouse.enabled=false"])
+    assert (
+        len(run.step(path, recipe, ["lighthouse.enabled=false"], tmp_path, 1, lambda words: None).results["steps"]) == 1
+    )

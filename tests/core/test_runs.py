@@ -10,7 +10,7 @@ import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
-from lighthouse_core.runs import Run, _git_commit, create_run, find_run, plan_recovery, run_path
+from lighthouse_core.runs import Run, create_run, find_run, git_commit, plan_recovery, run_path
 from lighthouse_core.seal import seal
 
 RECIPE = """
@@ -70,19 +70,19 @@ def test_a_commit_says_whether_files_differ_from_it(tmp_path):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
         subprocess.run(("git", "-C", str(tmp_path), *identity, *arguments), check=True, capture_output=True)
 
-    assert _git_commit(tmp_path) is None
+    assert git_commit(tmp_path) is None
     git("init")
-    assert _git_commit(tmp_path) is None, "there is no commit yet"
+    assert git_commit(tmp_path) is None, "there is no commit yet"
     (tmp_path / "file").write_text("a")
     (tmp_path / "folder").mkdir()
     git("add", "file")
     git("commit", "-m", "first")
     git("tag", "v1")
-    commit = _git_commit(tmp_path)
+    commit = git_commit(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "file").write_text("b")
-    assert _git_commit(tmp_path) == f"{commit}-dirty"
-    assert _git_commit(tmp_path / "folder") is None, "a package within somebody's repository"
+    assert git_commit(tmp_path) == f"{commit}-dirty"
+    assert git_commit(tmp_path / "folder") is None, "a package within somebody's repository"
 
 
 def test_a_dense_recipe_makes_a_dense_run(recipe):
