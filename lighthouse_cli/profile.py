@@ -144,7 +144,9 @@ def _lengths(seq: str) -> list[int]:
     try:
         lengths = sorted({int(part) for part in seq.split(",")})
     except ValueError:
-        raise UserError(f"--seq takes numbers of tokens with commas between them, not {seq!r}") from None
+        raise UserError(
+            f"--seq takes numbers of tokens with commas between them, not {seq!r}", hint="as in --seq 8192,32768"
+        ) from None
     if lengths[0] < 1:
         raise UserError(f"--seq must be at least 1, not {lengths[0]}")
     return lengths
@@ -179,7 +181,7 @@ def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path
     shapes = [(Shape(tokens, heads, kv_heads, head_dim, number), cfg) for tokens, cfg in configs.items()]
     columns = 0 if as_json else shutil.get_terminal_size((100, 24)).columns
     colour = sys.stdout.isatty() and _output.can_redraw()
-    with _folder(out, f"attention-{max(configs)}") as folder:
+    with _folder(out, "attention", str(max(configs))) as folder:
         report, plot = run.attention(shapes, folder, _output.say, columns=columns, colour=colour)
         _finish(report, folder, as_json, plot)
 
@@ -200,7 +202,7 @@ def _recipe(
     check_world(resolved, processes)
     from lighthouse_core.profile import run
 
-    with _folder(out, f"{'tune' if tune else 'step'}-{path.stem}") as folder:
+    with _folder(out, "tune" if tune else "step", path.stem) as folder:
         if tune:
             report = run.tune(path, resolved, overrides, floor, folder, processes, _output.say)
         else:
@@ -217,29 +219,33 @@ def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> 
     path = Path(target).resolve()
     if not path.name.startswith("step-"):
         path = find_run(target).path
+    elif not path.exists() and path.parent.name == "checkpoints":
+        path = find_run(str(Path(target).parents[1])).path / "checkpoints" / path.name
     from lighthouse_core.profile import run
 
     name = f"{path.parents[1].name}-{path.name}" if path.name.startswith("step-") else path.name
-    with _folder(out, f"selection-{name}") as folder:
+    with _folder(out, "selection", name) as folder:
         _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
 
 
 @contextlib.contextmanager
-def _folder(out: Path | None, name: str) -> Iterator[Path]:
+def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
     """Where the report goes, made; an empty one is not left behind."""
     from lighthouse_core.profile.report import prepare
 
-    folder = out or Path("profiles") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    made = prepare(folder)
+    folder = out or Path("profiles") / f"{kind}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    made = prepare(folder, kind)
     try:
         yield folder
-    except BaseException:
+    except BaseException as error:
         for empty in made:
             # Unless it holds something by now.
             with contextlib.suppress(OSError):
                 empty.rmdir()
-        if folder.exists() and any(folder.iterdir()):
+        if (folder / "report.md").exists():
             _output.say(f"what there is of the report is in {folder}")
+        elif isinstance(error, KeyboardInterrupt):
+            _output.say("interrupted, and nothing is reported")
         raise
 
 

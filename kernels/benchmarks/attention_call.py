@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention, select_indices
 from lighthouse_core.attention import flash
-from lighthouse_core.backends import geometry
+from lighthouse_core.backends import geometry, kernels
 
 HEADS, DIM = 8, 128
 # N: levels, parents a level.
@@ -39,8 +39,11 @@ KERNELS = {
 }
 
 
-def milliseconds(call) -> float:
-    """Median of 20 calls after two that do not count; of 3 where one takes over 0.1 s, the second where over 1 s."""
+def milliseconds(call, prepare=tuple) -> float:
+    """Median of 20 calls after two that do not count; of 3 where one takes over 0.1 s, the second where over 1 s.
+
+    What `prepare` returns is given to the call, which is timed without it.
+    """
     l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
 
     def times(repeats, ahead=0.05):
@@ -51,8 +54,9 @@ def milliseconds(call) -> float:
         began = time.monotonic()
         for start, end in events:
             l2.zero_()
+            given = prepare()
             start.record()
-            call()
+            call(*given)
             end.record()
         took = time.monotonic() - began
         torch.cuda.synchronize()
@@ -161,6 +165,13 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
     return named | {"rest": sum(ms for name, ms in whole.items() if name not in dense)}
 
 
+def selection_ms(tokens: int, cfg: LighthouseConfig) -> float:
+    """Between events, right after the pyramid. A profiler leaves out what lies between its two kernels."""
+    g, ops = geometry(tokens, cfg), kernels("triton", "cuda")
+    qkv = [x.detach() for x in inputs(tokens)[0]]
+    return milliseconds(lambda scores: ops.select(scores, g), lambda: (ops.pyramid(*qkv, g, scored=True).scores,))
+
+
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
     """Milliseconds that the least traffic outside the dense call takes at the measured copy rate.
 
@@ -214,6 +225,7 @@ def measure(tokens: int, dense_up_to: int, rate: float) -> dict:
     for backend in backends:
         row[backend] = measure_backend(tokens, replace(cfg, dense_backend=backend), tokens <= dense_up_to)
     row["stages_ms"] = stages(tokens, cfg)
+    row["selection_ms"] = selection_ms(tokens, cfg)
     row["outside_ms"] = sum(row["stages_ms"].values())
     row["floor_ms"] = floors(tokens, cfg, rate)
     print(f"N = {tokens}: measured after {time.monotonic() - start:.0f} s", flush=True)
@@ -222,18 +234,18 @@ def measure(tokens: int, dense_up_to: int, rate: float) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| N | S | dense kernel | forward ms | forward + backward ms | of which dense call | dense attention ms "
-        "| ratio | peak GiB | stages ms | floor ms |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| N | S | level 0 | dense kernel | forward ms | forward + backward ms | of which dense call "
+        "| dense attention ms | ratio | peak GiB | stages ms | floor ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         for backend in ("cudnn", "fa4"):
             if backend not in row:
                 continue
-            r = row[backend]
+            r, share = row[backend], LighthouseConfig.pooling * row["topk"] / row["N"]
             dense = r.get("dense_both_ms")
             lines.append(
-                f"| {row['N']} | {row['S']} | {backend} | {r['forward_ms']:.2f} | {r['both_ms']:.2f} "
+                f"| {row['N']} | {row['S']} | {share:.1%} | {backend} | {r['forward_ms']:.2f} | {r['both_ms']:.2f} "
                 f"| {r['dense_call_ms']:.2f} | "
                 + (f"{dense:.1f} | {dense / r['both_ms']:.1f}x" if dense else "- | -")
                 + f" | {r['peak_gib']:.2f} | {row['outside_ms']:.2f} | {row['floor_ms']:.2f} |"

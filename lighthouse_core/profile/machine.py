@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def free_memory(device: torch.device) -> int:
         return memory(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def busy(seconds: float = 0.5) -> float:
+    """Share of the time that processors did something while this process slept so long; 0 where that is not known."""
+    try:
+        before = _times()
+        time.sleep(seconds)
+        idle, total = (after - first for after, first in zip(_times(), before, strict=True))
+    except (OSError, ValueError):
+        return 0.0
+    return 1 - idle / total if total else 0.0
+
+
+def _times() -> tuple[int, int]:
+    """Of all processors, idle and altogether, in the kernel's ticks (proc(5))."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarse
 _LEAK = "The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."
 _LOSS = "head + loss: its gradients are made in the forward pass."
 _REFERENCE = "GB are what the Triton kernels would move at least; plain PyTorch divides the work otherwise."
+_TRITON = "The gather's backward pass is that of the pyramid, too."
 _ALONE = "One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients."
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
@@ -100,8 +101,8 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def prepare(folder: Path) -> list[Path]:
-    """Make the folder of a report, before anything is measured.
+def prepare(folder: Path, kind: str) -> list[Path]:
+    """Make the folder of a report of this kind, before anything is measured.
 
     Returns:
         The folders that were made, innermost first.
@@ -112,12 +113,22 @@ def prepare(folder: Path) -> list[Path]:
     ours = any((folder / name).exists() for name in ("results.json", "pretrain.log"))
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours)):
         raise UserError(f"{folder} is there and is no report", hint="choose another --out")
+    if (there := _kind(folder)) not in (None, kind):
+        raise UserError(f"{folder} has a report of another kind: {there}", hint="choose another --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}", hint="choose another --out") from None
     return made
+
+
+def _kind(folder: Path) -> str | None:
+    """Of the report in a folder; None where there is none that can be read."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _markdown_table(table: Table) -> list[str]:
@@ -164,7 +175,10 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
         if sweep.shares:
             shares = ", ".join(f"{share:.2%}" for share in sweep.shares)
             parts.append(f"The pyramid is another one at each length, and holds {shares} of the tokens at level 0.")
-        parts += [f"Against {name}: {found.note}." for name, found in sweep.crossovers.items()]
+        labels = {curve.name: curve.label for curve in sweep.curves}
+        parts += [
+            f"Against {labels[name]}, forward and backward: {found.note}." for name, found in sweep.crossovers.items()
+        ]
     return [*parts, *(f"{note}." for note in sweep.notes)]
 
 
@@ -175,6 +189,8 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     length = f", S = {settings['gathered_length']}" if "gathered_length" in settings else ""
     shape = f"N = {profile.tokens}{length}, {settings['heads']}/{settings['kv_heads']} heads of {settings['head_dim']}"
     title = f"{shape}, {settings['dtype']}; {chosen}"
+    if settings["method"] == "pyramid":
+        title += f", {settings['pooling'] * settings['topk'] / profile.tokens:.2%} of the tokens at level 0"
     parts: list[Table | str] = []
     if profile.stages:
         parts += _stage_parts(profile, title)
@@ -192,6 +208,9 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]
     if noisy:
         parts.append(f"Noisy, p90 above {_NOISY} times p10, on a machine that did something else: {'; '.join(noisy)}.")
+    odd = [call.label for call in calls if call.forward_ms.median > call.both_ms.median]
+    if odd:
+        parts.append(f"Not to be used, as slower forward than both ways: {'; '.join(odd)}.")
     if profile.absent:
         parts.append("Not timed: " + "; ".join(f"{name} {why}" for name, why in profile.absent.items()) + ".")
     return parts
@@ -212,7 +231,7 @@ def _stage_parts(profile: AttentionProfile, title: str) -> list[Table | str]:
         Table(f"Stages ({inside}), {title}", columns, rows, text_columns=2),
         f"Timed one after the other, as in the call: together {together:.2f} ms, where the call takes "
         f"{profile.lighthouse.both_ms.median:.2f}.",
-        *([_REFERENCE] if profile.settings["backend"] == "reference" else []),
+        _REFERENCE if profile.settings["backend"] == "reference" else _TRITON,
     ]
 
 
@@ -222,8 +241,7 @@ def _call_cells(call: Call) -> tuple[str, ...]:
         call.label + (f" (worked out from {call.extrapolated} tokens)" if call.extrapolated else ""),
         f"{call.forward_ms.median:.2f}",
         f"{both.median:.2f}",
-        f"{both.p10:.2f}",
-        f"{both.p90:.2f}",
+        *((f"{both.p10:.2f}", f"{both.p90:.2f}") if both.calls > 1 else ("-", "-")),
         str(both.calls),
         "-" if call.peak_gib is None else f"{call.peak_gib:.2f}",
     )
@@ -242,8 +260,7 @@ def _pass_cells(found: Pass) -> tuple[str, ...]:
         reached = "-" if found.gigabytes is None else _rate(found.gigabytes * 1e9 / seconds, "B/s")
     return (
         f"{found.ms.median:.3f}",
-        f"{found.ms.p10:.3f}",
-        f"{found.ms.p90:.3f}",
+        *((f"{found.ms.p10:.3f}", f"{found.ms.p90:.3f}") if found.ms.calls > 1 else ("-", "-")),
         "-" if found.gigabytes is None else f"{found.gigabytes:.3g}",
         f"{found.gigaflops:.1f}" if found.gigaflops else "-",
         reached,
@@ -284,7 +301,8 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
         f"{advice.coarsest} tokens. The floor is no promise of a loss: recipes/evidence/REPORT.md has what was "
         "measured.",
-        f"A dense call takes {dense}.",
+        f"A dense call takes {dense}. All calls were timed alone, a few times each: what is a few per cent apart may "
+        "change places in the next search.",
         f"A step with {plan.layers} dense layers takes {step:.0f} ms, {plan.rest_ms:.0f} of them no attention "
         f"(measured: a step of one micro-batch takes {advice.measured_step_ms:.0f} ms).",
         f"If Lighthouse calls took no time (Amdahl's bound), stage 1, with {plan.dense_layers} dense layers, would be "
@@ -329,7 +347,11 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             for cost in costs.rows
         ]
         what = f"{profile.recipe}, {profile.stage} step" + (f", window {profile.window}" if profile.window else "")
-        title = f"{what}: {costs.wall_ms:.0f} ms under the profiler, {profile.seconds * 1e3:.0f} ms without"
+        low, high = (f"{1e3 * seconds:.0f}" for seconds in (min(profile.timed), max(profile.timed)))
+        title = (
+            f"{what}: {costs.wall_ms:.0f} ms under the profiler, {profile.seconds * 1e3:.0f} ms without (median of "
+            f"{len(profile.timed)}, {low} to {high})"
+        )
         columns = ("what", "ms", "of the step", "forward ms", "backward ms", "calls")
         parts.append(Table(title, columns, rows))
         alone = profile.processes == 1 and any(cost.name == COMMUNICATION for cost in costs.rows)

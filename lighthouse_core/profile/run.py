@@ -14,7 +14,7 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
-from lighthouse_core.profile.machine import Roof, describe, roof
+from lighthouse_core.profile.machine import Roof, busy, describe, roof
 from lighthouse_core.profile.report import Report, attention_parts, selection_parts, step_parts, tune_parts
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.profile.step import StepProfile, run_step
@@ -24,6 +24,22 @@ from lighthouse_core.profile.work import Shape
 Say = Callable[[str], None]
 # Of a profiled step: its trace grows with them, and they are all alike.
 _MICRO_BATCHES = 2
+
+
+# Tokens from which on a CPU takes minutes.
+_LONG = 32768
+# Share of the processors that others may use while a CPU is timed.
+_BUSY = 0.1
+
+
+def _warn(where: torch.device, tokens: int, say: Say) -> None:
+    """Say what a user should know before times are taken on a CPU."""
+    if where.type != "cpu":
+        return
+    if tokens > _LONG:
+        say(f"{tokens} tokens take minutes on a CPU: a smaller --seq or --recipe shows what there is")
+    if (share := busy()) > _BUSY:
+        say(f"others keep {share:.0%} of the processors busy: times beside other work are not to be used")
 
 
 def device() -> torch.device:
@@ -67,6 +83,8 @@ def attention(
     except ValueError as error:
         raise UserError(str(error)) from None
 
+    _warn(where, max(shape.tokens for shape, _ in shapes), say)
+
     def report(found: Sweep, limits: Roof) -> Report:
         lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
         title = f"One attention call of {lengths} tokens"
@@ -88,6 +106,7 @@ def attention(
 def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
     """A training step of a recipe, or one with each of its windows, beside a dense one; each of a few micro-batches."""
     training = recipe.training
+    _warn(device(), training.seq_len, say)
     micro_batch = training.local_batch_size * nproc
     notes, batch = [], min(training.global_batch_size, _MICRO_BATCHES * micro_batch)
     if batch < training.global_batch_size:
@@ -129,6 +148,7 @@ def tune(
 ) -> Report:
     """Settings of stage 1 for a recipe's model, by time under a floor."""
     where, training = device(), recipe.training
+    _warn(where, training.seq_len, say)
 
     def run(more: list[str]) -> StepProfile:
         batch = f"training.global_batch_size={training.local_batch_size * nproc}"

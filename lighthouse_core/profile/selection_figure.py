@@ -54,11 +54,12 @@ def _draw_drift(pyplot, axes, view: SelectionView) -> None:
     for number, pair in enumerate(view.drift):
         color = colors(number / newest if newest else 1.0)
         means = [100 * sum(heads) / len(heads) for heads in pair["share"]]
-        # Names for the two ends of a scale.
-        label = f"step {pair['first']} to {pair['last']}" if number in (0, newest) else None
+        # Of many lines the first and the last, as the ends of a scale.
+        label = f"step {pair['first']} to {pair['last']}" if newest < 6 or number in (0, newest) else None
         axes.plot(view.layers, means, color=color, label=label)
     for layer, heads in zip(view.layers, view.drift[-1]["share"], strict=True):
-        axes.plot([layer] * len(heads), [100 * share for share in heads], ".", color=color)
+        name = "its heads" if layer == view.layers[0] else None
+        axes.plot([layer] * len(heads), [100 * share for share in heads], ".", color=color, label=name)
     axes.axhline(100 * view.drift[-1]["chance"], linestyle="--", color="gray", label="chance")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer", ylabel="tokens at level 0 that stay (%)", ylim=(0, 105), title="drift")

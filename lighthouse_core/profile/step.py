@@ -20,7 +20,7 @@ from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import read_rows
 
 # Steps of the run: these, then those that are timed, one in which the profiler starts up, and the traced one.
-_WARM, _TIMED = 2, 3
+_WARM, _TIMED = 2, 5
 _LAST_LINES = 5
 
 
@@ -37,7 +37,8 @@ class StepProfile:
         machine: versions and devices, as the run recorded them.
         processes: that trained.
         tokens: of a step, over all processes.
-        seconds: of a step, the median of the timed ones, which no profiler slowed down.
+        timed: seconds of steps that no profiler slowed down.
+        seconds: their median.
         tokens_per_second: over all processes.
         memory_gib: peak of one process.
         mfu: model FLOPs as a fraction of the accelerator's peak; None where there is none.
@@ -55,6 +56,7 @@ class StepProfile:
     machine: dict[str, Any]
     processes: int
     tokens: int
+    timed: list[float]
     seconds: float
     tokens_per_second: float
     memory_gib: float
@@ -131,7 +133,8 @@ def run_step(
     del machine["argv"]
     machine |= run.ledger["stages"][-1]["conditions"]
     tokens = recipe.training.global_batch_size * recipe.training.seq_len
-    seconds = statistics.median(row["seconds"] for row in rows)
+    timed = [row["seconds"] for row in rows]
+    seconds = statistics.median(timed)
     return StepProfile(
         recipe=recipe_path.stem,
         settings=[*settings],
@@ -141,6 +144,7 @@ def run_step(
         machine=machine,
         processes=machine["devices"],
         tokens=tokens,
+        timed=timed,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_gib=max(row["memory_gib"] for row in rows),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,6 +21,9 @@ def fake(monkeypatch):
         for key, value in members.items():
             setattr(module, key, value)
         monkeypatch.setitem(sys.modules, name, module)
+        # Where the real one was imported before, it is what the package has by that name.
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(import_module(package), leaf, module, raising=False)
 
     return put
 
@@ -86,7 +90,7 @@ def profiler(fake):
             self.parts = parts
 
         def as_json(self):
-            return {"schema": 2}
+            return {"schema": 3}
 
         def write(self, folder):
             (folder / "report.md").write_text("# it\n")
@@ -114,7 +118,7 @@ def test_profile_shows_a_table_and_writes_a_report(lighthouse, profiler, here):
 
 def test_profile_prints_json_when_asked(lighthouse, profiler, here):
     answer = lighthouse("profile", "--seq", "4096", "--json", "--out", "elsewhere/deep")
-    assert json.loads(answer.out) == {"schema": 2}
+    assert json.loads(answer.out) == {"schema": 3}
     assert (here / "elsewhere/deep/report.md").is_file()
     (here / "file").touch()
     answer = lighthouse("profile", "--seq", "4096", "--json", "--out", "file")

@@ -12,7 +12,7 @@ import torch
 
 from lighthouse_core.attention import LighthouseConfig
 from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.profile import attention, check, dense, plots, report, run, sweep, timing, tune
+from lighthouse_core.profile import attention, check, dense, machine, plots, report, run, sweep, timing, tune
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass, Stage, check_size
 from lighthouse_core.profile.fits import crossover, fit
 from lighthouse_core.profile.machine import Roof, describe, roof
@@ -430,15 +430,19 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     assert "together 4.00 ms, where the call takes 0.41" in text and "plain PyTorch divides" not in text
     assert "| Lighthouse, fa4 inside | 1.00 | 3 |" in text and "| FlashAttention-4 | 2.00 | 2 |" in text
     assert "holds 12.50%, 1.56%, 0.05% of the tokens at level 0." in text
-    assert results["machine"]["git_commit"] in text
+    commit = results["machine"]["git_commit"]
+    assert commit is None or f"; commit {commit}." in text
     assert "Noisy" not in text
     loud = profile_of(4096)
     loud = replace_call(loud, both_ms=Sample(1.0, 0.5, 3.0, 9))
     assert "Noisy, p90 above 1.5 times p10" in report._profile_parts(loud)[-2]
+    odd = replace_call(profile_of(4096), forward_ms=Sample(2.0, 2.0, 2.0, 1), both_ms=Sample(1.0, 1.0, 1.0, 1))
+    assert "Not to be used, as slower forward than both ways: Lighthouse" in report._profile_parts(odd)[-2]
+    assert report._call_cells(odd.lighthouse)[2:6] == ("1.00", "-", "-", "1")
 
 
 def test_a_narrow_terminal_gets_fewer_columns():
-    table = report.attention_parts(several())[2]
+    table = next(part for part in report.attention_parts(several())[1:] if isinstance(part, report.Table))
     assert table.narrowed(200) is table and "p10" in table.columns
     narrow = table.narrowed(80)
     assert narrow._width() <= 80 and narrow.columns[0] == "call" and "faster, both" in narrow.columns
@@ -446,15 +450,32 @@ def test_a_narrow_terminal_gets_fewer_columns():
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    report.prepare(tmp_path / "new/deep")
+    report.prepare(tmp_path / "new/deep", "tune")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").touch()
     with pytest.raises(UserError, match="is no report"):
-        report.prepare(tmp_path / "full")
+        report.prepare(tmp_path / "full", "tune")
     (tmp_path / "full/results.json").touch()
-    report.prepare(tmp_path / "full")
+    report.prepare(tmp_path / "full", "tune")
     with pytest.raises(UserError, match="is no report"):
-        report.prepare(tmp_path / "full/thesis.tex")
+        report.prepare(tmp_path / "full/thesis.tex", "tune")
+    (tmp_path / "full/results.json").write_text('{"kind": "step"}')
+    with pytest.raises(UserError, match="has a report of another kind: step"):
+        report.prepare(tmp_path / "full", "tune")
+    report.prepare(tmp_path / "full", "step")
+
+
+def test_what_a_cpu_is_busy_with_is_said(monkeypatch):
+    said = []
+    ticks = iter([(1000, 2000), (1040, 2100)])
+    monkeypatch.setattr(machine, "_times", lambda: next(ticks))
+    assert machine.busy(0.0) == pytest.approx(0.6)
+    assert 0 <= (monkeypatch.undo() or machine.busy(0.05)) <= 1
+    for share, tokens in ((0.6, 4096), (0.0, 98304), (0.05, 4096)):
+        monkeypatch.setattr(run, "busy", lambda share=share: share)
+        run._warn(CPU, tokens, said.append)
+    assert len(said) == 2 and "keep 60% of the processors busy" in said[0] and "take minutes on a CPU" in said[1]
+    run._warn(torch.device("cuda"), 2**20, pytest.fail)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
@@ -767,6 +788,7 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
             machine={},
             processes=1,
             tokens=1000,
+            timed=[1.0],
             seconds=5.0 if stage == "dense" else seconds[window],
             tokens_per_second=1.0,
             memory_gib=1.0,
