@@ -27,9 +27,11 @@ def test_the_stages_add_up_to_the_call(limits):
     assert all(speedup["forward_backward"] > 10 for speedup in found.speedup.values())
 
 
-@pytest.mark.parametrize(("tokens", "levels", "topk"), [(98304, 3, 1536), (524288, 4, 2048), (524288, 5, 1024)])
+@pytest.mark.parametrize(
+    ("tokens", "levels", "topk"), [(98304, 2, 1536), (98304, 3, 1536), (524288, 4, 2048), (524288, 5, 1024)]
+)
 def test_no_stage_moves_more_than_the_machine_can(limits, tokens, levels, topk):
     cfg = LighthouseConfig(levels=levels, topk=topk, backend="triton")
     for stage in _stages(Shape(tokens, 8, 8, 128, "bfloat16"), cfg, limits, GPU, 5):
         for one in (stage.forward, stage.backward):
-            assert one is None or one.of_roof < 1.05, f"{stage.name}: {one}"
+            assert one is None or one.of_roof is None or one.of_roof < 1.05, f"{stage.name}: {one}"
