@@ -120,6 +120,13 @@ class AttentionProfile:
     def tokens(self) -> int:
         return self.settings["seq"]
 
+    @property
+    def level_0(self) -> float | None:
+        """Share of the tokens that a pyramid keeps at level 0; None for other methods."""
+        if self.settings["method"] != "pyramid":
+            return None
+        return self.settings["pooling"] * self.settings["topk"] / self.tokens
+
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
         return asdict(self) | {"speedup": self.speedup}

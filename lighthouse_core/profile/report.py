@@ -189,8 +189,8 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     length = f", S = {settings['gathered_length']}" if "gathered_length" in settings else ""
     shape = f"N = {profile.tokens}{length}, {settings['heads']}/{settings['kv_heads']} heads of {settings['head_dim']}"
     title = f"{shape}, {settings['dtype']}; {chosen}"
-    if settings["method"] == "pyramid":
-        title += f", {settings['pooling'] * settings['topk'] / profile.tokens:.2%} of the tokens at level 0"
+    if profile.level_0 is not None:
+        title += f", {profile.level_0:.2%} of the tokens at level 0"
     parts: list[Table | str] = []
     if profile.stages:
         parts += _stage_parts(profile, title)

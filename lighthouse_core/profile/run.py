@@ -85,10 +85,12 @@ def attention(
 
     _warn(where, max(shape.tokens for shape, _ in shapes), say)
 
+    machine = describe(where)
+
     def report(found: Sweep, limits: Roof) -> Report:
         lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
         title = f"One attention call of {lengths} tokens"
-        return Report(title, "attention", describe(where), attention_parts(found), found.as_json(), limits)
+        return Report(title, "attention", machine, attention_parts(found), found.as_json(), limits)
 
     with _explained():
         found, limits = profile_lengths(

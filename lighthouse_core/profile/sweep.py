@@ -122,7 +122,7 @@ def together(profiles: list[AttentionProfile], notes: tuple[str, ...] = ()) -> S
     """Curves and crossovers of profiles, shortest first."""
     ours = [profile.lighthouse for profile in profiles]
     tokens = [profile.tokens for profile in profiles]
-    shares = _shares([profile.settings for profile in profiles])
+    shares = _shares(profiles)
     curves = [replace(_curve(tokens, ours), varied=bool(shares))]
     crossovers = {}
     for name in dict.fromkeys(call.name for profile in profiles for call in profile.dense):
@@ -141,11 +141,9 @@ def together(profiles: list[AttentionProfile], notes: tuple[str, ...] = ()) -> S
     return Sweep(profiles, curves, crossovers, notes, shares)
 
 
-def _shares(settings: list[dict[str, Any]]) -> tuple[float, ...]:
-    if any(one["method"] != "pyramid" for one in settings):
-        return ()
-    shares = tuple(one["pooling"] * one["topk"] / one["seq"] for one in settings)
-    return shares if len({(share, one["levels"]) for share, one in zip(shares, settings, strict=True)}) > 1 else ()
+def _shares(profiles: list[AttentionProfile]) -> tuple[float, ...]:
+    shares = tuple(profile.level_0 for profile in profiles if profile.level_0 is not None)
+    return shares if len({(profile.level_0, profile.settings["levels"]) for profile in profiles}) > 1 else ()
 
 
 def _curve(tokens: list[int], calls: list[Call]) -> Curve:
