@@ -46,7 +46,7 @@ def milliseconds(call, prepare=tuple) -> float:
     """
     l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
 
-    def times(repeats, ahead=0.05):
+    def times(repeats, ahead):
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         # So many seconds, at most 3 GHz: else short calls would be as fast as the host calls them, and in training it
         # has work queued.
@@ -60,17 +60,20 @@ def milliseconds(call, prepare=tuple) -> float:
             end.record()
         took = time.monotonic() - began
         torch.cuda.synchronize()
-        if repeats > 1 and took > ahead:
-            if ahead > 1:
-                sys.exit(f"the host took {took:.1f} s to make {repeats} calls: they would be timed by it")
-            return times(repeats, 2 * took)
-        return [start.elapsed_time(end) for start, end in events]
+        return [start.elapsed_time(end) for start, end in events], took
 
-    times(1)
-    (second,) = times(1)
+    times(1, 0.05)
+    (second,), _ = times(1, 0.05)
     if second > 1000:
         return second
-    return statistics.median(times(3 if second > 100 else 20))
+    repeats, ahead = 3 if second > 100 else 20, 0.05
+    found, took = times(repeats, ahead)
+    while took > ahead:
+        if ahead > 1:
+            sys.exit(f"the host took {took:.1f} s to make {repeats} calls: they would be timed by it")
+        ahead = 2 * took
+        found, took = times(repeats, ahead)
+    return statistics.median(found)
 
 
 def peak_gib(call) -> float:
@@ -166,10 +169,18 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
 
 
 def selection_ms(tokens: int, cfg: LighthouseConfig) -> float:
-    """Between events, right after the pyramid. A profiler leaves out what lies between its two kernels."""
+    """Between events, in the midst of whole calls: a profiler leaves out what lies between the selection's two kernels.
+
+    Between calls of its own it takes less: a GPU that the dense call keeps busy has a lower clock.
+    """
     g, ops = geometry(tokens, cfg), kernels("triton", "cuda")
-    qkv = [x.detach() for x in inputs(tokens)[0]]
-    return milliseconds(lambda scores: ops.select(scores, g), lambda: (ops.pyramid(*qkv, g, scored=True).scores,))
+    qkv, grad = inputs(tokens)
+
+    def prepare():
+        both_ways(lambda *x: lighthouse_attention(*x, cfg), qkv, grad)
+        return (ops.pyramid(*(x.detach() for x in qkv), g, scored=True).scores,)
+
+    return milliseconds(lambda scores: ops.select(scores, g), prepare)
 
 
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:

@@ -1,0 +1,79 @@
+"""What the benchmark's clock does, on a GPU that is none."""
+
+import gc
+import importlib.util
+import itertools
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FILE = Path(__file__).parents[2] / "kernels/benchmarks/attention_call.py"
+
+
+class Gpu:
+    """Of torch, as the clock uses it: 7 ms to overwrite the cache, and what each call says."""
+
+    int8 = torch.int8
+
+    def __init__(self):
+        self.now, self.slept, self.cuda = 0.0, [], self
+
+    def empty(self, size, dtype, device):
+        return SimpleNamespace(zero_=lambda: self.run(7.0))
+
+    def run(self, ms):
+        self.now += ms
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(elapsed_time=lambda other: other.at - event.at)
+        event.record = lambda: setattr(event, "at", self.now)
+        return event
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles / 3e9)
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("attention_call", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "torch", Gpu())
+    return module
+
+
+def host(benchmark, monkeypatch, seconds):
+    """A host that takes so long to make the calls of one round after another."""
+    readings = itertools.chain.from_iterable((0.0, took) for took in seconds)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: next(readings)))
+
+
+def test_the_call_alone_is_timed_with_the_host_ahead(benchmark, monkeypatch):
+    gpu = benchmark.torch
+    host(benchmark, monkeypatch, [3.0, 0.01, 0.2, 0.3])
+    assert benchmark.milliseconds(gpu.run, lambda: (gpu.run(5.0), (2.0,))[1]) == 2.0
+    # The first compiles; the host was late with twenty, and had twice the time it had taken for the next.
+    assert gpu.slept == pytest.approx([0.05, 0.05, 0.05, 0.4])
+    host(benchmark, monkeypatch, [0.01, 0.01, 0.2, 0.8, 2.0])
+    with pytest.raises(SystemExit, match="the host took 2.0 s"):
+        benchmark.milliseconds(lambda: gpu.run(2.0))
+
+
+def test_what_was_timed_is_let_go(benchmark, monkeypatch):
+    host(benchmark, monkeypatch, [0.0, 0.0, 0.2, 0.1])
+    held = torch.ones(1)
+    gone = weakref.ref(held)
+    # Else the memory measured next would hold it: a cycle waits for the collector.
+    gc.disable()
+    try:
+        benchmark.milliseconds(lambda x: benchmark.torch.run(2.0), lambda held=held: (held,))
+        del held
+        assert gone() is None
+    finally:
+        gc.enable()
