@@ -95,22 +95,29 @@ def test_the_readme_has_the_benchmarks_figures():
 def test_the_readme_has_the_steps_that_were_profiled():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     read = {name: json.loads((PROFILE / f"{name}.json").read_text()) for name in ("step/results", "growing/results")}
-    windows = json.loads((PROFILE / "growing/windows.json").read_text())
     own, dense = read["step/results"]["steps"]
-    last, all_dense = read["growing/results"]["steps"]
-    for step, beside in ((own, dense), (last, all_dense), *((one, all_dense) for one in windows.values())):
-        ratio = f"{beside['seconds'] / step['seconds']:.2f}x"
-        assert f"| {step['tokens_per_second']:,.0f} | {step['memory_gib']:.1f} | {ratio} |" in readme
-    mean = (last["seconds"] + sum(one["seconds"] for one in windows.values())) / 3
+    *windows, all_dense = read["growing/results"]["steps"]
+    assert [step["window"] for step in windows] == [2048, 8192, 49152]
+    rows = [("530m_98k", "the paper's rule", own, dense), ("530m_98k", "dense", dense, None)]
+    rows += [("530m_98k_growing", f"window {step['window']}", step, all_dense) for step in windows]
+    for recipe, stage, step, beside in (*rows, ("530m_98k_growing", "dense", all_dense, None)):
+        ratio = f"{beside['seconds'] / step['seconds']:.2f}x " if beside else ""
+        assert (
+            f"| `{recipe}` | {stage} | {step['tokens_per_second']:,.0f} | {step['memory_gib']:.1f} | {ratio}|" in readme
+        )
+    mean = sum(step["seconds"] for step in windows) / 3
     stage_1 = all_dense["seconds"] / mean
     total = 16000 * all_dense["seconds"] / (12800 * mean + 3200 * all_dense["seconds"])
     own_total = 16000 * dense["seconds"] / (10000 * own["seconds"] + 6000 * dense["seconds"])
     tuned = json.loads((PROFILE / "tune/results.json").read_text())["tune"]
-    predicted = tuned["predictions"][[one["settings"].get("topk") for one in tuned["timed"]].index(1536)]
+    settings = [[one["settings"].get(key) for key in ("method", "pooling", "levels", "topk")] for one in tuned["timed"]]
+    predicted = tuned["predictions"][settings.index(["pyramid", 4, 3, 1536])]
+    grown = tuned["predictions"][[method for method, *_ in settings].index("chunked")]
     assert f"then {stage_1:.2f} times as fast as dense training" in readme.replace("\n", " ")
     assert f"{total:.2f} times (12800 + 3200 steps)" in readme.replace("\n", " ")
     assert f"is {own_total:.2f} times as fast (10000 + 6000)" in readme.replace("\n", " ")
-    assert f"had predicted {predicted['stage_1']:.2f} times" in readme.replace("\n", " ")
+    assert f"predicted {predicted['stage_1']:.2f} times for the stage 1 of `530m_98k`" in readme.replace("\n", " ")
+    assert f"and {grown['stage_1']:.2f} times for that of the three windows" in readme.replace("\n", " ")
 
 
 def _call(profile: dict, words: str) -> dict:
