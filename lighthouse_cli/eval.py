@@ -49,7 +49,7 @@ def evaluate(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError
     from lighthouse_core.measures import parse_measures
-    from lighthouse_core.runs import find_run, write_atomically
+    from lighthouse_core.runs import find_checkpoint, write_atomically
     from lighthouse_core.train.progress import finite
 
     _output.set_quiet(quiet)
@@ -59,13 +59,12 @@ def evaluate(
         raise UserError(f"--only {error}") from None
     path = Path(target).resolve()
     exported = (path / "config.json").is_file()
-    step = re.fullmatch(r"step-\d+", path.name)
     if exported and not recipe:
         raise UserError(f"{target} says nothing of held-out text", hint="--recipe RECIPE has some")
     if exported and attention != "trained":
         raise UserError("--attention is for checkpoints of runs")
-    if not exported and not step:
-        path = find_run(target).path
+    if not exported:
+        path = find_checkpoint(target)
     if settings and not recipe:
         raise UserError("--set changes the recipe that --recipe names")
     other = load_recipe(find_recipe(recipe), settings or ()) if recipe else None
@@ -81,7 +80,9 @@ def evaluate(
         subject, own = load_checkpoint(path, attention=attention)
         other = other or own
         _check_held_out(own, other)
-        home = (path.parents[1] if step else path) / "eval" / re.sub(r"\W+", "-", subject.name)
+        home = (
+            (path if (path / "recipe.toml").is_file() else path.parents[1]) / "eval" / re.sub(r"\W+", "-", subject.name)
+        )
     assert other is not None
     _output.say(f"evaluating {subject.name}")
     length = min(subject.tokens, other.training.seq_len) if tokens is None else tokens

@@ -212,18 +212,15 @@ def _recipe(
 
 def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> None:
     from lighthouse_core.errors import UserError
-    from lighthouse_core.runs import find_run
+    from lighthouse_core.runs import find_checkpoint
 
     if sequences < 1:
         raise UserError(f"--sequences must be at least 1, not {sequences}")
-    path = Path(target).resolve()
-    if not path.name.startswith("step-"):
-        path = find_run(target).path
-    elif not path.exists() and path.parent.name == "checkpoints":
-        path = find_run(str(Path(target).parents[1])).path / "checkpoints" / path.name
+    path = find_checkpoint(target)
+
     from lighthouse_core.profile import run
 
-    name = f"{path.parents[1].name}-{path.name}" if path.name.startswith("step-") else path.name
+    name = path.name if (path / "recipe.toml").is_file() else f"{path.parents[1].name}-{path.name}"
     with _folder(out, "selection", name) as folder:
         _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
 

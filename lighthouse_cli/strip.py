@@ -28,12 +28,9 @@ def strip(
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face Llama, verified."""
-    from lighthouse_core.runs import find_run
+    from lighthouse_core.runs import find_checkpoint
 
-    # A name under runs/ is looked up; a path is the exporter's to judge.
-    source = Path(checkpoint)
-    if not source.exists():
-        source = find_run(checkpoint).path
+    source = find_checkpoint(checkpoint)
 
     from lighthouse_core.export import strip as export
 

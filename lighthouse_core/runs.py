@@ -443,6 +443,25 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
     )
 
 
+def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:
+    """The run, or the checkpoint of one, that a user means; whether the checkpoint is there is not looked at.
+
+    Args:
+        spec: as in `find_run`, or that and /checkpoints/step-N.
+        output_dir: where runs live.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    path = Path(spec).resolve()
+    if path.parent.name != "checkpoints" or not re.fullmatch(r"step-\d+", path.name):
+        return find_run(spec, output_dir).path
+    parents = Path(spec).parents
+    if path.exists() or len(parents) < 2:
+        return path
+    return find_run(parents[1], output_dir).path / "checkpoints" / path.name
+
+
 def _environment() -> dict[str, Any]:
     versions = {}
     for package in _RECORDED:

@@ -28,6 +28,12 @@ def fake(monkeypatch):
     return put
 
 
+def a_run(here, step):
+    (here / f"runs/a/checkpoints/step-{step}").mkdir(parents=True)
+    (here / "runs/a/recipe.toml").touch()
+    (here / "runs/a/ledger.json").write_text('{"version": 1, "stages": [{"stage": "dense", "start": 0, "end": 1}]}')
+
+
 def test_strip_says_what_was_verified(lighthouse, fake, here):
     calls = []
 
@@ -43,9 +49,7 @@ def test_strip_says_what_was_verified(lighthouse, fake, here):
         )
 
     fake("lighthouse_core.export", strip=strip)
-    (here / "runs/a/checkpoints/step-120").mkdir(parents=True)
-    (here / "runs/a/recipe.toml").touch()
-    (here / "runs/a/ledger.json").write_text('{"version": 1, "stages": [{"stage": "dense", "start": 0, "end": 1}]}')
+    a_run(here, 120)
     answer = lighthouse("strip", "a", "out", "--dtype", "float32", "--verify-length", "9")
     assert (answer.code, answer.out) == (0, "out\n")
     assert answer.err.splitlines() == [
@@ -58,7 +62,7 @@ def test_strip_says_what_was_verified(lighthouse, fake, here):
     options = {"dtype": "float32", "allow_unrecovered": False, "verify_length": 9}
     assert calls[0] == (Path("runs/a"), Path("out"), options)
     options = {"dtype": "bfloat16", "allow_unrecovered": True, "verify_length": None}
-    assert calls[1] == (Path("runs/a/checkpoints/step-120"), Path("out"), options)
+    assert calls[1] == ((here / "runs/a/checkpoints/step-120").resolve(), Path("out"), options)
 
 
 def test_a_failed_export_is_a_fault(lighthouse, fake, here):
@@ -66,7 +70,8 @@ def test_a_failed_export_is_a_fault(lighthouse, fake, here):
         raise ExportError("logits differ", hint="keep the checkpoint")
 
     fake("lighthouse_core.export", strip=strip)
-    answer = lighthouse("strip", ".", "out")
+    a_run(here, 120)
+    answer = lighthouse("strip", "a", "out")
     assert (answer.code, answer.out, answer.err) == (1, "", "error: logits differ\nhint: keep the checkpoint\n")
 
 
@@ -171,9 +176,7 @@ def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here
     lighthouse("profile", "--recipe", "quickstart", "--set", "training.steps=9")
     lighthouse("profile", "--tune", "--recipe", "quickstart", "--seq", "4096", "--floor", "0.125", "--nproc", "1")
     lighthouse("profile", "--tune")
-    (here / "runs/a/checkpoints/step-4").mkdir(parents=True)
-    (here / "runs/a/recipe.toml").touch()
-    (here / "runs/a/ledger.json").write_text('{"version": 1, "stages": [{"stage": "dense", "start": 0, "end": 1}]}')
+    a_run(here, 4)
     lighthouse("profile", "--selection", "a", "--sequences", "2")
     lighthouse("profile", "--selection", "runs/a/checkpoints/step-4")
     names = [name for name, _, _ in profiler]

@@ -10,7 +10,7 @@ import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
-from lighthouse_core.runs import Run, create_run, find_run, git_commit, plan_recovery, run_path
+from lighthouse_core.runs import Run, create_run, find_checkpoint, find_run, git_commit, plan_recovery, run_path
 from lighthouse_core.seal import seal
 
 RECIPE = """
@@ -204,6 +204,25 @@ def test_finding_runs(recipe, tmp_path, monkeypatch):
     assert "zebra" in caught.value.hint
     with pytest.raises(RunError, match="is not a run"):
         find_run("runs/not-a-run")
+
+
+def test_finding_checkpoints(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "runs/ant"
+    create_run(recipe, "tiny", "ant").checkpoint_dir(5).mkdir(parents=True)
+    for spec in ("ant", "latest", "runs/ant", here):
+        assert find_checkpoint(spec).resolve() == here
+        for step in ("step-5", "step-6"):
+            assert find_checkpoint(f"{spec}/checkpoints/{step}").resolve() == here / "checkpoints" / step
+    # A run may be called like a checkpoint.
+    create_run(recipe, "tiny", "step-7")
+    assert find_checkpoint("step-7").resolve() == tmp_path / "runs/step-7"
+    for spec in ("bee/checkpoints/step-5", "step-5"):
+        with pytest.raises(RunError, match="no run "):
+            find_checkpoint(spec)
+    monkeypatch.chdir(here / "checkpoints")
+    for step in ("step-5", "step-6"):
+        assert find_checkpoint(step) == here / "checkpoints" / step
 
 
 @pytest.mark.parametrize(
