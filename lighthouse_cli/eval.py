@@ -80,9 +80,8 @@ def evaluate(
         subject, own = load_checkpoint(path, attention=attention)
         other = other or own
         _check_held_out(own, other)
-        home = (
-            (path if (path / "recipe.toml").is_file() else path.parents[1]) / "eval" / re.sub(r"\W+", "-", subject.name)
-        )
+        run = path if (path / "recipe.toml").is_file() else path.parents[1]
+        home = run / "eval" / re.sub(r"\W+", "-", subject.name)
     assert other is not None
     _output.say(f"evaluating {subject.name}")
     length = min(subject.tokens, other.training.seq_len) if tokens is None else tokens

@@ -171,7 +171,7 @@ def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
 def selection_ms(tokens: int, cfg: LighthouseConfig) -> float:
     """Between events, in the midst of whole calls: a profiler leaves out what lies between the selection's two kernels.
 
-    Between calls of its own it takes less: a GPU that the dense call keeps busy has a lower clock.
+    Among pyramids alone it takes less: at 524288 tokens on an H100 48 us rather than 56.
     """
     g, ops = geometry(tokens, cfg), kernels("triton", "cuda")
     qkv, grad = inputs(tokens)
