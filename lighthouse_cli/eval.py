@@ -49,7 +49,7 @@ def evaluate(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError
     from lighthouse_core.measures import parse_measures
-    from lighthouse_core.runs import find_checkpoint, write_atomically
+    from lighthouse_core.runs import find_checkpoint, split_checkpoint, write_atomically
     from lighthouse_core.train.progress import finite
 
     _output.set_quiet(quiet)
@@ -80,8 +80,7 @@ def evaluate(
         subject, own = load_checkpoint(path, attention=attention)
         other = other or own
         _check_held_out(own, other)
-        run = path if (path / "recipe.toml").is_file() else path.parents[1]
-        home = run / "eval" / re.sub(r"\W+", "-", subject.name)
+        home = split_checkpoint(path)[0] / "eval" / re.sub(r"\W+", "-", subject.name)
     assert other is not None
     _output.say(f"evaluating {subject.name}")
     length = min(subject.tokens, other.training.seq_len) if tokens is None else tokens

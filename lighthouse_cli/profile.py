@@ -212,7 +212,7 @@ def _recipe(
 
 def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> None:
     from lighthouse_core.errors import UserError
-    from lighthouse_core.runs import find_checkpoint
+    from lighthouse_core.runs import find_checkpoint, split_checkpoint
 
     if sequences < 1:
         raise UserError(f"--sequences must be at least 1, not {sequences}")
@@ -220,7 +220,8 @@ def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> 
 
     from lighthouse_core.profile import run
 
-    name = path.name if (path / "recipe.toml").is_file() else f"{path.parents[1].name}-{path.name}"
+    folder, step = split_checkpoint(path)
+    name = folder.name if step is None else f"{folder.name}-{path.name}"
     with _folder(out, "selection", name) as folder:
         _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
 

@@ -443,6 +443,12 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
     )
 
 
+def split_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """The run and N of a RUN/checkpoints/step-N; any other path itself, and None."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return (path.parents[1], int(match[1])) if match and path.parent.name == "checkpoints" else (path, None)
+
+
 def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:
     """The run, or the checkpoint of one, that a user means; whether the checkpoint is there is not looked at.
 
@@ -454,7 +460,8 @@ def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:
         RunError: there is no such run.
     """
     path = Path(spec).resolve()
-    if path.parent.name != "checkpoints" or not re.fullmatch(r"step-\d+", path.name):
+    _, step = split_checkpoint(path)
+    if step is None:
         return find_run(spec, output_dir).path
     parents = Path(spec).parents
     if path.exists() or len(parents) < 2:

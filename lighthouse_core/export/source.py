@@ -1,6 +1,5 @@
 """The checkpoint to export: which one, whether its recovery is done, and its model weights."""
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.export.llama import Entry
-from lighthouse_core.runs import Run
+from lighthouse_core.runs import Run, split_checkpoint
 from lighthouse_core.seal import damage
 
 
@@ -43,16 +42,13 @@ def find_source(checkpoint: Path) -> Source:
         RunError: the directory is not a run.
         CheckpointError: the run has no checkpoint, or this one is incomplete or damaged.
     """
-    path = checkpoint.resolve()
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    if not match or path.parent.name != "checkpoints":
-        run = Run(path)
+    folder, step = split_checkpoint(checkpoint.resolve())
+    run = Run(folder)
+    steps = run.checkpoint_steps()
+    if step is None:
         # Nobody wants an older model than the run has, unasked.
-        steps = run.checkpoint_steps()
-        source = Source(run, steps[-1] if steps else run.newest_step())
-    else:
-        source = Source(Run(path.parent.parent), int(match[1]))
-    steps = source.run.checkpoint_steps()
+        step = steps[-1] if steps else run.newest_step()
+    source = Source(run, step)
     others = ", ".join(f"step-{step}" for step in steps if step != source.step)
     hint = f"the run has {others}" if others else None
     if source.step not in steps:

@@ -3,7 +3,6 @@
 B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windows of all levels, S entries, T tiles.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf
@@ -21,7 +20,7 @@ from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.evaluate.subject import Subject
-from lighthouse_core.runs import Run
+from lighthouse_core.runs import Run, split_checkpoint
 
 _SETTINGS = ("scorer", "pooling", "levels", "topk", "tile_parents", "cover_prefix")
 
@@ -286,8 +285,8 @@ def selection_view(
 def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     """The run, and the steps of the checkpoints of its stage 1 that are meant, oldest first."""
     path = path.resolve()
-    one = re.fullmatch(r"step-(\d+)", path.name) if path.parent.name == "checkpoints" else None
-    run = Run(path.parents[1] if one else path)
+    folder, one = split_checkpoint(path)
+    run = Run(folder)
     recipe = run.recipe
     if not recipe.lighthouse.enabled:
         raise UserError(f"run {run.name} is dense from the start: it selects nothing")
@@ -298,7 +297,7 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     if not recipe.data.validation:
         raise DataError(f"run {run.name} held no text out: its data.validation is 0")
     end = run.start if run.recovering else inf
-    steps = [int(one[1])] if one else [step for step in run.checkpoint_steps() if step <= end]
+    steps = [step for step in run.checkpoint_steps() if step <= end] if one is None else [one]
     if not steps:
         raise CheckpointError(f"run {run.name} keeps no checkpoint of stage 1")
     if steps[0] > end:

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import matplotlib.image
 import pytest
 import torch
+from fake_gpu import FakeGpu
 
 from lighthouse_core.attention import LighthouseConfig
 from lighthouse_core.errors import LighthouseError, UserError
@@ -66,48 +67,6 @@ def test_parts_of_a_call_are_timed_as_they_follow_each_other(monkeypatch):
     found = timing.measure_parts(call, CPU, repeats=5, seconds=7.0)
     assert found == {name: Sample(1000.0, 1000.0, 1000.0, 3) for name in ("pool", "attend")}
     assert done == ["pool", "attend"] * 5, "two calls do not count, and three take less than 7 s"
-
-
-class FakeGpu:
-    """Of torch, as timing.py uses it: a kernel takes as long as it is told, one after the other."""
-
-    int8 = torch.int8
-
-    def __init__(self):
-        self.now, self.allocated, self.peak, self.slept = 0.0, 0, 0, []
-        self.cuda = self
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=50 * 2**20)
-
-    def empty(self, size, dtype, device):
-        assert size >= 200 * 2**20, "several times the L2 cache"
-        return SimpleNamespace(zero_=lambda: self.run(7.0))
-
-    def run(self, ms, takes=0):
-        self.now += ms
-        self.peak = max(self.peak, self.allocated + takes)
-
-    def Event(self, enable_timing):
-        event = SimpleNamespace()
-        event.record = lambda: setattr(event, "at", self.now)
-        event.elapsed_time = lambda other: other.at - event.at
-        return event
-
-    def _sleep(self, cycles):
-        self.slept.append(cycles)
-        self.now += 50.0
-
-    def synchronize(self, device):
-        pass
-
-    empty_cache = lambda self: None  # noqa: E731
-
-    def reset_peak_memory_stats(self, device):
-        self.peak = self.allocated
-
-    def max_memory_allocated(self, device):
-        return self.peak
 
 
 def test_on_a_gpu_only_the_parts_themselves_are_timed(monkeypatch):
