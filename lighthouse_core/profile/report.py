@@ -12,10 +12,10 @@ from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
 from lighthouse_core.profile.step import StepProfile
 from lighthouse_core.profile.sweep import Sweep
-from lighthouse_core.profile.trace import COMMUNICATION
+from lighthouse_core.profile.trace import COMMUNICATION, Breakdown
 from lighthouse_core.profile.tune import Advice
 
-SCHEMA = 3
+SCHEMA = 4
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
 _LEAK = "The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."
@@ -330,6 +330,11 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
     ]
 
 
+def _hidden(costs: Breakdown) -> str:
+    whole = costs.hidden_ms + sum(cost.ms for cost in costs.rows if cost.name == COMMUNICATION)
+    return f"Communication took {whole:.2f} ms, {costs.hidden_ms:.2f} of them beside other work, in no row."
+
+
 def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
     """Where the time of each step goes, and how they compare."""
     parts: list[Table | str] = []
@@ -361,6 +366,7 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
             _LOSS,
+            *([_hidden(costs)] if costs.hidden_ms > 0 else []),
             *([_ALONE] if alone else []),
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",

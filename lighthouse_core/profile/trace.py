@@ -3,12 +3,15 @@
 A kernel leads to the call that launched it, and that to the operations and annotations around it on its thread; a
 backward operation leads to the forward one of its sequence number. The first of these that knows decides:
 communication; the annotation of lighthouse_core.titan.tracing; the operation's name and the shapes of its inputs; the
-kernel's name. Without a GPU an operation's own time is what it and no other within it takes.
+kernel's name. Without a GPU an operation's own time is what it and no other within it takes. On a GPU communication
+costs what it takes while nothing else runs.
 """
 
 import gzip
 import json
+from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -95,7 +98,8 @@ class Cost:
 
     Attributes:
         name: of CATEGORIES, or two of them with "or" between where the shapes fit both.
-        ms: of all its kernels, or of its operations' own time without a GPU.
+        ms: of all its kernels, or of its operations' own time without a GPU; of communication on a GPU, what is not
+            hidden.
         share: of the step's wall time.
         forward_ms, backward_ms: of `ms`, outside of and within the backward pass; None where it has no part in that.
         calls: kernels, or operations; a wait is none.
@@ -121,6 +125,7 @@ class Breakdown:
             for data is no idle time.
         overlap_ms: counted more than once, for several streams or threads were at work; rows minus this is the wall
             time.
+        hidden_ms: of communication on a GPU, while other kernels ran; in no row.
         largest: names of the three largest rows.
     """
 
@@ -129,6 +134,7 @@ class Breakdown:
     rows: list[Cost]
     idle_ms: float
     overlap_ms: float
+    hidden_ms: float
     largest: list[str]
 
 
@@ -173,6 +179,7 @@ class _Step(NamedTuple):
     samples: list[_Sample]
     idle: float
     overlap: float
+    hidden: float
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
@@ -207,7 +214,7 @@ def breakdown(events: list[dict[str, Any]], shapes: StepShapes) -> Breakdown:
         for name, (forward, backward) in sorted(sums.items(), key=lambda item: _place(item[0]))
     ]
     largest = [row.name for row in sorted(rows, key=lambda row: -row.ms)[:3]]
-    return Breakdown(step.device, wall, rows, step.idle / 1e3, step.overlap / 1e3, largest)
+    return Breakdown(step.device, wall, rows, step.idle / 1e3, step.overlap / 1e3, step.hidden / 1e3, largest)
 
 
 def folded(events: list[dict[str, Any]], shapes: StepShapes) -> list[str]:
@@ -271,7 +278,40 @@ def _on_gpu(step: _Event, nested: list[_Event], contexts: "_Contexts", kernels: 
         category = _by_kernel(kernel["name"], category)
         samples.append(_Sample(_final(category), backward, op, _short(kernel["name"]), end - start))
         spans.append((start, end))
-    return _whole("cuda", step, samples, spans, {DATA: _waits_for_data(nested)})
+    shown = _without_hidden(samples, spans)
+    hidden = sum(sample.us for sample in samples) - sum(sample.us for sample in shown)
+    return _whole("cuda", step, shown, spans, {DATA: _waits_for_data(nested)}, hidden)
+
+
+def _without_hidden(samples: list[_Sample], spans: list[_Span]) -> list[_Sample]:
+    """The samples, those of communication with the part of their spans in which no kernel of another category and no
+    communication that began before runs."""
+    shown = list(samples)
+    busy = _joined(span for sample, span in zip(samples, spans, strict=True) if sample.category != COMMUNICATION)
+    ends, reached = [end for _, end in busy], float("-inf")
+    for i in sorted(range(len(samples)), key=spans.__getitem__):
+        if samples[i].category != COMMUNICATION:
+            continue
+        end = spans[i][1]
+        start = min(max(spans[i][0], reached), end)
+        alone, reached = end - start, max(reached, end)
+        for at in range(bisect_right(ends, start), len(busy)):
+            if busy[at][0] >= end:
+                break
+            alone -= min(end, busy[at][1]) - max(start, busy[at][0])
+        shown[i] = samples[i]._replace(us=alone)
+    return shown
+
+
+def _joined(spans: Iterable[_Span]) -> list[_Span]:
+    """The same times as spans apart from each other, in order."""
+    joined: list[_Span] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _waits_for_data(nested: list[_Event]) -> list[_Span]:
@@ -279,7 +319,12 @@ def _waits_for_data(nested: list[_Event]) -> list[_Span]:
 
 
 def _whole(
-    device: str, step: _Event, samples: list[_Sample], spans: list[_Span], waits: dict[str, list[_Span]]
+    device: str,
+    step: _Event,
+    samples: list[_Sample],
+    spans: list[_Span],
+    waits: dict[str, list[_Span]],
+    hidden: float = 0.0,
 ) -> _Step:
     """The step, with the idle time outside of `spans` that is spent waiting for something."""
     wall, idle = step.end - step.start, _outside(spans, step)
@@ -289,7 +334,7 @@ def _whole(
         if left < idle:
             samples.append(_Sample(category, False, "", "", idle - left))
         idle = left
-    return _Step(device, wall, samples, idle, sum(sample.us for sample in samples) + idle - wall)
+    return _Step(device, wall, samples, idle, sum(sample.us for sample in samples) + idle - wall, hidden)
 
 
 def _outside(spans: list[_Span], step: _Event) -> float:

@@ -374,7 +374,7 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     )
     written.write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["schema"], results["kind"]) == (3, "attention")
+    assert (results["schema"], results["kind"]) == (4, "attention")
     assert results["machine"]["packages"]["torch"] == torch.__version__
     assert results["roof"] == {"bytes_per_second": 2e12, "flops_per_second": 5e14, "dtype": "bfloat16"}
     assert [profile["settings"]["seq"] for profile in results["profiles"]] == [4096, 32768, 2**20]
@@ -731,7 +731,7 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
     from lighthouse_core.config import load_recipe
     from lighthouse_core.listing import shipped_recipes
     from lighthouse_core.profile.step import StepProfile
-    from lighthouse_core.profile.trace import Breakdown
+    from lighthouse_core.profile.trace import COMMUNICATION, Breakdown, Cost
 
     path, seconds = shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
 
@@ -752,7 +752,7 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
             tokens_per_second=1.0,
             memory_gib=1.0,
             mfu=None,
-            breakdown=Breakdown("cpu", 1.0, [], 0.0, 0.0, []),
+            breakdown=Breakdown("cuda", 1.0, [Cost(COMMUNICATION, 0.25, 0.25, 0.25, None, 3)], 0.0, 0.0, 0.5, []),
             trace=folder / "trace.json.gz",
             stacks=folder / "stacks.folded",
             run=folder / "runs/a",
@@ -761,6 +761,7 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
     monkeypatch.setattr(run, "run_step", run_step)
     found = run.step(path, load_recipe(path), [], tmp_path, 1, lambda words: None)
     steps = found.results["steps"]
+    assert found.parts.count("Communication took 0.75 ms, 0.50 of them beside other work, in no row.") == len(steps)
     if name == "530m_98k":
         assert [step["trace"] for step in steps] == ["trace.json.gz", "dense/trace.json.gz"]
         assert "The step of stage 1 is 2.00 times as fast as the dense one, all without the profiler." in found.parts

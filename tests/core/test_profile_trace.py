@@ -167,8 +167,32 @@ def test_streams_overlap_and_waiting_for_data_is_not_idle():
         *(kernel("gemm", 20, 40), kernel("ncclDevKernel_AllGather", 50, 30, stream=8)),
     ]
     # 10 of the 40 in which data was waited for, the GPU still had work from before.
-    assert costs(*events) == {t.COMMUNICATION: 30, t.DATA: 30, t.OTHER: 40, t.IDLE: 10}
-    assert t.breakdown(events, SHAPES).overlap_ms == pytest.approx(0.010)
+    assert costs(*events) == {t.COMMUNICATION: 20, t.DATA: 30, t.OTHER: 40, t.IDLE: 10}
+    found = t.breakdown([*events, kernel("gemm", 25, 5, stream=9)], SHAPES)
+    assert (found.overlap_ms, found.hidden_ms) == (pytest.approx(0.005), pytest.approx(0.010))
+
+
+@pytest.mark.parametrize(
+    ("work", "communication", "alone"),
+    [
+        ([(10, 80)], [(20, 30)], 0),
+        ([(10, 20), (40, 20), (70, 20)], [(0, 100)], 40),
+        ([(10, 20), (15, 5), (25, 15)], [(20, 40)], 20),
+        # Two at a time count once.
+        ([(10, 10)], [(15, 40), (30, 10), (50, 20)], 50),
+        ([(10, 50)], [(0, 70), (20, 20), (90, 10)], 30),
+    ],
+)
+def test_communication_costs_what_no_work_hides(work, communication, alone):
+    gemms = [kernel("gemm", *span) for span in work]
+    events = [step(100), *gemms, *(kernel("ncclDevKernel", *span, stream=8) for span in communication)]
+    found = t.breakdown(events, SHAPES)
+    (row,) = (row for row in found.rows if row.name == t.COMMUNICATION)
+    assert row.ms * 1e3 == pytest.approx(alone) and row.calls == len(communication)
+    assert row.ms + found.hidden_ms == pytest.approx(sum(dur for _, dur in communication) / 1e3)
+    assert costs(*events)[t.COMMUNICATION] == alone
+    sums = [int(line.rsplit(" ", 1)[1]) for line in t.folded(events, SHAPES)]
+    assert sum(sums) == pytest.approx(100 + found.overlap_ms * 1e3)
 
 
 def test_on_the_cpu_waiting_is_what_the_main_thread_does_in_no_operation():
