@@ -62,9 +62,9 @@ def test_stages_agree_within_a_tenth(row, profile):
     seen = row["stages_ms"]
     for name, where in STAGES.items():
         assert times[where] == pytest.approx(seen[name], rel=0.1), name
-    # Its kernel and the fill before it, which "rest" is, take more between events than a profiler says.
-    selected = seen["select"] + seen["rest"]
-    assert selected - 0.001 < times["select", "forward"] < 1.13 * selected
+    # A profiler leaves out what lies between its kernel and the fill before it, which "rest" is.
+    assert times["select", "forward"] == pytest.approx(row["selection_ms"], rel=0.1)
+    assert times["select", "forward"] > seen["select"] + seen["rest"]
     dense = times["dense call", "forward"] + times["dense call", "backward"]
     assert dense == pytest.approx(row["fa4"]["dense_call_ms"], rel=0.1)
     outside = sum(ms for (name, _), ms in times.items() if name != "dense call")
@@ -105,6 +105,15 @@ def test_the_readme_has_the_steps_that_were_profiled():
         assert (
             f"| `{recipe}` | {stage} | {step['tokens_per_second']:,.0f} | {step['memory_gib']:.1f} | {ratio}|" in readme
         )
+    two, two_dense = json.loads((PROFILE / "two-gpus/results.json").read_text())["steps"]
+    (talk,) = (row for row in two["breakdown"]["rows"] if row["name"] == "communication")
+    more = two["tokens_per_second"] / own["tokens_per_second"]
+    assert (
+        f"{two['tokens_per_second']:,.0f} tokens/s in stage 1, {more:.2f} times those of one, "
+        f"{two_dense['tokens_per_second']:,.0f} dense ({two_dense['seconds'] / two['seconds']:.2f}x), with "
+        f"{two['memory_gib']:.1f} and {two_dense['memory_gib']:.1f} GiB on each; "
+        f"of the communication {100 * talk['share']:.1f} % of the step is not hidden"
+    ) in readme.replace("\n", " ")
     mean = sum(step["seconds"] for step in windows) / 3
     stage_1 = all_dense["seconds"] / mean
     total = 16000 * all_dense["seconds"] / (12800 * mean + 3200 * all_dense["seconds"])

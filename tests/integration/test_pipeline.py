@@ -161,9 +161,12 @@ def test_two_processes_give_the_losses_of_one(two, one):
             assert seen[step][key] == pytest.approx(expected[step][key], rel=1e-4)
 
 
-def test_replicated_processes_give_the_gradients_of_one(workspace, one):
-    two = pretrain(workspace, "replicated", "--nproc", "2", *options("parallel.replicate=2", "training.steps=2"))
-    for step, row in rows(two).items():
+@pytest.mark.parametrize(("processes", "settings"), [("2", []), ("4", ["training.local_batch_size=1"])])
+def test_replicated_processes_give_the_gradients_of_one(workspace, one, processes, settings):
+    settings = options("parallel.replicate=2", "training.steps=2", *settings)
+    run = pretrain(workspace, f"replicated-{processes}", "--nproc", processes, *settings)
+    assert len(rows(run)) == 2
+    for step, row in rows(run).items():
         assert row["loss"] == pytest.approx(rows(one)[step]["loss"], rel=1e-4)
         assert row["grad_norm"] == pytest.approx(rows(one)[step]["grad_norm"], rel=1e-4)
 
