@@ -52,9 +52,12 @@ def advise(
     dtype = training.dtype if device.type == "cuda" else "float32"
     shape = Shape(training.seq_len, model.heads, model.kv_heads, model.head_dim, dtype)
     base = replace(recipe.lighthouse.attention(), method="pyramid", window=0, keep=0, dense_backend="auto")
-    pyramids = list(candidates(shape.tokens, base, floor, coarsest))
     kept = recipe.lighthouse.method == "pyramid" and base.pooling * base.topk >= floor * shape.tokens
-    own = (base.pooling, base.levels, base.topk) if kept and not geometry(shape.tokens, base).dense else None
+    try:
+        pyramids = list(candidates(shape.tokens, base, floor, coarsest))
+        own = (base.pooling, base.levels, base.topk) if kept and not geometry(shape.tokens, base).dense else None
+    except ValueError as error:
+        raise UserError(str(error), hint="use a smaller --seq") from None
     if own and base not in pyramids:
         pyramids.append(base)
     if not pyramids:

@@ -1,5 +1,6 @@
 """The machine: what it is, how fast it copies and multiplies, how much memory it has."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -71,8 +72,12 @@ def memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of the device that nobody uses, or torch alone keeps for later; of a CPU, all that there are."""
+    """Bytes of the device that nobody uses, or torch alone keeps for later; of a CPU, those that the kernel says are
+    available, or where it says nothing all that there are."""
     if device.type != "cuda":
+        with contextlib.suppress(OSError, ValueError):
+            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         return memory(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept

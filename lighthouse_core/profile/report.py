@@ -241,8 +241,8 @@ def _call_cells(call: Call) -> tuple[str, ...]:
         call.label + (f" (worked out from {call.extrapolated} tokens)" if call.extrapolated else ""),
         f"{call.forward_ms.median:.2f}",
         f"{both.median:.2f}",
-        *((f"{both.p10:.2f}", f"{both.p90:.2f}") if both.calls > 1 else ("-", "-")),
-        str(both.calls),
+        *((f"{both.p10:.2f}", f"{both.p90:.2f}") if both.calls > 1 and not call.extrapolated else ("-", "-")),
+        "-" if call.extrapolated else str(both.calls),
         "-" if call.peak_gib is None else f"{call.peak_gib:.2f}",
     )
 
@@ -332,7 +332,7 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
 
 def _hidden(costs: Breakdown) -> str:
     whole = costs.hidden_ms + sum(cost.ms for cost in costs.rows if cost.name == COMMUNICATION)
-    return f"Communication took {whole:.2f} ms, {costs.hidden_ms:.2f} of them beside other work, in no row."
+    return f"Communication took {whole:.2f} ms, {costs.hidden_ms:.2f} of them beside other kernels, in no row."
 
 
 def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
@@ -366,7 +366,7 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
             _LOSS,
-            *([_hidden(costs)] if costs.hidden_ms > 0 else []),
+            *([_hidden(costs)] if costs.hidden_ms >= 0.005 else []),
             *([_ALONE] if alone else []),
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",

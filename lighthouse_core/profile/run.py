@@ -12,9 +12,11 @@ from lighthouse_core.attention import LighthouseConfig, check_backends
 from lighthouse_core.attention.dense import log_choices
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.estimate import estimate
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
-from lighthouse_core.profile.machine import Roof, busy, describe, roof
+from lighthouse_core.profile.attention import check_size
+from lighthouse_core.profile.machine import Roof, busy, describe, free_memory, memory, roof
 from lighthouse_core.profile.report import Report, attention_parts, selection_parts, step_parts, tune_parts
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.profile.step import StepProfile, run_step
@@ -30,6 +32,8 @@ _MICRO_BATCHES = 2
 _LONG = 32768
 # Share of the processors that others may use while a CPU is timed.
 _BUSY = 0.1
+# Times the memory that a step is tried with: its estimate is rough.
+_MARGIN = 1.5
 
 
 def _warn(where: torch.device, tokens: int, say: Say) -> None:
@@ -40,6 +44,24 @@ def _warn(where: torch.device, tokens: int, say: Say) -> None:
         say(f"{tokens} tokens take minutes on a CPU: a smaller --seq or --recipe shows what there is")
     if (share := busy()) > _BUSY:
         say(f"others keep {share:.0%} of the processors busy: times beside other work are not to be used")
+
+
+def _check_step(recipe: Recipe, nproc: int) -> None:
+    """Raise for a step that is far too large, before it fills the memory; one a little too large may end by itself.
+
+    Raises:
+        UserError: by the estimate of `pretrain --dry-run`.
+    """
+    cost, where = estimate(recipe), device()
+    needed, there, place = cost.state_bytes / nproc + cost.activation_bytes, memory(where), "each GPU"
+    if where.type != "cuda":
+        needed, there, place = needed * nproc, free_memory(where), "this machine"
+    if needed > _MARGIN * there:
+        raise UserError(
+            f"a step of {recipe.training.seq_len} tokens takes about {needed / 2**30:.0f} GiB on {place}, which has "
+            f"{there / 2**30:.0f} for it",
+            hint="use shorter sequences, or a smaller training.local_batch_size",
+        )
 
 
 def device() -> torch.device:
@@ -78,6 +100,7 @@ def attention(
     number = getattr(torch, shapes[0][0].dtype)
     try:
         for shape, cfg in shapes:
+            check_size(shape, cfg, where)
             check_backends(cfg, where.type)
             log_choices(cfg, where.type, number, shape.head_dim, pooled=True)
     except ValueError as error:
@@ -108,6 +131,7 @@ def attention(
 def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
     """A training step of a recipe, or one with each of its windows, beside a dense one; each of a few micro-batches."""
     training = recipe.training
+    _check_step(recipe, nproc)
     _warn(device(), training.seq_len, say)
     micro_batch = training.local_batch_size * nproc
     notes, batch = [], min(training.global_batch_size, _MICRO_BATCHES * micro_batch)
@@ -150,6 +174,7 @@ def tune(
 ) -> Report:
     """Settings of stage 1 for a recipe's model, by time under a floor."""
     where, training = device(), recipe.training
+    _check_step(recipe, nproc)
     _warn(where, training.seq_len, say)
 
     def run(more: list[str]) -> StepProfile:

@@ -208,6 +208,7 @@ def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here
         (["--selection", "a", "--nproc", "1"], "--nproc is of no use with --selection"),
         (["--seq", "4096", "--dense-backend", "fa9"], "dense_backend must be one of auto, fa4"),
         (["--seq", "4096", "--method", "chunked"], "window must be a number of tokens"),
+        (["--seq", "8192", "--method", "compressed", "--window", "7"], "hint: use a --window that is a multiple of it"),
         (["--seq", "4096", "--heads", "8", "--kv-heads", "3"], "8 heads, 3 KV heads"),
         (["--selection", "a", "--sequences", "0"], "--sequences must be at least 1"),
         (["--recipe", "quickstat"], "quickstart"),
