@@ -75,7 +75,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes of the device that nobody uses, or torch alone keeps for later; of a CPU, those that the kernel says are
     available, or where it says nothing all that there are."""
     if device.type != "cuda":
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, StopIteration):
             lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         return memory(device)

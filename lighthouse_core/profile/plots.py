@@ -49,10 +49,11 @@ def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, 
             axes.plot(*zip(*measured, strict=True), marker=_MARKERS[number % 7], color=colour, label=label)
         if worked_out:
             axes.plot(*zip(*worked_out, strict=True), linestyle="--", color=colour, label=None if measured else label)
-    for name, found in sweep.crossovers.items() if value is _ms else ():
-        if found.tokens:
-            axes.axvline(found.tokens, linestyle=":", color="grey", linewidth=1)
-            axes.annotate(f"{found.tokens:,.0f}: {name}", (found.tokens, 0.02), xycoords=("data", "axes fraction"))
+    marked = [(name, found.tokens) for name, found in sweep.crossovers.items() if found.tokens and value is _ms]
+    for line, (name, tokens) in enumerate(marked):
+        axes.axvline(tokens, linestyle=":", color="grey", linewidth=1)
+        # A line each, for they may lie close together.
+        axes.annotate(f" {tokens:,.0f}: {name}", (tokens, 0.93 - 0.06 * line), xycoords=("data", "axes fraction"))
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
     lengths = sweep.curves[0].tokens
     axes.set_xticks(lengths, [short(n) for n in lengths])

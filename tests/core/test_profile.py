@@ -1,5 +1,6 @@
 """What `lighthouse profile` works out, checks, draws and writes."""
 
+import itertools
 import json
 import math
 import re
@@ -349,6 +350,23 @@ def test_figures_show_something(tmp_path, memory):
     assert "stroke-dasharray" in drawing and "10,000: fa4" in drawing
     assert ("dashed: by the square of the length" in drawing) == memory
     assert not memory or "dashed: in proportion to the length" in files[3].read_text()
+
+
+def test_crossovers_close_together_can_be_read(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots.figures, "save", lambda figure, path: figures.append(figure) or [])
+    profiles = []
+    for profile in several().profiles[:2]:
+        (fa4,) = profile.dense
+        others = [
+            replace(fa4, name=name, both_ms=sample(share * fa4.both_ms.median))
+            for name, share in (("a", 0.9), ("b", 0.8))
+        ]
+        profiles.append(replace(profile, dense=[fa4, *others]))
+    plots.draw(sweep.together(profiles), tmp_path)
+    figures[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figures[0].axes[0].texts]
+    assert len(boxes) == 3 and not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_the_terminal_shows_both_curves():
