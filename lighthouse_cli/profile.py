@@ -235,6 +235,8 @@ def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
 
     folder = out or Path("profiles") / f"{kind}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     made = prepare(folder, kind)
+    if (folder / "results.json").exists():
+        _output.say(f"replacing the report in {folder}")
     try:
         yield folder
     except BaseException as error:

@@ -147,8 +147,12 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
             raise UserError(
                 f"at N = {shape.tokens} this selection would hold {g.selected_length} entries, so the call would be "
                 "dense",
-                hint="use a longer --seq, or a smaller --topk",
+                hint="use a longer --seq, or a smaller --topk of whole tiles, as in --topk 64 --tile-parents 64",
             )
+    elif cfg.window >= shape.tokens:
+        raise UserError(
+            f"a window of {cfg.window} tokens holds all of N = {shape.tokens}", hint="use a smaller --window"
+        )
     # Of q, k and v: 3 for a call by the Triton kernels, 4 for dense attention, and some for what is compared; plain
     # PyTorch keeps more.
     rows = 6 if device.type == "cuda" and cfg.backend != "reference" else 16

@@ -1,6 +1,7 @@
 """Curves of a sweep: figures by matplotlib, and text by plotext for a terminal far away. Both are extras."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
     figure = plotext.figure
     figure.clear()
     figure.plot_size(min(columns, 100), 22)
-    times = []
+    times, labels = [], []
     # On a logarithmic ruler of its own plotext loses points.
     for number, curve in enumerate(sweep.curves):
         label, measured, worked_out = _label(curve), _measured(curve, _ms), _worked_out(curve, _ms)
@@ -104,13 +105,16 @@ def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
             label += " (dots: worked out)"
             figure.draw(_signal(figure, worked_out, "."))
         if measured:
-            figure.draw(_signal(figure, measured, _MARKERS[number % 7]).label(label))
+            figure.draw(_signal(figure, measured, _MARKERS[number % 7]))
+        labels.append(f"{_MARKERS[number % 7]} {label}")
         times += [math.log10(_ms(call)) for call in curve.calls]
     figure.ruler(0).ticks([math.log10(n) for n in lengths], [short(n) for n in lengths])
     decades = range(math.floor(min(times)), math.ceil(max(times)) + 1)
     figure.ruler(1).ticks(list(decades), [f"{10.0**n:g}" for n in decades])
     figure.title("milliseconds, forward and backward, by tokens")
-    return figure.build().string(colorless=not colour)
+    # Below the plot, which plotext's own legend covers.
+    legend = (line for label in labels for line in textwrap.wrap(label, columns, subsequent_indent="  "))
+    return "\n".join([figure.build().string(colorless=not colour), *legend])
 
 
 def _signal(figure, points: list[tuple[int, float]], marker: str):

@@ -23,6 +23,12 @@ _LOSS = "head + loss: its gradients are made in the forward pass."
 _REFERENCE = "GB are what the Triton kernels would move at least; plain PyTorch divides the work otherwise."
 _TRITON = "The gather's backward pass is that of the pyramid, too."
 _ALONE = "One process has nobody to talk to: its communication is FSDP's copies and casts of weights and gradients."
+_PRODUCTS = (
+    "math inside: plain matrix products, which keep their scores, in place of FlashAttention-4; its times are others."
+)
+_DRIFT = "A CPU's speed drifts from call to call by more than p10 and p90 show: run it again before you use a ratio."
+_FIRST = "Rows are of the first process; its communication includes waiting for the others."
+_FIGURES = [f"{name}.{suffix}" for name in ("latency", "memory", "selection") for suffix in ("png", "svg")]
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
 
@@ -77,12 +83,16 @@ class Report:
         return {"schema": SCHEMA, "kind": self.kind, "machine": self.machine, "roof": roof, **self.results}
 
     def write(self, folder: Path) -> None:
-        """Write report.md and results.json, with the figures that are in the folder already.
+        """Write report.md and results.json, with the figures `files`, which are in the folder already; those of an
+        earlier report go.
 
         Raises:
             UserError: the folder cannot be written to.
         """
         try:
+            for name in _FIGURES:
+                if folder / name not in self.files:
+                    (folder / name).unlink(missing_ok=True)
             (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
             (folder / "report.md").write_text(self._markdown(folder), encoding="utf-8")
         except OSError as error:
@@ -205,6 +215,11 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
         f"Checked before it was timed: output and gradients of all of these differ from plain PyTorch in float32 by "
         f"{worst:.1e} at most (relative; results.json has each, and on how many tokens)."
     )
+    if profile.lighthouse.peak_gib is None:
+        parts.append(_DRIFT)
+    parted = settings["method"] in ("compressed", "sliding") or (settings["method"] == "pyramid" and settings["window"])
+    if parted and settings["dense_backend"] == "math":
+        parts.append(_PRODUCTS)
     noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]
     if noisy:
         parts.append(f"Noisy, p90 above {_NOISY} times p10, on a machine that did something else: {'; '.join(noisy)}.")
@@ -368,6 +383,7 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             _LOSS,
             *([_hidden(costs)] if costs.hidden_ms >= 0.005 else []),
             *([_ALONE] if alone else []),
+            *([_FIRST] if profile.processes > 1 else []),
             *(note[0].upper() + note[1:] + "." for note in profile.notes),
             f"Trace for Perfetto: {profile.trace}; folded stacks: {profile.stacks}.",
         ]
@@ -384,4 +400,6 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
                 f"part of it with each, {dense.seconds / mean:.2f} times"
             )
         parts.append(f"{faster}, all without the profiler.")
+        if dense.breakdown.device == "cpu":
+            parts.append(_DRIFT)
     return parts

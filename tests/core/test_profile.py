@@ -372,7 +372,11 @@ def test_crossovers_close_together_can_be_read(monkeypatch, tmp_path):
 def test_the_terminal_shows_both_curves():
     text = plots.terminal(several(), 80, colour=False)
     assert "\x1b" not in text and max(map(len, text.splitlines())) <= 80
-    assert "FlashAttention-4, slope 2.00 (dots: worked out)" in text and "1M" in text
+    *drawn, ours, theirs = text.splitlines()
+    assert ours == "o Lighthouse, fa4 inside, another pyramid at each length"
+    assert theirs == "x FlashAttention-4, slope 2.00 (dots: worked out)"
+    text = "\n".join(drawn)
+    assert "1M" in text and "Lighthouse" not in text
     assert text.count("o") > 10 and text.count("x") > 10 and text.count(".") > 20
     assert plots.terminal(sweep.together([profile_of(4096)]), 80, colour=False) is None
 
@@ -411,7 +415,11 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     assert "holds 12.50%, 1.56%, 0.05% of the tokens at level 0." in text
     commit = results["machine"]["git_commit"]
     assert commit is None or f"; commit {commit}." in text
-    assert "Noisy" not in text
+    assert "Noisy" not in text and "A CPU's speed" not in text and "math inside" not in text
+    calls = replace_call(profile_of(4096), peak_gib=None)
+    assert report._DRIFT in report._profile_parts(calls)
+    sliding = replace(calls, settings=calls.settings | {"method": "sliding", "window": 512, "dense_backend": "math"})
+    assert report._PRODUCTS in report._profile_parts(sliding)
     loud = profile_of(4096)
     loud = replace_call(loud, both_ms=Sample(1.0, 0.5, 3.0, 9))
     assert "Noisy, p90 above 1.5 times p10" in report._profile_parts(loud)[-2]
@@ -426,6 +434,18 @@ def test_a_narrow_terminal_gets_fewer_columns():
     narrow = table.narrowed(80)
     assert narrow._width() <= 80 and narrow.columns[0] == "call" and "faster, both" in narrow.columns
     assert "calls" not in narrow.columns and len(set(map(len, [narrow.columns, *narrow.rows]))) == 1
+
+
+def test_a_report_takes_the_place_of_an_earlier_one(tmp_path):
+    found = several()
+    first = report.Report(
+        "One call", "attention", describe(CPU), [], found.as_json(), ROOF, plots.draw(found, tmp_path)
+    )
+    first.write(tmp_path)
+    assert (tmp_path / "latency.png").exists() and (tmp_path / "memory.svg").exists()
+    (tmp_path / "notes.txt").touch()
+    replace(first, files=[]).write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "report.md", "results.json"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -465,6 +485,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
         check_size(Shape(512, 8, 8, 128, "float32"), LighthouseConfig(), CPU)
     with pytest.raises(UserError, match="no attention call has"):
         check_size(Shape(8192, 8, 3, 128, "float32"), LighthouseConfig(topk=128), CPU)
+    with pytest.raises(UserError, match="a window of 4096 tokens holds all of N = 4096"):
+        check_size(Shape(4096, 8, 8, 128, "float32"), LighthouseConfig(method="sliding", window=4096), CPU)
 
 
 @pytest.mark.parametrize(
@@ -789,12 +811,12 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
     from lighthouse_core.profile.step import StepProfile
     from lighthouse_core.profile.trace import COMMUNICATION, Breakdown, Cost
 
-    path, seconds = shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
+    made, path, seconds = [], shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
 
     def run_step(path, settings, folder, nproc, say, *, stage="lighthouse"):
         recipe = load_recipe(path, settings)
         window = recipe.lighthouse.attention().window if stage == "lighthouse" else 0
-        return StepProfile(
+        profile = StepProfile(
             recipe=path.stem,
             settings=settings,
             stage=stage,
@@ -822,11 +844,17 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
             stacks=folder / "stacks.folded",
             run=folder / "runs/a",
         )
+        made.append(profile)
+        return profile
 
     monkeypatch.setattr(run, "run_step", run_step)
     monkeypatch.setattr(run, "free_memory", lambda where: 2**40)
     found = run.step(path, load_recipe(path), [], tmp_path, 1, lambda words: None)
     steps = found.results["steps"]
+    assert not any(part in found.parts for part in (report._DRIFT, report._FIRST))
+    on_cpu = [replace(one, processes=2, breakdown=replace(one.breakdown, device="cpu")) for one in made]
+    parts = report.step_parts(on_cpu)
+    assert parts.count(report._FIRST) == len(steps) and parts[-1] == report._DRIFT
     said = [part for part in found.parts if "beside other kernels" in str(part)]
     assert said == ["Communication took 0.75 ms, 0.50 of them beside other kernels, in no row."] * (len(steps) - 1)
     if name == "530m_98k":
