@@ -163,10 +163,11 @@ def _config(tokens: int, given: dict[str, int | None], fixed: dict):
         config = LighthouseConfig(**chosen, **fixed)
     except ValueError as error:
         option = str(error).split(maxsplit=1)[0].replace("_", "-")
-        hint = "--tile-parents is 128 unless you give another" if option == "topk" else f"see --{option}"
-        if option == "compression":
-            hint = "use a --window that is a multiple of it"
-        raise UserError(str(error), hint=hint) from None
+        hints = {
+            "topk": "--tile-parents is 128 unless you give another",
+            "compression": "use a --window that is a multiple of it",
+        }
+        raise UserError(str(error), hint=hints.get(option, f"see --{option}")) from None
     what = "pooling {pooling}, levels {levels}, topk {topk}".format(**chosen)
     if config.method != "pyramid":
         what = f"{config.method}, window {config.window}"

@@ -346,7 +346,7 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
 
 
 def _hidden(costs: Breakdown) -> str:
-    whole = costs.hidden_ms + sum(cost.ms for cost in costs.rows if cost.name == COMMUNICATION)
+    whole = costs.hidden_ms + costs.ms(COMMUNICATION)
     return f"Communication took {whole:.2f} ms, {costs.hidden_ms:.2f} of them beside other kernels, in no row."
 
 

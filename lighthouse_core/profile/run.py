@@ -15,7 +15,6 @@ from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.estimate import estimate
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
-from lighthouse_core.profile.attention import check_size
 from lighthouse_core.profile.machine import Roof, busy, describe, free_memory, memory, roof
 from lighthouse_core.profile.report import Report, attention_parts, selection_parts, step_parts, tune_parts
 from lighthouse_core.profile.selection import selection_view
@@ -100,15 +99,16 @@ def attention(
     number = getattr(torch, shapes[0][0].dtype)
     try:
         for shape, cfg in shapes:
-            check_size(shape, cfg, where)
             check_backends(cfg, where.type)
             log_choices(cfg, where.type, number, shape.head_dim, pooled=True)
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    _warn(where, max(shape.tokens for shape, _ in shapes), say)
-
     machine = describe(where)
+
+    def limits_here() -> Roof:
+        _warn(where, max(shape.tokens for shape, _ in shapes), say)
+        return roof(where, number)
 
     def report(found: Sweep, limits: Roof) -> Report:
         lengths = ", ".join(str(profile.tokens) for profile in found.profiles)
@@ -118,7 +118,7 @@ def attention(
     with _explained():
         found, limits = profile_lengths(
             shapes,
-            lambda: roof(where, number),
+            limits_here,
             where,
             say,
             done=lambda found, limits: report(found, limits).write(folder),

@@ -69,7 +69,7 @@ class StepProfile:
     @property
     def update_ms(self) -> float:
         """What the step takes once, however many micro-batches it has."""
-        return sum(cost.ms for cost in self.breakdown.rows if cost.name == OPTIMIZER)
+        return self.breakdown.ms(OPTIMIZER)
 
     def within(self, folder: Path) -> "StepProfile":
         """The same with its files as they are named from that folder, which holds them."""

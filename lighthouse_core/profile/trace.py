@@ -9,7 +9,7 @@ costs what it takes while nothing else runs.
 
 import gzip
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -137,6 +137,10 @@ class Breakdown:
     hidden_ms: float
     largest: list[str]
 
+    def ms(self, name: str) -> float:
+        """Of the category of that name, 0 without one."""
+        return sum(cost.ms for cost in self.rows if cost.name == name)
+
 
 @dataclass(eq=False)
 class _Event:
@@ -179,7 +183,7 @@ class _Step(NamedTuple):
     samples: list[_Sample]
     idle: float
     overlap: float
-    hidden: float
+    hidden: float = 0.0
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
@@ -280,7 +284,7 @@ def _on_gpu(step: _Event, nested: list[_Event], contexts: "_Contexts", kernels: 
         spans.append((start, end))
     shown = _without_hidden(samples, spans)
     hidden = sum(sample.us for sample in samples) - sum(sample.us for sample in shown)
-    return _whole("cuda", step, shown, spans, {DATA: _waits_for_data(nested)}, hidden)
+    return _whole("cuda", step, shown, spans, {DATA: _waits_for_data(nested)})._replace(hidden=hidden)
 
 
 def _without_hidden(samples: list[_Sample], spans: list[_Span]) -> list[_Sample]:
@@ -288,18 +292,14 @@ def _without_hidden(samples: list[_Sample], spans: list[_Span]) -> list[_Sample]
     communication that began before runs."""
     shown = list(samples)
     busy = _joined(span for sample, span in zip(samples, spans, strict=True) if sample.category != COMMUNICATION)
-    ends, reached = [end for _, end in busy], float("-inf")
+    starts, ends, reached = [start for start, _ in busy], [end for _, end in busy], float("-inf")
     for i in sorted(range(len(samples)), key=spans.__getitem__):
         if samples[i].category != COMMUNICATION:
             continue
-        end = spans[i][1]
-        start = min(max(spans[i][0], reached), end)
-        alone, reached = end - start, max(reached, end)
-        for at in range(bisect_right(ends, start), len(busy)):
-            if busy[at][0] >= end:
-                break
-            alone -= min(end, busy[at][1]) - max(start, busy[at][0])
-        shown[i] = samples[i]._replace(us=alone)
+        start, end = spans[i]
+        start, reached = min(max(start, reached), end), max(reached, end)
+        near = busy[bisect_right(ends, start) : bisect_left(starts, end)]
+        shown[i] = samples[i]._replace(us=_outside(near, (start, end)))
     return shown
 
 
@@ -319,31 +319,28 @@ def _waits_for_data(nested: list[_Event]) -> list[_Span]:
 
 
 def _whole(
-    device: str,
-    step: _Event,
-    samples: list[_Sample],
-    spans: list[_Span],
-    waits: dict[str, list[_Span]],
-    hidden: float = 0.0,
+    device: str, step: _Event, samples: list[_Sample], spans: list[_Span], waits: dict[str, list[_Span]]
 ) -> _Step:
     """The step, with the idle time outside of `spans` that is spent waiting for something."""
-    wall, idle = step.end - step.start, _outside(spans, step)
+    within = (step.start, step.end)
+    wall, idle = step.end - step.start, _outside(spans, within)
     for category, more in waits.items():
         spans = spans + more
-        left = _outside(spans, step)
+        left = _outside(spans, within)
         if left < idle:
             samples.append(_Sample(category, False, "", "", idle - left))
         idle = left
-    return _Step(device, wall, samples, idle, sum(sample.us for sample in samples) + idle - wall, hidden)
+    return _Step(device, wall, samples, idle, sum(sample.us for sample in samples) + idle - wall)
 
 
-def _outside(spans: list[_Span], step: _Event) -> float:
-    """How much of the step lies outside of all spans."""
-    total, reached = 0.0, step.start
+def _outside(spans: list[_Span], within: _Span) -> float:
+    """How much of a time lies outside of all spans."""
+    reached, last = within
+    total = 0.0
     for start, end in sorted(spans):
-        total += max(0.0, min(start, step.end) - reached)
-        reached = max(reached, min(end, step.end))
-    return total + step.end - reached
+        total += max(0.0, min(start, last) - reached)
+        reached = max(reached, min(end, last))
+    return total + last - reached
 
 
 def _nest(events: list[dict[str, Any]]) -> list[_Event]:
