@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lighthouse_core.shown import shown
+
 _RUNS = Path("runs")
 
 
@@ -11,7 +13,8 @@ def _quiet(offer: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 
     def complete(incomplete: str) -> list[str]:
         try:
-            return [text for text in offer() if text.startswith(incomplete)]
+            # A shell would obey the line break of a name.
+            return [text for text in offer() if text.startswith(incomplete) and text == shown(text)]
         except OSError:
             return []
 

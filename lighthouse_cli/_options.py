@@ -1,8 +1,17 @@
 """Options that several commands share."""
 
+import math
 from typing import Annotated
 
 import typer
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses NaN and the infinities, which compare with no limit as a number does."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 Settings = Annotated[
     list[str] | None,
@@ -11,7 +20,12 @@ Settings = Annotated[
 Nproc = Annotated[
     str, typer.Option("--nproc", metavar="N", help="Processes on this machine; auto: one per GPU, else one.")
 ]
-Nnodes = Annotated[int, typer.Option("--nnodes", metavar="N", help="Machines; run the same command on each.")]
+# Of what is counted: numbers that no use comes near, and below what arithmetic in 64 bits can hold.
+MOST = 10**9
+MOST_TOKENS = 2**30
+Nnodes = Annotated[
+    int, typer.Option("--nnodes", metavar="N", max=10**5, help="Machines; run the same command on each.")
+]
 NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="Number of this machine, from 0.")]
 RdzvEndpoint = Annotated[
     str, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machine 0 can be reached.")

@@ -20,6 +20,8 @@ _HOW = {
     "measured": "measured at the start",
     "estimated": "estimated from FLOPs; --measure-dense measures it",
 }
+# Times the memory that a step is tried with: its estimate is rough.
+_MARGIN = 1.5
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -191,6 +193,30 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
         check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)
     except ValueError as error:
         raise UserError(f"lighthouse: {error}") from None
+
+
+def check_memory(recipe: "Recipe", plan: "Plan", *, dry_run: bool) -> None:
+    """Refuse a step that is far too large for a machine without GPUs, before it fills the memory. A dry run only says
+    so: it may be about another machine.
+
+    Raises:
+        UserError: by the estimate of `--dry-run`.
+    """
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.estimate import estimate
+    from lighthouse_core.launch import local_gpus
+
+    if local_gpus():
+        # An accelerator says itself what does not fit.
+        return
+    cost = estimate(recipe)
+    needed = cost.state_bytes / plan.nnodes + cost.activation_bytes * plan.nproc
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > _MARGIN * there:
+        text = f"a step takes about {_gib(needed)}, and this machine has no GPU and {_gib(there)}"
+        if not dry_run:
+            raise UserError(text, hint="use a smaller model, shorter sequences or a smaller training.local_batch_size")
+        _output.warn(text)
 
 
 def _gib(count: float) -> str:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lighthouse_core.shown import shown
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -94,7 +96,8 @@ def _title(progress: "Progress", now: float, width: int, note: str) -> "Text":
     number = "stage 2, " if progress.recovery else "stage 1, " if progress.stage == "lighthouse" else ""
     stage = f"{number}{progress.stage}"
     room = width - len(stage) - len(state) - 4
-    name = progress.name if len(progress.name) <= room else progress.name[: max(room - 1, 0)] + "…"
+    name = shown(progress.name)
+    name = name if len(name) <= room else name[: max(room - 1, 0)] + "…"
     title = Text(name if room > 3 else "", "bold")
     title.append(("  " if title else "") + stage, "not bold magenta")
     title.append(" " * max(width - title.cell_len - len(state), 2))

@@ -80,12 +80,14 @@ class Lines:
         )
 
     def tick(self, stopping: bool) -> None:
+        from lighthouse_core.train.progress import can_be_shown
+
         now = time.monotonic()
         if stopping and not self.told:
             self.told = True
             self.tell_of_stopping()
         for text, row in self.tail.read():
-            if self.progress.add(row, now):
+            if can_be_shown(row) and self.progress.add(row, now):
                 self.show(text, row, now)
 
     def tell_of_stopping(self) -> None:
@@ -155,7 +157,9 @@ class Live(Lines):
     def words(self, chunk: bytes) -> None:
         *lines, self.rest = (self.rest + chunk).split(b"\n")
         if lines:
-            self.screen.words("".join(line.decode("utf-8", errors="replace") + "\n" for line in lines))
+            text = (line.decode("utf-8", errors="replace").rstrip("\r") for line in lines)
+            # Of a line that was written over, as progress bars are, what it came to.
+            self.screen.words("".join(line.rpartition("\r")[2] + "\n" for line in text))
             self.drawn = None
 
     def end(self, outcome: str) -> None:

@@ -1,5 +1,6 @@
 """The `lighthouse` command: its subcommands, and how errors leave it."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from lighthouse_cli.recover import recover
 from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
 from lighthouse_cli.sweep import sweep
-from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.errors import LighthouseError, UserError, refusal
+from lighthouse_core.python import SAFE_PATH
+from lighthouse_core.shown import shortened
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (pretrain, recover, strip, profile, runs, compare, sweep):
@@ -22,6 +25,9 @@ for command in (pretrain, recover, strip, profile, runs, compare, sweep):
 app.command("eval")(evaluate)
 for group in (data, tokenizer, recipes):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
+
+# The parser's errors: of click, or of typer's own copy of it.
+_Misuse = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,12 +53,49 @@ def _lighthouse(
 
 def main() -> None:
     """Run the command line: an expected error is one line and an exit code, any other keeps its traceback."""
+    _output.hold_streams()
+    # Not for this process, whose path is set, but for all that come from it, multiprocessing's among them.
+    os.environ.update(SAFE_PATH)
+    _output.escape_on_stdout()
     try:
-        app(prog_name="lighthouse")
+        # Libraries fail in ways of their own where it has been deleted.
+        os.getcwd()
+        code = app(prog_name="lighthouse", standalone_mode=False) or 0
+        _output.flush()
     except LighthouseError as error:
         _output.error(str(error), error.hint)
-        sys.exit(error.exit_code)
-    except PermissionError as error:
-        # Any path that a user gives may lie where they cannot look.
-        _output.error(f"{error.filename}: {error.strerror}")
-        sys.exit(UserError.exit_code)
+        code = error.exit_code
+    except _Misuse as error:
+        code = _explain(error)
+    except typer.Abort:
+        code = LighthouseError.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has had enough of it, as `head` has.
+        code = LighthouseError.exit_code
+    except UnicodeEncodeError as error:
+        # The name of a file, for which the locale's encoding has no characters.
+        _output.error(
+            f"the locale has no characters for {error.object[error.start : error.end]!a}, and so no file is named with "
+            "them",
+            hint="PYTHONUTF8=1 reads all names as UTF-8, whatever the locale",
+        )
+        code = UserError.exit_code
+    except OSError as error:
+        # Any path that a user gives may lie where they cannot look, or be none; any disk may be full.
+        known = refusal(error)
+        _output.error(str(known), known.hint)
+        code = known.exit_code
+    _output.give_up()
+    sys.exit(code)
+
+
+def _explain(error: "_Misuse") -> int:
+    """Say what is wrong with the command line itself. Returns the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else " ".join(["lighthouse", *sys.argv[1:2]])
+        hint = f"{shortened(command, 60)} --help lists what it takes"
+        _output.error(shortened(error.format_message(), 500).rstrip("."), hint)
+    return error.exit_code

@@ -20,11 +20,15 @@ def compare(
 
     The first run that was dense from the start is what the others are held against.
     """
-    from lighthouse_core.errors import RunError, UserError
+    from lighthouse_core.errors import RunError, refusal
     from lighthouse_core.evaluate import compare as core
+    from lighthouse_core.files import check_output, check_replaceable, check_writable, write_atomically
     from lighthouse_core.runs import find_run
     from lighthouse_core.train.progress import clock
 
+    check_output(out)
+    check_replaceable(out, "compare.json", core.is_comparison, core.FIGURES)
+    check_writable(out)
     curves = []
     for name in runs:
         curve = core.read(find_run(name))
@@ -35,10 +39,10 @@ def compare(
     summaries = [core.summarize(curve, dense) for curve in curves]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(core.as_json(summaries) + "\n", encoding="utf-8")
+        write_atomically(out / "compare.json", core.as_json(summaries) + "\n")
         drawn = core.plot(curves, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}", hint="choose another --out") from None
+        raise refusal(error, f"cannot write {out}", "choose another --out") from None
     if as_json:
         _output.data(core.as_json(summaries))
     else:

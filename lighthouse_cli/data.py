@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from lighthouse_core.data.survey import Survey
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare and inspect training data.")
-
-# What a document could move the cursor with, or worse; all but newline and tab.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _Recipe = Annotated[
     str,
@@ -34,7 +30,7 @@ def prepare(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     settings: _options.Settings = None,
     workers: Annotated[
-        int, typer.Option("--workers", metavar="N", min=0, help="Processes; one a CPU core by default.")
+        int, typer.Option("--workers", metavar="N", min=0, max=4096, help="Processes; one a CPU core by default.")
     ] = 0,
 ) -> None:
     """Tokenize a recipe's data once, into shards that training reads.
@@ -70,9 +66,14 @@ def inspect(
     recipe: _Recipe,
     settings: _options.Settings = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.1, help="Time to read for, a split.")
+        float,
+        typer.Option(
+            "--seconds", metavar="S", min=0.1, max=1e7, callback=_options.finite, help="Time to read for, a split."
+        ),
     ] = 10.0,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Documents to show the start of.")] = 3,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=0, max=10**6, help="Documents to show the start of.")
+    ] = 3,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare all of a prepared directory with its checksums.")
     ] = False,
@@ -109,11 +110,7 @@ def inspect(
         if not one.complete:
             _output.say(f"{one.split}: the documents of the first {seconds:g} seconds of reading, not all")
     for number, text in enumerate(found[0].samples, 1):
-        _output.data(f"--- document {number}\n{_CONTROL.sub(_escape, text)}")
-
-
-def _escape(found: re.Match[str]) -> str:
-    return f"\\x{ord(found[0]):02x}"
+        _output.data(f"--- document {number}\n{text}")
 
 
 def _row(found: "Survey") -> tuple[str, ...]:

@@ -1,13 +1,14 @@
 """lighthouse eval: what a trained model has learnt."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _complete, _options, _output
+from lighthouse_cli import _caches, _complete, _options, _output
 
 
 def evaluate(
@@ -28,11 +29,21 @@ def evaluate(
         typer.Option("--attention", help="Of a checkpoint of stage 1: as it was trained, or dense in every layer."),
     ] = "trained",
     tokens: Annotated[
-        int | None, typer.Option("--tokens", metavar="N", help="Length of a sequence; that of training by default.")
+        int | None,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            max=_options.MOST_TOKENS,
+            help="Length of a sequence; that of training by default.",
+        ),
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", metavar="B", help="How many.")] = 8,
-    context: Annotated[int, typer.Option("--context", metavar="C", help="Tokens of the short context.")] = 2048,
-    trials: Annotated[int, typer.Option("--trials", metavar="T", help="Needles of one length and depth.")] = 10,
+    sequences: Annotated[int, typer.Option("--sequences", metavar="B", max=10**6, help="How many.")] = 8,
+    context: Annotated[
+        int, typer.Option("--context", metavar="C", max=_options.MOST_TOKENS, help="Tokens of the short context.")
+    ] = 2048,
+    trials: Annotated[
+        int, typer.Option("--trials", metavar="T", max=10**6, help="Needles of one length and depth.")
+    ] = 10,
     only: Annotated[
         str,
         typer.Option(
@@ -47,9 +58,10 @@ def evaluate(
 ) -> None:
     """Measure a model: loss by position, use of long context, leak, needles."""
     from lighthouse_core.config import find_recipe, load_recipe
-    from lighthouse_core.errors import UserError
-    from lighthouse_core.measures import parse_measures
-    from lighthouse_core.runs import find_checkpoint, split_checkpoint, write_atomically
+    from lighthouse_core.errors import UserError, refusal
+    from lighthouse_core.files import check_output, check_replaceable, check_writable, refuse_links, write_atomically
+    from lighthouse_core.measures import check_numbers, parse_measures
+    from lighthouse_core.runs import find_checkpoint, split_checkpoint
     from lighthouse_core.train.progress import finite
 
     _output.set_quiet(quiet)
@@ -57,8 +69,12 @@ def evaluate(
         measures = parse_measures(only)
     except ValueError as error:
         raise UserError(f"--only {error}") from None
-    path = Path(target).resolve()
-    exported = (path / "config.json").is_file()
+    path = Path(os.path.realpath(target))
+    exported = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if (path / "adapter_config.json").is_file():
+        from lighthouse_core.evaluate.directory import read_config
+
+        read_config(path)  # which says what an adapter is
     if exported and not recipe:
         raise UserError(f"{target} says nothing of held-out text", hint="--recipe RECIPE has some")
     if exported and attention != "trained":
@@ -68,13 +84,23 @@ def evaluate(
     if settings and not recipe:
         raise UserError("--set changes the recipe that --recipe names")
     other = load_recipe(find_recipe(recipe), settings or ()) if recipe else None
+    # Loading a model takes minutes, and measuring one hours: what can be known before is looked at before.
+    try:
+        check_numbers(tokens, sequences, context, trials, measures if only else ())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if out is not None:
+        check_output(out)
+        check_writable(out)
 
+    _caches.use_own()
     from lighthouse_core.evaluate import evaluate as measure
     from lighthouse_core.evaluate import plot
     from lighthouse_core.evaluate.load import load_checkpoint, load_directory
+    from lighthouse_core.evaluate.report import FIGURES, is_report
 
     if exported:
-        subject = load_directory(path)
+        subject = load_directory(path, say=_output.say)
         home = path.with_name(f"{path.name}-eval")
     else:
         subject, own = load_checkpoint(path, attention=attention)
@@ -91,6 +117,12 @@ def evaluate(
             _output.say(f"a short context of {context} tokens is left out: the sequences have {length}")
             absent |= {"context"}
         measures = tuple(name for name in measures if name not in absent)
+    # What is a part leaves the whole as it is.
+    folder = out or home.with_name("-".join([home.name, *measures] if only else [home.name]))
+    if out is None and not exported:
+        refuse_links(home.parents[1], f"eval/{folder.name}")
+    check_replaceable(folder, "results.json", is_report, FIGURES)
+    check_writable(folder)
     report = measure(
         subject,
         other.data,
@@ -101,19 +133,20 @@ def evaluate(
         measures=measures,
         say=_output.say,
     )
-    # What is a part leaves the whole as it is.
-    folder = out or home.with_name("-".join([home.name, *measures] if only else [home.name]))
     text = json.dumps(finite(report), indent=1, allow_nan=False)
+    drawn, fault = None, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "results.json", text + "\n")
+        drawn = plot(report, folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", hint="choose another --out") from None
-    drawn = plot(report, folder)
+        fault = refusal(error, f"cannot write {folder}", "choose another --out; the results are above")
     if as_json:
         _output.data(text)
     else:
         _show(report)
+    if fault is not None:
+        raise fault
     _output.say(
         f"written to {folder}" + ("" if drawn is not None else "; plots need matplotlib: pip install -e '.[plot]'")
     )
@@ -141,9 +174,13 @@ def _show(report: dict) -> None:
     note = " (leaky)" if report["leaky"] else ""
     if "loss" in report:
         loss = report["loss"]
+        per_byte = loss["bits_per_byte"]
         _output.data(
-            f"loss{note}: {of(loss['nats_per_token'])} nats per token, {of(loss['bits_per_byte'])} bits per byte"
+            f"loss{note}: {of(loss['nats_per_token'])} nats per token"
+            + (f", {of(per_byte)} bits per byte" if per_byte else "")
         )
+        if not per_byte:
+            _output.warn("bits per byte are unknown: the tokenizer does not tell which bytes its tokens stand for")
         bins = report["by_position"]
         spans = (f"{p['first']}-{p['last']}" if p["first"] < p["last"] else str(p["first"]) for p in bins)
         rows = [(span, of(p["loss"])) for span, p in zip(spans, bins, strict=True)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighthouse_cli import _complete, _options, _output, _train
+from lighthouse_cli import _caches, _complete, _options, _output, _train
 
 if TYPE_CHECKING:
     from lighthouse_core.launch import Plan
@@ -35,8 +35,8 @@ def pretrain(
         ),
     ] = "",
     name: Annotated[
-        str, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
-    ] = "",
+        str | None, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
+    ] = None,
     measure_dense: Annotated[
         bool,
         typer.Option("--measure-dense", help="Time a dense step first, for the savings in the ledger."),
@@ -50,25 +50,37 @@ def pretrain(
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
 ) -> None:
-    """Train a new run with Lighthouse attention (stage 1)."""
+    """Train a new run with Lighthouse attention (stage 1).
+
+    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end; a second signal ends at once. Started with SIGINT or SIGHUP
+    ignored, as by nohup or in a script's background, it goes on ignoring them.
+    """
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.hub import pinned
-    from lighthouse_core.errors import LighthouseError, UserError
+    from lighthouse_core.errors import UserError
     from lighthouse_core.launch import plan
     from lighthouse_core.runs import check_free, create_run, find_run, run_path
 
     _output.set_quiet(quiet)
+    if not dry_run:
+        _caches.use_own()
     if measure_dense:
         settings = [*(settings or ()), "metrics.measure_dense=true"]
+    if name == "":
+        raise UserError("--name is empty", hint="leave it out for the recipe's name and the time")
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
     if resume:
-        if name:
+        if name is not None:
             raise UserError("--name is for a new run, --resume for an existing one")
         run = find_run(resume)
         run.change(settings or ())
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
+        if not node_rank:
+            # What is said of its checkpoints would be no advice for a run that is being trained.
+            with run.lock():
+                pass
         step = 0 if node_rank else _check_unfinished(run, strict)
         _train.check_data(run.recipe, checksums=not dry_run)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
@@ -92,20 +104,21 @@ def pretrain(
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
     _train.check(resolved, processes)
+    _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
-        check_free(resolved, name)
+        check_free(resolved, name or "")
         return
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
         _finish(path, None, processes, f"run {path}", quiet, as_json)
         return
-    run = create_run(resolved, path.stem, name, source=str(path))
+    run = create_run(resolved, path.stem, name or "", source=str(path))
     try:
         _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
-    except typer.Exit as end:
-        # A mistake or a signal before the first step leaves nothing worth keeping, and frees the name.
-        if end.exit_code != LighthouseError.exit_code and not run.checkpoint_steps() and not _has_metrics(run):
-            shutil.rmtree(run.path)
+    except BaseException:
+        # What ends before the first step leaves nothing worth keeping, and frees the name.
+        if not run.checkpoint_steps() and not _has_metrics(run):
+            shutil.rmtree(run.path, ignore_errors=True)
             _output.say(f"{run.path} held no step and is removed")
         raise
 
@@ -129,8 +142,10 @@ def _check_unfinished(run: "Run", strict: bool) -> int:
 
 
 def _has_metrics(run: "Run") -> bool:
-    metrics = run.path / "metrics.jsonl"
-    return metrics.is_file() and metrics.stat().st_size > 0
+    try:
+        return (run.path / "metrics.jsonl").stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _finish(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _complete, _options, _output
+from lighthouse_cli import _caches, _complete, _options, _output, _signals
+from lighthouse_core.shown import shortened
 
 if TYPE_CHECKING:
     from lighthouse_core.profile.report import Report
@@ -70,11 +71,11 @@ def profile(
     dense_backend: Annotated[
         str, typer.Option("--dense-backend", help="Inside the call: auto, fa4, cudnn, flash or math.")
     ] = "auto",
-    heads: Annotated[int, typer.Option("--heads", help="Query heads.")] = 8,
+    heads: Annotated[int, typer.Option("--heads", max=2**16, help="Query heads.")] = 8,
     kv_heads: Annotated[
-        int | None, typer.Option("--kv-heads", help="Key/value heads; as many as heads by default.")
+        int | None, typer.Option("--kv-heads", max=2**16, help="Key/value heads; as many as heads by default.")
     ] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option("--head-dim", max=2**16, help="Width of a head.")] = 128,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="bfloat16 on a GPU, else float32."),
@@ -83,7 +84,9 @@ def profile(
     floor: Annotated[
         float, typer.Option("--floor", metavar="F", help="--tune: least share of the tokens at level 0.")
     ] = 0.0625,
-    sequences: Annotated[int, typer.Option("--sequences", metavar="B", help="--selection: held-out sequences.")] = 4,
+    sequences: Annotated[
+        int, typer.Option("--sequences", metavar="B", max=10**6, help="--selection: held-out sequences.")
+    ] = 4,
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
     out: Annotated[
@@ -105,6 +108,7 @@ def profile(
             hint="lighthouse profile --seq 98304 is one attention call; --tune takes --recipe and --seq together",
         )
     _refuse_others(context, "--tune" if tune else asked[0])
+    _caches.use_own()
     if selection:
         _selection(selection, sequences, out, as_json)
     elif tune or recipe:
@@ -145,10 +149,13 @@ def _lengths(seq: str) -> list[int]:
         lengths = sorted({int(part) for part in seq.split(",")})
     except ValueError:
         raise UserError(
-            f"--seq takes numbers of tokens with commas between them, not {seq!r}", hint="as in --seq 8192,32768"
+            f"--seq takes numbers of tokens with commas between them, not {shortened(seq, 60)!r}",
+            hint="as in --seq 8192,32768",
         ) from None
     if lengths[0] < 1:
         raise UserError(f"--seq must be at least 1, not {lengths[0]}")
+    if lengths[-1] > _options.MOST_TOKENS:
+        raise UserError(f"--seq must be at most {_options.MOST_TOKENS}, not {shortened(lengths[-1], 40)}")
     return lengths
 
 
@@ -183,7 +190,7 @@ def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path
     number = dtype or ("bfloat16" if run.device().type == "cuda" else "float32")
     shapes = [(Shape(tokens, heads, kv_heads, head_dim, number), cfg) for tokens, cfg in configs.items()]
     columns = 0 if as_json else shutil.get_terminal_size((100, 24)).columns
-    colour = sys.stdout.isatty() and _output.can_redraw()
+    colour = _output.is_terminal(sys.stdout) and _output.can_redraw()
     with _folder(out, "attention", str(max(configs))) as folder:
         report, plot = run.attention(shapes, folder, _output.say, columns=columns, colour=colour)
         _finish(report, folder, as_json, plot)
@@ -232,14 +239,18 @@ def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> 
 @contextlib.contextmanager
 def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
     """Where the report goes, made; an empty one is not left behind."""
+    from lighthouse_core.files import check_writable
     from lighthouse_core.profile.report import prepare
 
     folder = out or Path("profiles") / f"{kind}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not folder.is_file():
+        check_writable(folder)
     made = prepare(folder, kind)
     if (folder / "results.json").exists():
         _output.say(f"replacing the report in {folder}")
     try:
-        yield folder
+        with _signals.as_exits():
+            yield folder
     except BaseException as error:
         for empty in made:
             # Unless it holds something by now.
@@ -254,9 +265,15 @@ def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
 
 def _finish(report: "Report", folder: Path, as_json: bool, plot: str | None = None) -> None:
     """Write the report and show it."""
+    from lighthouse_core.errors import LighthouseError
     from lighthouse_core.profile.report import Table, roof_line
 
-    report.write(folder)
+    fault = None
+    try:
+        report.write(folder)
+    except LighthouseError as error:
+        # What was measured is shown all the same.
+        fault = error
     if as_json:
         _output.data(json.dumps(report.as_json(), indent=1))
     else:
@@ -264,11 +281,13 @@ def _finish(report: "Report", folder: Path, as_json: bool, plot: str | None = No
             _output.say(roof_line(report.roof))
         for part in report.parts:
             if isinstance(part, Table):
-                if sys.stdout.isatty():
+                if _output.is_terminal(sys.stdout):
                     part = part.narrowed(shutil.get_terminal_size().columns)
                 _output.table(part.title, part.columns, part.rows, text_columns=part.text_columns)
             else:
                 _output.data(part.replace("```toml\n", "").replace("\n```", "\n"))
         if plot:
-            _output.data(plot)
+            _output.drawing(plot)
+    if fault is not None:
+        raise fault
     _output.final(f"written to {folder}")

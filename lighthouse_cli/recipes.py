@@ -32,17 +32,24 @@ def copy(
     dest: Annotated[Path, typer.Argument(metavar="[DEST]", help="File or directory.", show_default=False)] = Path(),
 ) -> None:
     """Copy a recipe, to change it."""
-    from lighthouse_core.errors import UserError
+    from lighthouse_core.errors import UserError, refusal
 
     source = _find(name)
     target = dest / source.name if dest.is_dir() else dest
+    text = source.read_text(encoding="utf-8")
     try:
         with target.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                # Half a recipe, or an empty one, would stand in the way of the next try.
+                target.unlink()
+                raise
     except FileExistsError:
         raise UserError(f"{target} exists", hint="give another DEST, or remove it") from None
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
+        raise refusal(error, f"cannot write {target}") from None
     _output.data(str(target))
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _complete, _options, _output, _train
+from lighthouse_cli import _caches, _complete, _options, _output, _train
 
 
 def recover(
@@ -19,10 +19,17 @@ def recover(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Length; else the recipe's recover.steps.")
+        int | None,
+        typer.Option("--steps", metavar="N", max=_options.MOST, help="Length; else the recipe's recover.steps."),
     ] = None,
     extend: Annotated[
-        int | None, typer.Option("--extend", metavar="M", help="Add M steps to a recovery begun before.")
+        int | None,
+        typer.Option(
+            "--extend",
+            metavar="M",
+            max=_options.MOST,
+            help="Add M steps to a recovery begun before; one that decays needs --set recover.decay, too.",
+        ),
     ] = None,
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
@@ -43,6 +50,8 @@ def recover(
     from lighthouse_core.runs import find_run, plan_recovery
 
     _output.set_quiet(quiet)
+    if not dry_run:
+        _caches.use_own()
     if run is None and nnodes > 1:
         raise UserError("name the RUN when several machines recover it")
     found = find_run(run)
@@ -64,6 +73,13 @@ def recover(
         _train.warn_of_damage(found, recovery.step)
         if recovery.stopped_early:
             _output.warn(f"{found.path} stopped at step {recovery.start} of {found.end}; recovery begins there")
+        if recovery.rates:
+            before, after = recovery.rates
+            then = "and then to zero" if recovery.recipe.recover.decay == "linear" else "and stays there"
+            _output.warn(
+                f"the learning rate goes from {before:.3g} (step {recovery.step}) to {after:.3g} (step "
+                f"{recovery.step + 1}), {then} until step {recovery.end}"
+            )
         if dry_run:
             _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)

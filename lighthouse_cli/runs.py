@@ -23,6 +23,8 @@ def runs(
 
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
+    if not directory.exists() and directory != Path("runs"):
+        raise UserError(f"there is no directory {directory}", hint="runs lie in output.dir of their recipe")
     found = [summarize(path) for path in run_dirs(directory)]
     if as_json:
         _output.data(json.dumps([finite(asdict(run)) for run in found], indent=1, allow_nan=False))

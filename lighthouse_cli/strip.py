@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _complete, _output
+from lighthouse_cli import _caches, _complete, _options, _output, _signals
 
 
 def strip(
@@ -24,7 +24,12 @@ def strip(
     ] = False,
     verify_length: Annotated[
         int | None,
-        typer.Option("--verify-length", metavar="N", help="One more length, in tokens, at which logits are compared."),
+        typer.Option(
+            "--verify-length",
+            metavar="N",
+            max=_options.MOST_TOKENS,
+            help="One more length, in tokens, at which logits are compared.",
+        ),
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face Llama, verified."""
@@ -32,9 +37,11 @@ def strip(
 
     source = find_checkpoint(checkpoint)
 
+    _caches.use_own()
     from lighthouse_core.export import strip as export
 
-    report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
+    with _signals.as_exits():
+        report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
     _output.say(f"step {report.step}, {report.parameters} parameters, {report.dtype}")
     for fact in report.verified:
         _output.say(f"verified: {fact}")

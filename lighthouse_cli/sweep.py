@@ -14,6 +14,9 @@ from lighthouse_cli import _output
 if TYPE_CHECKING:
     from lighthouse_core.sweep import Runner
 
+# 19 years.
+_MOST_MINUTES = 1e7
+
 
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file: recipe, set, evaluate, runs.NAME.")],
@@ -29,15 +32,22 @@ def sweep(
     """
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
+    from lighthouse_core.files import check_replaceable
+    from lighthouse_core.launch import stop_signals
     from lighthouse_core.runs import write_atomically
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
     from lighthouse_core.train.progress import clock
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be above 0, not {minutes:g}")
+    if minutes is not None and minutes > _MOST_MINUTES:
+        raise UserError(
+            f"--minutes must be at most {_MOST_MINUTES:g}, not {minutes:g}", hint="without it there is no end"
+        )
     plan = load_sweep(file)
     base = file.parent / plan.recipe
     check(plan, base, output)
+    check_replaceable(output, f"{file.stem}.json", lambda found: found.get("sweep") == file.stem and "runs" in found)
     if dry_run:
         for name in plan.runs:
             if waits(plan, name, output):
@@ -54,15 +64,8 @@ def sweep(
 
         runner = Runner(plan, base, output, places(plan.per_gpu), say)
         _output.say(f"what the commands print is in {output}, a .log for each run")
-        # nohup has it outlive its terminal.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, runner.interrupt) for number in handled}
-        try:
+        with stop_signals(runner.interrupt):
             runner.run(None if minutes is None else 60 * minutes)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         code = _outcome(runner)
         whole = collect(plan, file.stem, output)
         if whole["runs"]:

@@ -6,7 +6,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.config import BACKENDS, LighthouseConfig, known
 from lighthouse_kernels.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def kernels(name: str, device_type: str, dtype: "torch.dtype | None" = None) -> 
         dtype: of the tensors, where they are there already.
 
     Raises:
-        ValueError: for a backend that cannot take such tensors.
+        ValueError: for a backend that is not there, or cannot take such tensors.
     """
+    known("backend", name, BACKENDS)
     # Triton's interpreter runs the kernels on a CPU, but so slowly that nobody gets it unasked.
     obstacle = _triton_obstacle(device_type, dtype, interpreter=_INTERPRETED and name == "triton")
     if name == "triton" and obstacle:

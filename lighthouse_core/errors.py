@@ -1,5 +1,10 @@
 """The exceptions a user can meet. Each carries the exit code of the process and, where one helps, a hint."""
 
+import errno
+import os
+
+from lighthouse_core.shown import shortened
+
 
 class LighthouseError(Exception):
     """A fault: something failed that the user did not cause.
@@ -48,3 +53,64 @@ class DataError(UserError):
 
 class ExportError(LighthouseError):
     """An exported model that does not agree with its checkpoint."""
+
+
+class SystemFault(LighthouseError):
+    """The machine failed: a disk is full or broken, files or memory ran out, nobody reads the output."""
+
+
+# What the machine lacks, or what broke. Any other refusal is about a path that the user named.
+_FAULTS = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EPIPE,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENOLCK,
+        errno.EAGAIN,
+        errno.ETIMEDOUT,
+    )
+)
+_HINTS = {
+    errno.ENOSPC: "make room on that disk, or choose another place",
+    errno.EDQUOT: "make room in your quota, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that you may use, or change its permissions",
+    errno.EPERM: "choose a place that you may use, or change its permissions",
+    errno.ENAMETOOLONG: "a name has at most 255 bytes, and a path 4095",
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "choose another place",
+    errno.EINVAL: "check the path",
+    errno.EFBIG: "check the path",
+    errno.ENXIO: "check the path",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "give a file",
+    errno.ELOOP: "a link of the path leads to itself",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+}
+
+
+def refusal(
+    error: OSError, doing: str = "", hint: str | None = None, kind: type[LighthouseError] = UserError
+) -> LighthouseError:
+    """What the system refused, as an error for the user: a fault of the machine (exit code 1), or `kind`.
+
+    Args:
+        error: the system's.
+        doing: what failed, as in "cannot write out"; else the path that the system named.
+        hint: what to do about it; else what the kind of refusal suggests.
+        kind: of what is the user's mistake.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        hint = "the working directory is gone: change to another one"
+    reason = error.strerror or str(error) or type(error).__name__
+    about = shortened(doing, 300) or (shortened(error.filename) if isinstance(error.filename, str | bytes) else "")
+    kind = SystemFault if error.errno in _FAULTS else kind
+    return kind(f"{about}: {reason}" if about else reason, hint=hint or _HINTS.get(error.errno or 0))

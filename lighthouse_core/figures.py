@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.files import replacing
+from lighthouse_core.shown import shortened, shown
+
 
 def pyplot() -> Any | None:
     """matplotlib's, drawing to files; None where it is missing."""
@@ -18,6 +21,13 @@ def pyplot() -> Any | None:
     return pyplot
 
 
+def label(name: str) -> str:
+    """A name from outside as text of a figure: one reads $...$ as TeX, and leaves out of its legend what begins with an
+    underscore."""
+    text = shown(shortened(name, 120)).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def save(figure: Any, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG, and close it.
 
@@ -29,6 +39,9 @@ def save(figure: Any, path: Path) -> list[Path]:
 
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
     for file in files:
-        figure.savefig(file, bbox_inches="tight", dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+        kind = file.suffix[1:]
+        metadata = {"Date": None} if kind == "svg" else None
+        with replacing(file) as opened:
+            figure.savefig(opened, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
     pyplot.close(figure)
     return files

@@ -83,4 +83,4 @@ def _typical(rows: list[Row]) -> float:
 
 def _rows(run: "Run") -> list[Row]:
     """The training rows of metrics.jsonl."""
-    return [row for row in read_rows(run.path / "metrics.jsonl") if "loss" in row]
+    return read_rows(run.path / "metrics.jsonl", ("loss", "stage", "seconds"))

@@ -4,13 +4,13 @@ Runs are read as they are, half-written files included: nothing here raises for 
 """
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.reading import is_count, read_json, read_regular
 from lighthouse_core.train.progress import parse_row
 
 # A wheel carries the recipes inside the package; an editable install has them beside it.
@@ -69,24 +69,26 @@ def run_dirs(output_dir: Path | str = "runs") -> list[Path]:
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first. One that is still being written has another name."""
     folders = (path for path in run_dir.glob("checkpoints/step-*") if path.is_dir())
-    return sorted(int(path.name[5:]) for path in folders if re.fullmatch(r"step-\d+", path.name))
+    # As training writes it: a step-007 that somebody made is not the checkpoint step-7.
+    return sorted(int(path.name[5:]) for path in folders if re.fullmatch(r"step-(0|[1-9][0-9]{0,15})", path.name))
 
 
 def summarize(run_dir: Path) -> Summary:
     """Where a run stands."""
     row, validation = _newest_rows(run_dir / "metrics.jsonl")
     stage = _last_stage(run_dir / "ledger.json")
-    step, saved = _number(row.get("step")), next(reversed(checkpoint_steps(run_dir)), None)
+    step, saved = row.get("step"), next(reversed(checkpoint_steps(run_dir)), None)
     return Summary(
         name=run_dir.name,
         path=str(run_dir),
-        stage=stage.get("stage") or row.get("stage"),
-        step=saved if step is None else step,
-        end=_number(stage.get("end")),
+        stage=stage.get("stage", row.get("stage")),
+        # Not every step is logged.
+        step=max((found for found in (step, saved) if found is not None), default=None),
+        end=stage.get("end"),
         saved=saved,
-        loss=_number(row.get("loss")),
+        loss=row.get("loss"),
         leaky=row.get("leaky"),
-        val_loss=_number(validation.get("val_loss")),
+        val_loss=validation.get("val_loss"),
         val_leaky=validation.get("leaky"),
         updated=_updated(run_dir),
     )
@@ -96,24 +98,24 @@ def _newest_rows(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest training row and the newest validation row of a metrics file; {} for none."""
     found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except OSError:
         lines = []
     for line in reversed(lines):
         missing = [key for key in ("loss", "val_loss") if key not in found and f'"{key}"'.encode() in line]
-        with contextlib.suppress(ValueError):
-            row = parse_row(line) if missing else None
-            found.update({key: row for key in missing if isinstance(row, dict)})
+        row = parse_row(line) if missing else None
+        found.update({key: row for key in missing if row is not None and key in row})
         if len(found) == 2:
             break
     return found.get("loss", {}), found.get("val_loss", {})
 
 
 def _last_stage(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        stage = json.loads(path.read_bytes())["stages"][-1]
-        if isinstance(stage, dict):
-            return stage
+    """`stage` and `end` of a ledger's last stage; without what it does not tell."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        stage = read_json(path)["stages"][-1]
+        known = {"stage": stage.get("stage") in ("lighthouse", "dense"), "end": is_count(stage.get("end"))}
+        return {key: stage[key] for key, sound in known.items() if sound}
     return {}
 
 
@@ -122,8 +124,5 @@ def _updated(run_dir: Path) -> str:
     for path in (run_dir, run_dir / "metrics.jsonl"):
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
-    return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
-
-
-def _number(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    # A calendar ends with the year 9999, a file system does not.
+    return datetime.fromtimestamp(min(max(times), 253e9), UTC).isoformat(timespec="seconds")

@@ -1,6 +1,7 @@
 """A run is a directory: its recipe, its ledger of stages, its checkpoints. Nothing here imports torch."""
 
 import difflib
+import errno
 import fcntl
 import json
 import os
@@ -18,13 +19,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.checkpoint import METADATA, check_contents
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
-from lighthouse_core.errors import CheckpointError, RunError, UserError
+from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
+from lighthouse_core.files import RUN_FOLDERS, refuse_links, remove_empty, write_atomically
 from lighthouse_core.ledger import account
 from lighthouse_core.listing import checkpoint_steps, run_dirs
+from lighthouse_core.reading import is_count, is_number, read_json
 from lighthouse_core.seal import Verification, damage
+from lighthouse_core.shown import shortened, shown
+from lighthouse_core.train.schedule import lr_factor
 
 # Sections and keys that still take effect when training goes on from a checkpoint.
 RESUMABLE = (
@@ -63,7 +69,7 @@ class Run:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.name = self.path.resolve().name
+        self.name = Path(os.path.realpath(self.path)).name
         if not (self.path / "recipe.toml").is_file():
             raise RunError(f"{path} is not a run: it has no recipe.toml")
         self.ledger = self._read_ledger()
@@ -116,7 +122,8 @@ class Run:
             strict: refuse to fall back to an older one.
 
         Raises:
-            CheckpointError: there is none, or the newest is damaged and `strict` forbids another.
+            CheckpointError: there is none, or the newest is damaged and `strict` forbids another, or it holds what no
+                checkpoint does.
         """
         self.damaged.clear()
         ahead, self._ahead = self._ahead, None
@@ -124,6 +131,9 @@ class Run:
             path = self.checkpoint_dir(step)
             reason = ahead.result() if ahead and ahead.folder == path else damage(path)
             if reason is None:
+                if (path / METADATA).exists():
+                    # A seal tells damage, and not who made what is sealed: that is refused rather than passed over.
+                    check_contents(path)
                 return step
             self.damaged[step] = f"checkpoint {path} is damaged: {reason}"
             if strict:
@@ -132,7 +142,7 @@ class Run:
             raise CheckpointError(f"every checkpoint of {self.path} is damaged; {self.damaged[max(self.damaged)]}")
         raise CheckpointError(
             f"run {self.path} has no complete checkpoint",
-            hint="delete it, and start again; a smaller checkpoint.interval saves earlier",
+            hint="if nothing trains it, delete it and start again; a smaller checkpoint.interval saves earlier",
         )
 
     def set_aside(self) -> None:
@@ -193,7 +203,9 @@ class Run:
 
         Raises:
             RunError: another process trains it.
+            UserError: a folder that training writes into, or deletes from, is a link.
         """
+        refuse_links(self.path, *RUN_FOLDERS)
         directory = os.open(self.path, os.O_RDONLY)
         try:
             try:
@@ -209,13 +221,34 @@ class Run:
     def _read_ledger(self) -> dict[str, Any]:
         path = self.path / "ledger.json"
         try:
-            ledger = json.loads(path.read_text(encoding="utf-8"))
-            stages = [(stage["stage"], stage["start"] + 0, stage["end"] + 0) for stage in ledger["stages"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"cannot read {path}: {type(error).__name__}: {error}") from None
-        if ledger.get("version") != 1 or not stages:
+            ledger = read_json(path)
+        except OSError as error:
+            raise refusal(error, f"cannot read {path}", kind=RunError) from None
+        except ValueError as error:
+            raise RunError(f"cannot read {path}: {error}") from None
+        if not isinstance(ledger, dict) or ledger.get("version") != 1:
             raise RunError(f"{path} is not of a version that this release reads")
+        if (problem := _odd_stages(ledger.get("stages"))) is not None:
+            raise RunError(f"cannot read {path}: {problem}")
         return ledger
+
+
+def _odd_stages(stages: Any) -> str | None:
+    """What is wrong with the stages of a ledger, which somebody else may have written; None if nothing is."""
+    if not isinstance(stages, list) or not stages:
+        return "it has no stages"
+    last = 0
+    for stage in stages:
+        if not isinstance(stage, dict) or stage.get("stage") not in ("lighthouse", "dense"):
+            return 'a stage is neither "lighthouse" nor "dense"'
+        start, end = stage.get("start"), stage.get("end")
+        if not is_count(start) or not is_count(end) or not last <= start < end:
+            return "the steps of its stages do not follow one another"
+        measured = stage.get("measured_dense")
+        if measured is not None and not (isinstance(measured, dict) and is_number(measured.get("seconds"))):
+            return "measured_dense has no seconds"
+        last = start
+    return None
 
 
 @dataclass(frozen=True)
@@ -227,6 +260,8 @@ class Recovery:
         start, end: the switch step and the last step.
         step: of the checkpoint it goes on from.
         stopped_early: stage 1 did not reach its end.
+        rates: learning rates of the last update before an extension and of its first one, where the schedule has a
+            step between them.
     """
 
     recipe: Recipe
@@ -234,6 +269,7 @@ class Recovery:
     end: int
     step: int
     stopped_early: bool
+    rates: tuple[float, float] | None = None
 
 
 def plan_recovery(
@@ -271,8 +307,19 @@ def plan_recovery(
         # The ledger has the length; recover.toml runs ahead of it if an --extend was cut off between the two.
         overrides = [f"recover.steps={run.end - run.start}", *overrides]
     recipe = _with_own_tokenizer(load_recipe(run.recipe_path, overrides), run.path)
-    plan = _continue_recovery if run.recovering else _begin_recovery
-    return plan(run, recipe, extend, strict)
+    if not run.recovering:
+        return _begin_recovery(run, recipe, extend, strict)
+    recovery = _continue_recovery(run, recipe, extend, strict)
+    chosen = any("decay" in parse_override(override).get("recover", {}) for override in overrides)
+    if recovery.rates and not chosen:
+        before, after = recovery.rates
+        raise UserError(
+            f"with --extend {extend} the learning rate of run {run.path}, {before:.3g} at step {recovery.step}, would "
+            f"rise to {after:.3g} at step {recovery.step + 1}",
+            hint=f"choose: --set 'recover.decay=\"linear\"' takes the higher rate to zero at step {recovery.end}, as "
+            f"if planned so; --set 'recover.decay=\"none\"' keeps it at {recipe.optimizer.lr:.3g}",
+        )
+    return recovery
 
 
 def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) -> Recovery:
@@ -299,7 +346,9 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, strict: boo
             f"the recovery of run {run.path} was begun with {begun} steps, not {recipe.recover.steps}",
             hint=f"without --steps it is finished at step {run.end}; --extend M adds M steps",
         )
-    if step > run.start and recipe.recover.decay != run.recipe.recover.decay:
+    # What comes on top may go on at the full rate; any other change would give steps that are done another schedule.
+    ends_decay = extend is not None and recipe.recover.decay == "none"
+    if step > run.start and recipe.recover.decay != run.recipe.recover.decay and not ends_decay:
         raise RunError(f'the recovery of run {run.path} is under way with recover.decay "{run.recipe.recover.decay}"')
     if step >= run.end and extend is None:
         raise RunError(
@@ -308,7 +357,16 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, strict: boo
         )
     length = recipe.recover.steps + (extend or 0)
     recipe = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"steps": length})})
-    return Recovery(recipe, run.start, run.start + length, step, stopped_early=False)
+    end, rates = run.start + length, None
+    if extend is not None and step > run.start and run.recipe.recover.decay != "none":
+        rates = recovery_rate(run.recipe, step - 1, run.start, run.end), recovery_rate(recipe, step, run.start, end)
+    return Recovery(recipe, run.start, end, step, stopped_early=False, rates=rates)
+
+
+def recovery_rate(recipe: Recipe, step: int, start: int, end: int) -> float:
+    """Learning rate of the update that follows `step` finished steps, of a recovery between two steps of its run."""
+    decay = (start, end) if recipe.recover.decay == "linear" else None
+    return recipe.optimizer.lr * lr_factor(step, warmup=recipe.schedule.warmup_steps, decay=decay)
 
 
 def check_resumable(overrides: Sequence[str]) -> None:
@@ -332,8 +390,16 @@ def check_resumable(overrides: Sequence[str]) -> None:
 def check_free(recipe: Recipe, name: str = "") -> None:
     """Raise RunError if create_run could not give a new run this name, or else the recipe's."""
     name = name or recipe.output.name
-    if name and (path := run_path(recipe, name)).exists():
-        raise _taken(path, name)
+    wanted = Path(recipe.output.dir)
+    try:
+        if name and (path := run_path(recipe, name)).exists():
+            raise _taken(path, name)
+        home = next((path for path in (wanted, *wanted.parents) if os.path.lexists(path)), Path())
+    except OSError as error:
+        hint = "choose another output.dir or --name"
+        raise refusal(error, f"cannot create a run in {shortened(wanted)}", hint, RunError) from None
+    if not home.is_dir():
+        raise RunError(f"output.dir cannot be {wanted}: {home} is a file", hint="choose another output.dir")
 
 
 def _taken(path: Path, name: str) -> RunError:
@@ -361,21 +427,36 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
     given = name
     name = name or f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     path = run_path(recipe, name)
+    made = [above for above in path.parents if not os.path.lexists(above)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
+        if not path.parent.is_dir():
+            raise RunError(
+                f"output.dir cannot be {path.parent}: that is a file", hint="choose another output.dir"
+            ) from None
         raise _taken(path, given) from None
     except OSError as error:
-        raise RunError(f"cannot create {path}: {error.strerror}", hint="choose another output.dir") from None
-    recipe = _keep_tokenizer(recipe, path)
-    stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
-    ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
-    write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
-    write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
-    comment = f"# Every setting of run {name}" + (f", from {source}" if source else "")
-    # The recipe comes last: a directory with one is a run.
-    write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
+        remove_empty(made)
+        hint = "choose another output.dir" + ", or a shorter --name" * (error.errno == errno.ENAMETOOLONG)
+        raise refusal(error, f"cannot create {path}", hint, RunError) from None
+    try:
+        recipe = _keep_tokenizer(recipe, path)
+        stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
+        ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
+        write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+        write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
+        comment = f"# Every setting of run {name}" + (f", from {shown(source)}" if source else "")
+        # The recipe comes last: a directory with one is a run.
+        write_atomically(path / "recipe.toml", f"{comment}.\n\n{dump_recipe(recipe)}")
+    except BaseException as error:
+        # A start that failed leaves its name free.
+        shutil.rmtree(path, ignore_errors=True)
+        remove_empty(made)
+        if isinstance(error, OSError):
+            raise refusal(error, f"cannot write {path}", kind=RunError) from None
+        raise
     return Run(path)
 
 
@@ -387,8 +468,7 @@ def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
         try:
             shutil.copyfile(file, path / name)
         except OSError as error:
-            shutil.rmtree(path)
-            raise RunError(f"cannot copy the tokenizer {file} into the run: {error.strerror}") from None
+            raise refusal(error, f"cannot copy the tokenizer {file} into the run", kind=RunError) from None
     return _with_own_tokenizer(recipe, path)
 
 
@@ -407,9 +487,12 @@ def run_path(recipe: Recipe, name: str) -> Path:
     Raises:
         RunError: the name cannot be a directory's name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name):
+    if name == "latest":
+        raise RunError("no run can be named latest, which stands for the newest one", hint="choose another name")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}", name):
         raise RunError(
-            f"{name!r} cannot name a run", hint="use letters, digits and . _ + -, beginning with a letter or digit"
+            f"{shortened(name, 60)!r} cannot name a run",
+            hint="use up to 200 letters, digits and . _ + -, beginning with a letter, digit or _",
         )
     return Path(recipe.output.dir) / name
 
@@ -445,7 +528,7 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The run and N of a RUN/checkpoints/step-N; any other path itself, and None."""
-    match = re.fullmatch(r"step-(\d+)", path.name)
+    match = re.fullmatch(r"step-(0|[1-9][0-9]{0,15})", path.name)
     return (path.parents[1], int(match[1])) if match and path.parent.name == "checkpoints" else (path, None)
 
 
@@ -459,7 +542,8 @@ def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:
     Raises:
         RunError: there is no such run.
     """
-    path = Path(spec).resolve()
+    # Path.resolve raises for a link that leads to itself.
+    path = Path(os.path.realpath(spec))
     _, step = split_checkpoint(path)
     if step is None:
         return find_run(spec, output_dir).path
@@ -500,13 +584,3 @@ def git_commit(checkout: Path = _CHECKOUT) -> str | None:
     if git("rev-parse", "--show-toplevel") != str(checkout):
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or as it was, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -10,16 +10,22 @@ import hashlib
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.files import write_atomically
+from lighthouse_core.python import run_module
+
 MANIFEST = "manifest.json"
 # Parts of a file have digests of their own, so that all cores can work on a large one.
 PART_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
+_MOST_BYTES = 1 << 62
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def seal(folder: Path, name: str = "") -> None:
@@ -45,10 +51,7 @@ def seal(folder: Path, name: str = "") -> None:
             done.result()
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digests[file]} for file in found}
     path = folder / MANIFEST
-    with path.open("w", encoding="utf-8", newline="\n") as out:
-        out.write(_text({"version": 1, "name": name or folder.name, "part_bytes": PART_BYTES, "files": files}))
-        out.flush()
-        os.fsync(out.fileno())
+    write_atomically(path, _text({"version": 1, "name": name or folder.name, "part_bytes": PART_BYTES, "files": files}))
     sync(folder)
 
 
@@ -76,7 +79,7 @@ def _damage(folder: Path, threads: int | None) -> str | None:
     if isinstance(manifest, str):
         return manifest
     # A copy may have any name, but not that of another one.
-    if folder.name != manifest["name"] and re.fullmatch(r"step-\d+", folder.name):
+    if folder.name != manifest["name"] and re.fullmatch(r"step-[0-9]+", folder.name):
         return f"{MANIFEST} is that of {manifest['name']}"
     files = manifest["files"]
     found = _files(folder)
@@ -84,6 +87,10 @@ def _damage(folder: Path, threads: int | None) -> str | None:
         return f"{name} is missing"
     for name in sorted(set(found) - files.keys()):
         return f"{name} does not belong to it"
+    for name in found:
+        # A link may lead anywhere, and reading a pipe does not end.
+        if not stat.S_ISREG((folder / name).lstat().st_mode):
+            return f"{name} is no file of its own"
     for name, entry in files.items():
         size = (folder / name).stat().st_size
         if size != entry["bytes"]:
@@ -108,7 +115,7 @@ class Verification:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        command = [sys.executable, "-m", "lighthouse_core.seal", str(folder)]
+        command = [*run_module("lighthouse_core.seal"), str(folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         atexit.register(self._process.kill)
 
@@ -123,6 +130,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
     """The manifest of a sealed directory, or what is wrong with it. Reads no other file."""
     path = folder / MANIFEST
     try:
+        # Reading a pipe would not end.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return f"{MANIFEST} is no file of its own"
         text = path.read_bytes()
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -133,11 +143,38 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
         version = manifest["version"]
         del manifest["seal"]
         intact = _text(manifest).encode() == text
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return f"{MANIFEST} is damaged"
-    if not intact:
+    if not intact or type(version) is not int:
         return f"{MANIFEST} is damaged"
-    return manifest if version == 1 else f"{MANIFEST} is of version {version}, which this release does not read"
+    if version != 1:
+        return f"{MANIFEST} is of version {version}, which this release does not read"
+    return manifest if _well_formed(manifest) else f"{MANIFEST} is damaged: it has another form than every manifest"
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has the form that `seal` gives it. Its digest does not tell: anybody can make one."""
+    part_bytes, files = manifest.get("part_bytes"), manifest.get("files")
+    if type(manifest.get("name")) is not str or type(files) is not dict:
+        return False
+    if type(part_bytes) is not int or not 0 < part_bytes <= _MOST_BYTES:
+        return False
+    return all(_is_inside(name) and _is_entry(entry, part_bytes) for name, entry in files.items())
+
+
+def _is_inside(name: str) -> bool:
+    return "\0" not in name and name != MANIFEST and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _is_entry(entry: Any, part_bytes: int) -> bool:
+    if type(entry) is not dict or entry.keys() != {"bytes", "sha256"}:
+        return False
+    size, digests = entry["bytes"], entry["sha256"]
+    if type(size) is not int or not 0 <= size <= _MOST_BYTES or type(digests) is not list:
+        return False
+    # Without a digest of each part, some bytes could be anything.
+    whole = len(digests) == max(1, -(-size // part_bytes))
+    return whole and all(type(digest) is str and _DIGEST.fullmatch(digest) for digest in digests)
 
 
 def sealed_bytes(folder: Path) -> int | None:

@@ -1,7 +1,10 @@
 """What every test shares: where the slow truth lives, how hypothesis draws, and a small seeded call."""
 
+import contextlib
 import os
+import signal
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
+
+import children  # noqa: E402  (it lies there)
 
 # Derandomised, so that a failure on one machine is a failure on every machine.
 settings.register_profile(
@@ -26,6 +31,23 @@ settings.register_profile(
 settings.load_profile("lighthouse")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """No test waits for ever: it fails where it is, its fixtures included, after a time that none should need."""
+
+    def give_up(number, frame):
+        raise TimeoutError(f"{item.nodeid} took more than {seconds} s")
+
+    seconds = 7200 if item.get_closest_marker("slow") else 900
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def pytest_collection_modifyitems(items):
     """`-m gpu` says that it needs a GPU where there is none."""
     for item in items:
@@ -33,6 +55,35 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     # The longest file first, so that one of two processes has it while the other runs the rest.
     items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left():
+    """Whatever the tests start has ended when they have, or a while later; what has not is killed, and named."""
+    mark = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTHOUSE_TESTS", mark)
+        yield
+
+    def left() -> dict[int, str]:
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            pid = int(path.name)
+            if pid != os.getpid() and children.environment(pid).get("LIGHTHOUSE_TESTS") == mark:
+                words = (path / "cmdline").read_text(errors="replace").replace("\0", " ") if path.exists() else ""
+                # They serve this process for as long as it lives.
+                if words and "multiprocessing" not in words and "compile_worker" not in words:
+                    found[pid] = words
+        return found
+
+    try:
+        children.wait_until(lambda: not left(), seconds=20)
+    except TimeoutError:
+        found = left()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert not found, "tests left processes behind"
 
 
 @pytest.fixture(scope="session", autouse=True)

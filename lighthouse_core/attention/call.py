@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, H query heads, Hkv key/value heads, D head dimension,
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.config import LighthouseConfig, known
 from lighthouse_core.attention.dense import check_inputs, dense_attention
 from lighthouse_core.attention.methods import checked_key, chunked, compressed, sliding
 from lighthouse_core.attention.parts import near
@@ -19,6 +19,7 @@ def choose(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, sc
     """The selection from window scores, or else from those that a content-free scorer draws from the key."""
     if scores is not None:
         return ops.select(scores, g)
+    known("scorer that draws", cfg.scorer, ("random", "block"))
     key = checked_key(key, cfg)
     block = cfg.score_block if cfg.scorer == "block" else 0
     return ops.select_drawn(key.to(q.device), q.shape[0], kv_heads, block, g)
@@ -53,6 +54,12 @@ def select_indices(
         ValueError: for shapes that do not fit, or a missing key.
     """
     check_inputs(q, k, k if v is None else v)
+    cfg.check_names()
+    with torch.autocast(q.device.type, enabled=False):
+        return _select_indices(q, k, cfg.constant() if torch.compiler.is_compiling() else cfg, scores, key)
+
+
+def _select_indices(q: Tensor, k: Tensor, cfg: LighthouseConfig, scores: Scores | None, key: Tensor | None) -> Tensor:
     g = geometry(q.shape[1], cfg)
     ops = kernels(cfg.backend, q.device.type, q.dtype)
     if g.dense:
@@ -78,6 +85,11 @@ def lighthouse_attention(
     """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule), or what `cfg.method` names.
     Differentiable in q, k and v, by the Triton kernels once.
 
+    It computes in the dtype of the inputs, also within torch.autocast: cast them before the call for another. Under
+    torch.compile batch, tokens and heads may be dynamic. The settings are constants, and so are which arguments there
+    are, whether the call is dense, and whether windows fill the sequence: each is compiled once. With torch 2.11 the
+    reference backend is compiled again for another padded length.
+
     Args:
         q: [B, N, H, D], after RoPE.
         k, v: [B, N, Hkv, D]; H is a multiple of Hkv, which share one selection per KV head.
@@ -94,17 +106,39 @@ def lighthouse_attention(
         ValueError: for shapes that do not fit, a missing key, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    cfg.check_names()
     if cfg.method != "pyramid" and not (indices is None and scores is None):
         raise ValueError(f"the method {cfg.method!r} selects nothing: it takes neither indices nor scores")
-    if cfg.method == "compressed":
-        return compressed(q, k, v, cfg, scale=scale, key=key)
-    if cfg.method != "pyramid":
-        return (sliding if cfg.method == "sliding" else chunked)(q, k, v, cfg, scale=scale)
+    if torch.compiler.is_compiling():
+        cfg = cfg.constant()
+    with torch.autocast(q.device.type, enabled=False):
+        if cfg.method == "compressed":
+            return compressed(q, k, v, cfg, scale=scale, key=key)
+        if cfg.method == "sliding":
+            return sliding(q, k, v, cfg, scale=scale)
+        if cfg.method == "chunked":
+            return chunked(q, k, v, cfg, scale=scale)
+        return _pyramid(q, k, v, cfg, indices, scores, scale, key)
+
+
+def _pyramid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cfg: LighthouseConfig,
+    indices: Tensor | None,
+    scores: Scores | None,
+    scale: float | None,
+    key: Tensor | None,
+) -> Tensor:
+    """The paper's rule: see `lighthouse_attention`."""
     g = geometry(q.shape[1], cfg)
     ops = kernels(cfg.backend, q.device.type, q.dtype)
     if g.dense:
-        why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
-        log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
+        if not torch.compiler.is_compiling():
+            # A compiler would take what is written out for a constant.
+            why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
+            log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
         return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
     expected = [q.shape[0], k.shape[2], g.gathered_length]
     if indices is not None and (indices.dtype not in (torch.int32, torch.int64) or list(indices.shape) != expected):

@@ -1,11 +1,29 @@
 """The settings of one Lighthouse attention call. Imports nothing heavier than dataclasses."""
 
+import operator
 from dataclasses import dataclass
 
 METHODS = ("pyramid", "compressed", "sliding", "chunked")
 SCORERS = ("norm", "random", "block")
 BACKENDS = ("auto", "reference", "triton")
 DENSE_BACKENDS = ("auto", "fa4", "cudnn", "flash", "math")
+_NAMES = {"scorer": SCORERS, "backend": BACKENDS, "dense_backend": DENSE_BACKENDS, "method": METHODS}
+_INTEGERS = ("pooling", "levels", "topk", "tile_parents", "score_block", "window", "compression", "keep")
+
+
+def known(kind: str, name: str, names: tuple[str, ...]) -> str:
+    """`name`, which is one of `names`.
+
+    Raises:
+        ValueError: it is not; an unknown name stands for nothing else.
+    """
+    if name not in names:
+        raise ValueError(f"{kind} must be one of {', '.join(names)}, not {name!r}")
+    return name
+
+
+# A level is pooling times as coarse as the one below, so these are far beyond any sequence.
+_MOST = {"pooling": 2**20, "levels": 64}
 
 
 @dataclass(frozen=True)
@@ -49,9 +67,11 @@ class LighthouseConfig:
     keep: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pooling", "levels", "topk", "tile_parents", "score_block", "window", "compression", "keep"):
+        for name in _INTEGERS:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be an integer, not {getattr(self, name)!r}")
+            if getattr(self, name) > (most := _MOST.get(name, 2**30)):
+                raise ValueError(f"{name} must be at most {most}")
         if self.pooling < 2 or self.pooling & (self.pooling - 1):
             raise ValueError(f"pooling must be a power of two and at least 2, not {self.pooling}")
         if self.levels < 1:
@@ -62,15 +82,9 @@ class LighthouseConfig:
             raise ValueError(f"topk must be a positive multiple of tile_parents ({self.tile_parents}), not {self.topk}")
         if self.score_block < 1 or self.score_block & (self.score_block - 1):
             raise ValueError(f"score_block must be a power of two, not {self.score_block}")
-        choices = (
-            ("scorer", SCORERS),
-            ("backend", BACKENDS),
-            ("dense_backend", DENSE_BACKENDS),
-            ("method", METHODS),
-        )
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        self.check_names()
+        if self.compression < 1:
+            raise ValueError(f"compression must be at least 1, not {self.compression}")
         if self.window < (self.method != "pyramid"):
             raise ValueError(f"window must be a number of tokens for the method {self.method}, not {self.window}")
         if self.keep < 0 or self.keep == 1:
@@ -86,6 +100,21 @@ class LighthouseConfig:
                 f"dense_backend {self.dense_backend!r} gives no log-sum-exp to add parts of a softmax with; use auto, "
                 f"fa4 or math for a window"
             )
+
+    def check_names(self) -> None:
+        """Raise ValueError unless method, scorer and backends are names that there are."""
+        for kind, names in _NAMES.items():
+            known(kind, getattr(self, kind), names)
+
+    def constant(self) -> "LighthouseConfig":
+        """The same settings, whose integers torch.compile holds for constants: given others, it compiles again.
+
+        Asked for dynamic shapes, or called with a second configuration, it would otherwise take every integer for a
+        size that may vary, and no pyramid can be laid out with a number of levels that is not known.
+        """
+        integers = {name: operator.index(getattr(self, name)) for name in _INTEGERS}
+        names = {kind: getattr(self, kind) for kind in _NAMES}
+        return LighthouseConfig(**integers, **names, cover_prefix=self.cover_prefix)
 
     @property
     def adds_parts(self) -> bool:
@@ -114,6 +143,7 @@ class LighthouseConfig:
 
             gathered = gathered_length(tokens, self)
             return gathered**2 / (2 * tokens) + (self._last(tokens) if gathered < tokens else 0.0)
+        known("method", self.method, METHODS)
         if self.window >= tokens:
             return tokens / 2
         if self.method == "chunked":

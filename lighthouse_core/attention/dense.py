@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse_core.attention import flash
-from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.config import DENSE_BACKENDS, LighthouseConfig, known
 from lighthouse_core.attention.parts import fused
 from lighthouse_core.backends import kernels, log_once
 
@@ -44,8 +44,7 @@ def _choose(name: str, device_type: str, dtype: torch.dtype, dim: int) -> list[S
 
 
 def _sdpa(name: str, device_type: str) -> list[SDPBackend]:
-    if name not in _SDPA:
-        raise ValueError(f"dense backend {name!r} is not available in this release; use auto, fa4, {', '.join(_SDPA)}")
+    known("dense_backend", name, DENSE_BACKENDS)
     if name == "cudnn" and device_type != "cuda":
         raise ValueError(f"dense backend 'cudnn' needs a CUDA device, not {device_type}")
     return _SDPA[name]
@@ -53,6 +52,9 @@ def _sdpa(name: str, device_type: str) -> list[SDPBackend]:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """Causal softmax attention.
+
+    It computes in the dtype of the inputs, also within torch.autocast. Under torch.compile batch, tokens and heads may
+    be dynamic.
 
     Args:
         q: [B, N, H, D].
@@ -68,14 +70,19 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         ValueError: for shapes that do not fit together, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return _dense(q, k, v, scale, backend)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
     backends = _choose(backend, q.device.type, q.dtype, q.shape[3])
     if backends is None:
         return flash.flash4(q, k, v, scale)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    # Of sizes that a compiler leaves open a comparison is no bool, which is what torch wants.
+    grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210
     with sdpa_kernel(backends, set_priority=True):
-        out = scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
-        )
+        out = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 

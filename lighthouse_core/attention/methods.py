@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import pad
 
-from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.config import SCORERS, LighthouseConfig, known
 from lighthouse_core.attention.dense import dense_attention
 from lighthouse_core.attention.parts import far, merge, near
 from lighthouse_core.backends import uniform
@@ -83,7 +83,7 @@ def kept_blocks(k: Tensor, v: Tensor, cfg: LighthouseConfig, key: Tensor | None 
     k, v = (
         x[:, : groups * cfg.keep * cfg.score_block].unflatten(1, (groups, cfg.keep, cfg.score_block)) for x in (k, v)
     )
-    if cfg.scorer == "norm":
+    if known("scorer", cfg.scorer, SCORERS) == "norm":
         chosen = _largest(k.detach())
     else:
         drawn = uniform(checked_key(key, cfg).to(k.device), batch, kv_heads, torch.arange(groups, device=k.device))

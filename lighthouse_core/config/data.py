@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lighthouse_core.config.section import Section, Strings, conflict
+from lighthouse_core.config.section import Paths, PathText, Section, conflict
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -27,8 +27,8 @@ class DataSection(Section):
     """
 
     source: Literal["python-sources", "files", "hf", "tokens"] = "python-sources"
-    paths: Annotated[Strings, Field(min_length=1)] = ("stdlib",)
-    tokenizer: _Text = "bytes"
+    paths: Paths = ("stdlib",)
+    tokenizer: PathText = "bytes"
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
     shuffle: Literal["auto", "documents", "samples"] = "auto"
     packing: Literal["concat"] = "concat"

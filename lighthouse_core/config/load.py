@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
-from lighthouse_core.errors import RecipeError
+from lighthouse_core.errors import RecipeError, refusal
 from lighthouse_core.listing import shipped_recipes
+from lighthouse_core.reading import RECIPE_BYTES, parse_toml, read_regular
+from lighthouse_core.shown import shortened
+from lighthouse_core.text import decoded, why_not_utf8
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -49,7 +51,7 @@ def find_recipe(spec: str | Path) -> Path:
     if str(spec).removesuffix(".toml") in shipped:
         return shipped[path.name.removesuffix(".toml")]
     if path.is_dir():
-        raise RecipeError(f"{spec} is a directory, not a recipe", hint="to continue a run: --resume RUN")
+        raise RecipeError(f"{spec} is a directory, not a recipe", hint="pretrain --resume RUN goes on with a run")
     raise RecipeError(f"no recipe {spec}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
 
 
@@ -59,13 +61,23 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unreadable, invalid, or asking for something impossible.
     """
+    return loads_recipe(read_toml(path), overrides, source=str(path))
+
+
+def read_toml(path: Path | str) -> str:
+    """The text of a recipe or a sweep, without a byte-order mark.
+
+    Raises:
+        RecipeError: it cannot be read, or is not UTF-8.
+    """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        content = read_regular(path, RECIPE_BYTES)
+        return decoded(content)
     except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
+        raise refusal(error, f"cannot read {path}", kind=RecipeError) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return loads_recipe(text, overrides, source=str(path))
+        problem, hint = why_not_utf8(content, f"byte {error.start}")
+        raise RecipeError(f"{path}: {problem}", hint=hint) from None
 
 
 def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recipe>") -> Recipe:
@@ -74,9 +86,10 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
     Raises:
         RecipeError: as load_recipe.
     """
+    text = text.removeprefix("\ufeff")
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = parse_toml(text)
+    except ValueError as error:
         raise RecipeError(_syntax_error(source, text, str(error))) from None
     flags: dict[KeyPath, str] = {}
     headers: dict[KeyPath, str] = {}
@@ -108,7 +121,7 @@ def parse_override(override: str) -> dict[str, Any]:
         # A line break could bring further keys along.
         if "\n" in override:
             raise ValueError
-        return tomllib.loads(f"{key} = {value}")
+        return parse_toml(f"{key} = {value}")
     except ValueError:
         wanted = _wanted(key)
         if value[:1] in ("[", "{") or wanted == "a list":
@@ -187,11 +200,13 @@ def _describe(problem: Any, path: KeyPath) -> str:
     if kind in _EXPECTED:
         return f"{key} must be {_EXPECTED[kind]}, not {_given(given)}"
     if kind == "literal_error":
-        return f"{key} must be {context['expected'].replace(chr(39), chr(34))}, not {toml_value(given)}"
-    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt"}
+        return f"{key} must be {context['expected'].replace(chr(39), chr(34))}, not {_value(given)}"
+    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in limits:
-        words = {"gt": "above", "ge": "at least", "lt": "below"}[limits[kind]]
-        return f"{key} must be {words} {context[limits[kind]]:g}, not {toml_value(given)}"
+        words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[limits[kind]]
+        limit = context[limits[kind]]
+        # As TOML has it: 1 for 1.0, but every digit of an integer.
+        return f"{key} must be {words} {f'{limit:g}' if isinstance(limit, float) else limit}, not {_value(given)}"
     if kind in ("too_short", "string_too_short"):
         return f"{key} must not be empty"
     return f"{key}: {problem['msg']}"
@@ -199,7 +214,12 @@ def _describe(problem: Any, path: KeyPath) -> str:
 
 def _given(value: Any) -> str:
     names = {str: "the string ", int: "the integer ", float: "the float ", list: "the list ", dict: "the table "}
-    return names.get(type(value), "") + toml_value(value)
+    return names.get(type(value), "") + _value(value)
+
+
+def _value(value: Any) -> str:
+    """A value in an error: one line, not too long."""
+    return shortened(toml_value(value), 100)
 
 
 def _unknown(path: KeyPath, given: Any) -> str:

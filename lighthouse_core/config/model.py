@@ -1,27 +1,32 @@
 """[model]: the shape of the Llama that is trained."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from lighthouse_core.config.section import Ints, Positive, PositiveFloat, Section, conflict
+from lighthouse_core.config.section import Ints, PositiveFloat, Section, conflict
+
+# Ids of a vocabulary.
+MOST_IDS = 2**24
+_Width = Annotated[int, Field(gt=0, le=2**22)]
+_Heads = Annotated[int, Field(gt=0, le=2**16)]
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= 2**22
 
 
 class ModelSection(Section):
     """Widths are exact: nothing is rounded. `dense_layers` are indices from 0 of the layers without Lighthouse;
     `embedding_std` is the standard deviation of the initial embeddings, by default torchtitan's."""
 
-    dim: Positive
-    layers: Positive
-    heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    ffn_dim: Positive
-    vocab_size: Positive
+    dim: _Width
+    layers: Annotated[int, Field(gt=0, le=10_000)]
+    heads: _Heads
+    kv_heads: _Heads
+    head_dim: _Heads
+    ffn_dim: _Width
+    vocab_size: Annotated[int, Field(gt=0, le=MOST_IDS)]
     rope_theta: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-5
     embedding_std: PositiveFloat = 1.0

@@ -1,14 +1,10 @@
 """[output]: where runs live."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from lighthouse_core.config.section import Section
+from lighthouse_core.config.section import PathText, Section
 
 
 class OutputSection(Section):
     """`name` empty: the recipe's stem and the UTC time."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs"
+    dir: PathText = "runs"
     name: str = ""

@@ -1,8 +1,10 @@
 """[parallel]: how the processes share the model."""
 
-from pydantic import model_validator
+from typing import Annotated
 
-from lighthouse_core.config.section import Positive, Section, conflict
+from pydantic import Field, model_validator
+
+from lighthouse_core.config.section import Section, conflict
 
 
 class ParallelSection(Section):
@@ -11,9 +13,9 @@ class ParallelSection(Section):
     A process that does not answer for `hang_seconds` ends the job.
     """
 
-    shard: int = -1
-    replicate: Positive = 1
-    hang_seconds: Positive = 60
+    shard: Annotated[int, Field(le=10**6)] = -1
+    replicate: Annotated[int, Field(gt=0, le=10**6)] = 1
+    hang_seconds: Annotated[int, Field(gt=0, le=10**7)] = 60
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSection":

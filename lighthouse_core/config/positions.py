@@ -4,6 +4,7 @@ import tomllib
 from typing import Any
 
 KeyPath = tuple[str, ...]
+_MOST_LINES = 1000
 
 
 def flatten(table: dict[str, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
@@ -20,9 +21,12 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
     """The line (from 1) on which the statement that brings each key begins. `text` must be valid TOML.
 
     A statement is complete exactly when the text up to its last line parses, so no second grammar is needed here.
-    Quadratic in the number of lines, which a recipe has few of; called for errors only.
+    Quadratic in the number of lines, which a recipe has few of; called for errors only. Of a longer text nothing is
+    known.
     """
     lines = text.replace("\r\n", "\n").split("\n")
+    if len(lines) > _MOST_LINES:
+        return {}
     known: dict[KeyPath, int] = {}
     begin = 1
     for end in range(1, len(lines) + 1):

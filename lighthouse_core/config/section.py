@@ -2,14 +2,33 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 # TOML gives lists; the outer type is lax so that a list becomes a tuple, the items stay strict.
 Ints = Annotated[tuple[int, ...], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul", "a path cannot hold the character NUL")
+    if len(text.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
+        raise PydanticCustomError("long", "a path has at most {most} bytes", {"most": _LONGEST_PATH})
+    return text
+
+
+# Linux's PATH_MAX, less the byte that ends a path.
+_LONGEST_PATH = 4095
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+Paths = Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)]
+# Of steps, batches and the like: far beyond use, and far below what arithmetic in 64 bits can hold.
+MOST = 10**9
+# Of tokens in a sequence, a part of one, or an evaluation.
+MOST_TOKENS = 2**30
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST)]
+PositiveTokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 

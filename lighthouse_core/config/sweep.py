@@ -1,16 +1,25 @@
 """A sweep: several runs of one recipe, each with settings of its own."""
 
 import difflib
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from lighthouse_core.config.load import load_recipe, parse_override
-from lighthouse_core.config.section import NonNegative, Positive, Section, Strings, conflict
+from lighthouse_core.config.load import load_recipe, parse_override, read_toml
+from lighthouse_core.config.section import (
+    MOST_TOKENS,
+    NonNegative,
+    PathText,
+    Positive,
+    PositiveTokens,
+    Section,
+    Strings,
+    conflict,
+)
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.measures import parse_measures
+from lighthouse_core.reading import parse_toml
 
 _RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -35,9 +44,9 @@ class EvaluateSection(Section):
     `recipe` is a file beside the sweep, whose held-out text it is instead of the run's own, with `set`.
     """
 
-    tokens: Positive
+    tokens: PositiveTokens
     sequences: Positive = 16
-    context: Annotated[int, Field(ge=2, multiple_of=2)] = 2048
+    context: Annotated[int, Field(ge=2, le=MOST_TOKENS, multiple_of=2)] = 2048
     trials: Positive = 10
     only: str = ""
     at_switch: str = "loss,leak,switch"
@@ -68,9 +77,9 @@ class Sweep(Section):
     what is asked, and what is expected. More than one run `per_gpu` fill the time in which one of them compiles, but
     what a step takes is then not measured."""
 
-    recipe: str
+    recipe: PathText
     about: str = ""
-    per_gpu: Positive = 1
+    per_gpu: Annotated[int, Field(gt=0, le=64)] = 1
     set: Strings = ()
     evaluate: EvaluateSection | None = None
     runs: Annotated[dict[_RunName, RunSection], Field(min_length=1)]
@@ -92,9 +101,9 @@ def load_sweep(path: Path) -> Sweep:
         RecipeError: unreadable, invalid, or asking for something impossible.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"cannot read {path}: {error}") from None
+        table: dict[str, Any] = parse_toml(read_toml(path))
+    except ValueError as error:
+        raise RecipeError(f"cannot read {path}: not valid TOML: {error}") from None
     try:
         sweep = Sweep.model_validate(table)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lighthouse_core.config.section import Positive, Section, conflict
+from lighthouse_core.config.section import Positive, PositiveTokens, Section, conflict
 
 
 class TrainingSection(Section):
@@ -15,13 +15,13 @@ class TrainingSection(Section):
     "skip" leaves it out, and ends the run after `nonfinite_limit` in a row.
     """
 
-    seq_len: Positive
+    seq_len: PositiveTokens
     local_batch_size: Positive = 1
     global_batch_size: Positive
     steps: Positive
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = False
-    loss_chunk: Positive = 1024
+    loss_chunk: PositiveTokens = 1024
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     deterministic: bool = False

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from lighthouse_core.errors import DataError
+from lighthouse_core.text import BOM
 
 Split = Literal["train", "validation"]
 Keep = Callable[[str], bool]
@@ -74,12 +75,12 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: ids are below it; a model's vocabulary must be at least as large.
-        bos_id, eos_id: what every document begins and ends with.
+        bos_id, eos_id: what every document begins and ends with; bos_id is None where documents begin without a BOS.
         fingerprint: 63 bits of the vocabulary and the rules; tokenizers with the same one give the same ids.
     """
 
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     fingerprint: int
 
@@ -89,12 +90,30 @@ class Tokenizer(Protocol):
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of `ids`, without BOS and EOS."""
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of text that each id stands for, [vocab_size]; empty for BOS, EOS and special tokens.
+
+        They follow from the vocabulary alone, whatever stands beside a token in a text: a part of a character is as
+        many bytes as it has. A space that a tokenizer puts before a text is a byte. None where the tokenizer's rules do
+        not tell.
+        """
+
 
 def stable_hash(*parts: object) -> int:
     """A 63-bit hash that is equal on every machine, Python and numpy version; it fits a signed 64-bit integer."""
     text = "\0".join(str(part) for part in parts)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def mark(path: str) -> int:
+    """Bytes of the byte-order mark that a text file begins with, which is no part of its text; 0 where there is none,
+    and where the file cannot be read, which whoever reads it says."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return len(BOM) if file.read(len(BOM)) == BOM else 0
+    except OSError:
+        return 0
 
 
 def held_out(identity: str, validation: float) -> bool:
@@ -136,6 +155,7 @@ def epoch_order(identities: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 def with_ends(tokenizer: Tokenizer, content: str | bytes, *, first: bool = True, last: bool = True) -> np.ndarray:
     """BOS, the ids of a document, EOS; int32. A part that is not the first has no BOS, one that is not the last no EOS.
+    Nor has any part a BOS where the tokenizer has none.
 
     Parts are encoded each on its own: no id reaches across their border, and a tokenizer that puts a space before a
     text (sentencepiece's add_dummy_prefix) puts one before every part. Bytes that are not UTF-8 (Python files may hold
@@ -147,9 +167,10 @@ def with_ends(tokenizer: Tokenizer, content: str | bytes, *, first: bool = True,
         if isinstance(content, str):
             raise
         ids = tokenizer.encode(content.decode("utf-8", errors="replace"))
-    tokens = np.empty(first + len(ids) + last, dtype=np.int32)
-    tokens[first : first + len(ids)] = ids
-    if first:
+    begin = first and tokenizer.bos_id is not None
+    tokens = np.empty(begin + len(ids) + last, dtype=np.int32)
+    tokens[begin : begin + len(ids)] = ids
+    if begin:
         tokens[0] = tokenizer.bos_id
     if last:
         tokens[-1] = tokenizer.eos_id

@@ -3,16 +3,19 @@
 A line or a row is held whole, a file that is a document in parts.
 """
 
-import codecs
 import glob
 import json
 import os
+import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, mark, stable_hash
 from lighthouse_core.errors import DataError
+from lighthouse_core.text import BOM, why_not_utf8
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _BUFFER = 1 << 20
@@ -26,11 +29,23 @@ _GROUP_PIECES = 8
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file; `path`, where it is on this machine, is no part of what it is."""
+    """A file.
+
+    Attributes:
+        identity: see `list_files`.
+        size: in bytes, the byte-order mark counted.
+        path: where it is on this machine; no part of what it is.
+        skip: bytes of the mark where the whole file is one document; a line file has its mark removed on the way.
+    """
 
     identity: str
     size: int
     path: str = field(compare=False)
+    skip: int = 0
+
+    @property
+    def fingerprint(self) -> tuple[object, ...]:
+        return (self.identity, self.size, self.skip) if self.skip else (self.identity, self.size)
 
 
 class FilesSource:
@@ -41,7 +56,7 @@ class FilesSource:
         self.text_key = text_key
         self.identities = [file.identity for file in self.files]
         self.sizes = [file.size for file in self.files]
-        self.fingerprint = stable_hash("files", text_key, *((file.identity, file.size) for file in self.files))
+        self.fingerprint = stable_hash("files", text_key, *(file.fingerprint for file in self.files))
 
     def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
         file = self.files[unit]
@@ -63,10 +78,12 @@ class FilesSource:
 
 
 def list_files(paths: Sequence[str]) -> list[TextFile]:
-    """The files that the globs of `[data] paths` match, sorted by identity. Reads folder listings only.
+    """The files that the globs of `[data] paths` match, sorted by identity. Reads folder listings, and of .txt and .md
+    files whether they begin with a byte-order mark.
 
     An identity is the name of the glob's fixed folder and the path below it: "corpus/a/b.jsonl" for corpus/**/*.jsonl
-    wherever corpus lies. Hidden and empty files are left out.
+    wherever corpus lies. Hidden and empty files are left out. `**` follows links to folders, but comes to every folder
+    once: links may lead back to where they are found, or around in a ring.
 
     Raises:
         DataError: a glob without files, another kind of file, a file matched twice, a link to nothing, a folder that
@@ -76,20 +93,26 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
     roots: list[str] = []
     for entry in paths:
         pattern = os.path.expanduser(entry)
-        root = os.path.realpath(_fixed_folder(pattern))
+        # A file's own name may hold what means something in a glob.
+        literal = os.path.isfile(pattern)
+        folder = os.path.dirname(pattern) or "." if literal else _fixed_folder(pattern)
+        root = os.path.realpath(folder)
         if root not in roots:
             roots.append(root)
         names = [os.path.basename(one) for one in roots[: roots.index(root) + 1]]
         # A name seen before gets a number: no machine's paths enter identities.
         label = names[-1] if names.count(names[-1]) == 1 else f"{names[-1]}:{names.count(names[-1])}"
-        _check_readable(pattern)
-        found = glob.glob(pattern, recursive=True)
+        if not literal:
+            _check_readable(pattern)
+        found = [pattern] if literal else list(_matches(pattern))
         if broken := [path for path in found if not os.path.exists(path)]:
             raise DataError(
                 f"data.paths: {broken[0]} is a link to nothing", hint="remove it, or restore what it links to"
             )
         matched = [path for path in found if os.path.isfile(path)]
         if not matched:
+            if os.path.lexists(pattern) and not os.path.isdir(pattern):
+                raise DataError(f"data.paths: {entry} is no ordinary file", hint="pipes and devices are not read")
             raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
         for path in matched:
             if not path.endswith(_SUFFIXES):
@@ -102,9 +125,10 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
                     f"data.paths matches {path} twice",
                     hint="match each file once: a copy of a held-out document could be trained on",
                 )
-            below = os.path.relpath(path, _fixed_folder(pattern)).replace(os.sep, "/")
-            files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real)
-    listed = sorted((file for file in files.values() if file.size), key=lambda file: file.identity)
+            below = os.path.relpath(path, folder).replace(os.sep, "/")
+            skip = 0 if path.endswith((".jsonl", ".parquet")) else mark(real)
+            files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real, skip)
+    listed = sorted((file for file in files.values() if file.size > file.skip), key=lambda file: file.identity)
     if not listed:
         raise DataError(f"every file under data.paths = {list(paths)} is empty")
     return listed
@@ -122,11 +146,61 @@ def _check_readable(pattern: str) -> None:
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     for above in {os.sep.join(parts[: i + (parts[i] == "**")]) for i in range(first, len(parts))}:
         # With a separator at its end a glob matches folders alone.
-        for folder in glob.iglob(os.path.join(above, ""), recursive=True):
+        for folder in _matches(os.path.join(above, "")):
             if not os.access(folder, os.R_OK | os.X_OK):
                 raise DataError(
                     f"data.paths: cannot list {folder}", hint=f"make it readable, or leave it out of {pattern}"
                 )
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What glob.glob(pattern, recursive=True) gives, though `**` comes to a folder once, however many links lead to it:
+    glob follows them until the system refuses, and two that lead back to where they are make 2^40 paths."""
+    folders, parts = [""], pattern.split(os.sep)
+    while "**" in parts:
+        first = parts.index("**")
+        folders = _below([base for folder in folders for base in _named(folder, parts[:first])])
+        # At the end of a pattern it matches files, too.
+        parts = parts[first + 1 :] or ["*"]
+    for folder in folders:
+        yield from glob.iglob(_join(glob.escape(folder), parts))
+
+
+def _named(folder: str, parts: list[str]) -> list[str]:
+    """What parts of a pattern without `**` match in a folder."""
+    if glob.has_magic(pattern := _join(glob.escape(folder), parts)):
+        return sorted(glob.iglob(pattern))
+    return [_join(folder, parts)]
+
+
+def _join(folder: str, parts: list[str]) -> str:
+    path = os.sep.join(parts)
+    # "" before the first separator stands for the root.
+    return os.path.join(folder, (path or os.sep) if parts[:1] == [""] and not folder else path) if parts else folder
+
+
+def _below(bases: list[str]) -> list[str]:
+    """Folders and all below them but the hidden ones, each once; those that links alone lead to come last."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    folders = deque(base for base in bases if not os.path.islink(base))
+    links = deque(base for base in bases if os.path.islink(base))
+    while folders or links:
+        folder = (folders or links).popleft()
+        try:
+            state = os.stat(folder or os.curdir)
+        except OSError:
+            continue
+        if (state.st_dev, state.st_ino) in seen or not stat.S_ISDIR(state.st_mode):
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        found.append(folder)
+        # Of a folder that cannot be listed `_check_readable` speaks.
+        with suppress(OSError), os.scandir(folder or os.curdir) as listing:
+            for entry in sorted(listing, key=lambda entry: entry.name):
+                if not entry.name.startswith(".") and entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
+    return found
 
 
 def _folder_hint(pattern: str) -> str:
@@ -158,7 +232,8 @@ def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
     if place.row or not keep(file.identity):
         return
     with _open(file) as opened:
-        rest, byte, lines = b"", 0, 0
+        opened.seek(file.skip)
+        rest, byte, lines = b"", file.skip, 0
         while byte < file.size and keep(file.identity):
             read = opened.read(_PART - len(rest))
             if not read:
@@ -171,8 +246,10 @@ def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
                 text = part.decode()
             except UnicodeDecodeError as error:
                 line = lines + part.count(b"\n", 0, error.start) + 1
-                raise DataError(f"{file.path}:{line}: not UTF-8 text (byte {byte + error.start} of the file)") from None
-            yield Record(file.identity, text, Place(), Place(1, file.size), byte == 0, last)
+                beginning = part if byte == file.skip else b""
+                problem, hint = why_not_utf8(beginning, f"byte {byte + error.start} of the file")
+                raise DataError(f"{file.path}:{line}: {problem}", hint=hint) from None
+            yield Record(file.identity, text, Place(), Place(1, file.size), byte == file.skip, last)
             byte, lines = byte + len(part), lines + part.count(b"\n")
 
 
@@ -189,7 +266,7 @@ def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[
             start = Place(row, byte)
             row, byte = row + 1, byte + len(line)
             if not start.byte:
-                line = line.removeprefix(codecs.BOM_UTF8)
+                line = line.removeprefix(BOM)
             identity = f"{file.identity}:{start.row}"
             if keep(identity) and (text := _text_of_line(line, text_key, lambda n=row: f"{file.path}:{n}")):
                 yield Record(identity, text, start, Place(row, byte))
@@ -200,7 +277,8 @@ def _text_of_line(line: bytes, text_key: str, where: Callable[[], str]) -> str:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise DataError(f"{where()}: not UTF-8 text (byte {error.start} of the line)") from None
+        problem, hint = why_not_utf8(line, f"byte {error.start} of the line")
+        raise DataError(f"{where()}: {problem}", hint=hint) from None
     except RecursionError:
         raise DataError(f"{where()}: not valid JSON: nested too deeply") from None
     except ValueError as error:

@@ -27,7 +27,7 @@ class HubSource:
     """
 
     def __init__(self, path: str, config: str, split: str, revision: str, text_key: str):
-        self.path = os.path.expanduser(path)
+        self.path = _placed(path)
         self.name = os.path.basename(os.path.realpath(self.path)) if os.path.exists(self.path) else path
         self.config, self.split, self.text_key = config, split, text_key
         self.revision, content = _pin(self.path, config, revision)
@@ -78,10 +78,37 @@ def pinned(recipe: "Recipe") -> "Recipe":
         DataError: there is no such data set or revision, or the hub cannot be asked.
     """
     data = recipe.data
-    if data.source != "hf" or os.path.exists(path := os.path.expanduser(data.paths[0])):
+    if data.source != "hf" or os.path.exists(path := _placed(data.paths[0])):
         return recipe
     revision, _ = _pin(path, data.hf_config, data.hf_revision)
     return recipe.model_copy(update={"data": data.model_copy(update={"hf_revision": revision})})
+
+
+def _placed(path: str) -> str:
+    """A name of the hub as it is; what is there on this machine, in full.
+
+    The library takes the names of its own formats ("text", "json") for these, also where a directory of that name lies,
+    and then reads what it finds in the working directory.
+
+    Raises:
+        DataError: the name of a format, and no directory.
+    """
+    path = os.path.expanduser(path)
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    if path in _formats():
+        raise DataError(
+            f'data.paths: "{path}" is a format of the datasets library and no data set',
+            hint='name a directory, or a data set of the hub as "owner/name"; single files are for data.source "files"',
+        )
+    return path
+
+
+def _formats() -> frozenset[str]:
+    _datasets()
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return frozenset(_PACKAGED_DATASETS_MODULES)
 
 
 def _datasets() -> Any:

@@ -74,7 +74,7 @@ class TokenLoader:
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Yields ({"input": int64 [B, N], "positions": int32 [B, N]}, labels int64 [B, N]), for ever.
 
-        B is local_batch_size, N is seq_len. `positions` is the index of each token within its document, BOS being 0; a
+        B is local_batch_size, N is seq_len. `positions` is the index of each token within its document, from 0; a
         document that began in an earlier sample goes on counting, so documents begin where it is 0.
 
         Training goes on from the data position; validation begins anew with each iterator.

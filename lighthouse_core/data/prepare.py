@@ -26,7 +26,9 @@ from lighthouse_core.data.documents import Place, Source, Split, held_out, with_
 from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index, writing
 from lighthouse_core.data.stream import no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import DataError, LighthouseError
+from lighthouse_core.errors import DataError, LighthouseError, refusal
+from lighthouse_core.files import refuse_links
+from lighthouse_core.reading import is_count, plain_name, read_json
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
@@ -99,6 +101,7 @@ def prepare(
         "units": len(source.identities),
     }
     with _hold(out):
+        refuse_links(out, "progress")
         if (out / INDEX).is_file():
             _check_same(out, recipe, source, tokenizer, say)
         else:
@@ -121,7 +124,7 @@ def prepare(
             write_index(out, index)
         with writing(out):
             _remove_progress(out)
-    splits = json.loads((out / INDEX).read_text(encoding="utf-8"))["splits"]
+    splits = read_json(out / INDEX)["splits"]
     return Prepared(
         {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
         {split: sum(one[1] for one in splits[split]["shards"]) for split in _SPLITS},
@@ -130,11 +133,12 @@ def prepare(
 
 @contextmanager
 def _hold(out: Path) -> Iterator[None]:
+    made = [path for path in (out / "progress", out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         directory = os.open(out, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}", hint="choose another OUT") from None
+        raise refusal(error, f"cannot write {out}", "choose another OUT", DataError) from None
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,6 +147,10 @@ def _hold(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(directory)
+        # What was made and has stayed empty, as on a full disk.
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any, say: Callable[[str], None] | None) -> None:
@@ -198,7 +206,7 @@ def _remove_progress(out: Path) -> None:
 def _read_plan(state: Path) -> dict[str, Any] | None:
     """The plan in a folder, None if there is none of this program."""
     try:
-        plan = json.loads((state / _PLAN).read_text(encoding="utf-8"))
+        plan = read_json(state / _PLAN)
     except (OSError, ValueError):
         return None
     return plan if isinstance(plan, dict) and plan.get("format") == _FORMAT else None
@@ -207,12 +215,12 @@ def _read_plan(state: Path) -> dict[str, Any] | None:
 def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]:
     """The pieces of every task; those of an earlier, interrupted call if there are any."""
     if plan := _read_plan(path.parent):
-        if plan["work"] != work:
+        if plan.get("work") != work:
             raise DataError(
                 f"{path.parents[1]} was begun with other data or settings",
                 hint="restore the files, tokenizer and data.validation that it was begun with, or choose another OUT",
             )
-        return [[Piece(*piece) for piece in task] for task in plan["tasks"]]
+        return _tasks(path, plan.get("tasks"), len(source.sizes))
     target = min(max(sum(source.sizes) // _PIECES, _SMALLEST), _LARGEST)
     tasks: list[list[Piece]] = [[]]
     filled = 0
@@ -228,6 +236,25 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
             tasks[-1].append(Piece(unit, *place, end, size))
     write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
     return tasks
+
+
+def _tasks(path: Path, tasks: Any, units: int) -> list[list[Piece]]:
+    """The tasks of a plan.
+
+    Raises:
+        DataError: they are not what this program writes.
+    """
+    with suppress(TypeError, ValueError):
+        found = [[Piece(*piece) for piece in task] for task in tasks]
+        pieces = [piece for task in found for piece in task]
+        if all(map(_is_piece, pieces)) and {piece.unit for piece in pieces} == set(range(units)):
+            return found
+    raise DataError(f"{path} is damaged", hint=f"remove {path.parents[1]} and prepare it again, or choose another OUT")
+
+
+def _is_piece(piece: Piece) -> bool:
+    numbers = (piece.unit, piece.row, piece.byte, piece.size, piece.row if piece.end is None else piece.end)
+    return all(map(is_count, numbers))
 
 
 def _run(
@@ -299,10 +326,30 @@ def _record_path(out: Path, number: int) -> Path:
 
 
 def _read_record(out: Path, number: int) -> dict[str, Any] | None:
+    path = _record_path(out, number)
     try:
-        return json.loads(_record_path(out, number).read_text(encoding="utf-8"))
+        record = read_json(path)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise refusal(error, f"cannot read {path}", kind=DataError) from None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not all(_is_record(record.get(split)) for split in _SPLITS):
+        raise DataError(f"{path} is damaged", hint=f"remove {path}: the same command makes it and its shards again")
+    return record
+
+
+def _is_record(split: Any) -> bool:
+    """Whether a split of a record has the shape that this program gives it."""
+    with suppress(TypeError, ValueError, KeyError):
+        units = [(unit, documents, tokens) for unit, documents, tokens in split["units"]]
+        sound = all(map(is_count, sum(units, ())))
+        if split["shard"] is None:
+            return sound and not units
+        name, tokens, documents, checksum = split["shard"]
+        return sound and plain_name(name) and is_count(tokens) and is_count(documents) and isinstance(checksum, str)
+    return False
 
 
 def _merge(source: Source, state: Path, count: int) -> dict[Split, dict[str, Any]]:
@@ -316,6 +363,8 @@ def _merge(source: Source, state: Path, count: int) -> dict[Split, dict[str, Any
             if record[split]["shard"] is None:
                 continue
             for unit, documents, tokens in record[split]["units"]:
+                if unit >= len(source.identities):
+                    raise DataError(f"{_record_path(state.parent, number)} is damaged: it has a unit {unit}")
                 identity = source.identities[unit]
                 if not units or units[-1][0] != identity:
                     units.append([identity, []])

@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lighthouse_core.data.documents import Split, Tokenizer
-from lighthouse_core.data.verified import Sealed, verify_files
-from lighthouse_core.errors import DataError
+from lighthouse_core.data.verified import Ids, Sealed, verify_files
+from lighthouse_core.errors import DataError, refusal
+from lighthouse_core.reading import home_expanded, is_count, plain_name, read_json
 
 INDEX = "tokens.json"
 _MAGIC = b"LHTOKENS"
@@ -141,7 +142,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "make room, or let it be written; the same command then goes on where this one stopped"
-        raise DataError(f"cannot write {folder}: {error.strerror}", hint=hint) from None
+        raise refusal(error, f"cannot write {folder}", hint, DataError) from None
 
 
 class PreparedTokens:
@@ -157,7 +158,7 @@ class PreparedTokens:
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):
-        self.path = Path(path).expanduser()
+        self.path = home_expanded(path)
         index = _read_index(self.path)
         if index["tokenizer"] != tokenizer.fingerprint:
             raise DataError(
@@ -169,13 +170,14 @@ class PreparedTokens:
         self.validation: float = index["validation"]
         self._splits = index["splits"]
         self._itemsize = token_bytes(tokenizer.vocab_size)
+        self._vocab_size = tokenizer.vocab_size
         for shard in self._all_shards():
             self._verify_header(shard, tokenizer)
 
     def units(self, split: Split) -> "list[ShardUnit]":
         """The units of a split that have documents in it, in the order of the source's listing."""
         shards = [Shard(*one) for one in self._splits[split]["shards"]]
-        maps = _Maps(self.path, shards, self._itemsize)
+        maps = _Maps(self.path, shards, self._itemsize, self._vocab_size)
         ends = [0] * len(shards)
         units = []
         for identity, parts in self._splits[split]["units"]:
@@ -192,12 +194,21 @@ class PreparedTokens:
         return [shard.checksum for shard in self._all_shards()]
 
     def verify(self, say: Callable[[str], None] | None = None, *, remember: bool = False) -> None:
-        """Compare every shard with its checksum; `say` and `remember` as in `verify_files`.
+        """Compare every shard with its checksum, and its ids with the vocabulary; `say` and `remember` as in
+        `verify_files`.
 
         Raises:
-            DataError: a shard differs.
+            DataError: a shard differs, or has an id that its tokenizer does not have.
         """
-        files = [Sealed(self.path / shard.file, _HEADER_BYTES, shard.checksum) for shard in self._all_shards()]
+        files = [
+            Sealed(
+                self.path / shard.file,
+                _HEADER_BYTES,
+                shard.checksum,
+                Ids(shard.tokens, self._itemsize, self._vocab_size),
+            )
+            for shard in self._all_shards()
+        ]
         verify_files(files, _again(self.path), say, remember=remember)
 
     def _all_shards(self) -> Iterator[Shard]:
@@ -212,7 +223,7 @@ class PreparedTokens:
                 header = f.read(_HEADER_BYTES)
                 size = os.fstat(f.fileno()).st_size
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}", hint=again) from None
+            raise refusal(error, f"cannot read {path}", again, DataError) from None
         if header[:8] != _MAGIC:
             raise DataError(f"{path} is not a token shard", hint=again)
         if len(header) < _HEADER_BYTES or header[-_SEAL:] != _seal(header[:-_SEAL]):
@@ -234,8 +245,8 @@ class _Maps:
 
     _OPEN = 32
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], itemsize: int):
-        self._folder, self._shards, self._itemsize = folder, shards, itemsize
+    def __init__(self, folder: Path, shards: Sequence[Shard], itemsize: int, vocab_size: int):
+        self._folder, self._shards, self._itemsize, self.vocab_size = folder, shards, itemsize, vocab_size
         self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,9 +266,22 @@ class _Maps:
                 np.asarray(whole[_HEADER_BYTES:end]).view(f"<u{self._itemsize}"),
                 np.asarray(whole[starts : starts + 8 * shard.documents]).view("<u8"),
             )
+            self._check_starts(shard, found[1])
             kept = list(self._open.items())[-self._OPEN + 1 :]
             self._open = {**dict(kept), number: found}
         return found
+
+    def _check_starts(self, shard: Shard, starts: np.ndarray) -> None:
+        """Raise DataError unless documents begin one after another within the tokens."""
+        if len(starts) and (starts[0] or starts[-1] > shard.tokens or bool((starts[1:] < starts[:-1]).any())):
+            raise self.fault(shard, "documents that do not follow one another")
+
+    def beyond(self, number: int, found: int) -> DataError:
+        """Of an id of a shard that the vocabulary does not have."""
+        return self.fault(self._shards[number], f"the id {found}, and its tokenizer has {self.vocab_size}")
+
+    def fault(self, shard: Shard, what: str) -> DataError:
+        return DataError(f"{self._folder / shard.file} has {what}", hint=_again(self._folder))
 
 
 @dataclass(frozen=True)
@@ -282,7 +306,11 @@ class ShardUnit:
             begin = segment.start + offset - int(ends[number]) + segment.tokens
             end = min(begin + count, segment.start + segment.tokens)
             tokens, starts = self.maps[segment.shard]
-            return tokens[begin:end], _positions(starts, begin, end)
+            ids = tokens[begin:end]
+            # A row of the embedding that is not there ends a GPU's process without a word of which.
+            if len(ids) and ids.max() >= self.maps.vocab_size:
+                raise self.maps.beyond(segment.shard, int(ids.max()))
+            return ids, _positions(starts, begin, end)
 
         return read
 
@@ -327,7 +355,7 @@ def _index_seal(index: dict[str, Any]) -> str:
 def _read_index(path: Path) -> dict[str, Any]:
     file = path / INDEX
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = read_json(file)
         seal: Literal[False] | str = index.pop("seal", False)
         if seal != _index_seal(index) or index["format"] != "lighthouse tokens":
             raise ValueError("its checksum differs")
@@ -337,9 +365,47 @@ def _read_index(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} is not finished (no {INDEX})", hint=f"go on with: {command}") from None
         raise DataError(f"{path} holds no prepared tokens (no {INDEX})", hint=f"prepare them: {command}") from None
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
+        raise refusal(error, f"cannot read {file}", kind=DataError) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{file} is damaged: {error}", hint=_again(path)) from None
-    if index["version"] != _VERSION:
-        raise DataError(f"{file} has format version {index['version']}, not {_VERSION}", hint=_again(path))
+    if index.get("version") != _VERSION:
+        raise DataError(f"{file} has format version {index.get('version')}, not {_VERSION}", hint=_again(path))
+    if (problem := _odd(index)) is not None:
+        raise DataError(f"{file} is damaged: {problem}", hint=_again(path))
     return index
+
+
+def _odd(index: dict[str, Any]) -> str | None:
+    """What is wrong with an index whose seal is right, for anyone can write one; None if nothing is."""
+    if not all(is_count(index.get(key)) or type(index.get(key)) is int for key in ("fingerprint", "tokenizer")):
+        return "its fingerprints are no integers"
+    share = index.get("validation")
+    if not is_count(index.get("vocab_size")) or type(share) not in (int, float) or not 0 <= share < 1:
+        return "its vocab_size or its validation is no number of this kind"
+    splits = index.get("splits")
+    if not isinstance(splits, dict) or sorted(splits) != ["train", "validation"]:
+        return "its splits are not train and validation"
+    return next(filter(None, map(_odd_split, splits.values())), None)
+
+
+def _odd_split(split: Any) -> str | None:
+    try:
+        shards = [Shard(*one) for one in split["shards"]]
+        if not all(plain_name(shard.file) for shard in shards):
+            return "a shard is not in its folder"
+        if not all(is_count(shard.tokens) and is_count(shard.documents) for shard in shards):
+            return "a shard's counts are no numbers"
+        if not all(isinstance(shard.checksum, str) for shard in shards):
+            return "a shard's checksum is none"
+        tokens, documents = [0] * len(shards), [0] * len(shards)
+        for identity, parts in split["units"]:
+            for number, some, length in parts:
+                if not (isinstance(identity, str) and is_count(number) and is_count(some) and is_count(length)):
+                    return "a unit's parts are no numbers"
+                documents[number] += some
+                tokens[number] += length
+        if tokens != [shard.tokens for shard in shards] or documents != [shard.documents for shard in shards]:
+            return "its units are not what is in its shards"
+    except (TypeError, ValueError, KeyError, IndexError):
+        return "it has another shape"
+    return None

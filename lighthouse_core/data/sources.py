@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, mark, stable_hash
 from lighthouse_core.errors import DataError
 
 
 class File(NamedTuple):
+    """A file of a document: its name, the bytes of its text, and those of the byte-order mark before it."""
+
     name: str
     size: int
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,19 @@ class Document:
         try:
             with open(path, "rb", buffering=0) as f:
                 size = os.fstat(f.fileno()).st_size
-                content = os.pread(f.fileno(), end - first, first)
+                content = os.pread(f.fileno(), end - first, file.skip + first)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
-        if size != file.size or len(content) != end - first:
-            change = f"from {file.size} to {size} bytes"
+        listed = file.skip + file.size
+        if size != listed or len(content) != end - first:
+            change = f"from {listed} to {size} bytes"
             raise DataError(f"{path} changed {change} since it was listed", hint=CHANGED_HINT)
         return content
 
 
 def list_documents(paths: Sequence[str]) -> list[Document]:
-    """All documents of `[data] paths`, sorted by identity. Reads folder listings only.
+    """All documents of `[data] paths`, sorted by identity. Reads folder listings, and whether files begin with a
+    byte-order mark, which is no part of the text.
 
     A path is "stdlib" (the running interpreter's), "site-packages", or a directory. Hidden folders and
     linked folders are not entered; files that are empty or cannot be read are left out.
@@ -99,7 +104,11 @@ def list_documents(paths: Sequence[str]) -> list[Document]:
 
 def fingerprint(documents: Sequence[Document]) -> int:
     """63 bits that change when a document or file is added, removed, renamed or resized."""
-    return stable_hash(*((document.identity, *map(tuple, document.files)) for document in documents))
+    return stable_hash(*((document.identity, *map(_listed, document.files)) for document in documents))
+
+
+def _listed(file: File) -> tuple[object, ...]:
+    return tuple(file) if file.skip else (file.name, file.size)
 
 
 class PythonSource:
@@ -150,8 +159,9 @@ def _walk(root: str, is_stdlib: bool) -> Iterator[tuple[str, tuple[File, ...]]]:
         for name in sorted(names):
             path = os.path.join(folder, name)
             if name.endswith(".py") and os.path.isfile(path) and os.access(path, os.R_OK):
-                size = os.path.getsize(path)
+                skip = mark(path)
+                size = os.path.getsize(path) - skip
                 if size:
-                    files.append(File(name, size))
+                    files.append(File(name, size, skip))
         if files:
             yield folder, tuple(files)

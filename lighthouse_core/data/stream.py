@@ -1,4 +1,5 @@
 """The stream: documents in a seeded order, epoch after epoch, as one endless sequence BOS document EOS BOS ...
+Without the BOS where the tokenizer has none.
 
 Two streams give it. Where token counts are known without reading, `TokenStream` has random access. Elsewhere
 `WalkingStream` tokenizes one document after another, on every process. Both hand out cursors.
@@ -27,7 +28,7 @@ class Cursor(Protocol):
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The next tokens and the one after them, int64 [count + 1], and the index of each but that one within its
-        document (BOS is 0), int32 [count]."""
+        document (its first token, BOS if there is one, is 0), int32 [count]."""
 
     def skip(self, count: int) -> None:
         """Pass over tokens."""
@@ -237,8 +238,11 @@ class _Walker:
         self._passed, self._last = 0, True
         self._before = self._after = position
         self._bos = stream.tokenizer.bos_id
+        # Whether the part that is held is of the document at `position`.
+        self._held = False
         if position.offset:
             self._next_part()
+            self._held = True
             if self._before != position._replace(offset=0):
                 raise _changed()
             self._hold()
@@ -255,8 +259,8 @@ class _Walker:
         return tokens, places
 
     def _peek(self) -> int:
-        if not self.position.offset:
-            return self._bos
+        if not self.position.offset and self._bos is not None:
+            return self._bos  # of a document that need not be read for it
         self._hold()
         return int(self._tokens[self.position.offset - self._passed])
 
@@ -272,12 +276,14 @@ class _Walker:
             count -= len(part)
             done = self._last and offset + len(part) == self._passed + len(self._tokens)
             self.position = self._after if done else self._before._replace(offset=offset + len(part))
+            self._held = not done
             yield offset, part
 
     def _hold(self) -> None:
         """Have the part that the next token is in."""
-        if not self.position.offset:
+        if not self._held:
             self._next_part()
+            self._held = True
         while self.position.offset >= self._passed + len(self._tokens):
             if self._last:
                 raise _changed()

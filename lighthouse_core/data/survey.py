@@ -72,7 +72,8 @@ def _survey(
     texts: list[str] = []
 
     def decode(tokens: np.ndarray) -> None:
-        texts.append(tokenizer.decode(tokens[1 : sample_tokens + 1]))
+        begin = int(tokenizer.bos_id is not None)
+        texts.append(tokenizer.decode(tokens[begin : begin + sample_tokens]))
 
     if isinstance(stream, TokenStream):
         lengths = np.concatenate([unit.document_lengths() for unit in stream.units])

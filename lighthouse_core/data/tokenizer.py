@@ -1,4 +1,19 @@
-"""Text to token ids and back: the `bytes` tokenizer, and tokenizers from files."""
+"""Text to token ids and back: the `bytes` tokenizer, and tokenizers from files.
+
+What becomes of text that is out of the ordinary:
+
+| in the text | bytes | .model with byte fallback | .model without | tokenizer.json |
+|---|---|---|---|---|
+| U+2581 | kept | a space | a space | by its rules; made from a .model, a space |
+| NUL, U+FEFF (byte-order mark), U+FFFD | kept | kept | unknown, if no piece holds it | by its rules |
+| bytes that are not UTF-8 | kept | kept | an error | an error |
+| half a surrogate pair in a str | an error | an error | an error | an error |
+
+"Kept" means that `token_bytes` of the ids are the bytes of the text. `decode` gives a str, so that in it U+FFFD stands
+for what is not UTF-8. A byte-order mark is a character at any place, at the beginning too; what becomes of one at the
+beginning of a file is for the source to say. `decode` leaves out BOS, EOS and ids that are no row of the vocabulary,
+negative ones too. The unknown piece decodes to what the file says: " \u2047 " in sentencepiece.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +23,7 @@ import numpy as np
 from lighthouse_core.data.documents import Tokenizer, stable_hash
 from lighthouse_core.data.tokenizers.text import to_text
 from lighthouse_core.errors import DataError
+from lighthouse_core.reading import home_expanded
 
 
 class BytesTokenizer:
@@ -24,13 +40,20 @@ class BytesTokenizer:
         return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
 
     def decode_bytes(self, ids: np.ndarray | Sequence[int]) -> bytes:
-        """The bytes that `ids` stand for. BOS, EOS and unused rows above them stand for nothing."""
+        """The bytes that `ids` stand for. BOS, EOS and ids that are no row of the vocabulary stand for nothing."""
         ids = np.asarray(ids, dtype=np.int64)
-        return ids[ids < 256].astype(np.uint8).tobytes()
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD (decode_bytes keeps them)."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for; see the protocol."""
+        return [self.decode_bytes([i]) for i in range(self.vocab_size)]
+
+
+_HINT = '[data] tokenizer can be "bytes", or the path of a sentencepiece .model or a tokenizer.json'
 
 
 def build_tokenizer(name: str) -> Tokenizer:
@@ -41,7 +64,10 @@ def build_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return BytesTokenizer()
-    path = Path(name).expanduser()
+    path = home_expanded(name)
+    if path.exists() and not path.is_file():
+        # A pipe would be waited for, and a device read until memory is full.
+        raise DataError(f"the tokenizer {path} is not a file", hint=_HINT)
     if path.suffix == ".model":
         from lighthouse_core.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -52,13 +78,13 @@ def build_tokenizer(name: str) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     raise DataError(
         f'unknown tokenizer "{name}"',
-        hint='[data] tokenizer can be "bytes", or the path of a sentencepiece .model or a tokenizer.json',
+        hint=_HINT,
     )
 
 
 def tokenizer_files(name: str) -> dict[str, Path]:
     """The files that `build_tokenizer(name)` reads, by the names that they have in a run."""
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.suffix == ".model":
         return {"tokenizer.model": path}
     if path.suffix == ".json":

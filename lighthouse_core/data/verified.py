@@ -10,7 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lighthouse_core.errors import DataError
+import numpy as np
+
+from lighthouse_core.errors import DataError, refusal
+from lighthouse_core.reading import read_json
 
 _BLOCK = 1 << 22
 # More threads than this wait for the disk.
@@ -18,12 +21,24 @@ _THREADS = 16
 _REPORT_SECONDS = 3.0
 
 
+class Ids(NamedTuple):
+    """Token ids: `count` of them, of `size` bytes each, all below `limit`."""
+
+    count: int
+    size: int
+    limit: int
+
+
 class Sealed(NamedTuple):
-    """A file, and the blake2b of all that follows its first `skip` bytes, hexadecimal."""
+    """A file, the blake2b of all that follows its first `skip` bytes, hexadecimal, and the ids that begin there.
+
+    Whoever changes a file can write its checksum anew, so what else must hold of the ids is looked at, too.
+    """
 
     path: Path
     skip: int
     checksum: str
+    ids: Ids | None = None
 
 
 def verify_files(
@@ -41,8 +56,12 @@ def verify_files(
         DataError: a file differs, or cannot be read.
     """
     known = _load() if remember else {}
-    files = [file for file in files if not known or known.get(_key(file)) != _state(file, os.stat(file.path))]
-    total = sum(os.stat(file.path).st_size for file in files)
+    try:
+        stats = {file.path: os.stat(file.path) for file in files}
+    except OSError as error:
+        raise refusal(error, f"cannot read {error.filename}", hint, DataError) from None
+    files = [file for file in files if not known or known.get(_key(file)) != _state(file, stats[file.path])]
+    total = sum(stats[file.path].st_size for file in files)
     done = [0] * len(files)
     found: dict[str, list] = {}
 
@@ -56,9 +75,13 @@ def verify_files(
                 # Hashing and reading let other threads run.
                 while block := f.read(_BLOCK):
                     checksum.update(block)
+                    if file.ids is not None and (found_id := _beyond(file.ids, done[number], block)) is not None:
+                        raise DataError(
+                            f"{file.path} has the id {found_id}, and its tokenizer has {file.ids.limit}", hint=hint
+                        )
                     done[number] += len(block)
         except OSError as error:
-            raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from None
+            raise refusal(error, f"cannot read {file.path}", hint, DataError) from None
         if checksum.hexdigest() != file.checksum:
             raise DataError(f"{file.path} is damaged: its checksum differs", hint=hint)
         found[_key(file)] = state
@@ -78,6 +101,15 @@ def verify_files(
             _save(found)
 
 
+def _beyond(ids: Ids, offset: int, block: bytes) -> int | None:
+    """An id that is not below the limit, of a block that begins so many bytes after the first id; None for none."""
+    begin, end = -offset % ids.size, min(len(block), ids.count * ids.size - offset)
+    if end - begin < ids.size or ids.limit >= 1 << 8 * ids.size:
+        return None
+    part = np.frombuffer(block, dtype=f"<u{ids.size}", count=(end - begin) // ids.size, offset=begin)
+    return int(part.max()) if part.max() >= ids.limit else None
+
+
 def _key(file: Sealed) -> str:
     return os.path.realpath(file.path)
 
@@ -88,12 +120,13 @@ def _state(file: Sealed, stat: os.stat_result) -> list:
 
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base, "lighthouse", "verified.json")
+    # Where nobody has a home directory, "~" would be one in the working directory: there is no cache then.
+    return Path(os.devnull if base.startswith("~") else base, "lighthouse", "verified.json")
 
 
 def _load() -> dict[str, list]:
     try:
-        known = json.loads(_cache().read_text(encoding="utf-8"))
+        known = read_json(_cache())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
@@ -105,5 +138,8 @@ def _save(found: dict[str, list]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_load() | found), encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(json.dumps(_load() | found), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

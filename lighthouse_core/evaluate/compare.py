@@ -16,6 +16,7 @@ from lighthouse_core.train.progress import read_rows
 
 # Rows that a smoothed loss is the mean of.
 _SMOOTH = 5
+FIGURES = ("compare.png", "compare.svg")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "model FLOPs"}
 
 
@@ -88,7 +89,9 @@ def read(run: Run) -> Curve:
         # A row may repeat a step that a crash cost.
         return (last - first + 1) * per_step * flops_per_token(run.recipe, stage, (first, max(first, last)))
 
-    return curve(run.name, read_rows(run.path / "metrics.jsonl"), run.ledger["stages"], flops)
+    rows = read_rows(run.path / "metrics.jsonl", ("stage", "leaky"))
+    rows = [row for row in rows if "loss" not in row or ("seconds" in row and "tokens" in row)]
+    return curve(run.name, rows, run.ledger["stages"], flops)
 
 
 def curve(
@@ -199,7 +202,7 @@ def plot(curves: Sequence[Curve], folder: Path, against: Mapping[str, str] = AXE
             for part, (leaky, points) in enumerate(parts):
                 shown = list(points)
                 style = ":" if leaky else "--" if again else "-"
-                name = f"{curve.name}{' (leaky)' if leaky else ''}" if part == 0 or leaky else None
+                name = figures.label(curve.name) + " (leaky)" * leaky if part == 0 or leaky else None
                 smooth = _smooth(shown) if len(shown) >= 2 * _SMOOTH else [(p, p.loss) for p in shown]
                 shown, losses = [p for p, _ in smooth], [loss for _, loss in smooth]
                 axes.plot([getattr(p, key) for p in shown], losses, style, color=color, label=name)
@@ -213,6 +216,14 @@ def plot(curves: Sequence[Curve], folder: Path, against: Mapping[str, str] = AXE
     names = grid.flat[0].get_legend_handles_labels()
     figure.legend(*names, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figures.save(figure, folder / "compare")
+
+
+def is_comparison(content: Mapping[str, Any]) -> bool:
+    """Whether that is what `as_json` writes."""
+    runs = content.get("runs")
+    return (
+        "version" in content and isinstance(runs, list) and all(isinstance(run, dict) and "jump" in run for run in runs)
+    )
 
 
 def as_json(summaries: Sequence[Summary]) -> str:

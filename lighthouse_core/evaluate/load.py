@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.module import set_selection_keys
 from lighthouse_core.config import Recipe
+from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import UserError
+from lighthouse_core.errors import DataError, UserError
+from lighthouse_core.evaluate.directory import explained, load_model, read_config, words
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.export.llama import entries
 from lighthouse_core.export.source import Source, find_source, load_weights
@@ -84,34 +85,62 @@ def _in_stage_1(source: Source) -> bool:
     return stages[0]["stage"] == "lighthouse" and (len(stages) == 1 or source.step <= stages[1]["start"])
 
 
-def load_directory(path: Path, *, device: torch.device | None = None) -> Subject:
-    """A Hugging Face directory with a causal language model.
+def load_directory(
+    path: Path, *, device: torch.device | None = None, say: Callable[[str], None] = lambda text: None
+) -> Subject:
+    """A Hugging Face directory with a causal language model. Nothing in it is run.
+
+    Args:
+        path: of the directory.
+        device: where it runs; a GPU if there is one.
+        say: told which tokenizer is used.
 
     Raises:
-        UserError: transformers is missing, or cannot load it; or there is no tokenizer that Lighthouse reads.
+        UserError: transformers is missing, or cannot load it; it needs code of its own; its weights are pickled, or not
+            those of its model; or there is no tokenizer that Lighthouse reads.
     """
     device = device or _device()
-    try:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"transformers cannot load {path}: {reason}") from None
-    files = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-    if not files:
-        raise UserError(f"{path} has neither a tokenizer.model nor a tokenizer.json")
+    config = read_config(path)
+    file, tokenizer = _tokenizer(path, say)
+    model = load_model(path, config)
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{file} has {tokenizer.vocab_size} tokens, and the model {rows}")
     model.to(device).eval()
-    hidden, head = _in_two(model, device)
+    with explained(path):
+        # Some settings are met by the first text alone.
+        hidden, head = _in_two(model, device)
+    length = getattr(model.config, "max_position_embeddings", None)
     return Subject(
         name=path.resolve().name,
         hidden=hidden,
         head=head,
-        tokenizer=build_tokenizer(str(files[0])),
-        tokens=getattr(model.config, "max_position_embeddings", None) or sys.maxsize,
+        tokenizer=tokenizer,
+        tokens=length if isinstance(length, int) and length > 0 else sys.maxsize,
         device=device,
-        tokenizer_name=str(files[0]),
+        tokenizer_name=str(file),
     )
+
+
+def _tokenizer(path: Path, say: Callable[[str], None]) -> tuple[Path, Tokenizer]:
+    """A directory's tokenizer.json, which transformers would take, else its tokenizer.model."""
+    files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if not files:
+        raise UserError(f"{path} has neither a tokenizer.json nor a tokenizer.model")
+    problems: list[DataError] = []
+    for file in files:
+        try:
+            tokenizer = build_tokenizer(str(file))
+        except DataError as error:
+            problems.append(error)
+            continue
+        except Exception as error:  # of a library, for a file that is not what it should be
+            problems.append(DataError(f"{file} cannot be used: {type(error).__name__}: {words(error)}"))
+            continue
+        passed = f", for {problems[0]}" if problems else ""
+        say(f"the tokenizer is {file.name}{passed}")
+        return file, tokenizer
+    raise UserError(str(problems[0]), hint=problems[0].hint)
 
 
 @torch.no_grad()
@@ -125,9 +154,10 @@ def _in_two(model, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Ca
     def logits(tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
+    some = torch.arange(16, device=device)[None]
+    expected = logits(some).float()
     try:
-        some = torch.arange(16, device=device)[None]
-        same = torch.allclose(head(hidden(some)).float(), logits(some).float(), rtol=1e-2, atol=1e-2)
+        same = torch.allclose(head(hidden(some)).float(), expected, rtol=1e-2, atol=1e-2)
     except (AttributeError, TypeError):
         same = False
     return (hidden, head) if same else (logits, lambda x: x)

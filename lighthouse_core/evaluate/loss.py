@@ -61,26 +61,33 @@ def mean_over(per_sequence: Tensor) -> Mean:
     return Mean(per_sequence.mean().item(), error, count)
 
 
-def bits_per_byte(subject: Subject, tokens: Tensor, losses: Tensor) -> Mean:
-    """The same losses per byte of the text that they predict, all bits over all bytes; tokens that stand for no text
-    count with their loss.
+def bits_per_byte(subject: Subject, tokens: Tensor, losses: Tensor) -> Mean | None:
+    """The same losses per byte of the text that they predict, all bits over all bytes.
+
+    The bytes are those that each token stands for by the vocabulary (`token_bytes` of a tokenizer). Where a sequence
+    cuts a character, its bytes on this side count. Bytes that are not UTF-8 count as they are. BOS, EOS, special and
+    unknown tokens and rows above the vocabulary stand for no text; they count with their loss alone.
 
     Args:
-        subject: whose tokenizer says how long the text is.
+        subject: whose tokenizer says how many bytes a token stands for.
         tokens: [B, N].
         losses: [B, N - 1], nats.
+
+    Returns:
+        Bits per byte; None where the rules of the tokenizer do not tell the bytes, or there are none.
     """
-    length = torch.tensor([len(_text(subject, row[1:])) for row in tokens], dtype=torch.float64)
+    meanings = subject.tokenizer.token_bytes()
+    if meanings is None:
+        return None
+    sizes = torch.tensor([*map(len, meanings), 0], dtype=torch.float64)
+    length = sizes[tokens[:, 1:].clamp(max=len(meanings))].sum(1)
+    if not length.sum():
+        return None
     bits = losses.double().sum(1) / log(2)
     ratio = (bits.sum() / length.sum()).item()
     # Of a ratio of sums, to first order.
     error = mean_over((bits - ratio * length) / length.mean()).standard_error
     return Mean(ratio, error, len(tokens))
-
-
-def _text(subject: Subject, ids: Tensor) -> bytes:
-    decode = getattr(subject.tokenizer, "decode_bytes", None)
-    return decode(ids.numpy()) if decode else subject.tokenizer.decode(ids.numpy()).encode()
 
 
 def by_position(losses: Tensor) -> list[PositionLoss]:

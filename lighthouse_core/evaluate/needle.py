@@ -88,14 +88,15 @@ def retrieve(
 def prompt(
     subject: Subject, question: np.ndarray, length: int, depth: float, digit: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """One prompt [length] int64: BOS, letters with the needle among them, the tokens of the question.
+    """One prompt [length] int64: BOS if there is one, letters with the needle among them, the tokens of the question.
 
     Raises:
         ValueError: it does not fit.
     """
     encode = subject.tokenizer.encode
     needle = encode(f"{_QUESTION}{digit}.\n")
-    room = length - 1 - len(needle) - len(question)
+    bos = [] if subject.tokenizer.bos_id is None else [subject.tokenizer.bos_id]
+    room = length - len(bos) - len(needle) - len(question)
     if room < 0:
         raise ValueError(f"a prompt needs at least {length - room} tokens, not {length}")
     # As many letters as tokens are enough, whatever the tokenizer makes of them.
@@ -104,7 +105,6 @@ def prompt(
         more = encode("".join(generator.choice(list(_ALPHABET), size=room)))
         hay = np.concatenate((hay, more))[:room]
     at = round(depth * room)
-    bos = [subject.tokenizer.bos_id]
     return np.concatenate((bos, hay[:at], needle, hay[at:], question)).astype(np.int64)
 
 

@@ -19,10 +19,12 @@ from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over,
 from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.evaluate.switch import attention_errors
-from lighthouse_core.measures import MEASURES
+from lighthouse_core.measures import MEASURES, check_numbers
 
 VERSION = 1
 _CUTS = 8
+# What `plot` draws.
+FIGURES = [f"{name}.{suffix}" for name in ("by_position", "needles") for suffix in ("png", "svg")]
 # Sequences that lie this far apart in the held-out text are of different documents more often than neighbours.
 _APART = 16
 
@@ -59,12 +61,12 @@ def evaluate(
     """
     if not data.validation:
         raise DataError("data.validation holds no text out")
-    if tokens < 4 or min(sequences, trials) < 1:
-        raise UserError(f"{sequences} sequences of {tokens} tokens and {trials} trials are too few")
+    try:
+        check_numbers(tokens, sequences, context, trials, measures)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if tokens > subject.tokens:
         raise UserError(f"{tokens} tokens are more than the {subject.tokens} that the model was trained on")
-    if "context" in measures and (context < 2 or context % 2 or context >= tokens - 1):
-        raise UserError(f"a context of {context} tokens must be even and below the length of {tokens}")
     if "switch" in measures and subject.model is None:
         raise UserError("only a checkpoint of stage 1 has a switch before it")
     text = held_out(data, subject, tokens, max(sequences, 2))
@@ -104,9 +106,10 @@ def _measure(
         say(f"loss of {sequences} sequences of {tokens} tokens")
         losses = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
     if "loss" in measures:
+        per_byte = bits_per_byte(subject, text[:sequences], losses)
         report["loss"] = {
             "nats_per_token": asdict(mean_over(losses.double().mean(1))),
-            "bits_per_byte": asdict(bits_per_byte(subject, text[:sequences], losses)),
+            "bits_per_byte": per_byte and asdict(per_byte),
             "per_sequence": losses.double().mean(1).tolist(),
         }
         report["by_position"] = [asdict(part) for part in by_position(losses)]
@@ -165,8 +168,16 @@ def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) 
         if not loader.state_dict()["epoch"]:
             return text
         if apart == 1:
-            raise UserError(f"the held-out text is shorter than {sequences} sequences of {tokens} tokens")
+            raise UserError(
+                f"the held-out text is shorter than {sequences} sequences of {tokens} tokens",
+                hint="use fewer --sequences, or a larger data.validation",
+            )
         apart //= 2
+
+
+def is_report(content: dict[str, Any]) -> bool:
+    """Whether that is what `evaluate` gives, rather than a profile or somebody's own results."""
+    return {"subject", "leaky"} <= content.keys() and "kind" not in content
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
@@ -185,7 +196,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
         places = [(part["first"] * part["last"]) ** 0.5 for part in parts]
         means, errors = zip(*((part["loss"]["mean"], part["loss"]["standard_error"]) for part in parts), strict=True)
         axes.errorbar(places, means, errors, marker="o", capsize=3)
-        axes.set(xscale="log", xlabel="tokens before", ylabel="nats per token", title=report["subject"])
+        axes.set(xscale="log", xlabel="tokens before", ylabel="nats per token", title=figures.label(report["subject"]))
         drawn += figures.save(figure, folder / "by_position")
     if cells := report.get("needles", {}).get("cells"):
         lengths = sorted({cell["tokens"] for cell in cells})
@@ -195,7 +206,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path] | None:
         image = axes.imshow([[share[n, d] for n in lengths] for d in depths], vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axes.set(xlabel="tokens", ylabel="depth of the needle", title=report["subject"])
+        axes.set(xlabel="tokens", ylabel="depth of the needle", title=figures.label(report["subject"]))
         figure.colorbar(image, label="found")
         drawn += figures.save(figure, folder / "needles")
     return drawn

@@ -58,7 +58,7 @@ def to_interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight[order]
 
 
-def hf_config(model: Any, *, seq_len: int, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
+def hf_config(model: Any, *, seq_len: int, bos_id: int | None, eos_id: int, pad_id: int, dtype: str) -> dict[str, Any]:
     """config.json. RoPE and dtype appear twice, since transformers 4 and 5 read them under different names."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -78,8 +78,9 @@ def hf_config(model: Any, *, seq_len: int, bos_id: int, eos_id: int, dtype: str)
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "bos_token_id": bos_id,
+        "bos_token_id": bos_id,  # null, too, is written: without the key transformers takes 1
         "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
         "torch_dtype": dtype,
         "dtype": dtype,
     }

@@ -3,25 +3,28 @@
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lighthouse_core.data.checks import checked_tokenizer
-from lighthouse_core.errors import CheckpointError, UserError
+from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import llama, verify
 from lighthouse_core.export.source import Source, find_source, load_weights
-from lighthouse_core.export.tokenizer import check_tokenizer, write_tokenizer
+from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_tokenizer
+from lighthouse_core.files import check_output
 from lighthouse_core.seal import sync
 
 logger = logging.getLogger(__name__)
@@ -77,26 +80,34 @@ def strip(
         raise UserError(f'unknown dtype "{dtype}"', hint='use "bfloat16" or "float32"')
     if verify_length is not None and verify_length < 1:
         raise UserError(f"verify length {verify_length} is not positive")
-    source, out = find_source(Path(checkpoint)), Path(out).resolve()
+    source, out = find_source(Path(checkpoint)), Path(os.path.realpath(out))
     recipe = source.run.recipe
+    if verify_length is not None and verify_length > (most := max(recipe.training.seq_len, _LONGEST)):
+        raise UserError(f"verify length {verify_length} is above {most}", hint="the model knows no longer sequences")
     tokenizer = checked_tokenizer(recipe)
+    ids = {
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": pad_token(tokenizer, recipe.model.vocab_size).id,
+    }
+    problem = verify.transformers_problem()
     warnings = _check_recovered(source, allow_unrecovered)
     table = llama.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
         _write_json(
             directory / "config.json",
-            llama.hf_config(
-                recipe.model,
-                seq_len=recipe.training.seq_len,
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
-                dtype=dtype,
-            ),
+            llama.hf_config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids),
         )
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        _write_json(directory / "generation_config.json", ids)
-        write_tokenizer(directory, tokenizer, max_length=recipe.training.seq_len)
+        named = {key.replace("_id", "_token_id"): value for key, value in ids.items()}
+        _write_json(directory / "generation_config.json", named)
+        write_tokenizer(
+            directory,
+            tokenizer,
+            max_length=recipe.training.seq_len,
+            rows=recipe.model.vocab_size,
+            transformers=not problem,
+        )
         logger.info("reading %s", source.path)
         weights = load_weights(source, table)
         files = _write_weights(directory, weights, table, _DTYPES[dtype], shard_bytes)
@@ -107,8 +118,7 @@ def strip(
         verify.check_weights(files, weights, table, _DTYPES[dtype])
         verified.append("weights equal the checkpoint's bit for bit, and are exactly LlamaForCausalLM's")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
-        problem = verify.transformers_problem()
-        size = check_tokenizer(directory, tokenizer, transformers=not problem)
+        size = check_tokenizer(directory, tokenizer, transformers=not problem, rows=recipe.model.vocab_size)
         verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
         if problem:
             why = f"transformers cannot be used ({problem}); lighthouse-pretrain[hf] brings it"
@@ -150,20 +160,36 @@ def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its name when the block succeeds and is removed when it fails."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    check_output(out)
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} already exists", hint="give a directory that does not exist or is empty")
+    if os.path.ismount(out):
+        # Nothing can take the name of one.
+        raise UserError(f"{out} is the place of a mounted disk", hint=f"give a directory in it, as {out / 'model'}")
     directory = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    made = [path for path in out.parents if not path.exists()]
     try:
         directory.mkdir(parents=True)
+        if out.exists():
+            # Who may look into it is the user's choice.
+            shutil.copymode(out, directory)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        raise refusal(error, f"{out} cannot be written") from None
     try:
         yield directory
         for path in (*directory.iterdir(), directory):
             sync(path)
         directory.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise refusal(error, f"{out} cannot be written") from None
+        if isinstance(error, SafetensorError):
+            # Its writer has no error of the system's, only a sentence.
+            raise SystemFault(f"{out} cannot be written: {error}") from None
         raise
     sync(out.parent)
 

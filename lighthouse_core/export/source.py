@@ -1,16 +1,13 @@
 """The checkpoint to export: which one, whether its recovery is done, and its model weights."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 
-from lighthouse_core.checkpoint import check_model
+from lighthouse_core.checkpoint import check_contents, check_model
+from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.export.llama import Entry
 from lighthouse_core.runs import Run, split_checkpoint
@@ -40,7 +37,7 @@ def find_source(checkpoint: Path) -> Source:
 
     Raises:
         RunError: the directory is not a run.
-        CheckpointError: the run has no checkpoint, or this one is incomplete or damaged.
+        CheckpointError: the run has no checkpoint, or this one is incomplete, damaged or holds what none does.
     """
     folder, step = split_checkpoint(checkpoint.resolve())
     run = Run(folder)
@@ -55,6 +52,7 @@ def find_source(checkpoint: Path) -> Source:
         raise CheckpointError(f"{source.path} is missing", hint=hint)
     if reason := damage(source.path):
         raise CheckpointError(f"{source.path} is damaged: {reason}", hint=hint)
+    check_contents(source.path)
     return source
 
 
@@ -64,15 +62,9 @@ def load_weights(source: Source, table: list[Entry]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape, or cannot be read.
     """
-    check_model(source.path, {entry.source: entry.shape for entry in table}, source.run.recipe_path)
+    contents = check_model(source.path, {entry.source: entry.shape for entry in table}, source.run.recipe_path)
     weights = {entry.source: torch.empty(entry.shape, dtype=torch.float32) for entry in table}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
-            dcp.load(weights, storage_reader=FileSystemReader(source.path), no_dist=True)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{source.path} cannot be read: {reason}") from error
+    load(weights, source.path, contents, alone=True)
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise CheckpointError(f"{name} of {source.path} holds NaN or infinity", hint="export an earlier checkpoint")

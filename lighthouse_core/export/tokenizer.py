@@ -1,77 +1,327 @@
-"""A tokenizer in the files that transformers and tokenizers read."""
+"""A tokenizer in the files that transformers, tokenizers and llama.cpp read.
 
+Encoding a text with any of them gives what training makes of a document that is the text, without the EOS at its end:
+BOS where documents begin with one, and the ids of the text. BOS, EOS and the pad token are special tokens there. One
+difference is left, as in every Hugging Face model: a text that spells a special token ("</s>") becomes that token,
+where training had its characters.
+"""
+
+import itertools
 import json
+import re
 import shutil
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lighthouse_core.data import tokenizer as ours
-from lighthouse_core.data.tokenizers.huggingface import COMPANIONS, HuggingFaceTokenizer
-from lighthouse_core.data.tokenizers.model_file import NORMAL, UNKNOWN, ModelFile
+from lighthouse_core.data.tokenizers.huggingface import COMPANIONS, NAMING, HuggingFaceTokenizer, token_name
+from lighthouse_core.data.tokenizers.merges import merge_list
+from lighthouse_core.data.tokenizers.model_file import CONTROL, UNKNOWN
 from lighthouse_core.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
+from lighthouse_core.data.tokenizers.stands_for import byte_chars
+from lighthouse_core.data.tokenizers.text import vocabulary_texts
 from lighthouse_core.errors import ExportError
+from lighthouse_core.reading import read_json
 
-BOS, EOS = "<s>", "</s>"  # of the bytes tokenizer
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # of the bytes tokenizer; PAD also of others that have none
 _SAMPLE_BYTES = 300_000
+_LONG = 100_000  # characters from which on a text is encoded in one way only, for time
+_SHORT = (
+    "",
+    " ",
+    "  two  spaces  ",
+    "é ß 中文 עברית 👩‍👩‍👧 e\u0301\r\n\tx\x00\x7f",
+    "it's 12.5 <0x41>",
+    "<s> </s> <unk> <pad> <|endoftext|>",
+)
+# Settings of a tokenizer_config.json with which transformers changes what tokenizer.json says.
+_CHANGING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "legacy", "split_special_tokens")
 
 
-def write_tokenizer(out: Path, tokenizer: ours.Tokenizer, *, max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into the directory `out`.
+class Special(NamedTuple):
+    """A special token and its id."""
 
-    A sentencepiece model is written beside them as tokenizer.model; tokenizer.json gives the same ids. A tokenizer.json
-    is copied with the files that came with it. Encoding prepends BOS, as every training document starts with it.
+    text: str
+    id: int
+
+
+def pad_token(tokenizer: ours.Tokenizer, rows: int) -> Special:
+    """The pad token of an export, if possible one that training never produces.
+
+    A collator that leaves pad tokens out of the loss would leave out every EOS if EOS were the pad token, and a model
+    fine-tuned with it would never learn to stop. So it is, in this order: what the tokenizer's own files name, were it
+    EOS; a special token of the vocabulary that is called pad, or reserved; the unknown piece, where byte fallback
+    leaves nothing unknown; the first row of the model above the vocabulary, as "<pad>"; and EOS, where there is none
+    of these.
+
+    Args:
+        rows: of the model's embedding; ids are below it.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        _copy(out, tokenizer, max_length)
-        return
+        return _given_pad(tokenizer, rows)
+    ends = _ends(tokenizer)
+    taken = {token.text for token in ends}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        (out / "tokenizer.model").write_bytes(tokenizer.content)
         pieces = tokenizer.model.pieces
-        bos, eos = pieces[tokenizer.bos_id].text, pieces[tokenizer.eos_id].text
-        written = _sentencepiece_tokenizer(tokenizer)
+        taken = {piece.text for piece in pieces}
+        for i, piece in enumerate(pieces):
+            if piece.kind == CONTROL and _called_pad(piece.text) and Special(piece.text, i) not in ends:
+                return Special(piece.text, i)
+        unknown = next((i for i, piece in enumerate(pieces) if piece.kind == UNKNOWN), None)
+        if unknown is not None and tokenizer.model.byte_fallback:
+            return Special(pieces[unknown].text, unknown)
+    return _row_above(taken, tokenizer.vocab_size, rows) or ends[-1]
+
+
+def _given_pad(tokenizer: HuggingFaceTokenizer, rows: int) -> Special:
+    content = read_json(tokenizer.path)
+    whole = Tokenizer.from_str(json.dumps(content))
+    vocab, ends = whole.get_vocab(), _ends(tokenizer)
+    files = [read_json(file) for name in NAMING if (file := tokenizer.path.with_name(name)).is_file()]
+    # The first token that transformers adds takes the first row above, if there is no row that the vocabulary leaves
+    # out, and no other token that is named in the files and not in the vocabulary.
+    dense = len(vocab) == tokenizer.vocab_size and all(_named(file) <= vocab.keys() for file in files)
+    for file in files:
+        named = token_name(tokenizer.path, file, "pad_token")
+        if named and named in vocab:
+            return Special(named, vocab[named])
+        if named and dense and tokenizer.vocab_size < rows:
+            return Special(named, tokenizer.vocab_size)
+    others = [Special(token.content, i) for i, token in whole.get_added_tokens_decoder().items() if token.special]
+    for called in (_called_pad, lambda text: "reserved" in text.lower()):
+        found = [token for token in others if called(token.text) and token not in ends]
+        if found:
+            return min(found, key=lambda token: token.id)
+    model = content["model"]
+    unknown = model.get("unk_token")
+    if unknown in vocab and model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
+        return Special(unknown, vocab[unknown])
+    above = _row_above(set(vocab), tokenizer.vocab_size, rows) if dense else None
+    return above or ends[-1]
+
+
+def _named(config: dict[str, Any]) -> set[str]:
+    """The tokens that a file of names speaks of, but for the pad token."""
+    tokens = [value for key, value in config.items() if key.endswith("_token") and key != "pad_token"]
+    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        several = config.get(key) or ()
+        tokens += several.values() if isinstance(several, dict) else several
+    contents = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return {content for content in contents if isinstance(content, str)}
+
+
+def _ends(tokenizer: ours.Tokenizer) -> list[Special]:
+    """BOS, if there is one, and EOS."""
+    bos: str | None
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        bos, eos = tokenizer.bos, tokenizer.eos
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        pieces = tokenizer.model.pieces
+        bos = None if tokenizer.bos_id is None else pieces[tokenizer.bos_id].text
+        eos = pieces[tokenizer.eos_id].text
     else:
         bos, eos = BOS, EOS
+    begin = [] if bos is None or tokenizer.bos_id is None else [Special(bos, tokenizer.bos_id)]
+    return [*begin, Special(eos, tokenizer.eos_id)]
+
+
+def _called_pad(text: str) -> bool:
+    return re.search(r"(?<![a-z])pad", text.lower()) is not None
+
+
+def _row_above(taken: set[str], first: int, rows: int) -> Special | None:
+    """The row `first`, under a name that is free; None where the model does not have it."""
+    name = next(name for i in range(len(taken) + 1) if (name := PAD if not i else f"<pad{i}>") not in taken)
+    return Special(name, first) if first < rows else None
+
+
+def write_tokenizer(
+    out: Path, tokenizer: ours.Tokenizer, *, max_length: int, rows: int = 0, transformers: bool = False
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into the directory `out`.
+
+    A sentencepiece model is written beside them as tokenizer.model; tokenizer.json gives the same ids.
+
+    A tokenizer.json that came from elsewhere is copied with the files that lay beside it. It is changed only where BOS
+    or EOS is not a special token in it, or where it does not put before a text what training puts before a document.
+    In tokenizer_config.json, settings that contradict training's ids (split_special_tokens, add_bos_token,
+    add_eos_token) are corrected, what is not named is added, and everything else is kept.
+
+    Args:
+        max_length: the longest text in tokens that the model was made for.
+        rows: of the model's embedding, of which one above the vocabulary may become the pad token (`pad_token`).
+        transformers: whether AutoTokenizer can be asked. If it then does not give training's ids for the files that
+            came with a tokenizer.json, their other settings that change ids are left out, too, the class is
+            PreTrainedTokenizerFast, and a special_tokens_map.json goes.
+    """
+    pad = pad_token(tokenizer, rows)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        _copy(out, tokenizer, pad, max_length)
+        if transformers:
+            _settle(out, tokenizer, pad)
+        return
+    prefix = False
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (out / "tokenizer.model").write_bytes(tokenizer.content)
+        written = _sentencepiece_tokenizer(tokenizer)
+        prefix = tokenizer.model.dummy_prefix
+    else:
         written = _bytes_tokenizer()
+    written.add_special_tokens([_special(pad.text)])
+    assert written.token_to_id(pad.text) == pad.id
     written.save(str(out / "tokenizer.json"))
-    names = {"bos_token": bos, "eos_token": eos}
-    _write_json(out / "tokenizer_config.json", names | _settings(max_length))
+    names = dict(zip(("eos_token", "bos_token"), (token.text for token in reversed(_ends(tokenizer))), strict=False))
+    names["pad_token"] = pad.text
+    # llama.cpp puts a space before every text unless it is told not to.
+    spaces = {} if prefix else {"add_prefix_space": False}
+    _write_json(out / "tokenizer_config.json", names | spaces | _settings(max_length))
     _write_json(out / "special_tokens_map.json", names)
 
 
-def check_tokenizer(directory: Path, tokenizer: ours.Tokenizer, *, transformers: bool) -> int:
-    """Compare a written tokenizer with the one that was trained with, on source code and on runs of one character.
+def check_tokenizer(directory: Path, tokenizer: ours.Tokenizer, *, transformers: bool, rows: int | None = None) -> int:
+    """Compare a written tokenizer with the one that was trained with, called as its users call it.
+
+    Ids are compared with BOS and without, on the texts of `sample_texts`, from which the spellings of special tokens
+    are taken out, and on texts made from the vocabulary. Special tokens are tried on their own: each must be one id.
+    Decoding must give BOS and EOS when they are asked
+    for, and the text when they are not. BOS and EOS must be those of training, and there must be a pad token.
 
     Args:
         transformers: also compare what AutoTokenizer makes of the directory.
+        rows: of the model's embedding; the pad token must then be that of `pad_token`.
 
     Returns:
         The size of the text in bytes.
 
     Raises:
-        ExportError: an id differs.
+        ExportError: something differs.
     """
-    texts = _sample()
+    texts = list(sample_texts())
+    pad = None if rows is None else pad_token(tokenizer, rows)
+    everyone = [_plain(directory), *([_auto(directory, tokenizer)] if transformers else [])]
+    pieces = vocabulary_texts(tokenizer.token_bytes() or (), set().union(*(written.specials for written in everyone)))
+    expected = [tokenizer.encode(piece).tolist() for piece in pieces]
+    for written in everyone:
+        _check(written, tokenizer, pad, texts)
+        for found, ids in zip(written.encode_all(pieces), expected, strict=True):
+            _compare(written.name, tokenizer, found, ids)
+    return sum(len(text.encode()) for text in (*texts, *pieces))
+
+
+def sample_texts() -> Iterator[str]:
+    """The texts on which an export's ids are compared with training's: source code, as one text, then short texts."""
+    code, size = [], 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        if size < _SAMPLE_BYTES:
+            code.append(file.read_text(encoding="utf-8", errors="ignore"))
+            size += len(code[-1])
+    yield "".join(code)
+    yield from _SHORT
+    yield from (char * n for char in " \n\t=-#a0" for n in range(1, 40))
+
+
+class _Written(NamedTuple):
+    """A tokenizer that was read back from the written files.
+
+    Attributes:
+        name: for messages.
+        encode: (text, with BOS) -> ids, once for every way of asking.
+        encode_all: texts -> ids of each, without BOS.
+        decode: (ids, without special tokens) -> text.
+        specials: the special tokens that it looks for in a text.
+        names: bos_token, eos_token and pad_token, as (token, id); None where it has no such names.
+        rewrites: whether its settings may tidy up decoded text.
+    """
+
+    name: str
+    encode: Callable[[str, bool], Iterator[list[int]]]
+    encode_all: Callable[[list[str]], list[list[int]]]
+    decode: Callable[[list[int], bool], str]
+    specials: set[str]
+    names: dict[str, tuple[str | None, int | None]] | None
+    rewrites: bool
+
+
+def _plain(directory: Path) -> _Written:
     written = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    written.encode_special_tokens = True
     written.no_truncation()
     written.no_padding()
-    for text in texts:
-        _compare("tokenizer.json", text, written.encode(text, add_special_tokens=False).ids, tokenizer)
-    if transformers:
-        from transformers import AutoTokenizer
+    return _Written(
+        "tokenizer.json",
+        lambda text, begins: iter([written.encode(text, add_special_tokens=begins).ids]),
+        lambda texts: [found.ids for found in written.encode_batch(texts, add_special_tokens=False)],
+        lambda ids, skip: written.decode(ids, skip_special_tokens=skip),
+        {token.content for token in written.get_added_tokens_decoder().values() if token.special},
+        None,
+        rewrites=False,
+    )
 
-        auto = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        for text in texts[1:]:
-            ids = auto(text, add_special_tokens=False, verbose=False).input_ids
-            _compare("transformers' AutoTokenizer", text, ids, tokenizer)
-    return sum(len(text.encode()) for text in texts)
+
+def _auto(directory: Path, tokenizer: ours.Tokenizer) -> _Written:
+    from transformers import AutoTokenizer
+
+    try:
+        auto = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises what it meets
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"transformers' AutoTokenizer cannot read what was written: {reason}") from error
+
+    def encode(text: str, begins: bool) -> Iterator[list[int]]:
+        asked = {} if begins else {"add_special_tokens": False}
+        yield auto(text, verbose=False, **asked).input_ids
+        yield auto.encode(text, verbose=False, **asked)
+
+    return _Written(
+        "transformers' AutoTokenizer",
+        encode,
+        lambda texts: auto(texts, add_special_tokens=False, verbose=False).input_ids if texts else [],
+        lambda ids, skip: auto.decode(ids, skip_special_tokens=skip),
+        {token.content for token in auto.added_tokens_decoder.values() if token.special},
+        {key: (getattr(auto, key), getattr(auto, f"{key}_id")) for key in ("bos_token", "eos_token", "pad_token")},
+        rewrites=isinstance(tokenizer, HuggingFaceTokenizer),
+    )
 
 
-def _compare(name: str, text: str, found: list[int], tokenizer: ours.Tokenizer) -> None:
-    expected = tokenizer.encode(text).tolist()
+def _check(written: _Written, tokenizer: ours.Tokenizer, pad: Special | None, texts: Iterable[str]) -> None:
+    ends = _ends(tokenizer)
+    begin = [token.id for token in ends[:-1]]
+    if written.names is not None:
+        wanted = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        if pad is not None:
+            wanted["pad_token"] = pad.id
+        elif written.names["pad_token"][1] is None:
+            raise ExportError(f"{written.name} has no pad token")
+        for key in wanted:
+            text, found = written.names[key]
+            if found != wanted[key]:
+                raise ExportError(f"{written.name} has the {key} {text!r}, id {found}, instead of id {wanted[key]}")
+    for token in ends:
+        shown, left_out = (written.decode([token.id], skip) for skip in (False, True))
+        if not shown or left_out:
+            raise ExportError(
+                f"{written.name} decodes {token.text!r} to {shown!r}, and to {left_out!r} without special tokens"
+            )
+        # Alone, and behind a text, as trainers put an EOS behind an example.
+        for text in ("", "ab"):
+            for found in written.encode(text + token.text, True):
+                expected = [*begin, *tokenizer.encode(text).tolist(), token.id]
+                _compare(f"{written.name}, given {text + token.text!r},", tokenizer, found, expected)
+    for text in (_without(text, written.specials) for text in texts):
+        ids = tokenizer.encode(text).tolist()
+        ways = written.encode(text, True)
+        for found in itertools.islice(ways, None if len(text) < _LONG else 1):
+            _compare(written.name, tokenizer, found, begin + ids)
+        for found in written.encode(text, False) if len(text) < _LONG else ():
+            _compare(f"{written.name}, without special tokens,", tokenizer, found, ids)
+        if not written.rewrites and written.decode([*begin, *ids, ends[-1].id], True) != tokenizer.decode(ids):
+            raise ExportError(f"{written.name} decodes {text[:40]!r} to another text than the tokenizer of the run")
+
+
+def _compare(name: str, tokenizer: ours.Tokenizer, found: list[int], expected: list[int]) -> None:
     if found != expected:
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
         near = tokenizer.decode(expected[max(at - 3, 0) : at + 5])
@@ -83,15 +333,11 @@ def _compare(name: str, text: str, found: list[int], tokenizer: ours.Tokenizer) 
         )
 
 
-def _sample() -> list[str]:
-    """Source code, as one text, then short texts."""
-    code, size = [], 0
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if size < _SAMPLE_BYTES:
-            code.append(file.read_text(encoding="utf-8", errors="ignore"))
-            size += len(code[-1])
-    short = ["", " ", "  two  spaces  ", "é ß 中文 עברית 👩‍👩‍👧 e\u0301\r\n\tx\x00\x7f", "it's 12.5 <0x41>"]
-    return ["".join(code), *short, *(char * n for char in " \n\t=-#a0" for n in range(1, 40))]
+def _without(text: str, specials: set[str]) -> str:
+    """`text` without the spellings of special tokens, which are ids in an export and characters in training."""
+    while found := next((special for special in specials if special and special in text), None):
+        text = text.replace(found, "")
+    return text
 
 
 def _settings(max_length: int) -> dict[str, Any]:
@@ -99,25 +345,112 @@ def _settings(max_length: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids: Llama has none
+        "padding_side": "left",  # a text is continued where its batch ends
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a text that spells "<s>" is its characters, as in training
     }
 
 
-def _copy(out: Path, tokenizer: HuggingFaceTokenizer, max_length: int) -> None:
-    shutil.copyfile(tokenizer.path, out / "tokenizer.json")
+def _copy(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special, max_length: int) -> None:
+    content = read_json(tokenizer.path)
+    if _amend(content, tokenizer):
+        (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    else:
+        shutil.copyfile(tokenizer.path, out / "tokenizer.json")
     for name in COMPANIONS:
         if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), out / name)
-    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    config = out / "tokenizer_config.json"
-    if config.is_file():
-        given = json.loads(config.read_bytes())
-        missing = {key: token for key, token in names.items() if not given.get(key)}
-        if missing:
-            _write_json(config, given | missing)
-    else:
-        _write_json(config, names | _settings(max_length))
+    names = _names(tokenizer, pad)
+    file = out / NAMING[0]
+    # As llama.cpp takes vocabularies with byte fallback for sentencepiece's, and puts a space before every text then.
+    begins = _parse(content).encode("a", add_special_tokens=False).tokens[:1]
+    spaces = {} if begins and begins[0].startswith(SPACE) else {"add_prefix_space": False}
+    if not file.is_file():
+        _write_json(file, names | spaces | _settings(max_length))
+        return
+    given = read_json(file)
+    config = given | {key: name for key, name in names.items() if token_name(file, given, key) != name}
+    for key, token in config.items():
+        if key.endswith("_token") and isinstance(token, dict) and "__type" not in token:
+            config[key] = token.get("content")  # transformers 5 takes no others
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    config.setdefault("bos_token", None)  # a class may bring a BOS of its own where the key is left out
+    if content["model"].get("byte_fallback"):
+        config = spaces | config
+    if config.get("split_special_tokens"):
+        del config["split_special_tokens"]
+    for key, wanted in (("add_bos_token", tokenizer.bos is not None), ("add_eos_token", False)):
+        if key in config and bool(config[key]) != wanted:
+            config[key] = wanted
+    if config != given:
+        _write_json(file, config)
+
+
+def _names(tokenizer: HuggingFaceTokenizer, pad: Special) -> dict[str, str | None]:
+    return {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": pad.text}
+
+
+def _amend(content: dict[str, Any], tokenizer: HuggingFaceTokenizer) -> bool:
+    """Make BOS and EOS of a tokenizer.json special tokens that decoding shows, and put BOS before every text.
+
+    Returns:
+        Whether there was anything to change.
+    """
+    before = json.dumps(content)
+    ends = _ends(tokenizer)
+    added = content.setdefault("added_tokens", [])
+    for token in dict.fromkeys(ends):
+        entry = next((entry for entry in added if entry["content"] == token.text), None)
+        if entry is None:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": token.id, "content": token.text, **flags, "special": True})
+            added.sort(key=lambda entry: entry["id"])
+        else:
+            entry["special"] = True
+    decoder = content.get("decoder") or {}
+    if any(not _parse(content).decode([token.id], skip_special_tokens=False) for token in ends):
+        # What replaces a token by nothing is how a file may hide it.
+        parts = [part for part in decoder.get("decoders", ()) if part["type"] != "Replace" or part["content"]]
+        content["decoder"] = decoder | {"decoders": parts} if "decoders" in decoder else content["decoder"]
+    given, begin = _parse(content), [token.id for token in ends[:-1]]
+    texts = ("", "a", "a b")
+    if any(given.encode(text).ids != begin + given.encode(text, add_special_tokens=False).ids for text in texts):
+        parts = [part for part in _parts(content.get("post_processor")) if part["type"] == "ByteLevel"]
+        if begin:
+            given.post_processor = _starts_with(*ends[0])
+            parts.append(json.loads(given.to_str())["post_processor"])
+        content["post_processor"] = (
+            {"type": "Sequence", "processors": parts} if len(parts) > 1 else (parts or [None])[0]
+        )
+    return json.dumps(content) != before
+
+
+def _parse(content: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _parts(post_processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if post_processor is None:
+        return []
+    return post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
+
+
+def _settle(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special) -> None:
+    """Leave settings out of the copied tokenizer_config.json until AutoTokenizer gives training's ids, or all are out;
+    what is wrong then is for `check_tokenizer` to say."""
+    file = out / NAMING[0]
+    for generic in (False, True):
+        try:
+            _check(_auto(out, tokenizer), tokenizer, pad, _SHORT)
+            return
+        except ExportError:
+            config = {key: value for key, value in read_json(file).items() if key not in _CHANGING}
+            if generic:
+                config |= {"tokenizer_class": "PreTrainedTokenizerFast", **_names(tokenizer, pad)}
+                (out / NAMING[1]).unlink(missing_ok=True)
+            _write_json(file, config)
 
 
 def _sentencepiece_tokenizer(source: SentencePieceTokenizer) -> Tokenizer:
@@ -126,71 +459,46 @@ def _sentencepiece_tokenizer(source: SentencePieceTokenizer) -> Tokenizer:
     unknown = next((piece.text for piece in model.pieces if piece.kind == UNKNOWN), None)
     tokenizer = Tokenizer(
         models.BPE(
-            vocab=vocab, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
+            vocab=vocab,
+            merges=merge_list(model.pieces),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
         )
     )
     # Metaspace, the pre-tokenizer made for this, cuts the text at spaces, which pieces may span.
     prefix = [normalizers.Prepend(SPACE)] if model.dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
-    bos, eos = (model.pieces[i].text for i in (source.bos_id, source.eos_id))
-    # BOS and EOS are no added tokens: those are searched for in the text. So the decoder is what drops them.
-    drop = [decoders.Replace(Regex(rf"\A{_escape(mark)}\z"), "") for mark in dict.fromkeys((bos, eos))]
     strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
-        [*drop, decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    tokenizer.post_processor = _starts_with(bos, source.bos_id)
+    # Not BOS and EOS alone: sentencepiece makes no control piece of a text, and decodes none to one.
+    tokenizer.add_special_tokens([_special(piece.text) for piece in model.pieces if piece.kind == CONTROL])
+    if source.bos_id is not None:
+        tokenizer.post_processor = _starts_with(model.pieces[source.bos_id].text, source.bos_id)
     return tokenizer
-
-
-def _merges(model: ModelFile) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, pieces with the higher score first.
-
-    sentencepiece has no merges: of all neighbours that make a piece it joins those with the highest score, the leftmost
-    first. Splits of one piece are therefore equals to it, which merges cannot be: where two overlap, as in a run of one
-    character, the longer left part first is the leftmost, because what is left over collects on the right.
-    """
-    pieces = [piece for piece in model.pieces if piece.kind == NORMAL]
-    texts = {piece.text for piece in pieces}
-    ordered = sorted(pieces, key=lambda piece: -piece.score)
-    return [
-        (text[:at], text[at:])
-        for text in (piece.text for piece in ordered)
-        for at in range(len(text) - 1, 0, -1)
-        if text[:at] in texts and text[at:] in texts
-    ]
 
 
 def _bytes_tokenizer() -> Tokenizer:
-    # BOS and EOS are words of the vocabulary without being added tokens: those are searched for in the text, and a
-    # text that spells "<s>" would become BOS. For the same reason the decoder is what drops them.
     ids = {BOS: ours.BytesTokenizer.bos_id, EOS: ours.BytesTokenizer.eos_id}
-    vocab = {char: byte for byte, char in enumerate(_byte_chars())} | ids
+    vocab = {char: byte for byte, char in enumerate(byte_chars())} | ids
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(BOS, ""), decoders.Replace(EOS, ""), decoders.ByteLevel()])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_special(BOS), _special(EOS)])
     tokenizer.post_processor = _starts_with(BOS, ids[BOS])
     return tokenizer
+
+
+def _special(text: str) -> AddedToken:
+    return AddedToken(text, normalized=False, special=True)
 
 
 def _starts_with(bos: str, bos_id: int) -> processors.PostProcessor:
     return processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
     )
-
-
-def _byte_chars() -> list[str]:
-    """The printable character that stands for each byte in the ByteLevel alphabet.
-
-    Printable Latin-1 stands for itself; the other bytes take the code points from 256 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _escape(text: str) -> str:
-    return "".join(char if char.isalnum() else f"\\{char}" for char in text)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

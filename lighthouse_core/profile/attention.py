@@ -147,7 +147,7 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
             raise UserError(
                 f"at N = {shape.tokens} this selection would hold {g.selected_length} entries, so the call would be "
                 "dense",
-                hint="use a longer --seq, or a smaller --topk of whole tiles, as in --topk 64 --tile-parents 64",
+                hint="use a longer --seq, or a smaller --topk, which --tile-parents divides",
             )
     elif cfg.window >= shape.tokens:
         raise UserError(

@@ -1,12 +1,14 @@
 """A directory that says what was measured: report.md, results.json, figures."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lighthouse_core.errors import UserError
+from lighthouse_core.errors import UserError, refusal
+from lighthouse_core.files import check_output, check_replaceable, write_atomically
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass
 from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
@@ -14,6 +16,8 @@ from lighthouse_core.profile.step import StepProfile
 from lighthouse_core.profile.sweep import Sweep
 from lighthouse_core.profile.trace import COMMUNICATION, Breakdown
 from lighthouse_core.profile.tune import Advice
+from lighthouse_core.reading import read_json
+from lighthouse_core.shown import shown
 
 SCHEMA = 4
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
@@ -29,6 +33,8 @@ _PRODUCTS = (
 _DRIFT = "A CPU's speed drifts from call to call by more than p10 and p90 show: run it again before you use a ratio."
 _FIRST = "Rows are of the first process; its communication includes waiting for the others."
 _FIGURES = [f"{name}.{suffix}" for name in ("latency", "memory", "selection") for suffix in ("png", "svg")]
+_LEFT = re.compile(r"pretrain\.log|runs|traces|trace\.json\.gz|stacks\.folded|dense|window-[0-9]+")
+_KINDS = ("attention", "step", "tune", "selection")
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
 
@@ -93,13 +99,13 @@ class Report:
             for name in _FIGURES:
                 if folder / name not in self.files:
                     (folder / name).unlink(missing_ok=True)
-            (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-            (folder / "report.md").write_text(self._markdown(folder), encoding="utf-8")
+            write_atomically(folder / "results.json", json.dumps(self.as_json(), indent=1) + "\n")
+            write_atomically(folder / "report.md", self._markdown(folder))
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}", hint="choose another --out") from None
+            raise refusal(error, f"cannot write to {folder}", "choose another --out") from None
 
     def _markdown(self, folder: Path) -> str:
-        lines = [f"# {self.title}", "", _machine_line(self.machine)]
+        lines = [f"# {_text(self.title)}", "", _text(_machine_line(self.machine))]
         if self.roof:
             lines += ["", roof_line(self.roof)]
         for part in self.parts:
@@ -120,31 +126,50 @@ def prepare(folder: Path, kind: str) -> list[Path]:
     Raises:
         UserError: it cannot be made, or holds something else.
     """
-    ours = any((folder / name).exists() for name in ("results.json", "pretrain.log"))
+    check_output(folder)
+    ours = (folder / "results.json").exists() or _cut_off(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours)):
         raise UserError(f"{folder} is there and is no report", hint="choose another --out")
     if (there := _kind(folder)) not in (None, kind):
         raise UserError(f"{folder} has a report of another kind: {there}", hint="choose another --out")
+    check_replaceable(folder, "results.json", _is_profile, ("report.md", *_FIGURES))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}", hint="choose another --out") from None
+        raise refusal(error, f"cannot make {folder}", "choose another --out") from None
     return made
+
+
+def _cut_off(folder: Path) -> bool:
+    """Whether a folder holds what a profile leaves that was cut off before its report, and nothing else."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names) and all(_LEFT.fullmatch(name) for name in names)
+
+
+def _is_profile(content: dict[str, Any]) -> bool:
+    return content.get("kind") in _KINDS and "machine" in content
 
 
 def _kind(folder: Path) -> str | None:
     """Of the report in a folder; None where there is none that can be read."""
     try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["kind"]
+        return read_json(folder / "results.json")["kind"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _markdown_table(table: Table) -> list[str]:
-    lines = [f"## {table.title}", ""] if table.title else []
+    lines = [f"## {_text(table.title)}", ""] if table.title else []
     rule = ["---"] * table.text_columns + ["--:"] * (len(table.columns) - table.text_columns)
-    return lines + [f"| {' | '.join(row)} |" for row in (table.columns, rule, *table.rows)]
+    rows = ([_text(cell) for cell in row] for row in (table.columns, *table.rows))
+    columns, *rows = (f"| {' | '.join(row)} |" for row in rows)
+    return [*lines, columns, f"| {' | '.join(rule)} |", *rows]
+
+
+def _text(text: str) -> str:
+    """A line of text in Markdown, in which a name from outside begins no cell, link or element."""
+    return re.sub(r"[|<\[\]`]", r"\\\g<0>", shown(text))
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def draw(view: SelectionView, path: Path) -> list[Path] | None:
     axes.set(
         xlabel="position (tokens)",
         ylabel="layer.KV head",
-        title=f"{view.run} step {view.step}: what {view.scorer} keeps at level 0",
+        title=f"{figures.label(view.run)} step {view.step}: what {view.scorer} keeps at level 0",
     )
     figure.colorbar(image, label="tokens at level 0 (%)")
     if view.drift:

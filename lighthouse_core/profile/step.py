@@ -4,7 +4,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -14,8 +13,10 @@ from typing import Any
 from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.files import open_to_append, refuse_links, write_atomically
 from lighthouse_core.launch import TRACE_FOLDER, follow_parent
 from lighthouse_core.profile.trace import OPTIMIZER, Breakdown, StepShapes, breakdown, folded, read_trace
+from lighthouse_core.python import run_module
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import read_rows
 
@@ -125,7 +126,7 @@ def run_step(
         traces.rmdir()
     events, shapes = read_trace(trace), shapes_of(recipe)
     costs = breakdown(events, shapes)
-    stacks.write_text("".join(f"{line}\n" for line in folded(events, shapes)), encoding="utf-8")
+    write_atomically(stacks, "".join(f"{line}\n" for line in folded(events, shapes)))
 
     run = Run(folder / "runs" / name)
     rows = [row for row in read_rows(run.path / "metrics.jsonl") if _WARM < row["step"] <= _WARM + _TIMED]
@@ -203,9 +204,12 @@ def _pretrain(
     recipe_path: Path, settings: Sequence[str], name: str, nproc: int | None, log_path: Path, traces: Path
 ) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "lighthouse_cli", "pretrain", str(recipe_path), "--name", name]
+    command = [*run_module("lighthouse_cli"), "pretrain", str(recipe_path), "--name", name]
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("w", encoding="utf-8") as log:
+    refuse_links(log_path.parent, "runs", "traces")
+    # That of an earlier report, or a link that somebody put there.
+    log_path.unlink(missing_ok=True)
+    with open_to_append(log_path) as log:
         code = subprocess.run(
             [*command, "--nproc", str(nproc or "auto"), *options],
             env={**os.environ, TRACE_FOLDER: str(traces)},

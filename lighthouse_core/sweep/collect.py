@@ -1,12 +1,12 @@
 """What was measured of a sweep, as one document."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from lighthouse_core.config.sweep import RunSection, Sweep
 from lighthouse_core.errors import LighthouseError
+from lighthouse_core.reading import read_json
 from lighthouse_core.runs import Run
 from lighthouse_core.sweep.state import report
 from lighthouse_core.train.progress import finite, read_rows
@@ -24,14 +24,14 @@ def collect(sweep: Sweep, name: str, output: Path) -> dict[str, Any]:
     """
     runs = {}
     for run_name, wanted in sweep.runs.items():
-        with contextlib.suppress(LighthouseError):
+        with contextlib.suppress(LighthouseError, OSError):
             runs[run_name] = _measured(Run(output / run_name), wanted)
     about = {"about": sweep.about, "recipe": sweep.recipe, "per_gpu": sweep.per_gpu, "set": list(sweep.set)}
     return {"version": 1, "sweep": name, **about, "runs": runs}
 
 
 def _measured(run: Run, wanted: RunSection) -> dict[str, Any]:
-    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    environment = _environment(run.path / "environment.json")
     evaluations = {which: report(run.path, which) for which in ("switch", "end")}
     return {
         "settings": wanted.model_dump(),
@@ -39,7 +39,13 @@ def _measured(run: Run, wanted: RunSection) -> dict[str, Any]:
         "ledger": run.ledger,
         "rows": [finite(row) for row in read_rows(run.path / "metrics.jsonl")],
         "evaluations": {which: found for which, found in evaluations.items() if found is not None},
-        "python": environment["python"],
-        "versions": environment["versions"],
-        "git_commit": environment["git_commit"],
+        **environment,
     }
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """What of a run's environment is collected; None for what its file does not tell."""
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(path)
+    return {key: found.get(key) if isinstance(found, dict) else None for key in ("python", "versions", "git_commit")}

@@ -7,17 +7,18 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lighthouse_core.config.sweep import Sweep
-from lighthouse_core.errors import LighthouseError, RunError
+from lighthouse_core.errors import LighthouseError, RunError, refusal
+from lighthouse_core.files import check_writable, open_to_append
 from lighthouse_core.launch import follow_parent
+from lighthouse_core.python import run_module
 from lighthouse_core.runs import Run
 from lighthouse_core.sweep.plan import next_command, waits
-from lighthouse_core.sweep.state import begun, branch, clear
+from lighthouse_core.sweep.state import begun, branch, claim, clear, settle
 from lighthouse_core.train.stop import SAME_REQUEST_SECONDS
 
 # Too little for a process to start and to be worth it.
@@ -34,8 +35,13 @@ def lock(output: Path, name: str) -> Iterator[None]:
     Raises:
         RunError: another process has it.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / f".{name}.lock").open("w") as file:
+    check_writable(output, "choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        opened = open_to_append(output / f".{name}.lock")
+    except OSError as error:
+        raise refusal(error, f"cannot write to {output}", "choose another --output", RunError) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -68,7 +74,7 @@ class Runner:
         output: Path,
         places: Sequence[Mapping[str, str]],
         say: Callable[[str], None],
-        command: Sequence[str] = (sys.executable, "-m", "lighthouse_cli"),
+        command: Sequence[str] = tuple(run_module("lighthouse_cli")),
     ):
         self.sweep, self.base, self.output, self.say, self.command = sweep, base, output, say, command
         self.left = list(sweep.runs)
@@ -152,7 +158,9 @@ class Runner:
         self._last[name] = arguments
         self.say(f"{name}: {words}")
         self.output.mkdir(parents=True, exist_ok=True)
-        with self._log(name).open("a", encoding="utf-8") as log:
+        if arguments[0] == "pretrain" and "--resume" not in arguments:
+            claim(path)
+        with open_to_append(self._log(name)) as log:
             # A session of its own: Ctrl-C reaches it once, from us.
             child = subprocess.Popen(
                 [*self.command, *arguments],
@@ -179,6 +187,7 @@ class Runner:
                 continue
             del self._busy[name]
             self._free.append(place)
+            settle(self.output / name)
             if code and code not in _SAVED:
                 self._fail(name, f"exit code {code}; {self._log(name)} has its last words")
 

@@ -16,6 +16,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 
+from lighthouse_core.checkpoint import Contents
+from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import StorageError
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
@@ -39,6 +41,8 @@ class Checkpointer(CheckpointManager):
         self.before_save = lambda: None
         # Steps that are saved besides every `interval`-th.
         self.also: Sequence[int] = ()
+        # Of the checkpoint that is about to be loaded, where they have been read.
+        self.contents: Contents | None = None
         # Keeps the time of saves.
         self.during_save = contextlib.nullcontext
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
@@ -58,7 +62,8 @@ class Checkpointer(CheckpointManager):
                 logger.warning("waiting for the processes of an earlier launch, which still hold %s", self.path)
             time.sleep(_POLL_SECONDS)
         for leftover in (*self.path.glob(".step-*.saving"), *self.path.glob(".step-*.deleting")):
-            shutil.rmtree(leftover)
+            # Of a link, the link alone.
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
         return None
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
@@ -84,6 +89,11 @@ class Checkpointer(CheckpointManager):
             self._agree(lambda: self._publish(temporary, name))
             return None
         return self.finisher.submit(self._finish, saved, temporary, name)
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **named: Any) -> None:
+        # torch's own way runs what the pickles of a checkpoint ask for.
+        load(state_dict, Path(checkpoint_id), self.contents)
+        self.states[MODEL].load_state_dict(state_dict)
 
     def _finish(self, saved: Future, temporary: Path, name: Path) -> None:
         try:

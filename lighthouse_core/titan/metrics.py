@@ -3,27 +3,22 @@
 import contextlib
 import json
 import logging
-import os
+import math
 import resource
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torchtitan.components.metrics import (
-    BaseLogger,
-    DeviceMemoryMonitor,
-    LoggerContainer,
-    MetricsProcessor,
-    WandBLogger,
-    _build_metric_logger,
-)
+from torchtitan.components.metrics import BaseLogger, DeviceMemoryMonitor, LoggerContainer, MetricsProcessor
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
-from lighthouse_core.errors import UserError
 from lighthouse_core.estimate import flops_per_token
+from lighthouse_core.files import open_to_append, replacing
+from lighthouse_core.reading import read_regular
+from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
-from lighthouse_core.train.progress import finite
+from lighthouse_core.train.progress import finite, parse_row
 from lighthouse_core.train.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -53,42 +48,16 @@ class _HostMemoryMonitor:
         pass
 
 
-def _build_loggers(stage: "Stage", job_config, parallel_dims) -> BaseLogger:
-    """torchtitan's loggers.
-
-    Raises:
-        UserError: Weights & Biases was asked for and cannot be set up.
-    """
-    loggers = _build_metric_logger(job_config, parallel_dims)
-    if stage.recipe.metrics.wandb and torch.distributed.get_rank() == 0:
-        os.environ.setdefault("WANDB_PROJECT", "lighthouse")
-        os.environ.setdefault("WANDB_RUN_NAME", stage.run.name)
-        others, loggers = loggers, LoggerContainer()
-        loggers.add_logger(others)
-        try:
-            loggers.add_logger(WandBLogger(str(stage.run.path), job_config))
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"Weights & Biases cannot be set up: {reason}",
-                hint="WANDB_MODE=offline keeps the records here; --set metrics.wandb=false does without",
-            ) from None
-    return loggers
-
-
 def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop from a metrics file the rows after `step`, and a last row cut short by a crash; returns the others."""
-    kept, rows = [], []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(line + "\n")
-                rows.append(row)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-    return rows
+    """Drop from a metrics file the rows after `step`, and lines that are no rows; returns the others.
+
+    A figure that was not finite is NaN in them.
+    """
+    lines = read_regular(path).splitlines() if path.exists() else []
+    rows = {line: row for line in lines if (row := parse_row(line)) is not None and row["step"] <= step}
+    with replacing(path) as file:
+        file.writelines(line + b"\n" for line in rows)
+    return list(rows.values())
 
 
 class Metrics(MetricsProcessor):
@@ -108,7 +77,10 @@ class Metrics(MetricsProcessor):
         self.stage = stage
         self.job_config = job_config
         self.parallel_dims = parallel_dims
-        self.logger = _build_loggers(stage, job_config, parallel_dims)
+        self.logger = LoggerContainer()
+        if stage.recipe.metrics.wandb and torch.distributed.get_rank() == 0:
+            # Before the model is made: much can be wrong with an account.
+            self.logger.add_logger(WeightsAndBiases(stage.run, stage.recipe))
         self.device_memory_monitor = DeviceMemoryMonitor() if HAS_ACCELERATOR else _HostMemoryMonitor()
         self.gpu_peak_flops = get_peak_flops(self.device_memory_monitor.device_name) if HAS_ACCELERATOR else None
         self.color = NoColor()
@@ -138,14 +110,22 @@ class Metrics(MetricsProcessor):
             rows = keep_rows(path, step)
             validated = any(row["step"] == step and "val_loss" in row for row in rows)
             for row in rows:
-                if row["stage"] == self.stage.name and row.get("loss") is not None:
+                if row.get("stage") == self.stage.name and math.isfinite(row.get("loss", math.nan)):
                     self.spikes.score(row["loss"])
-            self.file = path.open("ab", buffering=0)
+            self.file = open_to_append(path)
+            if self.stage.recipe.metrics.tensorboard:
+                self._add_tensorboard(step)
             self.stage.run.note(conditions=self.conditions(), data=f"{data:016x}")
         self.device_memory_monitor.reset_peak_stats()
         self.last_step = self.start_step = step
         self.last_time = time.perf_counter()
         return validated
+
+    def _add_tensorboard(self, step: int) -> None:
+        try:
+            self.logger.add_logger(TensorBoard(self.stage.run.path / "tb", step))
+        except OSError as error:
+            logger.warning("nothing is logged to TensorBoard: %s", error.strerror)
 
     def conditions(self) -> dict[str, Any]:
         """What the time of a step depends on, beside the model: where it runs, and how."""

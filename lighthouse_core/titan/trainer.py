@@ -39,6 +39,7 @@ from lighthouse_core.titan.model import Transformer, model_args, use_dense, use_
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
 from lighthouse_core.train.heartbeat import note_step
+from lighthouse_core.train.meeting import meeting
 from lighthouse_core.train.schedule import lr_factor
 from lighthouse_core.train.stop import Interrupted, is_training, stop_requested, training_begins
 
@@ -218,6 +219,12 @@ class Trainer(titan_train.Trainer):
         if recipe.data.validation:
             self.validator.anywhere = self.anywhere
 
+    def init_distributed(self):
+        with meeting():
+            dimensions = super().init_distributed()
+        assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"])
+        return dimensions
+
     @staticmethod
     def _register(stage: Stage) -> None:
         recipe = stage.recipe
@@ -363,7 +370,7 @@ def _full_memory_explained():
 def train(run: Run) -> None:
     """Train the last stage of a run's ledger from its newest checkpoint to the stage's end.
 
-    Called on every process of a torchrun job.
+    Called on every process of a job.
 
     Raises:
         UserError: for data or settings that cannot be used.
@@ -378,7 +385,7 @@ def train(run: Run) -> None:
         if step >= 0:
             weights = trainer.checkpointer.states[MODEL_STATE].state_dict()
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-            check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
+            trainer.checkpointer.contents = check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
         if folder := os.environ.get(TRACE_FOLDER):
             from lighthouse_core.titan.tracing import trace_last_step
 

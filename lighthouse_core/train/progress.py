@@ -1,11 +1,20 @@
 """Following a run in training: the new rows of its metrics.jsonl, what they add up to, and each as a plain line."""
 
 import contextlib
-import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lighthouse_core.reading import is_count, is_number, parse_json, read_regular
+
+# Keys of a row whose values are numbers.
+_TIMES = ("seconds", "data_seconds", "tokens_per_second")
+_FIGURES = (*_TIMES, "loss", "val_loss", "grad_norm", "lr", "tokens", "steps", "memory_gib", "mfu", "window", "spike")
+# What a row must have to be shown.
+_SHOWN = (*_TIMES, "stage", "leaky", "grad_norm", "lr", "memory_gib")
 
 
 def clock(seconds: float) -> str:
@@ -24,19 +33,37 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_row(text: str | bytes) -> Any:
-    """What a line of a metrics file holds; NaN for a figure that was not finite."""
-    row = json.loads(text)
-    return {key: math.nan if value is None else value for key, value in row.items()} if isinstance(row, dict) else row
+def parse_row(text: str | bytes) -> dict[str, Any] | None:
+    """The row that a line of a metrics file holds; NaN for a figure that was not finite.
+
+    Returns:
+        The row, in which every key of ours has a value of its kind; None for a line that is no row of ours: cut short
+        by a crash, or written by something else.
+    """
+    with contextlib.suppress(ValueError):
+        row = parse_json(text)
+        if isinstance(row, dict):
+            row = {key: math.nan if value is None else value for key, value in row.items()}
+            sound = is_count(row.get("step")) and all(is_number(row[key]) for key in _FIGURES if key in row)
+            named = row.get("stage", "dense") in ("lighthouse", "dense") and type(row.get("leaky", False)) is bool
+            return row if sound and named else None
+    return None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, without one that a crash cut short; none where there is no file."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(parse_row(line))
-    return [row for row in rows if isinstance(row, dict)]
+def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a metrics file, without lines that are none; none where there is no file.
+
+    Args:
+        path: of the file.
+        needed: keys without which a row is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    rows = map(parse_row, read_regular(path).splitlines())
+    return [row for row in rows if row is not None and row.keys() >= set(needed)]
 
 
 def progress_line(step: int, end: int, stage: str, row: dict[str, Any], seconds_left: float, leaky: bool) -> str:
@@ -62,6 +89,11 @@ def validation_line(row: dict[str, Any]) -> str:
     return f"step {row['step']}  {row['stage']}  validation loss {row['val_loss']:.4f}{note}"
 
 
+def can_be_shown(row: dict[str, Any]) -> bool:
+    """Whether a row has every key that a line or a view of it shows."""
+    return row.keys() >= set(_SHOWN if "loss" in row else ("stage", "leaky", "val_loss"))
+
+
 class Tail:
     """Reads the rows that training adds to a metrics file.
 
@@ -82,6 +114,9 @@ class Tail:
             self._stale = None
         try:
             with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    # Somebody emptied it meanwhile: what is written from now on counts.
+                    self._offset = 0
                 file.seek(self._offset)
                 text = file.read()
         except OSError:
@@ -90,7 +125,8 @@ class Tail:
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
         lines = text.decode("utf-8", errors="replace").splitlines()
-        return [(line, parse_row(line)) for line in lines if line.strip()]
+        rows = ((line, parse_row(line)) for line in lines)
+        return [(line, row) for line, row in rows if row is not None]
 
     def _inode(self) -> int | None:
         try:

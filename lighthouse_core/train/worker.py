@@ -1,19 +1,32 @@
-"""One process of a training job: `python -m torch.distributed.run ... -m lighthouse_core.train.worker RUN_DIR`."""
+"""One process of a training job, which lighthouse_core.launch starts."""
 
+import io
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+from lighthouse_core.files import RUN_FOLDERS, open_to_append, refuse_links
+from lighthouse_core.shown import shown, shown_lines
 from lighthouse_core.train.stop import Interrupted, is_training, listen_for_stop
+
+
+class _Shown(logging.Formatter):
+    """Escapes what a terminal would obey: the text of a record may hold a name from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return shown_lines(text) if record.exc_info else shown(text)
 
 
 def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
     """Everything goes to the run's log file; what we say ourselves also goes to stderr, on rank 0."""
+    refuse_links(run_dir, *RUN_FOLDERS)
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
-    everything = logging.FileHandler(logs / f"rank{rank}.log", encoding="utf-8")
+    log = io.TextIOWrapper(open_to_append(logs / f"rank{rank}.log"), encoding="utf-8", write_through=True)
+    everything = logging.StreamHandler(log)
     everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [everything]
@@ -23,7 +36,7 @@ def _set_up_logging(run_dir: Path, rank: int, quiet: bool) -> None:
     logging.captureWarnings(True)
     if rank == 0:
         ours = logging.StreamHandler(sys.stderr)
-        ours.setFormatter(logging.Formatter("%(message)s"))
+        ours.setFormatter(_Shown("%(message)s"))
         ours.setLevel(logging.ERROR if quiet else logging.INFO)
         logging.getLogger("lighthouse_core").addHandler(ours)
 
@@ -74,9 +87,9 @@ def main(run_dir: str) -> int:
     except LighthouseError as error:
         # Every process may have met the same mistake; the first to report it is the one that prints it.
         if report_exit(error.exit_code):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {shown(error)}", file=sys.stderr)
             if error.hint:
-                print(f"hint: {error.hint}", file=sys.stderr)
+                print(f"hint: {shown(error.hint)}", file=sys.stderr)
         return error.exit_code
     except Interrupted:
         return 128 + signal.SIGTERM

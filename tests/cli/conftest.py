@@ -1,11 +1,14 @@
 """The command line in this process, with the training itself replaced by the files it would leave."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from children import default_signals
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
@@ -74,7 +77,9 @@ def lighthouse(here, monkeypatch, capsys):
         monkeypatch.setattr(_output, "_quiet", False)
         code = 0
         try:
-            main()
+            # What it puts into its environment is for its own children.
+            with default_signals(), mock.patch.dict(os.environ):
+                main()
         except SystemExit as end:
             code = end.code or 0
         captured = capsys.readouterr()

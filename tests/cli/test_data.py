@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from children import LIGHTHOUSE, start
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data import check
@@ -81,8 +82,8 @@ def test_prepare_then_inspect_agree_with_the_live_source(place):
 def test_an_interrupted_prepare_says_how_to_go_on(place):
     (place / "many").mkdir()
     (place / "many/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
-    command = [sys.executable, "-m", "lighthouse_cli", "data", "prepare", "r.toml", "many/out", "--workers", "1"]
-    with subprocess.Popen(
+    command = [*LIGHTHOUSE, "data", "prepare", "r.toml", "many/out", "--workers", "1"]
+    with start(
         [*command, "--set", 'data.paths=["many/*.jsonl"]'], cwd=place, stderr=subprocess.PIPE, text=True
     ) as process:
         process.stderr.readline()
@@ -116,7 +117,7 @@ def test_what_a_document_holds_does_nothing_to_the_terminal(place):
     (place / "odd/a.jsonl").write_text(json.dumps({"text": odd}))
     wanted = ["inspect", "r.toml", "--set", 'data.paths=["odd/*"]', "--set", "data.validation=0.0"]
     shown = shell(*wanted, cwd=place).stdout
-    assert shown.endswith("--- document 1\na\tb\nc\\x0dd\\x1b]0;title\\x07\\x7f\\x9b2J\\x00\n")
+    assert shown.endswith("--- document 1\na\tb\nc\\rd\\x1b]0;title\\x07\\u007f\\u009b2J\\x00\n")
     as_json = shell(*wanted, "--json", cwd=place).stdout
     assert json.loads(as_json)[0]["samples"] == [odd] and as_json.isascii()
 

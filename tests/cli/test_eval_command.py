@@ -51,6 +51,22 @@ def measured(monkeypatch, run):
     return asked, subject
 
 
+def test_bits_per_byte_that_are_not_known_are_not_shown(lighthouse, monkeypatch, measured):
+    from lighthouse_core import evaluate
+
+    known = evaluate.evaluate
+
+    def unknown(*given, **options):
+        report = known(*given, **options)
+        return report | {"loss": report["loss"] | {"bits_per_byte": None}}
+
+    shown = lighthouse("eval", "one", "--context", "128")
+    assert "nats per token, 1.0000 ± nan bits per byte" in shown.out and "unknown" not in shown.err
+    monkeypatch.setattr(evaluate, "evaluate", unknown)
+    shown = lighthouse("eval", "one", "--context", "128", "--out", "other")
+    assert shown.code == 0 and "bits per byte" not in shown.out and "bits per byte are unknown" in shown.err
+
+
 def test_of_a_dense_model_no_leak_is_measured_unasked(lighthouse, run, measured):
     asked, subject = measured
     assert lighthouse("eval", "one", "--context", "128").code == 0

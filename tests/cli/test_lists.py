@@ -39,6 +39,8 @@ def test_runs_newest_first(lighthouse, trainer, here):
 def test_runs_where_there_is_none(lighthouse, here):
     answer = lighthouse("runs")
     assert (answer.code, answer.out) == (0, "") and "no run under runs" in answer.err
+    assert "there is no directory elsewhere" in lighthouse("runs", "elsewhere").error
+    Path("elsewhere").mkdir()
     assert json.loads(lighthouse("runs", "elsewhere", "--json").out) == []
     assert "is not a directory" in lighthouse("runs", "tiny.toml").error
 

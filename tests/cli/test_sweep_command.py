@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from children import wait_until
 
 from lighthouse_core import launch
 from lighthouse_core import sweep as sweep_module
@@ -167,8 +168,7 @@ def test_signals(here, lighthouse, mode, monkeypatch, numbers, code):
         (here / "stubborn").touch()
 
     def send():
-        while not (here / "begun").exists():
-            time.sleep(0.02)
+        wait_until((here / "begun").exists)
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.2)

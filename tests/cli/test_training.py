@@ -11,7 +11,7 @@ from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.launch import Plan
-from lighthouse_core.runs import Run
+from lighthouse_core.runs import Run, create_run
 
 
 def ledger(name: str) -> list[tuple[str, int, int]]:
@@ -175,18 +175,24 @@ def test_dense_training_needs_no_kernels_of_lighthouse(lighthouse, trainer, comm
 
 
 def test_resuming_needs_a_checkpoint(lighthouse, trainer, here):
-    trainer.code = 1
+    trainer.code, trainer.rows = 1, [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
     assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
     assert "it has no checkpoint: choose another --name" in lighthouse("pretrain", "tiny.toml", "--name", "a").err
     assert "no complete checkpoint" in lighthouse("pretrain", "--resume", "a").error
     assert "no complete checkpoint" in lighthouse("recover", "a").error
 
 
-def test_a_mistake_before_the_first_step_frees_the_name(lighthouse, trainer, here):
-    trainer.code = 2
-    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 2
+def test_what_ends_before_the_first_step_frees_the_name(lighthouse, trainer, here):
+    for code in (1, 2):
+        trainer.code = code
+        assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == code
+        assert not (here / "runs/a").exists()
+    trainer.fault = LighthouseError("a training process was killed")
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
+    trainer.fault = OSError(28, "No space left on device")
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
     assert not (here / "runs/a").exists()
-    trainer.code = 0
+    trainer.code, trainer.fault = 0, None
     assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 0
     trainer.code = 2
     assert lighthouse("recover", "a").code == 2
@@ -355,3 +361,12 @@ def test_damaged_shards_are_met_by_resume_and_recover_before_anything_is_written
         assert "train-00000.tokens is damaged" in lighthouse(*command).error
     assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
     assert len(trainer.launches) == 1
+
+
+def test_a_run_that_is_being_trained_is_not_to_be_deleted(lighthouse, trainer, here):
+    run = create_run(load_recipe("tiny.toml"), "tiny", "a")
+    with run.lock():
+        for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
+            assert "being trained by another process" in lighthouse(*command).error
+    refused = lighthouse("pretrain", "--resume", "a")
+    assert refused.code == 2 and "hint: if nothing trains it, delete it" in refused.err

@@ -5,13 +5,13 @@ import json
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 import textwrap
 import time
 
 import pytest
+from children import start
 
 from lighthouse_cli import _output, _view, _watch
 from lighthouse_core.config import load_recipe
@@ -128,7 +128,7 @@ def terminal(here):
             from lighthouse_cli import _train
             from lighthouse_core import launch
             from lighthouse_core.runs import Run
-            launch.command = lambda run_dir, plan: [sys.executable, "worker.py"]
+            launch.command = lambda run_dir: [sys.executable, "worker.py"]
             run = Run({str(made.path)!r})
             try:
                 _train.train(run.path, run, launch.Plan(1), "again")
@@ -139,7 +139,7 @@ def terminal(here):
         ours, theirs = pty.openpty()
         environment = os.environ | {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment.pop("NO_COLOR", None)
-        process = subprocess.Popen(
+        process = start(
             [sys.executable, "main.py"],
             stdin=theirs,
             stderr=theirs,

@@ -260,6 +260,7 @@ def test_every_key_can_be_written_and_no_other():
 
 positive = st.integers(1, 10**6)
 small = st.floats(1e-12, 1e3)
+names = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)
 scalars = st.one_of(
     st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.dates(), st.datetimes(), st.times()
 )
@@ -285,7 +286,7 @@ def recipes(draw):
         {
             "model": model,
             "lighthouse": {"enabled": draw(st.booleans()), "topk": 128, "scorer": draw(st.sampled_from(SCORERS))},
-            "data": {"paths": draw(st.lists(st.text(), min_size=1, max_size=3))},
+            "data": {"paths": draw(st.lists(names, min_size=1, max_size=3))},
             "training": {
                 "seq_len": draw(st.integers(10**4, 10**6)),
                 "local_batch_size": local,

@@ -146,3 +146,28 @@ def test_a_saved_data_set_has_a_unit_a_file(saved, name, split, units, count):
 def test_a_saved_data_set_has_no_other_split_or_configuration(saved, name, config, split, message):
     with pytest.raises(DataError, match=message):
         HubSource(str(saved / name), config, split, "", "text")
+
+
+def formats():
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return sorted(_PACKAGED_DATASETS_MODULES)
+
+
+@pytest.mark.parametrize("name", formats())
+def test_a_directory_with_the_name_of_a_format_is_read_itself(tmp_path, monkeypatch, name):
+    """The library takes such a name for its own reader, of whatever lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("jsonl", "json", "csv", "txt", "parquet"):
+        (tmp_path / f"other.{suffix}").write_text('{"text": "another folder"}\n')
+    with pytest.raises(DataError, match="is a format of the datasets library") as error:
+        build_source(recipe([name]).data)
+    assert "owner/name" in error.value.hint
+    with pytest.raises(DataError, match="is a format"):
+        pinned(recipe([name]))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.jsonl").write_text('{"text": "this folder"}\n')
+    for path in (name, f"{name}/"):
+        source = build_source(recipe([path]).data)
+        assert texts(source) == ["this folder"] and source.identities == [f"{name}/train/0"]
+        assert pinned(recipe([path])) == recipe([path])

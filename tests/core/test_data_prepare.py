@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import start
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.data import check, verified
@@ -346,9 +347,7 @@ def test_a_kill_loses_no_finished_piece_and_leaves_no_process(tmp_path):
     (tmp_path / "recipe.toml").write_text(dump_recipe(made))
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py", "recipe.toml", "out"]
-    with subprocess.Popen(
-        [*command, "2"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with start([*command, "2"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         while float(process.stdout.readline()) < 0.2:
             pass
         process.kill()
@@ -374,7 +373,7 @@ def test_an_interrupt_ends_it_soon_and_its_repetition_finishes(tmp_path):
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe(tmp_path / "src/*.jsonl")))
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py", "recipe.toml", "out", "2"]
-    with subprocess.Popen(
+    with start(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     ) as process:
         while float(process.stdout.readline()) < 0.1:

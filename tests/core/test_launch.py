@@ -10,7 +10,9 @@ import threading
 import time
 from pathlib import Path
 
+import children
 import pytest
+from children import ends, wait_for, wait_until
 
 from lighthouse_core import launch
 from lighthouse_core.config import loads_recipe
@@ -105,19 +107,22 @@ def test_batch_and_processes_must_fit(world, settings, fits):
 
 
 def test_argv():
-    one = command(Path("runs/a"), Plan(2))
-    assert one[0] == sys.executable and "--standalone" in one and "--nproc-per-node=2" in one
-    assert one[-3:] == ["-m", "lighthouse_core.train.worker", "runs/a"]
-    many = command(Path("runs/a"), Plan(8, 4, 3, "host:29500"))
-    assert {"--nnodes=4", "--node-rank=3", "--rdzv-endpoint=host:29500", "--nproc-per-node=8"} < set(many)
-    assert "--standalone" not in many
+    assert command(Path("runs/a")) == [sys.executable, "-P", "-m", "lighthouse_core.train.worker", "runs/a"]
+
+
+def test_every_process_has_its_ranks():
+    assert launch.ranks(Plan(2)) == [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"}]
+    many = Plan(2, 3, 2, "host:29500")
+    assert [own["RANK"] for own in launch.ranks(many)] == ["4", "5"]
+    shared = environment(many, {"RANK": "9"}, Path("/e"))
+    assert (shared["WORLD_SIZE"], shared["LOCAL_WORLD_SIZE"], shared[launch.MEETING]) == ("6", "2", "host:29500")
 
 
 def test_environment(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     found = environment(Plan(3), {"PYTHONPATH": "a:b", "X": "1"}, Path("/e"))
     assert found["OMP_NUM_THREADS"] == "2" and found["MKL_DYNAMIC"] == "FALSE"
-    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_JOB"]) == ("a:b", "1", "/e")
+    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_JOB"], found["TMPDIR"]) == ("a:b", "1", "/e", "/e")
     assert environment(Plan(30), {}, Path("/e"))["OMP_NUM_THREADS"] == "1"
     assert environment(Plan(3), {"OMP_NUM_THREADS": "7"}, Path("/e"))["OMP_NUM_THREADS"] == "7"
 
@@ -140,8 +145,8 @@ def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
         (1, 2, [], 2),
         (1, None, [], 1),
         (1, 143, [], 1),  # a rank crashed, and the others were told to stop
-        (128 + signal.SIGUSR1, None, [], 143),  # a worker that did not take signals yet
-        (128 + signal.SIGINT, None, [], 130),
+        (-signal.SIGUSR1, None, [], 143),  # a worker that did not take signals yet
+        (-signal.SIGINT, None, [], 130),
         (143, 143, [], 143),  # a scheduler stopped everything itself
         (143, None, [signal.SIGINT], 130),
         (143, 143, [signal.SIGINT], 130),
@@ -149,28 +154,24 @@ def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
         (143, 143, [signal.SIGHUP], 143),
         (1, 1, [signal.SIGINT], 1),  # the checkpoint could not be written
         (-signal.SIGTERM, None, [signal.SIGTERM], 143),
+        (-signal.SIGKILL, None, [signal.SIGINT], 130),  # by a second signal
     ],
 )
 def test_what_the_end_of_a_job_means(status, reported, received, code):
-    assert launch._exit_code(status, reported, received, None) == code
+    assert launch._exit_code(status, reported, received, 0) == code
 
 
 def test_a_killed_worker_is_a_fault_with_a_reason():
     with pytest.raises(LighthouseError, match="process of rank 3 was killed by SIGKILL") as caught:
-        launch._exit_code(128 + signal.SIGKILL, 143, [], 3)
+        launch._exit_code(-signal.SIGKILL, 143, [], 3)
     assert caught.value.exit_code == 1 and "memory" in caught.value.hint
-
-
-def test_a_killed_torchrun_is_not_taken_for_a_worker():
-    with pytest.raises(LighthouseError, match=r"^torchrun was killed by SIGKILL"):
-        launch._exit_code(-signal.SIGKILL, 143, [], None)
 
 
 @pytest.fixture
 def job(tmp_path):
-    """Run a small worker through the real torchrun; the result has code and stderr."""
+    """Run a small worker through the real launcher; the result has code and stderr."""
 
-    def run(body: str, nproc: int = 1, after=None):
+    def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300):
         (tmp_path / "worker.py").write_text(
             "import os, signal, sys, time\nfrom lighthouse_core.launch import report_exit\n" + textwrap.dedent(body)
         )
@@ -178,11 +179,12 @@ def job(tmp_path):
             import sys
             from pathlib import Path
             from lighthouse_core import launch
-            real = launch.command
-            launch.command = lambda run_dir, plan: [*real(run_dir, plan)[:-3], str(run_dir / "worker.py")]
+            launch._SHUTDOWN_SECONDS = {patience}
+            launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
             sys.exit(launch.launch(Path({str(tmp_path)!r}), launch.Plan({nproc})))
         """
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        process = children.start(command, ignoring=ignoring, stderr=subprocess.PIPE, text=True)
         if after:
             threading.Thread(target=after, args=(process, tmp_path), daemon=True).start()
         _, stderr = process.communicate(timeout=120)
@@ -234,12 +236,6 @@ WORKER = """
 """
 
 
-def wait_for(path: Path) -> str:
-    while not path.exists():
-        time.sleep(0.05)
-    return path.read_text()
-
-
 def test_a_signal_has_the_worker_save_first(job, tmp_path):
     def interrupt(process, folder):
         wait_for(folder / "ready")
@@ -250,11 +246,42 @@ def test_a_signal_has_the_worker_save_first(job, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_whoever_started_it_had_it_ignore_stays_ignored(job, tmp_path, number):
+    """As nohup does with SIGHUP, and a script with SIGINT for what it starts in the background."""
+
+    def interrupt(process, folder):
+        worker = int(wait_for(folder / "ready", process))
+        process.send_signal(number)
+        time.sleep(0.5)
+        ignored.append(process.poll() is None and not (folder / "saving").exists())
+        # The worker begins with the default all the same.
+        status = Path(f"/proc/{worker}/status").read_text()
+        masks.append(int(status.split("SigIgn:")[1].split()[0], 16))
+        process.send_signal(signal.SIGTERM)
+
+    ignored, masks = [], []
+    assert job(WORKER.format(saving=0), after=interrupt, ignoring=(number,)) == (143, "")
+    assert ignored == [True] and not masks[0] & 1 << (number - 1)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_asks_a_job_to_save_counts_whoever_started_it(job, tmp_path, number):
+    def interrupt(process, folder):
+        wait_for(folder / "ready", process)
+        process.send_signal(number)
+
+    everything = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    assert job(WORKER.format(saving=0), after=interrupt, ignoring=everything) == (143, "")
+    assert (tmp_path / "saved").exists()
+
+
 def test_a_second_signal_ends_everything_at_once(job, tmp_path):
     def interrupt(process, folder):
         wait_for(folder / "ready")
         process.send_signal(signal.SIGINT)
-        wait_for(folder / "saving")
+        wait_until((folder / "saving").exists)
         time.sleep(1.2)
         process.send_signal(signal.SIGINT)
 
@@ -264,25 +291,6 @@ def test_a_second_signal_ends_everything_at_once(job, tmp_path):
     assert ends(int((tmp_path / "ready").read_text()))
 
 
-def ends(pid: int) -> bool:
-    """Whether a process that is no child of ours ends within ten seconds."""
-    for _ in range(200):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def processes(pid: int) -> list[int]:
-    """A process and all that it has started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in processes(int(child)))]
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_every_process_at_once_is_one_request(job, tmp_path, number, code):
     """So does a batch system; the launcher sends its own on to processes that have theirs already."""
@@ -290,7 +298,7 @@ def test_a_signal_to_every_process_at_once_is_one_request(job, tmp_path, number,
     def interrupt(process, folder):
         wait_for(folder / "ready1")
         wait_for(folder / "ready")
-        for pid in processes(process.pid):
+        for pid in children.tree(process.pid):
             os.kill(pid, number)
 
     assert job(WORKER.format(saving=3), nproc=2, after=interrupt) == (code, "")
@@ -330,8 +338,7 @@ def test_a_job_that_is_held_up_as_a_whole_goes_on(tmp_path, monkeypatch):
 def test_a_process_that_has_ended_is_not_silent(tmp_path):
     """Not even while its parent has yet to hear of it."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            time.sleep(0.05)
+        children.wait_until(lambda: children.state(process.pid) == "Z")
         (tmp_path / "rank0").write_bytes(struct.pack("<qqqq", process.pid, 5, 3, 10))
         assert Listener(tmp_path).pulses() == []
     beat = heartbeat.Heartbeat(tmp_path, 1, 10)
@@ -352,7 +359,7 @@ def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
         mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    process = children.start([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)
@@ -370,10 +377,37 @@ def test_a_signal_before_training_ends_a_process_at_once(tmp_path):
         print("ready", flush=True)
         time.sleep(60)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    process = children.start([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
+
+
+STUBBORN = """
+    import subprocess
+    from pathlib import Path
+    here = Path(__file__).parent
+    if os.environ["RANK"] == "1":
+        while not (here / "ready").exists():
+            time.sleep(0.05)
+        {end}
+    # It does not end when it is asked to, and has started something itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleeper = subprocess.Popen(["sleep", "300"])
+    (here / "ready").write_text(f"{{os.getpid()}} {{sleeper.pid}}")
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "words"), [("os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"), ("sys.exit(7)", "")]
+)
+def test_the_others_of_a_process_that_fails_have_their_time_and_no_more(job, tmp_path, end, words):
+    begin = time.monotonic()
+    code, stderr = job(STUBBORN.format(end=end), nproc=2, patience=2)
+    assert code == 1 and words in stderr
+    assert 2 < time.monotonic() - begin < 30
+    assert all(ends(int(pid)) for pid in (tmp_path / "ready").read_text().split())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")

@@ -455,10 +455,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is no report"):
         report.prepare(tmp_path / "full", "tune")
     (tmp_path / "full/results.json").touch()
-    report.prepare(tmp_path / "full", "tune")
+    with pytest.raises(UserError, match="is no report"):
+        report.prepare(tmp_path / "full", "tune")
     with pytest.raises(UserError, match="is no report"):
         report.prepare(tmp_path / "full/thesis.tex", "tune")
-    (tmp_path / "full/results.json").write_text('{"kind": "step"}')
+    (tmp_path / "full/results.json").write_text('{"kind": "step", "machine": {}}')
     with pytest.raises(UserError, match="has a report of another kind: step"):
         report.prepare(tmp_path / "full", "tune")
     report.prepare(tmp_path / "full", "step")

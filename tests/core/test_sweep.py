@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from children import start, wait_until
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.config.sweep import Sweep, load_sweep
 from lighthouse_core.errors import RecipeError, RunError
 from lighthouse_core.runs import Run, create_run, plan_recovery
 from lighthouse_core.seal import damage, seal
-from lighthouse_core.sweep import Runner, branch, check, clear, collect, lock, next_command, places, waits
+from lighthouse_core.sweep import Runner, branch, check, claim, clear, collect, lock, next_command, places, waits
 from lighthouse_core.sweep import runner as running
 
 RECIPE = Path("recipes/quickstart.toml").resolve()
@@ -211,10 +212,12 @@ def test_a_branch_that_was_cut_off_is_made_anew(sweep, tmp_path):
 def test_what_was_cut_off_before_its_first_checkpoint_is_removed(sweep, tmp_path):
     path = tmp_path / "runs/random"
     assert not clear(path)
+    claim(path)
     run = begin(sweep, tmp_path, "random")
     with run.lock(), pytest.raises(RunError, match="trained by another process"):
         clear(path)
     assert clear(path) and not path.exists()
+    claim(path)
     run = begin(sweep, tmp_path, "random")
     (path / "recipe.toml").unlink()
     assert clear(path) and not path.exists()
@@ -226,7 +229,7 @@ def test_what_was_cut_off_before_its_first_checkpoint_is_removed(sweep, tmp_path
 def test_what_is_no_run_is_not_removed(tmp_path):
     (tmp_path / "runs/random").mkdir(parents=True)
     (tmp_path / "runs/random/thesis.tex").touch()
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="not of this sweep"):
         clear(tmp_path / "runs/random")
     assert (tmp_path / "runs/random/thesis.tex").exists()
 
@@ -439,8 +442,7 @@ def test_too_little_time_begins_nothing(runner, tmp_path):
 
 def after(file, act):
     def wait():
-        while not file.exists():
-            time.sleep(0.05)
+        wait_until(file.exists)
         act()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -480,8 +482,7 @@ def test_no_command_outlives_an_exception(runner, tmp_path):
 
     def say(text):
         if text.startswith("a: "):
-            while not (tmp_path / "slow-1.begun").exists():
-                time.sleep(0.05)
+            wait_until((tmp_path / "slow-1.begun").exists)
             raise RuntimeError("no more room for words")
 
     job.say = say
@@ -503,20 +504,13 @@ here = Path({str(tmp_path)!r})
 command = [{sys.executable!r}, str(here / "child.py")]
 runner.Runner(plan, here, here / "runs", [{{"PLACE": "0"}}], print, command).run()
 """
-    process = subprocess.Popen([sys.executable, "-c", script])
+    process = start([sys.executable, "-c", script])
     try:
-        wait_for(tmp_path / "slow-1.begun")
+        wait_until((tmp_path / "slow-1.begun").exists, process)
     finally:
         process.kill()
-        process.wait()
-    wait_for(tmp_path / "slow-1.ended")
-
-
-def wait_for(file):
-    end = time.monotonic() + 30
-    while not file.exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+        process.wait(60)
+    wait_until((tmp_path / "slow-1.ended").exists)
 
 
 def test_a_run_that_cannot_be_read_is_left_and_the_others_go_on(runner, tmp_path):
@@ -549,6 +543,7 @@ def test_a_run_whose_parent_has_lost_its_checkpoint_is_stuck(sweep, tmp_path):
 def test_the_runner_clears_and_branches(sweep, tmp_path, monkeypatch):
     save(begin(sweep, tmp_path, "random"), 10)
     evaluated(tmp_path / "runs/random", "switch")
+    claim(tmp_path / "runs/dense")
     begin(sweep, tmp_path, "dense", "lighthouse.enabled=false")
     said = []
     Runner(sweep, tmp_path / "base.toml", tmp_path / "runs", [{}] * 3, said.append, [sys.executable, "-c", ""]).run()

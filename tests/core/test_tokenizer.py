@@ -206,7 +206,6 @@ def test_without_byte_fallback_bytes_must_be_utf8(foreign_spm):
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        (dict(bos_id=-1), "no BOS"),
         (dict(eos_id=-1), "no EOS"),
         (dict(model_type="unigram"), "not a BPE model"),
         (dict(normalization_rule_name="nmt_nfkc"), "normalizes"),
@@ -302,11 +301,41 @@ def test_usual_names(hf):
     assert tokenizer.bos_id == tokenizer.eos_id == 256
 
 
+@pytest.mark.parametrize(
+    "config, bos",
+    [
+        ({"bos_token": None, "eos_token": "<|endoftext|>"}, None),
+        ({"bos_token": None}, None),
+        ({"eos_token": "<|endoftext|>"}, None),
+        ({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, 256),
+        ({}, 256),
+    ],
+)
+def test_a_tokenizer_without_a_bos(config, bos, hf):
+    """As Qwen's: the config says null, or names EOS alone. GPT-2's says nothing, and <|endoftext|> is both."""
+    tokenizer = build_tokenizer(str(hf(added=("<|endoftext|>", "<|im_start|>"), config=config)))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, 256)
+    assert tokenizer.bos == (None if bos is None else "<|endoftext|>")
+    assert tokenizer.decode([256, *tokenizer.encode("a b"), 256]) == "a b"
+
+
+def test_null_is_no_bos_whatever_the_post_processor_says(hf):
+    def template(tokenizer):
+        return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+
+    with_bos = build_tokenizer(str(hf(post=template, config={"eos_token": "</s>"})))
+    without = build_tokenizer(str(hf(post=template, config={"bos_token": None, "eos_token": "</s>"})))
+    assert (with_bos.bos_id, without.bos_id) == (256, None)
+    assert with_bos.fingerprint != without.fingerprint
+
+
 def test_bos_or_eos_that_cannot_be_told(hf):
     error = refused(hf(added=("<x>",)))
     assert "BOS and EOS" in str(error) and "tokenizer_config.json" in error.hint
-    error = refused(hf(added=("<x>",), config={"bos_token": None, "eos_token": "<x>"}))
-    assert "is BOS" in str(error)
+    error = refused(hf(added=("<x>",), config={"bos_token": None}))
+    assert "is EOS" in str(error)
+    error = refused(hf(added=("<x>",), config={"bos_token": "<x>", "eos_token": 3}))
+    assert "eos_token" in str(error)
     assert "<y>" in str(refused(hf(added=("<x>",), config={"bos_token": "<y>", "eos_token": "<x>"})))
 
 

@@ -123,11 +123,11 @@ def test_strip_of_a_sentencepiece_run(start, small_model, tmp_path, monkeypatch)
     assert any("tokenizer gives the ids" in fact for fact in report.verified)
     for name in ("config.json", "generation_config.json"):
         config = json.loads((tmp_path / "out" / name).read_text())
-        assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+        assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
     transformers = pytest.importorskip("transformers")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = build_tokenizer(str(tmp_path / "out" / "tokenizer.model"))
-    text = "def f(x):\n    return 'é'  # <s>\n"
+    text = "def f(x):\n    return 'é'  # < s>\n"
     inputs = auto(text, return_tensors="pt")
     assert inputs.input_ids[0].tolist() == [1, *ours.encode(text)]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

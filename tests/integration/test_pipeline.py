@@ -10,7 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import children
 import jobs
 import pytest
 import torch
@@ -21,11 +23,21 @@ from lighthouse_cli.app import main
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
+from lighthouse_core.launch import MEETING
 from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.train.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
 TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=2", "checkpoint.keep=3", "recover.steps=4"]
+
+
+class Seen(NamedTuple):
+    """Of a job in progress: its processes, the addresses at which they listen, and the folder where they meet."""
+
+    pids: list[int]
+    addresses: set[str]
+    meeting: Path
+    mode: int
 
 
 class Done(NamedTuple):
@@ -49,7 +61,9 @@ def lighthouse(*arguments: str, cwd: Path) -> Done:
         code, stderr = 0, os.dup(2)
         os.dup2(words.fileno(), 2)  # of the training processes
         try:
-            main()
+            # What it puts into its environment is for its own children.
+            with children.default_signals(), mock.patch.dict(os.environ):
+                main()
         except SystemExit as end:
             code = end.code or 0
         finally:
@@ -66,15 +80,17 @@ def succeed(*arguments: str, cwd: Path) -> Done:
     return done
 
 
-def interrupt(*arguments: str, after: str, cwd: Path) -> str:
-    """What a command says that is sent SIGINT once a line begins with `after`."""
-    command = [sys.executable, "-m", "lighthouse_cli", *arguments]
-    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as process:
+def interrupt(*arguments: str, after: str, cwd: Path, look=lambda pids: None) -> str:
+    """What a command says that is sent SIGINT once a line begins with `after`; first its processes are looked at."""
+    with children.start([*children.LIGHTHOUSE, *arguments], cwd=cwd, stderr=subprocess.PIPE, text=True) as process:
+        words = ""
         for line in process.stderr:
+            words += line
             if line.startswith(after):
+                look(children.tree(process.pid))
                 process.send_signal(signal.SIGINT)
                 break
-        words = process.stderr.read()
+        words += process.stderr.read()
         assert process.wait(timeout=60) == 130, words
     assert "Traceback" not in words
     return words
@@ -87,9 +103,19 @@ def rows(run: Path, key: str = "loss") -> dict[int, dict]:
     return {row["step"]: row for row in found if key in row}
 
 
+# Names that Python, torch or we import; as a file in the working directory each is a trap.
+CANARIES = [*sorted(sys.stdlib_module_names - {"__future__"}), "torch", "numpy", "lighthouse_core", "sitecustomize"]
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return tmp_path_factory.mktemp("workspace")
+    """Where all these commands run: among modules of which none may be imported."""
+    folder = tmp_path_factory.mktemp("workspace")
+    ran = tmp_path_factory.mktemp("ran")
+    for name in CANARIES:
+        (folder / f"{name}.py").write_text(f"open({str(ran / name)!r}, 'w').close()\n")
+    yield folder
+    assert [path.name for path in ran.iterdir()] == []
 
 
 def pretrain(workspace: Path, name: str, *more: str) -> Path:
@@ -124,7 +150,15 @@ def test_a_run_directory_holds_everything(one):
 
 @pytest.fixture(scope="module")
 def two(workspace):
-    """(run, its words, the step saved) of two processes that were interrupted, and then went on for another step."""
+    """Of two processes that were interrupted, and then went on for another step: the run, its words, the step saved,
+    and what was seen of them before."""
+
+    def look(pids: list[int]) -> None:
+        meeting = Path(children.environment(pids[-1])[MEETING])
+        addresses = {address for address, _ in children.listening(pids)}
+        seen.append(Seen(pids, addresses, meeting.parent, meeting.parent.stat().st_mode & 0o777))
+
+    seen: list[Seen] = []
     settings = [
         "training.steps=500",
         "checkpoint.interval=1",
@@ -133,7 +167,7 @@ def two(workspace):
     ]
     command = ["pretrain", str(ROOT / "recipes/quickstart.toml"), "--name", "two", "--nproc", "2"]
     # The signal comes while step 6 is evaluated, and while checkpoints are saved behind the scenes.
-    words = interrupt(*command, *options(*TINY, *settings), after="step 6/", cwd=workspace)
+    words = interrupt(*command, *options(*TINY, *settings), after="step 6/", cwd=workspace, look=look)
     run = workspace / "runs/two"
     saved = checkpoint_steps(run)[-1]
     assert max(rows(run)) == saved < 500
@@ -141,11 +175,19 @@ def two(workspace):
     ledger["stages"][0]["end"] = saved + 1
     (run / "ledger.json").write_text(json.dumps(ledger))
     succeed("pretrain", "--resume", "two", "--nproc", "2", cwd=workspace)
-    return run, words, saved
+    return run, words, saved, seen[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows it in /proc")
+def test_a_job_on_one_machine_is_reached_by_no_other(two):
+    """Torch's own store listens everywhere, and whoever writes to it can have the processes run what they like."""
+    seen = two[3]
+    assert len(seen.pids) == 3 and seen.addresses and seen.addresses <= {"127.0.0.1", "::1"}
+    assert seen.mode == 0o700 and not seen.meeting.exists()
 
 
 def test_an_interrupted_run_saves_and_goes_on(two):
-    run, words, saved = two
+    run, words, saved, _ = two
     assert f"step {saved} is saved" in words
     assert sorted(rows(run)) == list(range(1, saved + 2))
     # An evaluation that the signal cut short is made again.
@@ -207,9 +249,12 @@ def test_an_extended_recovery_takes_its_rate_from_the_new_end_and_is_saved_on_a_
     extended = workspace / "runs/extended"
     shutil.copytree(recovered, extended)
     command = ["recover", "extended", "--extend", "500", *options("checkpoint.interval=500")]
-    words = interrupt(*command, after="step 12/", cwd=workspace)
+    refused = lighthouse(*command, cwd=workspace)
+    assert refused.returncode == 2 and "would rise to" in refused.stderr
+    words = interrupt(*command, *options('recover.decay="linear"'), after="step 12/", cwd=workspace)
     saved, seen = checkpoint_steps(extended)[-1], rows(extended)
     assert f"step {saved} is saved" in words
+    assert f"learning rate goes from {seen[10]['lr']:.3g} (step 10) to {seen[11]['lr']:.3g} (step 11)" in words
     assert max(seen) == saved < 500
     expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 510)) for step in (10, 11)]
     assert [seen[step]["lr"] for step in (11, 12)] == pytest.approx(expected)

@@ -21,9 +21,9 @@ COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"
 KEY = (3, 1, 4, 1)
 
 
-def call(tokens=21, batch=2, **settings):
+def call(tokens=21, batch=2, heads=4, **settings):
     # Few of them: the interpreter takes its time.
-    q, k, v, cfg = draws.make((tokens, batch, 4, 2, 3, 2, 2, 2, 2), dtype=torch.float32)
+    q, k, v, cfg = draws.make((tokens, batch, heads, 2, 3, 2, 2, 2, 2), dtype=torch.float32)
     return *(x.to(DEVICE).requires_grad_() for x in (q, k, v)), replace(cfg, backend="triton", **settings)
 
 
@@ -75,10 +75,10 @@ def test_one_graph_and_the_same_results(scorer):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_compiled_call_takes_any_length():
+def test_a_compiled_call_takes_any_shape():
     compiled = torch.compile(attention, fullgraph=True, backend=COMPILER)
-    for tokens in (21, 32, 37):
-        *tensors, cfg = call(tokens, batch=1, dense_backend="math")
+    for tokens, batch, heads in ((21, 1, 2), (21, 1, 4), (32, 1, 2), (37, 2, 2)):
+        *tensors, cfg = call(tokens, batch, heads, dense_backend="math")
         results = [attend(*tensors, cfg) for attend in (compiled, attention)]
         torch.testing.assert_close(*results)
         grads = [torch.autograd.grad(x.square().sum(), tensors) for x in results]

@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import children
 import torch
 
 RECIPE = Path(__file__).parents[2] / "recipes/quickstart.toml"
@@ -44,9 +44,10 @@ class Job:
         self.words_path = cwd / f"words-{Job.number}.txt"
         self.begun = time.monotonic()
         with self.words_path.open("wb") as file:
-            command = [sys.executable, "-m", "lighthouse_cli", *arguments]
-            self.process = subprocess.Popen(
-                command,
+            self.process = children.start(
+                [*children.LIGHTHOUSE, *arguments],
+                # The scripts have limits of their own.
+                seconds=24 * 3600,
                 cwd=cwd,
                 env={**os.environ, "TMPDIR": str(cwd), **(environment or {})},
                 stdin=subprocess.DEVNULL,
@@ -80,19 +81,13 @@ class Job:
 
     def pids(self) -> list[int]:
         """The launcher, and all processes that come from it, parents before children."""
-        found = [self.process.pid]
-        children: dict[int, list[int]] = {}
-        for pid, (_, parent) in _processes().items():
-            children.setdefault(parent, []).append(pid)
-        for pid in found:
-            found += children.get(pid, [])
-        return found
+        return children.tree(self.process.pid)
 
     def workers(self) -> list[int]:
         """The training processes, by rank."""
         ranks = {}
         for pid in self.pids():
-            rank = _environment(pid).get("RANK")
+            rank = children.environment(pid).get("RANK")
             if rank is not None:
                 ranks[int(rank)] = pid
         return [ranks[rank] for rank in sorted(ranks)]
@@ -110,9 +105,8 @@ class Job:
             stopped += fresh
         for pid in reversed(stopped):
             _send(pid, signal.SIGKILL)
-        self.process.wait()
-        while any(state not in "ZX" for pid, (state, _) in _processes().items() if pid in stopped):
-            time.sleep(_POLL_SECONDS)
+        self.process.wait(60)
+        children.wait_until(lambda: all(children.state(pid) in "ZX" for pid in stopped))
         return len(stopped)
 
 
@@ -191,27 +185,6 @@ def _differing(one: Any, other: Any) -> int:
         return max(1, one.numel())
     bits = (x.detach().contiguous().view(-1).view(torch.uint8).view(x.numel(), -1) for x in (one, other))
     return int((next(bits) != next(bits)).any(1).sum())
-
-
-def _processes() -> dict[int, tuple[str, int]]:
-    """State and parent of every process."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name before them, in parentheses, may hold anything.
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        found[int(path.parent.name)] = state, int(parent)
-    return found
-
-
-def _environment(pid: int) -> dict[str, str]:
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def _send(pid: int, number: int) -> None:

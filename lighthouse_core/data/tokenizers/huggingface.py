@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from lighthouse_core.data.documents import stable_hash
+from lighthouse_core.data.tokenizers.stands_for import bytes_by_rules
 from lighthouse_core.data.tokenizers.text import to_text
 from lighthouse_core.errors import DataError
+from lighthouse_core.reading import read_json
 
 # Files beside tokenizer.json that name its special tokens.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+# Files beside tokenizer.json that a run and an export keep.
+COMPANIONS = (*NAMING, "chat_template.jinja")
 # What BOS and EOS are called where nothing says so, in the usual tokenizers.
 _USUAL = (
     ("<s>", "</s>"),
@@ -26,14 +30,16 @@ class HuggingFaceTokenizer:
     """What the `tokenizers` library makes of a tokenizer.json, without its truncation and padding.
 
     BOS and EOS are those that a tokenizer_config.json or special_tokens_map.json beside it names, else the tokens that
-    its post-processor puts around a text, else added tokens of the usual names.
+    its post-processor puts around a text. Where none of these names EOS, they are added tokens of the usual names; a
+    lone <|endoftext|> is then both, as in GPT-2. `"bos_token": null` in tokenizer_config.json says that there is no
+    BOS, whatever the others say, and so does an EOS that is named without a BOS: documents then begin without one.
 
     Attributes:
         path: of the tokenizer.json.
-        bos, eos: the tokens themselves.
+        bos, eos: the tokens themselves; bos and bos_id are None where there is none.
 
     Raises:
-        DataError: a file is missing or cannot be read, or BOS or EOS cannot be told.
+        DataError: a file is missing or cannot be read, EOS cannot be told, or BOS or EOS is not in the vocabulary.
     """
 
     def __init__(self, path: Path):
@@ -51,12 +57,14 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.bos, self.eos = _special_tokens(path, content)
-        self.bos_id, self.eos_id = (self._id(name) for name in (self.bos, self.eos))
+        self.bos_id = None if self.bos is None else self._id(self.bos)
+        self.eos_id = self._id(self.eos)
         rules = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         self.fingerprint = stable_hash("tokenizer.json", json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids of `text`, int32 [length], without BOS and EOS. A text that spells a special token is its characters.
+        """Ids of `text`, int32 [length], without BOS and EOS. A text that spells a special token is its characters;
+        in what transformers and tokenizers make of the same files it is that token.
 
         Raises:
             DataError: `text` is not UTF-8.
@@ -64,8 +72,18 @@ class HuggingFaceTokenizer:
         return np.array(self._tokenizer.encode(to_text(text), add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Text of `ids`. Special tokens and rows above the vocabulary stand for nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Text of `ids`. Special tokens, BOS, EOS and ids that are no row of the vocabulary stand for nothing."""
+        ends = (self.bos_id, self.eos_id)  # which are not special in every file
+        within = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in ends]
+        return self._tokenizer.decode(within, skip_special_tokens=True)
+
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes that each id stands for; see the protocol and `bytes_by_rules`, which says when it is None."""
+        found = bytes_by_rules(json.loads(self._tokenizer.to_str()), self._tokenizer.get_vocab())
+        if found is None:
+            return None
+        found |= dict.fromkeys((self.bos_id, self.eos_id), b"")
+        return [found.get(i, b"") for i in range(self.vocab_size)]
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
@@ -74,26 +92,44 @@ class HuggingFaceTokenizer:
         return found
 
 
-def _special_tokens(path: Path, content: dict[str, Any]) -> tuple[str, str]:
-    """(BOS, EOS) of the tokenizer.json at `path`."""
-    found = dict.fromkeys(("bos_token", "eos_token"))
+def _special_tokens(path: Path, content: dict[str, Any]) -> tuple[str | None, str]:
+    """(BOS, EOS) of the tokenizer.json at `path`; None for a BOS that it has not."""
+    files = {name: _read_json(file) for name in NAMING if (file := path.with_name(name)).is_file()}
     around = _around(content.get("post_processor") or {})
-    for source in (*(_read_json(file) for name in COMPANIONS if (file := path.with_name(name)).is_file()), around):
-        for key in found:
-            named = source.get(key)
-            found[key] = found[key] or (named.get("content") if isinstance(named, dict) else named)
+    bos, eos = (
+        next((name for source in (*files.values(), around) if (name := token_name(path, source, key))), None)
+        for key in ("bos_token", "eos_token")
+    )
+    # Said in so many words, as Qwen's files do, unlike a key that is left out.
+    without = files.get(NAMING[0], {}).get("bos_token", "") is None
+    if without:
+        bos = None
     added = {token.get("content") for token in content.get("added_tokens") or ()}
-    for bos, eos in _USUAL:
-        if not any(found.values()) and {bos, eos} <= added:
-            found = {"bos_token": bos, "eos_token": eos}
-    missing = [key for key, token in found.items() if not token]
-    if missing:
-        names = " and ".join(key.removesuffix("_token").upper() for key in missing)
+    for usual in _USUAL:
+        if not eos and bos in (None, usual[0]) and set(usual) <= added:
+            bos, eos = (None if without else usual[0]), usual[1]
+    if not eos:
+        names = "EOS" if bos or without else "BOS and EOS"
         raise DataError(
             f"cannot tell which token of {path} is {names}",
-            hint=f'name it in a {path.with_name("tokenizer_config.json")}: {{"{missing[0]}": "..."}}',
+            hint=f'name both in a {path.with_name(NAMING[0])}: {{"bos_token": "...", "eos_token": "..."}}; '
+            "null is a BOS that there is not",
         )
-    return found["bos_token"], found["eos_token"]
+    return bos, eos
+
+
+def token_name(path: Path, source: dict[str, Any], key: str) -> str | None:
+    """The token that a file of names beside `path` gives under `key`, as a string or as an object; None for null.
+
+    Raises:
+        DataError: it is neither.
+    """
+    named = source.get(key)
+    if isinstance(named, dict):
+        named = named.get("content")
+    if named is not None and not isinstance(named, str):
+        raise DataError(f"{key} beside {path} is no token: {named!r}", hint=f'write it as {{"{key}": "..."}}')
+    return named
 
 
 def _around(post_processor: dict[str, Any]) -> dict[str, str]:
@@ -114,7 +150,7 @@ def _around(post_processor: dict[str, Any]) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise DataError(
             f"cannot read the tokenizer {path}: {error.strerror}",

@@ -5,7 +5,7 @@ with, and collide with the copies of them in other packages. Field numbers: sent
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +89,28 @@ def rename_pieces(content: bytes, rename: Callable[[str], str]) -> bytes:
         else:
             out += start
     return bytes(out)
+
+
+def add_pieces(content: bytes, texts: Sequence[str], limit: int) -> bytes:
+    """The same model with more pieces of kind NORMAL behind the others, and with lower scores.
+
+    Where this makes more than `limit` pieces, pieces of several characters are left out, the last ones first. In a
+    model as the trainer writes it, no other piece is made of these.
+    """
+    fields = list(_fields(content))
+    pieces = [(at, _piece(value)) for at, (number, _, value) in enumerate(fields) if number == 1]
+    learnt = [at for at, piece in pieces if piece.kind == NORMAL and len(piece.text) > 1]
+    left_out = set(learnt[max(len(learnt) + min(limit - len(pieces) - len(texts), 0), 0) :])
+    lowest = min(piece.score for _, piece in pieces)
+    added = b""
+    for number, text in enumerate(texts, 1):
+        value = b"\x0a" + _varint(len(text.encode())) + text.encode() + b"\x15" + struct.pack("<f", lowest - number)
+        added += b"\x0a" + _varint(len(value)) + value
+    first = pieces[-1][0] + 1
+    kept = [start for at, (_, start, _) in enumerate(fields) if at not in left_out]
+    # Behind the last piece, wherever the other fields stand.
+    before = first - len(left_out)
+    return b"".join([*kept[:before], added, *kept[before:]])
 
 
 def _piece(message: bytes) -> Piece:

@@ -8,8 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from lighthouse_core.data.documents import stable_hash
-from lighthouse_core.data.tokenizers.model_file import BPE, BYTE, NORMAL, UNUSED, USER_DEFINED, ModelFile, parse
-from lighthouse_core.data.tokenizers.text import to_text
+from lighthouse_core.data.tokenizers.merges import merge_list, shared_scores
+from lighthouse_core.data.tokenizers.model_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelFile,
+    parse,
+)
+from lighthouse_core.data.tokenizers.text import byte_of, to_text
 from lighthouse_core.errors import DataError
 
 SPACE = "\u2581"  # how pieces spell a space
@@ -33,7 +44,7 @@ class SentencePieceTokenizer:
         model: its vocabulary and rules.
 
     Raises:
-        DataError: the file is missing or no model, has no BOS or EOS, or has rules that an exported tokenizer.json
+        DataError: the file is missing or no model, has no EOS, or has rules that an exported tokenizer.json
             cannot follow to the letter.
     """
 
@@ -55,18 +66,19 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is not a sentencepiece model: {reason}") from None
         _check_rules(path, self.model)
         self.vocab_size = len(self.model.pieces)
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        for name, found in (("bos", self.bos_id), ("eos", self.eos_id)):
-            if found < 0:
-                raise DataError(
-                    f"the tokenizer {path} has no {name.upper()} piece",
-                    hint=f"train it with --{name}_id set, or with `lighthouse tokenizer train`",
-                )
+        bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos_id if bos_id >= 0 else None
+        if self.eos_id < 0:
+            raise DataError(
+                f"the tokenizer {path} has no EOS piece",
+                hint="train it with --eos_id set, or with `lighthouse tokenizer train`",
+            )
         self.fingerprint = _fingerprint(self.model, self.bos_id, self.eos_id)
         # Fields given again override: this is the same model without the space that some put before a text, so that a
         # text can be cut.
         self._plain = SentencePieceProcessor(model_proto=self.content + _NO_DUMMY_PREFIX)
-        self._byte_ids = np.array([i for i, p in enumerate(self.model.pieces) if p.kind == BYTE], dtype=np.int32)
+        byte_ids = {byte_of(piece.text): i for i, piece in enumerate(self.model.pieces) if piece.kind == BYTE}
+        self._byte_ids = np.array([byte_ids[byte] for byte in sorted(byte_ids)], dtype=np.int32)
         self._joined = _joined(self.model)
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -83,8 +95,15 @@ class SentencePieceTokenizer:
         return np.concatenate([np.empty(0, dtype=np.int32), *parts])
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. BOS, EOS and rows above the vocabulary are dropped."""
-        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. BOS, EOS and ids that are no row of the vocabulary are
+        dropped."""
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for; see the protocol. A space that the model puts before a text is one of
+        them. The unknown piece stands for none: what it took the place of is lost."""
+        texts = {NORMAL: lambda text: text.replace(SPACE, " ").encode(), BYTE: lambda text: bytes([byte_of(text)])}
+        return [texts[piece.kind](piece.text) if piece.kind in texts else b"" for piece in self.model.pieces]
 
     def _encode_bytes(self, data: bytes) -> Iterator[np.ndarray]:
         for part in _INVALID.split(data.decode("utf-8", "surrogateescape")):
@@ -121,26 +140,61 @@ def _joined(model: ModelFile) -> frozenset[str]:
 
 
 def _check_rules(path: Path, model: ModelFile) -> None:
-    kinds = {piece.kind for piece in model.pieces}
-    reason = None
-    if model.algorithm != BPE:
-        reason = "it is not a BPE model"
-    elif USER_DEFINED in kinds or UNUSED in kinds:
-        reason = "it has user-defined or unused pieces"
-    elif model.charsmap or model.squeeze:
-        reason = "it normalizes text"
-    elif not model.escape or model.suffix or model.denormalizes:
-        reason = "it treats spaces in an unusual way or rewrites text when decoding"
-    elif model.byte_fallback and sum(piece.kind == BYTE for piece in model.pieces) != 256:
-        reason = "its byte pieces are not 256"
+    hint = "use the tokenizer.json of the same tokenizer, or train one with `lighthouse tokenizer train`"
+    reason = _unsupported(model) or _unfit_piece(model)
+    if not reason and (reason := _unfit_scores(model)):
+        hint = f"give every piece a finite score of its own; else {hint}"
     if reason:
-        raise DataError(
-            f"the tokenizer {path} is not supported: {reason}",
-            hint="use the tokenizer.json of the same tokenizer, or train one with `lighthouse tokenizer train`",
-        )
+        raise DataError(f"the tokenizer {path} is not supported: {reason}", hint=hint)
 
 
-def _fingerprint(model: ModelFile, bos_id: int, eos_id: int) -> int:
+def _unsupported(model: ModelFile) -> str | None:
+    """Which rule of a model an exported tokenizer.json could not follow to the letter."""
+    kinds = {piece.kind for piece in model.pieces}
+    if model.algorithm != BPE:
+        return "it is not a BPE model"
+    if USER_DEFINED in kinds or UNUSED in kinds:
+        return "it has user-defined or unused pieces"
+    if model.charsmap or model.squeeze:
+        return "it normalizes text"
+    if not model.escape or model.suffix or model.denormalizes:
+        return "it treats spaces in an unusual way or rewrites text when decoding"
+    if model.byte_fallback and {byte_of(p.text) for p in model.pieces if p.kind == BYTE} != set(range(256)):
+        return "its byte pieces are not 256"
+    return None
+
+
+def _unfit_piece(model: ModelFile) -> str | None:
+    """Which piece another program would read otherwise than sentencepiece does."""
+    characters = {piece.text for piece in model.pieces if piece.kind == NORMAL and len(piece.text) == 1}
+    seen = set()
+    for text, _, kind in model.pieces:
+        if text in seen:
+            return f"its piece {text!r} occurs twice"
+        seen.add(text)
+        if "\0" in text:
+            return f"its piece {text!r} holds a NUL"
+        if kind in (CONTROL, UNKNOWN) and len(text) == 1:
+            return f"its control piece {text!r} is a character of text"
+        if kind == NORMAL and byte_of(text) is not None:
+            return f"its piece {text!r} is spelled like a byte"
+        if kind == NORMAL and (unknown := set(text) - characters):
+            return f"its piece {text!r} has the character {min(unknown)!r}, which is no piece of its own"
+    if model.byte_fallback and SPACE not in characters:
+        return "the space is no piece of its own, and would come back as U+2581"
+    return None
+
+
+def _unfit_scores(model: ModelFile) -> str | None:
+    if shared_scores(model.pieces):
+        try:
+            merge_list(model.pieces)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _fingerprint(model: ModelFile, bos_id: int | None, eos_id: int) -> int:
     rules = (model.byte_fallback, model.dummy_prefix)
     digest = hashlib.sha256(repr((model.pieces, rules)).encode("utf-8", "backslashreplace")).hexdigest()
     return stable_hash("sentencepiece", digest, bos_id, eos_id)

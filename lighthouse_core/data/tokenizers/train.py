@@ -13,13 +13,12 @@ from pathlib import Path
 from lighthouse_core.data.build import DataSettings, build_source
 from lighthouse_core.data.documents import Place, Split, epoch_order, keeper
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.data.tokenizers.model_file import rename_pieces
-from lighthouse_core.errors import DataError, LighthouseError, UserError
+from lighthouse_core.data.tokenizers.model_file import add_pieces, parse, rename_pieces
+from lighthouse_core.data.tokenizers.sentencepiece import SPACE
+from lighthouse_core.errors import DataError, LighthouseError, UserError, refusal
 
 TRAINING_BYTES = 100_000_000
 _HELD_OUT_BYTES = 1_000_000
-# 256 bytes, <unk>, <s> and </s>.
-_FIXED_PIECES = 259
 _WHOLE_DOCUMENT = 1_000_000
 _BLOCK = 2000
 # The trainer takes line ends off its input and lets no piece hold a tab. It sees these unassigned characters instead,
@@ -28,6 +27,13 @@ _STAND_INS = {"\n": "\U0010fff0", "\r": "\U0010fff1", "\t": "\U0010fff2"}
 # Of no account in training: the stand-ins, what sentencepiece reserves for itself, and NUL.
 _LEFT_OUT = dict.fromkeys([*_STAND_INS.values(), "\u2581", "\u2585", "\0"])
 _TO_TRAINER = str.maketrans(_STAND_INS | _LEFT_OUT)
+# In every vocabulary, whatever the text: without a piece for the space it would come back as U+2581. The trainer has an
+# option of this kind, but it leaves characters out where those before them make up nearly all of the text.
+_REQUIRED = (SPACE, *_STAND_INS)
+# The required characters, 256 bytes, <unk>, <s> and </s>.
+_FIXED_PIECES = 259 + len(_REQUIRED)
+# The largest that sentencepiece can be told.
+_MAX_PIECES = 2**31 - 1
 _FROM_TRAINER = str.maketrans({stand_in: char for char, stand_in in _STAND_INS.items()})
 
 
@@ -86,9 +92,10 @@ def train_tokenizer(
 ) -> TrainingReport:
     """Train BPE with byte fallback on a recipe's training text, and write it to `out`.
 
-    Its pieces are <unk>, <s>, </s>, the 256 bytes, then what was learnt. It neither normalizes text nor adds a space:
-    every text comes back from its ids, but for U+2581 (see SentencePieceTokenizer). No piece holds a space and what is
-    before it, and digits stand alone. The same text gives the same file, byte for byte.
+    Its pieces are <unk>, <s>, </s>, the 256 bytes, then what was learnt, with the space, tab, newline and carriage
+    return in any case. It neither normalizes text nor adds a space: every text comes back from its ids, but for U+2581
+    (see SentencePieceTokenizer). No piece holds a space and what is before it, and digits stand alone. The same text
+    gives the same file, byte for byte.
 
     Args:
         data: the `[data]` section; its `tokenizer` is not used.
@@ -102,12 +109,17 @@ def train_tokenizer(
     """
     started = time.monotonic()
     _check_out(out)
-    if vocab_size <= _FIXED_PIECES:
-        raise UserError(f"a vocabulary of {vocab_size} has no room", hint=f"{_FIXED_PIECES} pieces are bytes and marks")
+    if vocab_size < _FIXED_PIECES:
+        raise UserError(
+            f"a vocabulary of {vocab_size} has no room",
+            hint=f"{_FIXED_PIECES} pieces are bytes, marks, the space, tab, newline and carriage return",
+        )
+    if vocab_size > _MAX_PIECES:
+        raise UserError(f"a vocabulary of {vocab_size} is larger than {_MAX_PIECES}, the most that there can be")
     if training_bytes < 1:
         raise UserError(f"the training text must be at least 1 byte, not {training_bytes}")
     texts = _Counted(texts_of(data, "train", training_bytes))
-    content = rename_pieces(_train(texts, vocab_size), lambda piece: piece.translate(_FROM_TRAINER))
+    content = _complete(_train(texts, vocab_size), vocab_size)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.model")
     try:
         with open(temporary, "xb") as file:
@@ -118,7 +130,7 @@ def train_tokenizer(
         _check_out(out)
         os.replace(temporary, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise refusal(error, f"cannot write {out}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return TrainingReport(vocab_size, texts.bytes, *measured, time.monotonic() - started)
@@ -143,7 +155,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     blocks = _Blocks(texts)
     # sentencepiece returns to Python only when it is done, so Ctrl-C ends the process; nothing has been written yet.
-    main = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         SentencePieceTrainer.train(
@@ -152,6 +164,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
+            hard_vocab_limit=False,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -172,14 +185,31 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
             raise DataError("there is no text to train a tokenizer on") from None
         # "INTERNAL: file.cc(1) [condition] The reason."
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        raise UserError(
-            f"no vocabulary of {vocab_size} can be made from this text: {reason}",
-            hint="choose another size, or give more text",
-        ) from None
+        raise _wrong_size(vocab_size, reason) from None
     finally:
         if main:
             signal.signal(signal.SIGINT, previous)
     return model.getvalue()
+
+
+def _complete(content: bytes, vocab_size: int) -> bytes:
+    """A model of the trainer with the real characters in place of the stand-ins, and with all of _REQUIRED."""
+    content = rename_pieces(content, lambda piece: piece.translate(_FROM_TRAINER))
+    present = {piece.text for piece in parse(content).pieces}
+    content = add_pieces(content, [char for char in _REQUIRED if char not in present], vocab_size)
+    size = len(parse(content).pieces)
+    if size > vocab_size:
+        raise _wrong_size(vocab_size, f"its characters alone need {size}")
+    if size < vocab_size:
+        raise _wrong_size(vocab_size, f"Vocabulary size too high, at most {size}")
+    return content
+
+
+def _wrong_size(vocab_size: int, reason: str) -> UserError:
+    return UserError(
+        f"no vocabulary of {vocab_size} can be made from this text: {reason}",
+        hint="choose another size, or give more text",
+    )
 
 
 class _Blocks:
@@ -245,4 +275,4 @@ def _check_out(out: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise refusal(error, f"cannot write {out}") from None

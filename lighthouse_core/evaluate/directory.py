@@ -1,0 +1,299 @@
+"""A directory of Hugging Face's format from anywhere: what it must be before transformers reads it, and its model.
+
+Nothing in such a directory is run: no code of its own, no pickled weights, no kernels that it names. What it describes
+is compared with what its weights are before memory is taken for it.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lighthouse_core.errors import UserError, refusal
+from lighthouse_core.reading import parse_json, read_regular
+from lighthouse_core.text import BOM, UTF8_HINT
+
+_INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+# Bytes of what a model keeps beside its weights, such as masks, that need no comparison.
+_BUFFERS = 1 << 30
+_CONFIG_BYTES = 1 << 30
+_COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|depth)$|_layers?_|_experts?_")
+# Names of classes that transformers makes up by the number of them.
+_LABELS = 10_000
+
+
+def load_model(path: Path, config: dict[str, Any]) -> nn.Module:
+    """The causal language model of a directory, from its safetensors, on the CPU.
+
+    Args:
+        path: of the directory.
+        config: its config.json, by `read_config`.
+
+    Raises:
+        UserError: transformers is missing or cannot load it, it holds no such model or only a part of one, it asks for
+            code to be run, or its weights are pickled.
+    """
+    shapes = read_shapes(path)
+    _check_counts(path, config, len(shapes))
+    try:
+        import transformers
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except (ImportError, RuntimeError) as error:  # transformers 4 wraps a failed import of its own in RuntimeError
+        raise UserError(
+            f"transformers cannot be used: {words(error)}", hint="pip install 'lighthouse-pretrain[hf]'"
+        ) from None
+    if "rope_parameters" in config and "rope_theta" not in config and _release(transformers) < (5,):
+        # An older release would take the usual base of the rotation without a word.
+        raise UserError(f"{path} needs transformers 5 or later: its config.json has rope_parameters")
+    activation = config.get("hidden_act")
+    with explained(path), _quiet(transformers):
+        if isinstance(activation, str) and activation not in transformers.activations.ACT2FN:
+            raise UserError(f"{path / 'config.json'} has an unknown hidden_act, {words(activation)!r}")
+        parsed = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            # Every weight's shape, and no memory.
+            planned = _of_kernels(
+                lambda kernels: AutoModelForCausalLM.from_config(parsed, trust_remote_code=False, **kernels)
+            )
+        _check_size(path, planned, shapes)
+        model, loading = _of_kernels(
+            lambda kernels: AutoModelForCausalLM.from_pretrained(
+                path,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **_dtype(transformers),
+                **kernels,
+            )
+        )
+    _check_loaded(path, config, model, loading)
+    return model
+
+
+def _of_kernels(load: Callable[[dict[str, str]], Any]) -> Any:
+    """What `load` makes with torch's attention, or with plain attention where the model has no other. Which it is must
+    not be up to config.json, which may name kernels to fetch."""
+    try:
+        return load({"attn_implementation": "sdpa"})
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return load({"attn_implementation": "eager"})
+
+
+def _release(transformers: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+
+
+def _dtype(transformers: Any) -> dict[str, str]:
+    return {"dtype" if _release(transformers) >= (4, 56) else "torch_dtype": "auto"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory that can be measured.
+
+    Raises:
+        UserError: it cannot be read, or the directory needs what is not run here.
+    """
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds an adapter, which changes a model and is none by itself",
+            hint="merge it into its model, as merge_and_unload of peft does, and save the whole",
+        )
+    config = _object(path / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path / 'config.json'} has no model_type")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{path} holds quantized weights", hint="measure the model that was quantized")
+    if config.get("transformers_weights") is not None:
+        raise UserError(f"{path / 'config.json'} names weights in another file: transformers_weights")
+    for key, value in _items(config):
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise UserError(f"{path / 'config.json'} names kernels to fetch and run: {key}", hint=f"remove {key}")
+    if config.get("auto_map"):
+        known = False
+        with contextlib.suppress(ImportError, RuntimeError):
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+            known = kind in CONFIG_MAPPING
+        if not known:
+            raise UserError(
+                f"{path} needs code of its own (auto_map in config.json), which is not run",
+                hint="a model that transformers itself knows needs none",
+            )
+    return config
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = read_regular(path, _CONFIG_BYTES)
+        if content.startswith(BOM):
+            raise UserError(f"{path} begins with a byte-order mark, which transformers does not read", hint=UTF8_HINT)
+        content = parse_json(content)
+    except OSError as error:
+        raise refusal(error, f"cannot read {path}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {words(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no object")
+    return content
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key in nested objects, with its value. None is deeper than `parse_json` reads."""
+    if isinstance(value, dict):
+        yield from value.items()
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _items(part)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a directory's safetensors, by name, from their headers alone.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    from safetensors import safe_open
+
+    files = [path / "model.safetensors"]
+    if not files[0].is_file():
+        files = _indexed(path)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not file.is_file():
+            # A pipe would be waited for.
+            raise UserError(f"{file} is not there, or no ordinary file")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        except Exception as error:  # the library's own, of several kinds
+            raise UserError(f"{file} cannot be read: {words(error)}") from None
+    if not shapes:
+        raise UserError(f"{path} holds no weights")
+    return shapes
+
+
+def _indexed(path: Path) -> list[Path]:
+    """The files of weights that an index names."""
+    index = path / _INDEX
+    if not index.is_file():
+        pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"the weights in {path} are pickled ({words(pickled[0])}) and could run code, and are not read",
+                hint="only safetensors are read; save_pretrained of transformers writes them",
+            )
+        raise UserError(f"{path} has neither a model.safetensors nor a {_INDEX}")
+    names = _object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{index} names {words(str(name))!r}, which is no file of safetensors beside it")
+    return sorted({path / name for name in names.values()})
+
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse more layers than there are tensors: each is an object, whether there are weights for it or not."""
+    for key, value in _items(config):
+        limit = _LABELS if key == "num_labels" else max(tensors, 512) if _COUNTS.search(key) else None
+        if limit is not None and isinstance(value, int | float) and not -1 <= value <= limit:
+            raise UserError(
+                f"{path / 'config.json'} has {key} = {words(str(value))[:40]}, and there are {tensors} tensors"
+            )
+
+
+def _check_size(path: Path, planned: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a description of more weights than there are, before memory is taken for them."""
+    stored = sum(_numel(shape) for shape in shapes.values())
+    described = sum(parameter.numel() for parameter in planned.parameters())
+    if described > stored:
+        raise UserError(
+            f"{path / 'config.json'} describes a model of {described} weights, and its safetensors hold {stored}"
+        )
+    beside = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
+    if beside > max(_BUFFERS, stored):
+        raise UserError(f"{path / 'config.json'} describes a model with {beside / 2**30:.0f} GiB beside its weights")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _check_loaded(path: Path, config: dict[str, Any], model: nn.Module, loading: dict[str, Any]) -> None:
+    """Refuse a model of which a part was drawn at random, or that is another one than the directory says."""
+    kind, named = type(model).__name__, config.get("architectures")
+    named = named if isinstance(named, list) else [named] if named else []
+    if named and kind.lower() not in [str(name).lower() for name in named]:
+        raise UserError(
+            f"{path} holds {words(str(named[0]))}, which is no causal language model: transformers would make "
+            f"{kind} of it"
+        )
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs", "conversion_errors"):
+        if found := loading.get(problem):
+            first = sorted(found, key=str)[0]
+            raise UserError(
+                f"the weights in {path} are not those of {kind}: {problem.replace('_', ' ')}, "
+                f"{words(str(first))!r} and {len(found) - 1} more",
+                hint="compare config.json with the weights",
+            )
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Whatever transformers makes of a bad directory, as one error."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        known = isinstance(error, OSError | ValueError) and str(error)
+        reason = words(error) if known else f"{type(error).__name__}: {words(error)}"
+        hint = f"compare {path / 'config.json'} with one that transformers wrote"
+        raise UserError(f"transformers cannot load {path}: {reason}", hint=hint) from None
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without what transformers prints: the one line of an error says it."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def words(error: BaseException | str) -> str:
+    """The first line of an error, fit for a terminal; the second, too, where the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:
+        lines[0] += f" {lines[1]}"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in lines[0])[:300]
