@@ -119,10 +119,11 @@ def evaluate(
         measures = tuple(name for name in measures if name not in absent)
     # What is a part leaves the whole as it is.
     folder = out or home.with_name("-".join([home.name, *measures] if only else [home.name]))
-    if out is None and not exported:
-        refuse_links(home.parents[1], f"eval/{folder.name}")
+    if out is None:
+        if not exported:
+            refuse_links(home.parents[1], f"eval/{folder.name}")
+        check_writable(folder)
     check_replaceable(folder, "results.json", is_report, FIGURES)
-    check_writable(folder)
     report = measure(
         subject,
         other.data,

@@ -32,9 +32,8 @@ def sweep(
     """
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
-    from lighthouse_core.files import check_replaceable
+    from lighthouse_core.files import check_replaceable, write_atomically
     from lighthouse_core.launch import stop_signals
-    from lighthouse_core.runs import write_atomically
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
     from lighthouse_core.train.progress import clock
 

@@ -377,7 +377,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _odd(index: dict[str, Any]) -> str | None:
     """What is wrong with an index whose seal is right, for anyone can write one; None if nothing is."""
-    if not all(is_count(index.get(key)) or type(index.get(key)) is int for key in ("fingerprint", "tokenizer")):
+    if not all(type(index.get(key)) is int for key in ("fingerprint", "tokenizer")):
         return "its fingerprints are no integers"
     share = index.get("validation")
     if not is_count(index.get("vocab_size")) or type(share) not in (int, float) or not 0 <= share < 1:

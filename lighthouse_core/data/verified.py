@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lighthouse_core.errors import DataError, refusal
+from lighthouse_core.files import write_atomically
 from lighthouse_core.reading import read_json
 
 _BLOCK = 1 << 22
@@ -135,11 +135,6 @@ def _load() -> dict[str, list]:
 def _save(found: dict[str, list]) -> None:
     """A cache that cannot be written is no error: the files are read again."""
     path = _cache()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(_load() | found), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, json.dumps(_load() | found))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 from lighthouse_core.errors import RunError
 from lighthouse_core.files import write_atomically
 from lighthouse_core.ledger import GIVEN
@@ -16,10 +17,11 @@ from lighthouse_core.reading import read_json
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import finite, read_rows
 
+_TOKENIZER = "|".join(map(re.escape, COMPANIONS))
 # What `pretrain` makes of files before the first checkpoint, below a run, with the temporary names that they may have.
 _FILES = re.compile(
-    r"(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|tokenizer\.(json|model)|tokenizer_config\.json"
-    r"|special_tokens_map\.json|chat_template\.jinja|wandb-id|logs/rank[0-9]+\.log|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
+    rf"(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|tokenizer\.(json|model)|{_TOKENIZER}|wandb-id"
+    r"|logs/rank[0-9]+\.log|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
     r"|\.(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|wandb-id)\.[0-9a-f]+"
     r"|checkpoints/\.step-[0-9]+\.(saving|deleting)/.*)"
 )

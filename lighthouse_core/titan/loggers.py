@@ -17,7 +17,8 @@ from torchtitan.components.metrics import BaseLogger
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import UserError
-from lighthouse_core.runs import Run, write_atomically
+from lighthouse_core.files import write_atomically
+from lighthouse_core.runs import Run
 
 _EVENTS = "events.out.tfevents."
 # Given to wandb.init where the environment has them; what wandb reads itself it is left to read.

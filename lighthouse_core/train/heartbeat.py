@@ -4,10 +4,8 @@ Each one counts up once a second in a file that it shares with the launcher. One
 the interpreter's lock, misses its beats, while the others wait for it in a collective and go on beating.
 """
 
-import contextlib
 import mmap
 import os
-import signal
 import struct
 import threading
 import time
@@ -122,12 +120,6 @@ class Listener:
             if silence > pulse.patience:
                 given_up.append(pulse)
         return given_up
-
-    def kill(self) -> None:
-        """End every process at once, stopped ones too."""
-        for pulse in self.pulses():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pulse.pid, signal.SIGKILL)
 
 
 def _lives(pid: int) -> bool:

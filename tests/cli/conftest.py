@@ -9,36 +9,13 @@ from unittest import mock
 
 import pytest
 from children import default_signals
+from tiny_recipe import RECIPE
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core import backends, launch
 from lighthouse_core.runs import Run
 from lighthouse_core.seal import seal
-
-TINY = """\
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-
-[lighthouse]
-topk = 16
-tile_parents = 8
-
-[training]
-seq_len = 1024
-global_batch_size = 4
-steps = 100
-
-[optimizer]
-lr = 1e-3
-
-[recover]
-steps = 20
-"""
 
 
 @dataclass
@@ -62,7 +39,7 @@ class Result:
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working directory with a small recipe, tiny.toml."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
     return tmp_path
 
 

@@ -13,30 +13,6 @@ from lighthouse_core import launch
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 
-RECIPE = """\
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-
-[lighthouse]
-topk = 16
-tile_parents = 8
-
-[training]
-seq_len = 1024
-global_batch_size = 4
-steps = 100
-
-[optimizer]
-lr = 1e-3
-
-[recover]
-steps = 20
-
-"""
 DATA = '[data]\npaths = ["corpus"]\nvalidation = 0.0\n'
 BIG = "9" * 5000
 LONG, DEEP = "n" * 300, "/".join(["d" * 200] * 30)
@@ -48,7 +24,8 @@ def place(here, trainer) -> Path:
     (here / "corpus").mkdir()
     (here / "corpus/a.py").write_text("print('hello')\n" * 50)
     (here / "corpus/b.txt").write_text("hello world\n" * 50)
-    (here / "tiny.toml").write_text(RECIPE + DATA)
+    with (here / "tiny.toml").open("a") as recipe:
+        recipe.write(DATA)
     (here / "sweep.toml").write_text('recipe = "tiny.toml"\n[runs.one]\n')
     (here / "file").write_text("x")
     (here / "folder").mkdir()
@@ -371,15 +348,9 @@ def test_nobody_has_a_home(lighthouse, place, monkeypatch):
 
 
 @pytest.fixture
-def disk(place):
+def disk(place, small_disk):
     """A small disk of its own, disk/, which a test can fill or make read-only."""
-    path = place / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("nobody but root can mount a disk here")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    return small_disk(place / "disk", "64k")
 
 
 ON_A_DISK = [name for name in WRITTEN if name != "strip" and "name" not in name and "dry" not in name]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_input import DATA, RECIPE, ROW, check_refused
+from test_bad_input import DATA, ROW, check_refused
+from tiny_recipe import RECIPE
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.config.sweep import load_sweep

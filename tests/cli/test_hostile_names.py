@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_input import DATA, RECIPE, ROW
+from test_bad_input import DATA, ROW
 from test_foreign_files import make_run
+from tiny_recipe import RECIPE
 
 from lighthouse_cli import _output, _view
 from lighthouse_core import figures

@@ -16,15 +16,9 @@ from lighthouse_core.export.publish import strip
 
 
 @pytest.fixture
-def disk(tmp_path):
+def disk(tmp_path, small_disk):
     """A disk of 32 kB, which a model does not fit on."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(path)]
-    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("nobody but root can mount a disk here")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    return small_disk(tmp_path / "disk", "32k")
 
 
 def test_the_place_of_a_mounted_disk_is_refused_before_anything_is_read(run, disk, monkeypatch):  # noqa: F811

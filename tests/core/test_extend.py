@@ -3,30 +3,13 @@
 import typing
 
 import pytest
+from test_runs import RECIPE, save
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.errors import RunError, UserError
 from lighthouse_core.runs import Run, create_run, plan_recovery, recovery_rate
-from lighthouse_core.seal import seal
 
-RECIPE = """
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-[lighthouse]
-topk = 16
-tile_parents = 8
-[training]
-seq_len = 1024
-global_batch_size = 4
-steps = 100
-[optimizer]
-lr = 1e-3
-"""
 DECAYS = typing.get_args(RecoverSection.model_fields["decay"].annotation)
 LINEAR, NONE = ['recover.decay="linear"'], ['recover.decay="none"']
 
@@ -44,11 +27,6 @@ def recovered(tmp_path):
         return Run(run.path)
 
     return make
-
-
-def save(run, step):
-    run.checkpoint_dir(step).mkdir(parents=True)
-    seal(run.checkpoint_dir(step))
 
 
 def test_every_kind_of_decay_is_tested_here():

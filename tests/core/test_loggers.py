@@ -5,6 +5,7 @@ import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_runs import RECIPE
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
@@ -13,25 +14,7 @@ from lighthouse_core.seal import seal
 from lighthouse_core.titan import loggers
 from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
 
-RECIPE = """
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-[lighthouse]
-topk = 16
-tile_parents = 8
-[training]
-seq_len = 1024
-global_batch_size = 4
-steps = 10
-[optimizer]
-lr = 1e-3
-[metrics]
-wandb = true
-"""
+WANDB = ["training.steps=10", "metrics.wandb=true"]
 
 
 def launch(folder, begin, end, value):
@@ -116,7 +99,7 @@ def wandb(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    return create_run(loads_recipe(RECIPE, [f"output.dir='{tmp_path}/runs'"]), "tiny", "a")
+    return create_run(loads_recipe(RECIPE, [f"output.dir='{tmp_path}/runs'", *WANDB]), "tiny", "a")
 
 
 def test_all_launches_and_stages_are_one_run_with_the_recipe(wandb, run):
@@ -149,7 +132,7 @@ def test_all_launches_and_stages_are_one_run_with_the_recipe(wandb, run):
 
 
 def test_another_run_has_another_identity(wandb, run, tmp_path):
-    other = create_run(loads_recipe(RECIPE, [f"output.dir='{tmp_path}/runs'"]), "tiny", "b")
+    other = create_run(loads_recipe(RECIPE, [f"output.dir='{tmp_path}/runs'", *WANDB]), "tiny", "b")
     for one in (run, other):
         WeightsAndBiases(one, one.recipe)
     assert wandb.inits[0]["id"] != wandb.inits[1]["id"]
