@@ -1,3 +1,3 @@
-from lighthouse_cli.app import main
+from lighthouse_cli._start import main
 
 main()

@@ -1,4 +1,4 @@
-"""Signals to a command that has something to clear away."""
+"""Signals to a command, which may have something to clear away."""
 
 import contextlib
 import signal

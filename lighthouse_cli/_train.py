@@ -1,5 +1,6 @@
 """What pretrain and recover share: describing a recipe, and seeing a launch through to its end."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -88,7 +89,8 @@ def train(
 
     if run is not None:
         # The run that was trained last is the newest, whenever it was made.
-        os.utime(run_dir)
+        with contextlib.suppress(OSError):
+            os.utime(run_dir)
     watcher = _watch.watcher(run, plan, quiet=quiet, as_json=as_json) if run is not None else _watch.Silence(quiet)
     outcome = "failed"
     try:
@@ -188,6 +190,11 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
 
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
+    if recipe.titan:
+        # Before a recovery is written into the ledger.
+        from lighthouse_core.titan import check_overrides
+
+        check_overrides(recipe)
     try:
         pooled = recipe.lighthouse.enabled and not dense
         check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)

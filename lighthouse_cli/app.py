@@ -1,12 +1,13 @@
 """The `lighthouse` command: its subcommands, and how errors leave it."""
 
 import os
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _output, data, recipes, tokenizer
+from lighthouse_cli import _output, _signals, data, recipes, tokenizer
 from lighthouse_cli.compare import compare
 from lighthouse_cli.eval import evaluate
 from lighthouse_cli.pretrain import pretrain
@@ -15,7 +16,7 @@ from lighthouse_cli.recover import recover
 from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
 from lighthouse_cli.sweep import sweep
-from lighthouse_core.errors import LighthouseError, UserError, refusal
+from lighthouse_core.errors import LighthouseError, UserError, memory_fault, refusal
 from lighthouse_core.python import SAFE_PATH
 from lighthouse_core.shown import shortened
 
@@ -60,15 +61,17 @@ def main() -> None:
     try:
         # Libraries fail in ways of their own where it has been deleted.
         os.getcwd()
-        code = app(prog_name="lighthouse", standalone_mode=False) or 0
+        with _signals.as_exits():
+            code = app(prog_name="lighthouse", standalone_mode=False) or 0
         _output.flush()
     except LighthouseError as error:
         _output.error(str(error), error.hint)
         code = error.exit_code
     except _Misuse as error:
         code = _explain(error)
-    except typer.Abort:
-        code = LighthouseError.exit_code
+    except typer.Abort as error:
+        # The parser's, for Ctrl-C.
+        code = 128 + signal.SIGINT if isinstance(error.__cause__, KeyboardInterrupt) else LighthouseError.exit_code
     except BrokenPipeError:
         # Whoever read the output has had enough of it, as `head` has.
         code = LighthouseError.exit_code
@@ -80,6 +83,12 @@ def main() -> None:
             hint="PYTHONUTF8=1 reads all names as UTF-8, whatever the locale",
         )
         code = UserError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        fault = memory_fault(error)
+        if fault is None:
+            raise
+        _output.error(str(fault), fault.hint)
+        code = fault.exit_code
     except OSError as error:
         # Any path that a user gives may lie where they cannot look, or be none; any disk may be full.
         known = refusal(error)

@@ -22,25 +22,29 @@ def compare(
     """
     from lighthouse_core.errors import RunError, refusal
     from lighthouse_core.evaluate import compare as core
-    from lighthouse_core.files import check_output, check_replaceable, check_writable, write_atomically
+    from lighthouse_core.files import check_output, check_replaceable, check_writable, together, write_atomically
     from lighthouse_core.runs import find_run
     from lighthouse_core.train.progress import clock
 
     check_output(out)
     check_replaceable(out, "compare.json", core.is_comparison, core.FIGURES)
     check_writable(out)
-    curves = []
+    curves, texts = [], {}
     for name in runs:
-        curve = core.read(find_run(name))
+        run = find_run(name)
+        curve = core.read(run)
         if not curve.points:
             raise RunError(f"run {name} has no logged step yet")
         curves.append(curve)
+        texts[run.path] = curve.name, run.ledger["stages"][0].get("data")
+    if unlike := core.unlike_texts(texts.values()):
+        _output.warn(unlike)
     dense = next((curve for curve in curves if curve.dense), None)
     summaries = [core.summarize(curve, dense) for curve in curves]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "compare.json", core.as_json(summaries) + "\n")
-        drawn = core.plot(curves, out)
+        with together(out) as place:
+            write_atomically(place / "compare.json", core.as_json(summaries) + "\n")
+            drawn = core.plot(curves, place)
     except OSError as error:
         raise refusal(error, f"cannot write {out}", "choose another --out") from None
     if as_json:

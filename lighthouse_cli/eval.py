@@ -4,11 +4,15 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lighthouse_cli import _caches, _complete, _options, _output
+
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+    from lighthouse_core.data.overlap import Overlap
 
 
 def evaluate(
@@ -59,7 +63,14 @@ def evaluate(
     """Measure a model: loss by position, use of long context, leak, needles."""
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError, refusal
-    from lighthouse_core.files import check_output, check_replaceable, check_writable, refuse_links, write_atomically
+    from lighthouse_core.files import (
+        check_output,
+        check_replaceable,
+        check_writable,
+        refuse_links,
+        together,
+        write_atomically,
+    )
     from lighthouse_core.measures import check_numbers, parse_measures
     from lighthouse_core.runs import find_checkpoint, split_checkpoint
     from lighthouse_core.train.progress import finite
@@ -101,11 +112,13 @@ def evaluate(
 
     if exported:
         subject = load_directory(path, say=_output.say)
+        _output.warn("whether this text is held out is not known: nothing says what the model was trained on")
         home = path.with_name(f"{path.name}-eval")
+        seen = None
     else:
+        seen = _held_out(path, other)
         subject, own = load_checkpoint(path, attention=attention)
         other = other or own
-        _check_held_out(own, other)
         home = split_checkpoint(path)[0] / "eval" / re.sub(r"\W+", "-", subject.name)
     assert other is not None
     _output.say(f"evaluating {subject.name}")
@@ -134,12 +147,13 @@ def evaluate(
         measures=measures,
         say=_output.say,
     )
+    report["held_out"] = _as_report(seen)
     text = json.dumps(finite(report), indent=1, allow_nan=False)
     drawn, fault = None, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "results.json", text + "\n")
-        drawn = plot(report, folder)
+        with together(folder) as place:
+            write_atomically(place / "results.json", text + "\n")
+            drawn = plot(report, place)
     except OSError as error:
         fault = refusal(error, f"cannot write {folder}", "choose another --out; the results are above")
     if as_json:
@@ -153,19 +167,39 @@ def evaluate(
     )
 
 
-def _check_held_out(own, other) -> None:
-    """Of a run's own source no more than it held out itself is text that it has not seen."""
-    from lighthouse_core.errors import UserError
+def _held_out(path: Path, other: "Recipe | None") -> "Overlap":
+    """What is known of whether a run was trained on the text that it is to be measured on; says what is not as usual.
 
-    same = own.data.source == other.data.source and set(own.data.paths) & set(other.data.paths)
-    if same and other.data.validation > own.data.validation:
+    Raises:
+        UserError: it was, or nothing is held out.
+    """
+    from lighthouse_core.data.overlap import overlap, own_split
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.runs import Run, split_checkpoint
+
+    run = Run(split_checkpoint(path)[0])
+    own, trained = run.recipe, run.ledger["stages"][0].get("data")
+    if not (other or own).data.validation:
+        raise UserError("the run held no text out", hint="--recipe RECIPE with other paths and a data.validation")
+    _output.say("comparing the text with the run's training text")
+    seen = overlap(own, other, trained) if other else own_split(own, trained)
+    if seen.trained_on and seen.texts is None:
         raise UserError(
             f"the run was trained on this text but for {own.data.validation:.2%} of the documents, and "
             f"{other.data.validation:.2%} were to be measured",
             hint="--recipe RECIPE with other paths",
         )
-    if not other.data.validation:
-        raise UserError("the run held no text out", hint="--recipe RECIPE with other paths and a data.validation")
+    if seen.trained_on:
+        raise UserError(f"the text to be measured is not held out: {seen}", hint="--recipe RECIPE with other paths")
+    (_output.warn if seen.unknown or seen.shared else _output.say)(str(seen))
+    return seen
+
+
+def _as_report(seen: "Overlap | None") -> dict[str, Any]:
+    if seen is None:
+        return {"known": False, "words": "what the model was trained on is not known"}
+    counts = {"texts": seen.texts, "shared": seen.shared, "share": seen.share}
+    return {"known": seen.unknown is None, "words": str(seen), **counts}
 
 
 def _show(report: dict) -> None:

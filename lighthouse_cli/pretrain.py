@@ -60,6 +60,7 @@ def pretrain(
     from lighthouse_core.errors import UserError
     from lighthouse_core.launch import plan
     from lighthouse_core.runs import check_free, create_run, find_run, run_path
+    from lighthouse_core.unfinished import foreign
 
     _output.set_quiet(quiet)
     if not dry_run:
@@ -117,7 +118,7 @@ def pretrain(
         _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
     except BaseException:
         # What ends before the first step leaves nothing worth keeping, and frees the name.
-        if not run.checkpoint_steps() and not _has_metrics(run):
+        if not run.checkpoint_steps() and not _has_metrics(run) and foreign(run.path) is None:
             shutil.rmtree(run.path, ignore_errors=True)
             _output.say(f"{run.path} held no step and is removed")
         raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _caches, _complete, _options, _output, _signals
+from lighthouse_cli import _caches, _complete, _options, _output
 from lighthouse_core.shown import shortened
 
 if TYPE_CHECKING:
@@ -208,6 +208,10 @@ def _recipe(
     resolved = load_recipe(path, [*overrides, "lighthouse.enabled=false"] if tune else overrides)
     if not 0 < floor < 1:
         raise UserError(f"--floor must lie between 0 and 1, not {floor}")
+    if resolved.titan:
+        from lighthouse_core.titan import check_overrides
+
+        check_overrides(resolved)
     processes = plan(nproc).nproc
     check_world(resolved, processes)
     from lighthouse_core.profile import run
@@ -233,14 +237,14 @@ def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> 
     folder, step = split_checkpoint(path)
     name = folder.name if step is None else f"{folder.name}-{path.name}"
     with _folder(out, "selection", name) as folder:
-        _finish(run.selection(path, sequences, folder, _output.say), folder, as_json)
+        _finish(run.selection(path, sequences, _output.say), folder, as_json)
 
 
 @contextlib.contextmanager
 def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
     """Where the report goes, made; an empty one is not left behind."""
     from lighthouse_core.files import check_writable
-    from lighthouse_core.profile.report import prepare
+    from lighthouse_core.profile.report import give_up, prepare
 
     folder = out or Path("profiles") / f"{kind}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not folder.is_file():
@@ -249,13 +253,9 @@ def _folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
     if (folder / "results.json").exists():
         _output.say(f"replacing the report in {folder}")
     try:
-        with _signals.as_exits():
-            yield folder
+        yield folder
     except BaseException as error:
-        for empty in made:
-            # Unless it holds something by now.
-            with contextlib.suppress(OSError):
-                empty.rmdir()
+        give_up(folder, made)
         if (folder / "report.md").exists():
             _output.say(f"what there is of the report is in {folder}")
         elif isinstance(error, KeyboardInterrupt):

@@ -33,9 +33,11 @@ def copy(
 ) -> None:
     """Copy a recipe, to change it."""
     from lighthouse_core.errors import UserError, refusal
+    from lighthouse_core.files import check_output
 
     source = _find(name)
     target = dest / source.name if dest.is_dir() else dest
+    check_output(target)
     text = source.read_text(encoding="utf-8")
     try:
         with target.open("x", encoding="utf-8", newline="\n") as file:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lighthouse_cli import _caches, _complete, _options, _output, _signals
+from lighthouse_cli import _caches, _complete, _options, _output
 
 
 def strip(
@@ -40,8 +40,7 @@ def strip(
     _caches.use_own()
     from lighthouse_core.export import strip as export
 
-    with _signals.as_exits():
-        report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
+    report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
     _output.say(f"step {report.step}, {report.parameters} parameters, {report.dtype}")
     for fact in report.verified:
         _output.say(f"verified: {fact}")

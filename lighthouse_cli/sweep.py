@@ -32,7 +32,7 @@ def sweep(
     """
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
-    from lighthouse_core.files import check_replaceable, write_atomically
+    from lighthouse_core.files import check_output, check_replaceable, write_atomically
     from lighthouse_core.launch import stop_signals
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
     from lighthouse_core.train.progress import clock
@@ -45,6 +45,7 @@ def sweep(
         )
     plan = load_sweep(file)
     base = file.parent / plan.recipe
+    check_output(output)
     check(plan, base, output)
     check_replaceable(output, f"{file.stem}.json", lambda found: found.get("sweep") == file.stem and "runs" in found)
     if dry_run:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _complete, _options, _output
+from lighthouse_cli import _complete, _options, _output, _signals
 
 app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 
@@ -38,7 +38,8 @@ def train(
 
     resolved = load_recipe(find_recipe(recipe), settings or ())
     _output.say(f"training a vocabulary of {vocab} on up to {size / 1e6:g} MB")
-    report = train_tokenizer(resolved.data, out, vocab, size)
+    with _signals.as_exits():
+        report = train_tokenizer(resolved.data, out, vocab, size)
     _output.say(f"{report.vocab_size} pieces from {report.training_bytes / 1e6:.1f} MB in {report.seconds:.1f} s")
     what = "held-out text" if report.held_out else "training text (data.validation holds nothing out)"
     _output.say(f"{report.bytes_per_token:.2f} bytes per token on {report.measured_bytes / 1e6:.2f} MB of {what}")

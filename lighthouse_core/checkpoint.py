@@ -113,11 +113,17 @@ def read_contents(folder: Path) -> Contents:
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{folder} cannot be read: {METADATA} is no file")
+            raise CheckpointError(
+                f"{folder} cannot be read: {METADATA} is no file",
+                hint="take another checkpoint of the run, or copy this one anew",
+            )
         contents = _contents(loads(path.read_bytes(), _NAMES))
         _check_places(folder, contents)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {Path(error.filename).name}: {error.strerror}") from None
+        raise CheckpointError(
+            f"{folder} cannot be read: {Path(error.filename).name}: {error.strerror}",
+            hint="take another checkpoint of the run, or copy this one anew",
+        ) from None
     except Refused as refused:
         raise refused_checkpoint(folder, METADATA, refused) from None
     return contents
@@ -139,7 +145,10 @@ def check_contents(folder: Path) -> Contents:
                     file.seek(place.offset)
                     load_plain(file.read(place.length))
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be read: {file_name}: {error.strerror}") from None
+            raise CheckpointError(
+                f"{folder} cannot be read: {file_name}: {error.strerror}",
+                hint="take another checkpoint of the run, or copy this one anew",
+            ) from None
         except Refused as refused:
             raise refused_checkpoint(folder, f"{quoted(name)} in {file_name}", refused) from None
     return contents

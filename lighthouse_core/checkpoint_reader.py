@@ -47,13 +47,18 @@ def load(state: dict[str, Any], folder: Path, contents: Contents | None = None, 
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
         for cause in causes:
-            if isinstance(cause, CheckpointError):
+            # torch wraps everything, also what a signal raises.
+            if isinstance(cause, CheckpointError | SystemExit | KeyboardInterrupt):
                 raise cause from None
         reason = (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()[-1]
-        raise CheckpointError(f"{folder} cannot be read: {reason}") from error
+        raise CheckpointError(
+            f"{folder} cannot be read: {reason}", hint="take another checkpoint of the run, or copy this one anew"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(f"{folder} cannot be read: {reason}") from error
+        raise CheckpointError(
+            f"{folder} cannot be read: {reason}", hint="take another checkpoint of the run, or copy this one anew"
+        ) from error
 
 
 class Reader(FileSystemReader):
@@ -88,7 +93,10 @@ class Reader(FileSystemReader):
             except Exception as error:  # of any kind, for bytes that are no tensor
                 # torch's own words advise to run it.
                 name = quoted(item.storage_index.fqn)
-                raise CheckpointError(f"{self.folder} cannot be read: {name} is no tensor of its size") from error
+                raise CheckpointError(
+                    f"{self.folder} cannot be read: {name} is no tensor of its size",
+                    hint="take another checkpoint of the run, or copy this one anew",
+                ) from error
         done: Future[None] = Future()
         done.set_result(None)
         return done

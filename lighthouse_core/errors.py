@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 from lighthouse_core.shown import shortened
 
@@ -40,7 +41,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(LighthouseError):
-    """Training cannot go on: a loss or a gradient is not finite, or the accelerator's memory is full."""
+    """Training cannot go on: a loss or a gradient is not finite, or the memory is full."""
 
 
 class StorageError(LighthouseError):
@@ -93,6 +94,23 @@ _HINTS = {
     errno.ELOOP: "a link of the path leads to itself",
     errno.EMFILE: "raise the limit of open files: ulimit -n",
 }
+
+
+def memory_fault(error: Exception) -> SystemFault | None:
+    """What an exception says of an allocation that failed, of Python, NumPy or torch; None for any other exception.
+
+    Torch has no class for a failed allocation in a CPU's memory, and says it in words.
+    """
+    text = str(error)
+    accelerator = type(error).__name__ == "OutOfMemoryError"
+    if not (accelerator or isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text):
+        return None
+    asked = re.search(r"allocate (\d+) bytes", text)
+    what = f": {int(asked[1]) / 2**30:.2f} GiB more were asked for" if asked else ""
+    whose = "the accelerator's" if accelerator else "this machine's"
+    return SystemFault(
+        f"{whose} memory is full{what}", hint="use a smaller model, shorter sequences or fewer at a time"
+    )
 
 
 def refusal(

@@ -1,5 +1,8 @@
 """Figures by matplotlib, which is an extra."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,31 @@ from lighthouse_core.shown import shortened, shown
 def pyplot() -> Any | None:
     """matplotlib's, drawing to files; None where it is missing."""
     try:
-        import matplotlib
+        with _elsewhere():
+            import matplotlib
     except ImportError:
         return None
+    # The same figures for everybody, whatever another file of settings says.
+    matplotlib.rcdefaults()
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     # The same file for the same figure.
     matplotlib.rcParams["svg.hashsalt"] = "lighthouse"
     return pyplot
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Within, the working directory is another one: matplotlib obeys a matplotlibrc that it finds there when it is
+    imported, as far as running LaTeX, and ends at one that cannot be read."""
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        os.chdir(os.sep)
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def label(name: str) -> str:

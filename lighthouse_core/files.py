@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,6 +20,9 @@ from lighthouse_core.reading import read_json
 
 # What training writes into below a run.
 RUN_FOLDERS = ("checkpoints", "logs", "tb", "wandb")
+# Begins the name of a folder of `together`, after a dot.
+STAGING = "writing-"
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}", re.DOTALL)
 _CHECKPOINT = re.compile(r"\.?step-[0-9]+(\..*)?")
 
 
@@ -30,22 +34,74 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: of the system.
     """
-    while True:
-        # A name that nobody can have laid a link under.
-        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
-        with contextlib.suppress(FileExistsError):
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            break
+    file, temporary = new_beside(path)
     try:
-        with open(descriptor, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # Of a write the system names no file, and nobody knows the temporary one.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def together(folder: Path) -> Iterator[Path]:
+    """A new folder for files that belong together. When the block succeeds, they take their places in `folder`, which
+    is made if it is not there. When it fails, for lack of room for one of them, none does.
+
+    Raises:
+        OSError: of the system.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    staging = folder / f".{STAGING}{secrets.token_hex(8)}"
+    placed: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        for path in sorted(staging.iterdir()):
+            place = folder / path.name
+            new = not os.path.lexists(place)
+            os.replace(path, place)
+            placed += [place] * new
+    except BaseException:
+        for place in placed:
+            with contextlib.suppress(OSError):
+                place.unlink()
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
+
+
+def new_beside(path: Path, buffering: int = -1) -> tuple[BinaryIO, Path]:
+    """An empty file in the folder of `path`, open for writing, and its name, which `replaced_by` knows again.
+
+    Raises:
+        OSError: of the system.
+    """
+    while True:
+        # A name that nobody can have laid a link under.
+        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        return open(descriptor, "wb", buffering=buffering), temporary
+
+
+def replaced_by(name: str) -> str | None:
+    """The name of the file that a file of this name was to become, by `new_beside`; None for any other."""
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -174,3 +230,17 @@ def remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def same_paths(one: Any, other: Any) -> bool:
+    """Whether two lists of paths or globs, of recipes or of files that say what a recipe was, lead to the same places.
+
+    Their order counts: it tells folders of one name apart.
+    """
+    if not all(isinstance(paths, list | tuple) and all(isinstance(p, str) for p in paths) for paths in (one, other)):
+        return False
+    try:
+        first, second = ([os.path.realpath(os.path.expanduser(path)) for path in paths] for paths in (one, other))
+    except (OSError, ValueError):
+        return False
+    return first == second

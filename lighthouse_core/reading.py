@@ -11,13 +11,40 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Of a file that a person or this program writes for one run; rows and weights are read elsewhere.
 _DOCUMENT_BYTES = 1 << 30
 RECIPE_BYTES = 1 << 20
 # Deeper than any document of ours; Python's own functions fail from about a thousand on.
 _DEEPEST = 64
+
+
+def open_regular(path: Path | str, buffering: int = -1) -> BinaryIO:
+    """A regular file, open for reading.
+
+    Args:
+        path: of the file.
+        buffering: as of `open`.
+
+    Raises:
+        OSError: there is none, it cannot be read, or it is a directory, a pipe or a device.
+    """
+    path = os.fspath(path)
+    if "\0" in path:
+        raise OSError(errno.EINVAL, "the path holds a NUL character", path)
+    # Opening a pipe for reading would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return open(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def read_regular(path: Path | str, most: int | None = None) -> bytes:
@@ -28,21 +55,11 @@ def read_regular(path: Path | str, most: int | None = None) -> bytes:
         most: bytes that it may have.
 
     Raises:
-        OSError: there is none, it cannot be read, it is a directory, a pipe or a device, or it has more bytes.
+        OSError: as open_regular, or it has more bytes.
     """
-    path = os.fspath(path)
-    if "\0" in path:
-        raise OSError(errno.EINVAL, "the path holds a NUL character", path)
-    # Opening a pipe for reading would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if stat.S_ISDIR(state.st_mode):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(state.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        if most is not None and state.st_size > most:
-            raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", path)
+    with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", os.fspath(path))
         return file.read()
 
 

@@ -24,7 +24,7 @@ from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
-from lighthouse_core.files import RUN_FOLDERS, refuse_links, remove_empty, write_atomically
+from lighthouse_core.files import RUN_FOLDERS, check_output, refuse_links, remove_empty, write_atomically
 from lighthouse_core.ledger import account
 from lighthouse_core.listing import checkpoint_steps, run_dirs
 from lighthouse_core.reading import is_count, is_number, read_json
@@ -71,15 +71,19 @@ class Run:
         self.path = Path(path)
         self.name = Path(os.path.realpath(self.path)).name
         if not (self.path / "recipe.toml").is_file():
-            raise RunError(f"{path} is not a run: it has no recipe.toml")
+            raise RunError(
+                f"{path} is not a run: it has no recipe.toml",
+                hint="give a folder that lighthouse pretrain made, or its name",
+            )
         self.ledger = self._read_ledger()
         self.damaged: dict[int, str] = {}
         self._ahead: Verification | None = None
+        self._held = False
 
     @property
     def recipe_path(self) -> Path:
-        recovery = self.path / "recover.toml"
-        return recovery if self.recovering and recovery.is_file() else self.path / "recipe.toml"
+        # Without its recover.toml a recovery would go on by the settings of stage 1.
+        return self.path / ("recover.toml" if self.recovering else "recipe.toml")
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -139,11 +143,14 @@ class Run:
             if strict:
                 raise CheckpointError(self.damaged[step], hint="without --strict an older sound one is taken")
         if self.damaged:
-            raise CheckpointError(f"every checkpoint of {self.path} is damaged; {self.damaged[max(self.damaged)]}")
-        raise CheckpointError(
-            f"run {self.path} has no complete checkpoint",
-            hint="if nothing trains it, delete it and start again; a smaller checkpoint.interval saves earlier",
-        )
+            raise CheckpointError(
+                f"every checkpoint of {self.path} is damaged; {self.damaged[max(self.damaged)]}",
+                hint="put a sound copy of one back",
+            )
+        hint = "delete it and start again; a smaller checkpoint.interval saves earlier"
+        if _in_use(self.path, ours=self._held):
+            hint = "another process trains it: wait for its first one"
+        raise CheckpointError(f"run {self.path} has no complete checkpoint", hint=hint)
 
     def set_aside(self) -> None:
         """Rename what `newest_step` found damaged to step-N.damaged, so that training goes on before it."""
@@ -154,15 +161,21 @@ class Run:
 
     def write_recovery(self, recovery: "Recovery") -> None:
         """Make the recovery the last stage, and its recipe recover.toml."""
-        before = self.ledger["stages"][:-1] if self.recovering else self.ledger["stages"]
+        ledger, path = self.ledger, self.path / "recover.toml"
+        before = ledger["stages"][:-1] if self.recovering else ledger["stages"]
+        new = not path.exists()
         # The recipe first: it counts only once the ledger has the stage.
-        write_atomically(self.path / "recover.toml", f"# Stage 2 of {self.name}.\n\n{dump_recipe(recovery.recipe)}")
-        self.ledger = {
-            **self.ledger,
-            "stages": [*before, {"stage": "dense", "start": recovery.start, "end": recovery.end}],
-        }
+        write_atomically(path, f"# Stage 2 of {self.name}.\n\n{dump_recipe(recovery.recipe)}")
+        stage = {"stage": "dense", "start": recovery.start, "end": recovery.end}
+        self.ledger = {**ledger, "stages": [*before, stage]}
+        try:
+            self._write_ledger()
+        except BaseException:
+            self.ledger = ledger
+            if new:
+                path.unlink(missing_ok=True)
+            raise
         self.__dict__.pop("recipe", None)
-        self._write_ledger()
 
     def change(self, overrides: Sequence[str]) -> None:
         """Take settings for the rest of the stage. Writes nothing.
@@ -214,8 +227,10 @@ class Run:
                 raise RunError(
                     f"run {self.path} is being trained by another process", hint="wait until it ends, or interrupt it"
                 ) from None
+            self._held = True
             yield
         finally:
+            self._held = False
             os.close(directory)
 
     def _read_ledger(self) -> dict[str, Any]:
@@ -225,12 +240,33 @@ class Run:
         except OSError as error:
             raise refusal(error, f"cannot read {path}", kind=RunError) from None
         except ValueError as error:
-            raise RunError(f"cannot read {path}: {error}") from None
+            raise RunError(f"cannot read {path}: {error}", hint="put a sound copy of it back") from None
         if not isinstance(ledger, dict) or ledger.get("version") != 1:
-            raise RunError(f"{path} is not of a version that this release reads")
+            raise RunError(f"{path} is not of a version that this release reads", hint="put a sound copy of it back")
         if (problem := _odd_stages(ledger.get("stages"))) is not None:
-            raise RunError(f"cannot read {path}: {problem}")
+            raise RunError(f"cannot read {path}: {problem}", hint="put a sound copy of it back")
         return ledger
+
+
+def _in_use(path: Path, *, ours: bool = False) -> bool:
+    """Whether another process holds a run: a launcher, or processes that have outlived theirs.
+
+    Args:
+        path: of the run.
+        ours: whether this process holds it as its launcher.
+    """
+    for folder in (path / "checkpoints", *([] if ours else [path])):
+        try:
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(opened)
+    return False
 
 
 def _odd_stages(stages: Any) -> str | None:
@@ -339,7 +375,10 @@ def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) 
 def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, strict: bool) -> Recovery:
     step, begun = run.newest_step(strict), run.end - run.start
     if step < run.start:
-        raise CheckpointError(f"run {run.path} lost its checkpoint of step {run.start}, where its recovery began")
+        raise CheckpointError(
+            f"run {run.path} lost its checkpoint of step {run.start}, where its recovery began",
+            hint="put that checkpoint back",
+        )
     # Before its first checkpoint nothing of it is lost, so that a mistaken length can be corrected.
     if recipe.recover.steps != begun and step > run.start:
         raise RunError(
@@ -391,6 +430,7 @@ def check_free(recipe: Recipe, name: str = "") -> None:
     """Raise RunError if create_run could not give a new run this name, or else the recipe's."""
     name = name or recipe.output.name
     wanted = Path(recipe.output.dir)
+    check_output(wanted)
     try:
         if name and (path := run_path(recipe, name)).exists():
             raise _taken(path, name)
@@ -406,8 +446,10 @@ def _taken(path: Path, name: str) -> RunError:
     hint = "give the run a --name"
     if name and checkpoint_steps(path):
         hint = f"continue it with --resume {name}, or choose another --name"
+    elif name and _in_use(path):
+        hint = "another process trains it: choose another --name"
     elif name:
-        hint = "it has no checkpoint: choose another --name, or delete it if nothing trains it"
+        hint = "it has no checkpoint: choose another --name, or delete it"
     return RunError(f"run {path} exists", hint=hint)
 
 
@@ -427,6 +469,7 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
     given = name
     name = name or f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     path = run_path(recipe, name)
+    check_output(path.parent)
     made = [above for above in path.parents if not os.path.lexists(above)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -518,7 +561,10 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
         if (path / "recipe.toml").is_file():
             return Run(path)
     if Path(spec).is_dir():
-        raise RunError(f"{spec} is not a run: it has no recipe.toml")
+        raise RunError(
+            f"{spec} is not a run: it has no recipe.toml",
+            hint="give a folder that lighthouse pretrain made, or its name",
+        )
     near = difflib.get_close_matches(str(spec), [path.name for path in runs], n=1)
     raise RunError(
         f"no run {spec}, here or under {output_dir}",

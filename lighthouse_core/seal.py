@@ -6,6 +6,7 @@ Nothing here imports torch.
 """
 
 import atexit
+import errno
 import hashlib
 import json
 import os
@@ -56,7 +57,13 @@ def seal(folder: Path, name: str = "") -> None:
 
 
 def publish(folder: Path, name: Path) -> None:
-    """Rename a sealed folder, once and for all."""
+    """Rename a sealed folder, once and for all.
+
+    Raises:
+        OSError: the name is taken, or is a link that somebody put there.
+    """
+    if name.is_symlink():
+        raise FileExistsError(errno.EEXIST, "a link is in its place", str(name))
     os.rename(folder, name)
     sync(name.parent)
 

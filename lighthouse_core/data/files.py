@@ -6,6 +6,7 @@ A line or a row is held whole, a file that is a document in parts.
 import glob
 import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,8 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
     files: dict[str, TextFile] = {}
     roots: list[str] = []
     for entry in paths:
-        pattern = os.path.expanduser(entry)
+        # Two separators are one: an empty part would stand for the root.
+        pattern = re.sub(f"{os.sep}+", os.sep, os.path.expanduser(entry))
         # A file's own name may hold what means something in a glob.
         literal = os.path.isfile(pattern)
         folder = os.path.dirname(pattern) or "." if literal else _fixed_folder(pattern)
@@ -130,7 +132,9 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
             files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real, skip)
     listed = sorted((file for file in files.values() if file.size > file.skip), key=lambda file: file.identity)
     if not listed:
-        raise DataError(f"every file under data.paths = {list(paths)} is empty")
+        raise DataError(
+            f"every file under data.paths = {list(paths)} is empty", hint="name files with text in data.paths"
+        )
     return listed
 
 
@@ -280,11 +284,15 @@ def _text_of_line(line: bytes, text_key: str, where: Callable[[], str]) -> str:
         problem, hint = why_not_utf8(line, f"byte {error.start} of the line")
         raise DataError(f"{where()}: {problem}", hint=hint) from None
     except RecursionError:
-        raise DataError(f"{where()}: not valid JSON: nested too deeply") from None
+        raise DataError(
+            f"{where()}: not valid JSON: nested too deeply", hint="mend the line, or leave the file out of data.paths"
+        ) from None
     except ValueError as error:
         if not line.strip():
             return ""
-        raise DataError(f"{where()}: not valid JSON: {error}") from None
+        raise DataError(
+            f"{where()}: not valid JSON: {error}", hint="mend the line, or leave the file out of data.paths"
+        ) from None
     if not isinstance(value, dict):
         raise DataError(f"{where()}: not a JSON object", hint="each line is an object with the text in data.text_key")
     # Only an escape can bring half a surrogate pair, which is no text.
@@ -301,15 +309,24 @@ def checked_text(
     """
     if text_key not in row:
         keys = ", ".join(sorted(row)[:10]) or "none"
-        raise DataError(f'{where()}: no key "{text_key}" (data.text_key); there are: {keys}')
+        raise DataError(
+            f'{where()}: no key "{text_key}" (data.text_key); there are: {keys}',
+            hint="set data.text_key to the one that holds the text",
+        )
     text = row[text_key]
     if not isinstance(text, str):
-        raise DataError(f'{where()}: "{text_key}" is not a string but {type(text).__name__}')
+        raise DataError(
+            f'{where()}: "{text_key}" is not a string but {type(text).__name__}',
+            hint="set data.text_key to one that holds text",
+        )
     if maybe_surrogates:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f'{where()}: "{text_key}" has half a surrogate pair, which is no text') from None
+            raise DataError(
+                f'{where()}: "{text_key}" has half a surrogate pair, which is no text',
+                hint="write the text as UTF-8, or leave the file out of data.paths",
+            ) from None
     return text
 
 
@@ -345,7 +362,10 @@ def _parquet(file: TextFile, text_key: str) -> Any:
         opened = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER)
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file.path}: not a parquet file: {_first_line(error)}") from None
+        raise DataError(
+            f"{file.path}: not a parquet file: {_first_line(error)}",
+            hint="copy the file anew, or leave it out of data.paths",
+        ) from None
     kinds = [schema.field(i).type for i, name in enumerate(schema.names) if name == text_key]
     plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
     if len(kinds) != 1 or str(plain[0]) not in ("string", "large_string", "string_view"):
@@ -353,7 +373,10 @@ def _parquet(file: TextFile, text_key: str) -> Any:
         if kinds:
             found = f"has the type {plain[0]}" if len(kinds) == 1 else "is there more than once"
         opened.close()
-        raise DataError(f'{file.path}: the column "{text_key}" (data.text_key) {found}')
+        raise DataError(
+            f'{file.path}: the column "{text_key}" (data.text_key) {found}',
+            hint="set data.text_key to a column of text",
+        )
     return opened
 
 
@@ -376,7 +399,8 @@ def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[R
                         row += len(column)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
-                        f"{file.path}: row {row + 1} or later cannot be read: {_first_line(error)}"
+                        f"{file.path}: row {row + 1} or later cannot be read: {_first_line(error)}",
+                        hint="copy the file anew, or leave it out of data.paths",
                     ) from None
             first += count
 
@@ -385,7 +409,10 @@ def _text_of_cell(cell: Any, file: TextFile, row: int, text_key: str) -> str:
     try:
         return checked_text({text_key: cell.as_py()}, text_key, lambda: f"{file.path}: row {row + 1}")
     except UnicodeDecodeError:
-        raise DataError(f'{file.path}: row {row + 1}: "{text_key}" is not UTF-8 text') from None
+        raise DataError(
+            f'{file.path}: row {row + 1}: "{text_key}" is not UTF-8 text',
+            hint="write the column as UTF-8, or leave the file out of data.paths",
+        ) from None
 
 
 def _cut_rows(file: TextFile, size: int, text_key: str) -> list[tuple[Place, int]]:

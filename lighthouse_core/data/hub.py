@@ -11,6 +11,7 @@ from lighthouse_core.errors import DataError, LighthouseError
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
+    from lighthouse_core.config.data import DataSection
 
 
 class HubSource:
@@ -35,7 +36,8 @@ class HubSource:
         columns = self._open().column_names
         if columns is not None and text_key not in columns:
             raise DataError(
-                f'data set {path} has no column "{text_key}" (data.text_key); there are: {", ".join(sorted(columns))}'
+                f'data set {path} has no column "{text_key}" (data.text_key); there are: {", ".join(sorted(columns))}',
+                hint="set data.text_key to the column with the text",
             )
         count = self._open().num_shards
         self.identities = [f"{self.name}/{split}/{unit}" for unit in range(count)]
@@ -78,10 +80,15 @@ def pinned(recipe: "Recipe") -> "Recipe":
         DataError: there is no such data set or revision, or the hub cannot be asked.
     """
     data = recipe.data
-    if data.source != "hf" or os.path.exists(path := _placed(data.paths[0])):
+    if not is_remote(data):
         return recipe
-    revision, _ = _pin(path, data.hf_config, data.hf_revision)
+    revision, _ = _pin(_placed(data.paths[0]), data.hf_config, data.hf_revision)
     return recipe.model_copy(update={"data": data.model_copy(update={"hf_revision": revision})})
+
+
+def is_remote(data: "DataSection") -> bool:
+    """Whether data is a data set of the hub, which is not on this machine as files that can be told."""
+    return data.source == "hf" and not os.path.exists(_placed(data.paths[0]))
 
 
 def _placed(path: str) -> str:
@@ -124,7 +131,9 @@ def _pin(path: str, config: str, revision: str) -> tuple[str, str]:
     _datasets()
     if os.path.isdir(path):
         if revision:
-            raise DataError("data.hf_revision is for a data set of the hub, not for a directory")
+            raise DataError(
+                "data.hf_revision is for a data set of the hub, not for a directory", hint="leave data.hf_revision out"
+            )
         listing = []
         for folder, subfolders, names in os.walk(path):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -170,12 +179,20 @@ def _load_saved(path: str, config: str, split: str) -> Any:
         raise _cannot_load(path, error) from error
     if isinstance(data, dict):
         if split not in data:
-            raise DataError(f'data set {path} has no split "{split}" (data.hf_split); there are: {", ".join(data)}')
+            raise DataError(
+                f'data set {path} has no split "{split}" (data.hf_split); there are: {", ".join(data)}',
+                hint="set data.hf_split to one of these",
+            )
         data = data[split]
     elif split not in ("train", str(data.split)):
-        raise DataError(f'data set {path} has no split "{split}" (data.hf_split): it is one split')
+        raise DataError(
+            f'data set {path} has no split "{split}" (data.hf_split): it is one split', hint="leave data.hf_split out"
+        )
     if config not in ("", data.info.config_name):
-        raise DataError(f'data set {path} has no configuration "{config}" (data.hf_config)')
+        raise DataError(
+            f'data set {path} has no configuration "{config}" (data.hf_config)',
+            hint="leave data.hf_config out, or name the one that it has",
+        )
     # A shard holds a row at least.
     return data.to_iterable_dataset(num_shards=max(1, min(len(data.cache_files), len(data))))
 
@@ -189,7 +206,8 @@ def _builder(path: str, config: str, revision: str) -> Any:
     if revision and builder.hash != revision:
         raise DataError(
             f"the hub cannot be asked for revision {revision} of the data set {path}, and the cache of `datasets` has "
-            f"{builder.hash}"
+            f"{builder.hash}",
+            hint="ask with the network, or set data.hf_revision to the one in the cache",
         )
     return builder
 

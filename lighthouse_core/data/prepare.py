@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
-from lighthouse_core.data.shards import INDEX, ShardWriter, write_atomically, write_index, writing
+from lighthouse_core.data.shards import INDEX, ShardWriter, write_index, writing
 from lighthouse_core.data.stream import no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, LighthouseError, refusal
-from lighthouse_core.files import refuse_links
+from lighthouse_core.files import check_output, refuse_links, remove_empty, replaced_by, write_atomically
 from lighthouse_core.reading import is_count, plain_name, read_json
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 _PLAN = "plan.json"
 _FORMAT = "lighthouse plan"
-# Every name that this program gives: in OUT, and in OUT/progress.
-_SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens(?:\.\d+\.partial)?|tokens\.json\.\d+\.partial")
-_RECORD = re.compile(r"(?:plan|\d{5,})\.json(?:\.\d+\.partial)?")
+# Every name that this program gives before it is finished: in OUT, and in OUT/progress.
+_SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens")
+_RECORD = re.compile(r"(?:plan|\d{5,})\.json")
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
@@ -91,7 +91,10 @@ def prepare(
     """
     data = recipe.data
     if data.source == "tokens":
-        raise DataError('data.source "tokens" is prepared already')
+        raise DataError(
+            'data.source "tokens" is prepared already',
+            hint="give the recipe of the text that the tokens are to be made of",
+        )
     tokenizer = checked_tokenizer(recipe)
     source = build_source(data)
     work = {
@@ -100,6 +103,7 @@ def prepare(
         "validation": data.validation,
         "units": len(source.identities),
     }
+    check_output(out)
     with _hold(out):
         refuse_links(out, "progress")
         if (out / INDEX).is_file():
@@ -138,6 +142,7 @@ def _hold(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         directory = os.open(out, os.O_RDONLY)
     except OSError as error:
+        remove_empty(made)
         raise refusal(error, f"cannot write {out}", "choose another OUT", DataError) from None
     try:
         try:
@@ -148,9 +153,7 @@ def _hold(out: Path) -> Iterator[None]:
     finally:
         os.close(directory)
         # What was made and has stayed empty, as on a full disk.
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+        remove_empty(made)
 
 
 def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any, say: Callable[[str], None] | None) -> None:
@@ -173,8 +176,8 @@ def _check_ours(out: Path) -> None:
         return
     if not _read_plan(state):
         raise DataError(f"{out} is not empty: it holds {names[0]}", hint="choose a new directory for OUT")
-    foreign = [out / name for name in names if name != "progress" and not _SHARD.fullmatch(name)]
-    foreign += [state / name for name in _names(state) if not _RECORD.fullmatch(name)]
+    foreign = [out / name for name in names if name != "progress" and not _is_ours(name)]
+    foreign += [state / name for name in _names(state) if not _is_ours(name)]
     if foreign:
         raise DataError(f"{foreign[0]} is not of lighthouse data prepare", hint="move it, or choose another OUT")
 
@@ -183,8 +186,14 @@ def _names(state: Path) -> list[str]:
     return sorted(path.name for path in state.iterdir()) if state.is_dir() else []
 
 
+def _is_ours(name: str) -> bool:
+    return bool(_SHARD.fullmatch(name) or _RECORD.fullmatch(name) or _is_partial(name))
+
+
 def _is_partial(name: str) -> bool:
-    return name.endswith(".partial") and bool(_SHARD.fullmatch(name) or _RECORD.fullmatch(name))
+    """Whether a name is of a file that an earlier call was writing when it was killed."""
+    whole = replaced_by(name)
+    return whole is not None and bool(whole == INDEX or _SHARD.fullmatch(whole) or _RECORD.fullmatch(whole))
 
 
 def _remove_partials(out: Path) -> None:
@@ -197,7 +206,7 @@ def _remove_progress(out: Path) -> None:
     """Its records, and the folder if nothing else is in it."""
     state = out / "progress"
     if _read_plan(state):
-        for name in filter(_RECORD.fullmatch, _names(state)):
+        for name in filter(_is_ours, _names(state)):
             (state / name).unlink()
         with suppress(OSError):
             state.rmdir()
@@ -234,7 +243,8 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
                 filled = 0
             filled += size
             tasks[-1].append(Piece(unit, *place, end, size))
-    write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
+    with writing(path.parents[1]):
+        write_atomically(path, json.dumps({"format": _FORMAT, "work": work, "tasks": tasks}))
     return tasks
 
 
@@ -405,7 +415,7 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
     """Tokenize pieces into one shard a split, and write their record, {split: {"shard", "units"}}."""
     job = _job
     assert job is not None
-    writers = {split: ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer) for split in _SPLITS}
+    writers: dict[Split, ShardWriter] = {}
     units: dict[Split, list[list[int]]] = {split: [] for split in _SPLITS}
     told, time_told = (0, 0), time.monotonic()
 
@@ -418,6 +428,8 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
         told, time_told = now, time.monotonic()
 
     try:
+        for split in _SPLITS:
+            writers[split] = ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer)
         for piece in pieces:
             counts = {split: [0, 0] for split in _SPLITS}
             for record in job.source.records(piece.unit, Place(piece.row, piece.byte), lambda identity: True):
@@ -425,7 +437,7 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
                     break
                 if job.stop.is_set():
                     raise LighthouseError("stopped")
-                split: Split = "validation" if held_out(record.identity, job.validation) else "train"
+                split = "validation" if held_out(record.identity, job.validation) else "train"
                 tokens = with_ends(job.tokenizer, record.content, first=record.first, last=record.last)
                 writers[split].add(tokens, first=record.first)
                 counts[split][0] += record.first
@@ -442,5 +454,6 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
     finally:
         for writer in writers.values():
             writer.discard()
-    write_atomically(_record_path(job.out, number), json.dumps(result))
+    with writing(job.out):
+        write_atomically(_record_path(job.out, number), json.dumps(result))
     tell()

@@ -20,7 +20,8 @@ import numpy as np
 from lighthouse_core.data.documents import Split, Tokenizer
 from lighthouse_core.data.verified import Ids, Sealed, verify_files
 from lighthouse_core.errors import DataError, refusal
-from lighthouse_core.reading import home_expanded, is_count, plain_name, read_json
+from lighthouse_core.files import new_beside, write_atomically
+from lighthouse_core.reading import home_expanded, is_count, open_regular, plain_name, read_json
 
 INDEX = "tokens.json"
 _MAGIC = b"LHTOKENS"
@@ -65,9 +66,8 @@ class ShardWriter:
         self._dtype = np.dtype(f"<u{token_bytes(tokenizer.vocab_size)}")
         self._starts: list[int] = []
         self._checksum = hashlib.blake2b(digest_size=32)
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with writing(path.parent):
-            self._file = open(self._temporary, "wb", buffering=_BLOCK)  # noqa: SIM115 (publish and discard close it)
+            self._file, self._temporary = new_beside(path, _BLOCK)
             self._file.write(bytes(_HEADER_BYTES))
 
     @property
@@ -119,20 +119,8 @@ class ShardWriter:
 def write_index(out: Path, index: dict[str, Any]) -> None:
     """Publish a prepared directory. `index` has fingerprint, tokenizer, vocab_size, validation, and splits."""
     index = {"format": "lighthouse tokens", "version": _VERSION, **index}
-    write_atomically(out / INDEX, json.dumps({**index, "seal": _index_seal(index)}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with writing(path.parent):
-        try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(out):
+        write_atomically(out / INDEX, json.dumps({**index, "seal": _index_seal(index)}))
 
 
 @contextmanager
@@ -189,6 +177,10 @@ class PreparedTokens:
         return units
 
     @property
+    def index(self) -> Path:
+        return self.path / INDEX
+
+    @property
     def checksums(self) -> list[str]:
         """Of all shards."""
         return [shard.checksum for shard in self._all_shards()]
@@ -219,7 +211,7 @@ class PreparedTokens:
     def _verify_header(self, shard: Shard, tokenizer: Tokenizer) -> None:
         path, again = self.path / shard.file, _again(self.path)
         try:
-            with open(path, "rb") as f:
+            with open_regular(path) as f:
                 header = f.read(_HEADER_BYTES)
                 size = os.fstat(f.fileno()).st_size
         except OSError as error:

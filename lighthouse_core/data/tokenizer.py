@@ -15,6 +15,7 @@ beginning of a file is for the source to say. `decode` leaves out BOS, EOS and i
 negative ones too. The unknown piece decodes to what the file says: " \u2047 " in sentencepiece.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,12 +84,22 @@ def build_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_files(name: str) -> dict[str, Path]:
-    """The files that `build_tokenizer(name)` reads, by the names that they have in a run."""
+    """The files that `build_tokenizer(name)` reads, by the names that they have in a run.
+
+    Raises:
+        DataError: one beside a tokenizer.json is no file.
+    """
     path = home_expanded(name)
     if path.suffix == ".model":
         return {"tokenizer.model": path}
     if path.suffix == ".json":
         from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 
-        return {"tokenizer.json": path} | {n: path.with_name(n) for n in COMPANIONS if path.with_name(n).is_file()}
+        beside = {name: path.with_name(name) for name in COMPANIONS if os.path.lexists(path.with_name(name))}
+        for file in beside.values():
+            if not file.is_file():
+                raise DataError(
+                    f"{file} beside the tokenizer is not a file", hint=f"restore {file.name}, or move it away"
+                )
+        return {"tokenizer.json": path} | beside
     return {}

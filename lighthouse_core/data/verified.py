@@ -13,7 +13,7 @@ import numpy as np
 
 from lighthouse_core.errors import DataError, refusal
 from lighthouse_core.files import write_atomically
-from lighthouse_core.reading import read_json
+from lighthouse_core.reading import open_regular, read_json
 
 _BLOCK = 1 << 22
 # More threads than this wait for the disk.
@@ -50,7 +50,8 @@ def verify_files(
         files: what to compare.
         hint: of the error.
         say: called with a line on how far it is, every few seconds.
-        remember: pass over files that agreed before and have the size and modification time that they had then.
+        remember: pass over files that agreed before and are the same ones since: by size, inode, and the times of the
+            last change of their content and of anything about them, of which copying preserves the first alone.
 
     Raises:
         DataError: a file differs, or cannot be read.
@@ -69,7 +70,7 @@ def verify_files(
         file = files[number]
         checksum = hashlib.blake2b(digest_size=32)
         try:
-            with open(file.path, "rb", buffering=0) as f:
+            with open_regular(file.path, buffering=0) as f:
                 state = _state(file, os.fstat(f.fileno()))
                 f.seek(file.skip)
                 # Hashing and reading let other threads run.
@@ -115,7 +116,7 @@ def _key(file: Sealed) -> str:
 
 
 def _state(file: Sealed, stat: os.stat_result) -> list:
-    return [stat.st_size, stat.st_mtime_ns, file.checksum]
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, file.checksum, file.ids and list(file.ids)]
 
 
 def _cache() -> Path:

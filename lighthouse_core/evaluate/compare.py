@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -92,6 +92,25 @@ def read(run: Run) -> Curve:
     rows = read_rows(run.path / "metrics.jsonl", ("stage", "leaky"))
     rows = [row for row in rows if "loss" not in row or ("seconds" in row and "tokens" in row)]
     return curve(run.name, rows, run.ledger["stages"], flops)
+
+
+def unlike_texts(texts: Iterable[tuple[str, Any]]) -> str | None:
+    """Whether losses of runs are of one text, in words; None where they are.
+
+    Args:
+        texts: of every run its name, and the fingerprint that its ledger has of its data.
+    """
+    runs = [(name, data if isinstance(data, str) else None) for name, data in texts]
+    if len(runs) > 1 and (unknown := [name for name, data in runs if data is None]):
+        return (
+            f"whether the losses are of the same text is not known: the ledger of {unknown[0]} does not name its data"
+        )
+    for name, data in runs:
+        if data != runs[0][1]:
+            return (
+                f"the losses of {runs[0][0]} and {name} are of other data, of another order, split or tokenizer of it"
+            )
+    return None
 
 
 def curve(

@@ -50,7 +50,10 @@ def load_model(path: Path, config: dict[str, Any]) -> nn.Module:
         ) from None
     if "rope_parameters" in config and "rope_theta" not in config and _release(transformers) < (5,):
         # An older release would take the usual base of the rotation without a word.
-        raise UserError(f"{path} needs transformers 5 or later: its config.json has rope_parameters")
+        raise UserError(
+            f"{path} needs transformers 5 or later: its config.json has rope_parameters",
+            hint="pip install -U transformers",
+        )
     activation = config.get("hidden_act")
     with explained(path), _quiet(transformers):
         if isinstance(activation, str) and activation not in transformers.activations.ACT2FN:
@@ -110,11 +113,16 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _object(path / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{path / 'config.json'} has no model_type")
+        raise UserError(
+            f"{path / 'config.json'} has no model_type", hint="copy the directory anew from where it was made"
+        )
     if config.get("quantization_config") is not None:
         raise UserError(f"{path} holds quantized weights", hint="measure the model that was quantized")
     if config.get("transformers_weights") is not None:
-        raise UserError(f"{path / 'config.json'} names weights in another file: transformers_weights")
+        raise UserError(
+            f"{path / 'config.json'} names weights in another file: transformers_weights",
+            hint="only model.safetensors and its index are read",
+        )
     for key, value in _items(config):
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise UserError(f"{path / 'config.json'} names kernels to fetch and run: {key}", hint=f"remove {key}")
@@ -146,9 +154,11 @@ def _object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise refusal(error, f"cannot read {path}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {words(error)}") from None
+        raise UserError(
+            f"{path} is not JSON: {words(error)}", hint="copy the directory anew from where it was made"
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object")
+        raise UserError(f"{path} holds no object", hint="copy the directory anew from where it was made")
     return content
 
 
@@ -176,15 +186,19 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         if not file.is_file():
             # A pipe would be waited for.
-            raise UserError(f"{file} is not there, or no ordinary file")
+            raise UserError(
+                f"{file} is not there, or no ordinary file", hint="copy the directory anew from where it was made"
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                     shapes[name] = tuple(opened.get_slice(name).get_shape())
         except Exception as error:  # the library's own, of several kinds
-            raise UserError(f"{file} cannot be read: {words(error)}") from None
+            raise UserError(
+                f"{file} cannot be read: {words(error)}", hint="copy the directory anew from where it was made"
+            ) from None
     if not shapes:
-        raise UserError(f"{path} holds no weights")
+        raise UserError(f"{path} holds no weights", hint="copy the directory anew from where it was made")
     return shapes
 
 
@@ -198,13 +212,18 @@ def _indexed(path: Path) -> list[Path]:
                 f"the weights in {path} are pickled ({words(pickled[0])}) and could run code, and are not read",
                 hint="only safetensors are read; save_pretrained of transformers writes them",
             )
-        raise UserError(f"{path} has neither a model.safetensors nor a {_INDEX}")
+        raise UserError(
+            f"{path} has neither a model.safetensors nor a {_INDEX}", hint="save_pretrained of transformers writes one"
+        )
     names = _object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map")
+        raise UserError(f"{index} has no weight_map", hint="copy the directory anew from where it was made")
     for name in names.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise UserError(f"{index} names {words(str(name))!r}, which is no file of safetensors beside it")
+            raise UserError(
+                f"{index} names {words(str(name))!r}, which is no file of safetensors beside it",
+                hint="copy the directory anew from where it was made",
+            )
     return sorted({path / name for name in names.values()})
 
 
@@ -214,7 +233,8 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
         limit = _LABELS if key == "num_labels" else max(tensors, 512) if _COUNTS.search(key) else None
         if limit is not None and isinstance(value, int | float) and not -1 <= value <= limit:
             raise UserError(
-                f"{path / 'config.json'} has {key} = {words(str(value))[:40]}, and there are {tensors} tensors"
+                f"{path / 'config.json'} has {key} = {words(str(value))[:40]}, and there are {tensors} tensors",
+                hint="compare config.json with the weights",
             )
 
 
@@ -224,11 +244,15 @@ def _check_size(path: Path, planned: nn.Module, shapes: dict[str, tuple[int, ...
     described = sum(parameter.numel() for parameter in planned.parameters())
     if described > stored:
         raise UserError(
-            f"{path / 'config.json'} describes a model of {described} weights, and its safetensors hold {stored}"
+            f"{path / 'config.json'} describes a model of {described} weights, and its safetensors hold {stored}",
+            hint="compare config.json with the weights",
         )
     beside = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
     if beside > max(_BUFFERS, stored):
-        raise UserError(f"{path / 'config.json'} describes a model with {beside / 2**30:.0f} GiB beside its weights")
+        raise UserError(
+            f"{path / 'config.json'} describes a model with {beside / 2**30:.0f} GiB beside its weights",
+            hint="compare config.json with the weights",
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -245,7 +269,8 @@ def _check_loaded(path: Path, config: dict[str, Any], model: nn.Module, loading:
     if named and kind.lower() not in [str(name).lower() for name in named]:
         raise UserError(
             f"{path} holds {words(str(named[0]))}, which is no causal language model: transformers would make "
-            f"{kind} of it"
+            f"{kind} of it",
+            hint="measure a causal language model",
         )
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs", "conversion_errors"):
         if found := loading.get(problem):

@@ -105,7 +105,10 @@ def load_directory(
     model = load_model(path, config)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
-        raise UserError(f"{file} has {tokenizer.vocab_size} tokens, and the model {rows}")
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} tokens, and the model {rows}",
+            hint="put the tokenizer of the model beside it",
+        )
     model.to(device).eval()
     with explained(path):
         # Some settings are met by the first text alone.
@@ -126,7 +129,10 @@ def _tokenizer(path: Path, say: Callable[[str], None]) -> tuple[Path, Tokenizer]
     """A directory's tokenizer.json, which transformers would take, else its tokenizer.model."""
     files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
     if not files:
-        raise UserError(f"{path} has neither a tokenizer.json nor a tokenizer.model")
+        raise UserError(
+            f"{path} has neither a tokenizer.json nor a tokenizer.model",
+            hint="put the tokenizer of the model beside it",
+        )
     problems: list[DataError] = []
     for file in files:
         try:
@@ -135,7 +141,12 @@ def _tokenizer(path: Path, say: Callable[[str], None]) -> tuple[Path, Tokenizer]
             problems.append(error)
             continue
         except Exception as error:  # of a library, for a file that is not what it should be
-            problems.append(DataError(f"{file} cannot be used: {type(error).__name__}: {words(error)}"))
+            problems.append(
+                DataError(
+                    f"{file} cannot be used: {type(error).__name__}: {words(error)}",
+                    hint="put the tokenizer of the model beside it",
+                )
+            )
             continue
         passed = f", for {problems[0]}" if problems else ""
         say(f"the tokenizer is {file.name}{passed}")

@@ -12,7 +12,9 @@ import torch
 from lighthouse_core import figures
 from lighthouse_core.attention.module import dense_for_now
 from lighthouse_core.data.build import DataSettings
+from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
 from lighthouse_core.evaluate.leak import leak
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
@@ -66,9 +68,15 @@ def evaluate(
     except ValueError as error:
         raise UserError(str(error)) from None
     if tokens > subject.tokens:
-        raise UserError(f"{tokens} tokens are more than the {subject.tokens} that the model was trained on")
+        raise UserError(
+            f"{tokens} tokens are more than the {subject.tokens} that the model was trained on",
+            hint="measure shorter sequences",
+        )
     if "switch" in measures and subject.model is None:
-        raise UserError("only a checkpoint of stage 1 has a switch before it")
+        raise UserError(
+            "only a checkpoint of stage 1 has a switch before it",
+            hint="leave switch out of --only, or name a checkpoint of stage 1",
+        )
     text = held_out(data, subject, tokens, max(sequences, 2))
     try:
         return _measure(subject, data, text, sequences, context, trials, measures, say)
@@ -158,6 +166,8 @@ def _one_by_one(subject: Subject):
 def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
     """[B, N] int64 of the validation split, none twice: every sixteenth sequence, or more of them where these are too
     few. The same for all models of a tokenizer."""
+    if data.source == "tokens":
+        _check_ids(subject, build_tokenizer(data.tokenizer), data)
     # Not every tokenizer's samples can be shuffled.
     change = {"shuffle": "documents"} | ({} if data.source == "tokens" else {"tokenizer": subject.tokenizer_name})
     data = data.model_copy(update=change)
@@ -173,6 +183,21 @@ def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) 
                 hint="use fewer --sequences, or a larger data.validation",
             )
         apart //= 2
+
+
+def _check_ids(subject: Subject, tokenizer: Tokenizer, data: DataSettings) -> None:
+    """Raise UserError where ids of prepared tokens are known not to stand for what they do in the model."""
+    own = subject.tokenizer
+    if own.fingerprint == tokenizer.fingerprint:
+        return
+    # A tokenizer.model and the tokenizer.json made of it have the same ids, and other rules.
+    meanings = own.token_bytes(), tokenizer.token_bytes()
+    if own.vocab_size != tokenizer.vocab_size or (None not in meanings and meanings[0] != meanings[1]):
+        raise UserError(
+            f"the tokens in {data.paths[0]} are of another tokenizer ({tokenizer.vocab_size} ids) than the model's "
+            f"({own.vocab_size} ids)",
+            hint="prepare the text with the model's tokenizer, or name the text itself in --recipe RECIPE",
+        )
 
 
 def is_report(content: dict[str, Any]) -> bool:

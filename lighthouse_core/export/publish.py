@@ -1,14 +1,13 @@
 """Write a checkpoint as a Hugging Face directory, verify it, then publish it under its name."""
 
 import hashlib
-import json
 import logging
 import os
 import platform
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +22,8 @@ from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import llama, verify
 from lighthouse_core.export.source import Source, find_source, load_weights
-from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_tokenizer
-from lighthouse_core.files import check_output
+from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_json, write_tokenizer
+from lighthouse_core.files import check_output, remove_empty
 from lighthouse_core.seal import sync
 
 logger = logging.getLogger(__name__)
@@ -95,12 +94,12 @@ def strip(
     table = llama.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
-        _write_json(
+        write_json(
             directory / "config.json",
             llama.hf_config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids),
         )
         named = {key.replace("_id", "_token_id"): value for key, value in ids.items()}
-        _write_json(directory / "generation_config.json", named)
+        write_json(directory / "generation_config.json", named)
         write_tokenizer(
             directory,
             tokenizer,
@@ -131,7 +130,12 @@ def strip(
             worst = verify.compare_logits(directory, trainer, lengths, recipe.model.vocab_size)
             verified.append(f"logits equal the trainer's within {worst:.1e} at lengths {_join(lengths)}")
         provenance = _provenance(source, dtype)
-        _write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
+        write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
+    try:
+        sync(out.parent)
+    except OSError as error:
+        # Some file systems cannot do that with a directory. What is there is whole.
+        warnings.append(f"a crash of the machine may still lose the name {out}: {error.strerror}")
     return StripReport(
         out=out,
         step=source.step,
@@ -174,6 +178,8 @@ def _published(out: Path) -> Iterator[Path]:
             # Who may look into it is the user's choice.
             shutil.copymode(out, directory)
     except OSError as error:
+        # It may have come as far as the folder itself, whose mode is not right.
+        remove_empty([directory, *made])
         raise refusal(error, f"{out} cannot be written") from None
     try:
         yield directory
@@ -182,16 +188,13 @@ def _published(out: Path) -> Iterator[Path]:
         directory.rename(out)
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+        remove_empty(made)
         if isinstance(error, OSError):
             raise refusal(error, f"{out} cannot be written") from None
         if isinstance(error, SafetensorError):
             # Its writer has no error of the system's, only a sentence.
             raise SystemFault(f"{out} cannot be written: {error}") from None
         raise
-    sync(out.parent)
 
 
 def _write_weights(
@@ -220,7 +223,7 @@ def _write_weights(
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
     return files
 
 
@@ -242,10 +245,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _join(lengths: list[int]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lighthouse_core.data import tokenizer as ours
+from lighthouse_core.data.tokenizer import tokenizer_files
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS, NAMING, HuggingFaceTokenizer, token_name
 from lighthouse_core.data.tokenizers.merges import merge_list
 from lighthouse_core.data.tokenizers.model_file import CONTROL, UNKNOWN
@@ -178,8 +179,8 @@ def write_tokenizer(
     names["pad_token"] = pad.text
     # llama.cpp puts a space before every text unless it is told not to.
     spaces = {} if prefix else {"add_prefix_space": False}
-    _write_json(out / "tokenizer_config.json", names | spaces | _settings(max_length))
-    _write_json(out / "special_tokens_map.json", names)
+    write_json(out / "tokenizer_config.json", names | spaces | _settings(max_length))
+    write_json(out / "special_tokens_map.json", names)
 
 
 def check_tokenizer(directory: Path, tokenizer: ours.Tokenizer, *, transformers: bool, rows: int | None = None) -> int:
@@ -356,16 +357,16 @@ def _copy(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special, max_length: 
         (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     else:
         shutil.copyfile(tokenizer.path, out / "tokenizer.json")
-    for name in COMPANIONS:
-        if tokenizer.path.with_name(name).is_file():
-            shutil.copyfile(tokenizer.path.with_name(name), out / name)
+    for name, beside in tokenizer_files(str(tokenizer.path)).items():
+        if name in COMPANIONS:
+            shutil.copyfile(beside, out / name)
     names = _names(tokenizer, pad)
     file = out / NAMING[0]
     # As llama.cpp takes vocabularies with byte fallback for sentencepiece's, and puts a space before every text then.
     begins = _parse(content).encode("a", add_special_tokens=False).tokens[:1]
     spaces = {} if begins and begins[0].startswith(SPACE) else {"add_prefix_space": False}
     if not file.is_file():
-        _write_json(file, names | spaces | _settings(max_length))
+        write_json(file, names | spaces | _settings(max_length))
         return
     given = read_json(file)
     config = given | {key: name for key, name in names.items() if token_name(file, given, key) != name}
@@ -382,7 +383,7 @@ def _copy(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special, max_length: 
         if key in config and bool(config[key]) != wanted:
             config[key] = wanted
     if config != given:
-        _write_json(file, config)
+        write_json(file, config)
 
 
 def _names(tokenizer: HuggingFaceTokenizer, pad: Special) -> dict[str, str | None]:
@@ -450,7 +451,7 @@ def _settle(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special) -> None:
             if generic:
                 config |= {"tokenizer_class": "PreTrainedTokenizerFast", **_names(tokenizer, pad)}
                 (out / NAMING[1]).unlink(missing_ok=True)
-            _write_json(file, config)
+            write_json(file, config)
 
 
 def _sentencepiece_tokenizer(source: SentencePieceTokenizer) -> Tokenizer:
@@ -501,5 +502,5 @@ def _starts_with(bos: str, bos_id: int) -> processors.PostProcessor:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """The attention call taken apart: each stage forward and backward, the whole call, and every dense kernel there is."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -132,6 +133,22 @@ class AttentionProfile:
         return asdict(self) | {"speedup": self.speedup}
 
 
+def _smaller(tokens: int, cfg: LighthouseConfig) -> str:
+    """What to do about a selection that is no shorter than the sequence: options with which it is, where there are."""
+    tile = cfg.tile_parents
+    while cfg.levels > 1 and tile:
+        topk = min(cfg.topk, tokens // ((cfg.levels - 1) * cfg.pooling)) // tile * tile
+        while topk:
+            with contextlib.suppress(ValueError):
+                if not geometry(tokens, replace(cfg, topk=topk, tile_parents=tile)).dense:
+                    tiles = "" if tile == cfg.tile_parents else f" --tile-parents {tile}"
+                    return f"use a longer --seq, or a smaller selection, as --topk {topk}{tiles} makes it"
+            topk = topk // 2 // tile * tile
+        # It has to be even.
+        tile = tile // 4 * 2
+    return f"use a longer --seq, or {'fewer' if cfg.levels > 1 else 'more'} --levels"
+
+
 def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> None:
     """Raise before anything is allocated.
 
@@ -147,7 +164,7 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
             raise UserError(
                 f"at N = {shape.tokens} this selection would hold {g.selected_length} entries, so the call would be "
                 "dense",
-                hint="use a longer --seq, or a smaller --topk, which --tile-parents divides",
+                hint=_smaller(shape.tokens, cfg),
             )
     elif cfg.window >= shape.tokens:
         raise UserError(

@@ -1,14 +1,16 @@
 """A directory that says what was measured: report.md, results.json, figures."""
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lighthouse_core.errors import UserError, refusal
-from lighthouse_core.files import check_output, check_replaceable, write_atomically
+from lighthouse_core.files import STAGING, check_output, check_replaceable, remove_empty, together, write_atomically
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass
 from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
@@ -33,7 +35,11 @@ _PRODUCTS = (
 _DRIFT = "A CPU's speed drifts from call to call by more than p10 and p90 show: run it again before you use a ratio."
 _FIRST = "Rows are of the first process; its communication includes waiting for the others."
 _FIGURES = [f"{name}.{suffix}" for name in ("latency", "memory", "selection") for suffix in ("png", "svg")]
-_LEFT = re.compile(r"pretrain\.log|runs|traces|trace\.json\.gz|stacks\.folded|dense|window-[0-9]+")
+_LEFT = re.compile(
+    rf"pretrain\.log|runs|traces|trace\.json\.gz|stacks\.folded|dense|window-[0-9]+|\.{STAGING}[0-9a-f]+"
+)
+# A file that says that a profile was begun here, until its report is there: the names above may be anybody's.
+_BEGUN = ".profile-begun"
 _KINDS = ("attention", "step", "tune", "selection")
 # A call whose p90 is so many times its p10 was not alone on the machine.
 _NOISY = 1.5
@@ -73,6 +79,7 @@ class Report:
         parts: tables and sentences, in order.
         results: for results.json.
         roof: of the machine, where times are compared with it.
+        draw: writes the figures into a folder and returns their files.
     """
 
     title: str
@@ -81,7 +88,7 @@ class Report:
     parts: list[Table | str]
     results: dict[str, Any]
     roof: Roof | None = None
-    files: list[Path] = field(default_factory=list)
+    draw: Callable[[Path], list[Path]] = lambda folder: []
 
     def as_json(self) -> dict[str, Any]:
         """What results.json holds: `schema`, `kind`, `machine`, `roof` and the results."""
@@ -89,31 +96,32 @@ class Report:
         return {"schema": SCHEMA, "kind": self.kind, "machine": self.machine, "roof": roof, **self.results}
 
     def write(self, folder: Path) -> None:
-        """Write report.md and results.json, with the figures `files`, which are in the folder already; those of an
-        earlier report go.
+        """Write report.md, results.json and the figures; those of an earlier report go.
 
         Raises:
             UserError: the folder cannot be written to.
         """
         try:
-            for name in _FIGURES:
-                if folder / name not in self.files:
-                    (folder / name).unlink(missing_ok=True)
-            write_atomically(folder / "results.json", json.dumps(self.as_json(), indent=1) + "\n")
-            write_atomically(folder / "report.md", self._markdown(folder))
+            with together(folder) as place:
+                drawn = [path.name for path in self.draw(place)]
+                write_atomically(place / "results.json", json.dumps(self.as_json(), indent=1) + "\n")
+                write_atomically(place / "report.md", self._markdown(drawn))
+            for name in set(_FIGURES) - set(drawn):
+                (folder / name).unlink(missing_ok=True)
+            (folder / _BEGUN).unlink(missing_ok=True)
         except OSError as error:
             raise refusal(error, f"cannot write to {folder}", "choose another --out") from None
 
-    def _markdown(self, folder: Path) -> str:
+    def _markdown(self, drawn: Sequence[str]) -> str:
         lines = [f"# {_text(self.title)}", "", _text(_machine_line(self.machine))]
         if self.roof:
             lines += ["", roof_line(self.roof)]
         for part in self.parts:
             lines.append("")
             lines += _markdown_table(part) if isinstance(part, Table) else [part]
-        for file in self.files:
-            if file.suffix == ".png":
-                lines += ["", f"![{file.stem}]({file.name})"]
+        for name in drawn:
+            if name.endswith(".png"):
+                lines += ["", f"![{Path(name).stem}]({name})"]
         return "\n".join(lines) + "\n"
 
 
@@ -136,15 +144,31 @@ def prepare(folder: Path, kind: str) -> list[Path]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / _BEGUN, "")
     except OSError as error:
+        remove_empty(made)
         raise refusal(error, f"cannot make {folder}", "choose another --out") from None
     return made
+
+
+def give_up(folder: Path, made: Sequence[Path]) -> None:
+    """Leave nothing of a report that was begun and has nothing in it.
+
+    Args:
+        folder: of the report.
+        made: what `prepare` returned.
+    """
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [_BEGUN]:
+            (folder / _BEGUN).unlink()
+    remove_empty(made)
 
 
 def _cut_off(folder: Path) -> bool:
     """Whether a folder holds what a profile leaves that was cut off before its report, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return bool(names) and all(_LEFT.fullmatch(name) for name in names)
+    begun = _BEGUN in names and (folder / _BEGUN).is_file() and not (folder / _BEGUN).is_symlink()
+    return begun and all(_LEFT.fullmatch(name) for name in names - {_BEGUN})
 
 
 def _is_profile(content: dict[str, Any]) -> bool:

@@ -123,8 +123,9 @@ def attention(
             say,
             done=lambda found, limits: report(found, limits).write(folder),
         )
-    files = _drawn(plots.draw(found, folder), say) if len(found.profiles) > 1 else []
-    whole = replace(report(found, limits), files=files)
+    whole = report(found, limits)
+    if len(found.profiles) > 1:
+        whole = replace(whole, draw=lambda place: _drawn(plots.draw(found, place), say))
     return whole, plots.terminal(found, columns, colour=colour) if columns else None
 
 
@@ -186,16 +187,15 @@ def tune(
     return Report(f"Settings for {path.stem}", "tune", describe(where), tune_parts(advice), advice.as_json())
 
 
-def selection(path: Path, sequences: int, folder: Path, say: Say) -> Report:
+def selection(path: Path, sequences: int, say: Say) -> Report:
     """What a checkpoint of stage 1 selects."""
     say(f"reading what {path} selects")
     view = selection_view(path, sequences=sequences)
-    files = _drawn(selection_figure.draw(view, folder / "selection"), say)
     return Report(
         f"What {view.run} selects at step {view.step}",
         "selection",
         describe(device()),
         selection_parts(view),
         {"selection": view.as_json()},
-        files=files,
+        draw=lambda place: _drawn(selection_figure.draw(view, place / "selection"), say),
     )

@@ -16,6 +16,7 @@ from lighthouse_core.attention.call import select_indices
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.module import LighthouseAttention, set_selection_keys
 from lighthouse_core.backends import Geometry, geometry, norm_scores
+from lighthouse_core.data.overlap import own_split
 from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
@@ -42,7 +43,7 @@ class SelectionView:
         drift: a dictionary for every two consecutive checkpoints, of steps `first` and `last`. `share`: of the tokens
             at level 0 at the first, those that are at level 0 at the last, too; `chance`: the share of all tokens that
             are at level 0 at the last, to which `cover_prefix` adds a little. None with one checkpoint.
-        notes: why `overlap` or `drift` is None or means little.
+        notes: why `overlap` or `drift` is None or means little, and whether the text may have been trained on.
     """
 
     run: str
@@ -243,6 +244,8 @@ def selection_view(
     tokens = recipe.training.seq_len
     g = geometry(tokens, cfg)
     text, seen, drift, overlap, notes = None, {}, [], None, {}
+    if (split := own_split(recipe, run.ledger["stages"][0].get("data"))).unknown:
+        notes["text"] = str(split)
     for number, step in enumerate(steps):
         subject, _ = load_checkpoint(run.checkpoint_dir(step), attention="trained", device=device)
         if text is None:
@@ -299,7 +302,10 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     end = run.start if run.recovering else inf
     steps = [step for step in run.checkpoint_steps() if step <= end] if one is None else [one]
     if not steps:
-        raise CheckpointError(f"run {run.name} keeps no checkpoint of stage 1")
+        raise CheckpointError(
+            f"run {run.name} keeps no checkpoint of stage 1",
+            hint="if another process trains it, wait for its first one; checkpoint.keep = 0 keeps every one",
+        )
     if steps[0] > end:
         raise UserError(f"{path} is of the recovery, which is dense: it selects nothing")
     return run, steps

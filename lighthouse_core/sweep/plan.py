@@ -8,6 +8,7 @@ from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RecipeError, RunError, UserError
+from lighthouse_core.files import same_paths
 from lighthouse_core.runs import RESUMABLE, Run, check_resumable
 from lighthouse_core.sweep.state import begun, report, stage_1_done
 
@@ -94,6 +95,9 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
             found = report(path, which) if sweep.evaluate else None
             for key in ("tokens", "sequences") if found is not None else ():
                 pairs[f"evaluate.{key} ({which})"] = found.get(key), getattr(sweep.evaluate, key)
+            measured = found.get("data") if found is not None else None
+            if isinstance(measured, dict):
+                pairs |= _pairs_of_text(sweep, was, measured, which)
         for step in sweep.branches(name) if not run.recovering else ():
             done = run.checkpoint_steps()
             waiting = [other for other, its in sweep.runs.items() if its.stage_1 == name and its.at == step]
@@ -111,12 +115,27 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
                 )
 
 
+def _pairs_of_text(sweep: Sweep, own: Recipe, measured: dict[str, Any], which: str) -> dict[str, tuple[Any, Any]]:
+    """The text that a report is of, and the one that the sweep asks for."""
+    evaluate = sweep.evaluate
+    assert evaluate is not None
+    data = (load_recipe(Path(evaluate.recipe), evaluate.set) if evaluate.recipe else own).data
+    wanted = {"source": data.source, "paths": list(data.paths), "validation": data.validation}
+    return {
+        f"evaluate: data.{key} ({which})": (measured.get(key), value)
+        for key, value in wanted.items()
+        if key != "paths" or not same_paths(measured.get(key), value)
+    }
+
+
 def _pairs(one: Recipe, other: Recipe, free: frozenset[str]) -> dict[str, tuple[Any, Any]]:
     """The values of every key in both recipes, but for the keys and sections that are free."""
     first, second = (
         {".".join(path): value for path, value in flatten(recipe.model_dump(mode="json")).items()}
         for recipe in (one, other)
     )
+    if same_paths(first.get("data.paths"), second.get("data.paths")):
+        free |= {"data.paths"}
     return {
         key: (first.get(key), second.get(key))
         for key in first | second

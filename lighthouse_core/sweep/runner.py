@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RunError, refusal
-from lighthouse_core.files import check_writable, open_to_append
+from lighthouse_core.files import check_writable, open_to_append, remove_empty
 from lighthouse_core.launch import follow_parent
 from lighthouse_core.python import run_module
 from lighthouse_core.runs import Run
@@ -36,16 +36,20 @@ def lock(output: Path, name: str) -> Iterator[None]:
         RunError: another process has it.
     """
     check_writable(output, "choose another --output")
+    made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         opened = open_to_append(output / f".{name}.lock")
     except OSError as error:
+        remove_empty(made)
         raise refusal(error, f"cannot write to {output}", "choose another --output", RunError) from None
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"another process runs the sweep {name} under {output}") from None
+            raise RunError(
+                f"another process runs the sweep {name} under {output}", hint="wait until it ends, or interrupt it"
+            ) from None
         yield
 
 
@@ -135,7 +139,9 @@ class Runner:
             if name not in self._busy and name not in self.failed:
                 try:
                     self._begin(name)
-                except (LighthouseError, OSError, ValueError) as error:
+                except OSError as error:
+                    self._fail(name, str(refusal(error)))
+                except (LighthouseError, ValueError) as error:
                     self._fail(name, str(error))
 
     def _begin(self, name: str) -> None:
@@ -160,9 +166,18 @@ class Runner:
         self.output.mkdir(parents=True, exist_ok=True)
         if arguments[0] == "pretrain" and "--resume" not in arguments:
             claim(path)
+        try:
+            child = self._start(name, arguments)
+        except BaseException:
+            # What is made there later is not of this sweep.
+            settle(path)
+            raise
+        self._busy[name] = child, self._free.pop(0)
+
+    def _start(self, name: str, arguments: list[str]) -> subprocess.Popen:
         with open_to_append(self._log(name)) as log:
             # A session of its own: Ctrl-C reaches it once, from us.
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 [*self.command, *arguments],
                 env={**os.environ, **self._free[0]},
                 stdin=subprocess.DEVNULL,
@@ -171,7 +186,6 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=follow_parent,
             )
-        self._busy[name] = child, self._free.pop(0)
 
     def _log(self, name: str) -> Path:
         return self.output / f"{name}.log"

@@ -13,18 +13,12 @@ from lighthouse_core.errors import RunError
 from lighthouse_core.files import write_atomically
 from lighthouse_core.ledger import GIVEN
 from lighthouse_core.listing import checkpoint_steps
-from lighthouse_core.reading import read_json
+from lighthouse_core.reading import RECIPE_BYTES, read_json, read_regular
 from lighthouse_core.runs import Run
 from lighthouse_core.train.progress import finite, read_rows
+from lighthouse_core.unfinished import foreign
 
-_TOKENIZER = "|".join(map(re.escape, COMPANIONS))
-# What `pretrain` makes of files before the first checkpoint, below a run, with the temporary names that they may have.
-_FILES = re.compile(
-    rf"(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|tokenizer\.(json|model)|{_TOKENIZER}|wandb-id"
-    r"|logs/rank[0-9]+\.log|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
-    r"|\.(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|wandb-id)\.[0-9a-f]+"
-    r"|checkpoints/\.step-[0-9]+\.(saving|deleting)/.*)"
-)
+_OWN_TOKENIZER = re.compile(r"tokenizer\.(json|model)")
 
 
 def begun(path: Path) -> bool:
@@ -80,7 +74,7 @@ def _claim(path: Path) -> Path:
 def _claimed(path: Path) -> bool:
     """Whether a sweep made this folder, by its own notes."""
     try:
-        note = _claim(path).read_text(encoding="ascii").strip()
+        note = read_regular(_claim(path), RECIPE_BYTES).decode("ascii").strip()
     except (OSError, ValueError):
         return False
     # A sweep that was killed could not say which folder its command made.
@@ -101,24 +95,12 @@ def clear(path: Path) -> bool:
     hint = "move it, or choose another --output"
     if path.is_symlink() or not path.is_dir() or not _claimed(path):
         raise RunError(f"{path} is there already, has no checkpoint to go on from, and is not of this sweep", hint=hint)
-    if foreign := _foreign(path):
-        raise RunError(f"{path} has no checkpoint to go on from, and holds {foreign}", hint=hint)
+    if other := foreign(path):
+        raise RunError(f"{path} has no checkpoint to go on from, and holds {other}", hint=hint)
     with Run(path).lock() if (path / "recipe.toml").is_file() else contextlib.nullcontext():
         shutil.rmtree(path)
     _claim(path).unlink()
     return True
-
-
-def _foreign(path: Path) -> str | None:
-    """The first thing in a folder that no run makes before its first checkpoint."""
-    for found in sorted(path.rglob("*")):
-        name = found.relative_to(path).as_posix()
-        if found.is_symlink() or (not found.is_dir() and not _FILES.fullmatch(name)):
-            return name
-        # Of folders, only those of a checkpoint tell anything.
-        if found.is_dir() and re.fullmatch(r"checkpoints/[^.][^/]*", name):
-            return name
-    return None
 
 
 def branch(run: Run, path: Path, at: int = 0) -> Run:
@@ -132,18 +114,28 @@ def branch(run: Run, path: Path, at: int = 0) -> Run:
     step = at or stage_1_end(run)
     first = {key: value for key, value in run.ledger["stages"][0].items() if key in GIVEN} | {"end": step}
     temporary = path.with_name(f".{path.name}.branching")
-    if temporary.is_symlink():
-        raise RunError(f"{temporary} is a link, and is not written to", hint="move it out of the way")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    shutil.copytree(run.checkpoint_dir(step), temporary / f"checkpoints/step-{step}", copy_function=os.link)
-    rows = read_rows(run.path / "metrics.jsonl", ("stage",))
-    kept = [finite(row) for row in rows if row["step"] <= step and row["stage"] == first["stage"]]
-    (temporary / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    ledger = {"version": run.ledger["version"], "stages": [first]}
-    (temporary / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
-    for file in run.path.iterdir():
-        if file.name in ("recipe.toml", "environment.json") or file.name.startswith("tokenizer"):
-            shutil.copy(file, temporary / file.name)
-    temporary.rename(path)
+    if os.path.lexists(temporary):
+        if temporary.is_symlink() or not _claimed(temporary):
+            raise RunError(f"{temporary} is there already, and is not of this sweep", hint="move it out of the way")
+        shutil.rmtree(temporary)
+    claim(temporary)
+    try:
+        temporary.mkdir()
+        shutil.copytree(run.checkpoint_dir(step), temporary / f"checkpoints/step-{step}", copy_function=os.link)
+        rows = read_rows(run.path / "metrics.jsonl", ("stage",))
+        kept = [finite(row) for row in rows if row["step"] <= step and row["stage"] == first["stage"]]
+        (temporary / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        ledger = {"version": run.ledger["version"], "stages": [first]}
+        (temporary / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+        for file in run.path.iterdir():
+            kept = file.name in ("recipe.toml", "environment.json", *COMPANIONS) or _OWN_TOKENIZER.fullmatch(file.name)
+            # A folder or a device of that name is nobody's file.
+            if kept and file.is_file():
+                shutil.copy(file, temporary / file.name)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        _claim(temporary).unlink(missing_ok=True)
     return Run(path)

@@ -18,6 +18,7 @@ from torchtitan.components.metrics import BaseLogger
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import UserError
 from lighthouse_core.files import write_atomically
+from lighthouse_core.reading import RECIPE_BYTES, read_regular
 from lighthouse_core.runs import Run
 
 _EVENTS = "events.out.tfevents."
@@ -117,7 +118,7 @@ class WeightsAndBiases(BaseLogger):
 def _identity(path: Path) -> str:
     """What a file holds; made where there is none."""
     try:
-        found = path.read_text(encoding="ascii").strip()
+        found = read_regular(path, RECIPE_BYTES).decode("ascii").strip()
     except (OSError, ValueError):
         found = ""
     if not found.isalnum():

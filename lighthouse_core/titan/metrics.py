@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torchtitan.components.metrics import BaseLogger, DeviceMemoryMonitor, LoggerContainer, MetricsProcessor
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
+from lighthouse_core.errors import UserError
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.files import open_to_append, replacing
 from lighthouse_core.reading import read_regular
@@ -200,6 +202,7 @@ class Metrics(MetricsProcessor):
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
+            self._find_again()
             row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             try:
@@ -208,6 +211,20 @@ class Metrics(MetricsProcessor):
             except OSError as error:
                 # The next save will end the run if there is still no room.
                 logger.warning("step %d waits to be written to metrics.jsonl: %s", step, error.strerror)
+
+    def _find_again(self) -> None:
+        """Go on in a new file where metrics.jsonl was deleted or replaced: rows in the old one would be lost."""
+        path = self.stage.run.path / "metrics.jsonl"
+        with contextlib.suppress(OSError, UserError):
+            try:
+                same = os.path.samestat(path.lstat(), os.fstat(self.file.fileno()))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                found = open_to_append(path)
+                self.file.close()
+                self.file = found
+                logger.warning("%s was deleted or replaced: earlier rows are gone, later ones go there", path)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

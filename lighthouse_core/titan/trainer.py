@@ -27,7 +27,7 @@ from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import TrainingError
+from lighthouse_core.errors import TrainingError, memory_fault
 from lighthouse_core.launch import TRACE_FOLDER
 from lighthouse_core.runs import Run
 from lighthouse_core.titan.checkpointer import Checkpointer
@@ -356,11 +356,15 @@ class Trainer(titan_train.Trainer):
 def _full_memory_explained():
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        # Statistics of the allocator follow.
-        what = ". ".join(str(error).splitlines()[0].split(". ")[:3])
+    except (MemoryError, RuntimeError) as error:
+        if (fault := memory_fault(error)) is None:
+            raise
+        text = str(fault)
+        if isinstance(error, torch.OutOfMemoryError):
+            # Statistics of the allocator follow.
+            text += ": " + ". ".join(str(error).splitlines()[0].split(". ")[:3])
         raise TrainingError(
-            f"the accelerator's memory is full: {what}",
+            text,
             hint='training.activation_checkpointing = "selective" keeps less and "full" least; a run that goes '
             "on takes it by --set, too",
         ) from error
@@ -374,7 +378,7 @@ def train(run: Run) -> None:
 
     Raises:
         UserError: for data or settings that cannot be used.
-        TrainingError: a number is not finite, or the accelerator's memory is full.
+        TrainingError: a number is not finite, or the memory is full.
     """
     stages = run.ledger["stages"]
     last = stages[-1]

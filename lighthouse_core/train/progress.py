@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lighthouse_core.reading import is_count, is_number, parse_json, read_regular
+from lighthouse_core.reading import is_count, is_number, open_regular, parse_json, read_regular
 
 # Keys of a row whose values are numbers.
 _TIMES = ("seconds", "data_seconds", "tokens_per_second")
@@ -113,7 +113,7 @@ class Tail:
                 return []
             self._stale = None
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 if os.fstat(file.fileno()).st_size < self._offset:
                     # Somebody emptied it meanwhile: what is written from now on counts.
                     self._offset = 0

@@ -3,14 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from parameters import parameters
 
-from lighthouse_core import launch
-from lighthouse_core.config import load_recipe
+from lighthouse_core.config import Recipe, load_recipe
+from lighthouse_core.config.sweep import Sweep, load_sweep
 from lighthouse_core.errors import RecipeError
 
 DATA = '[data]\npaths = ["corpus"]\nvalidation = 0.0\n'
@@ -90,6 +93,9 @@ READ = {
     "profile, a run": ("profile", "--selection", "{}"),
     "a .model": ("pretrain", "tiny.toml", "--dry-run", "--set", 'data.tokenizer="{}.model"'),
     "a .json": ("pretrain", "tiny.toml", "--dry-run", "--set", 'data.tokenizer="{}.json"'),
+    "runs": ("runs", "{}"),
+    "tune": ("profile", "--tune", "--recipe", "{}"),
+    "recover, several": ("recover", "{}", "--dry-run"),
     "sources": ("pretrain", "tiny.toml", "--dry-run", "--set", 'data.paths=["{}"]'),
     "files": ("pretrain", "tiny.toml", "--dry-run", "--set", 'data.source="files"', "--set", 'data.paths=["{}"]'),
     "tokens": ("pretrain", "tiny.toml", "--dry-run", "--set", 'data.source="tokens"', "--set", 'data.paths=["{}"]'),
@@ -119,6 +125,34 @@ WRITTEN = {
     "output.dir, dry": ("pretrain", "tiny.toml", "--dry-run", "--name", "a", "--set", 'output.dir="{}"'),
     "--name": ("pretrain", "tiny.toml", "--name", "{}"),
     "--name, dry": ("pretrain", "tiny.toml", "--dry-run", "--name", "{}"),
+}
+# Which of them each parameter of a command is.
+PATHS = {
+    "pretrain recipe": (READ, "pretrain"),
+    "pretrain --resume": (READ, "resume"),
+    "pretrain --name": (WRITTEN, "--name"),
+    "recover run": (READ, "recover"),
+    "strip checkpoint": (READ, "strip"),
+    "strip out": (WRITTEN, "strip"),
+    "profile --recipe": (READ, "profile, a recipe"),
+    "profile --selection": (READ, "profile, a run"),
+    "profile --out": (WRITTEN, "profile"),
+    "runs directory": (READ, "runs"),
+    "compare runs": (READ, "compare"),
+    "compare --out": (WRITTEN, "compare"),
+    "sweep file": (READ, "sweep"),
+    "sweep --output": (WRITTEN, "sweep"),
+    "eval target": (READ, "eval"),
+    "eval --recipe": (READ, "eval, a recipe"),
+    "eval --out": (WRITTEN, "eval"),
+    "data prepare recipe": (READ, "prepare"),
+    "data prepare out": (WRITTEN, "prepare"),
+    "data inspect recipe": (READ, "inspect"),
+    "tokenizer train recipe": (READ, "tokenizer"),
+    "tokenizer train out": (WRITTEN, "tokenizer"),
+    "recipes show name": (READ, "show"),
+    "recipes copy name": (READ, "copy"),
+    "recipes copy dest": (WRITTEN, "copy"),
 }
 UNWRITABLE = {
     "300 characters": LONG,
@@ -167,78 +201,203 @@ def a_run(place) -> Path:
 ROW = {"step": 100, "stage": "lighthouse", "leaky": True, "loss": 2.0, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100}
 ROW |= {"steps": 100, "tokens_per_second": 1.0, "seconds": 1.0, "data_seconds": 0.0, "memory_gib": 0.1}
 
-INTEGERS = {
-    "model": "dim layers heads kv_heads head_dim ffn_dim vocab_size",
-    "lighthouse": "dense_every pooling levels topk tile_parents score_block window compression keep",
-    "training": "seq_len local_batch_size global_batch_size steps seed loss_chunk nonfinite_limit",
-    "schedule": "warmup_steps decay_steps",
-    "recover": "steps",
-    "parallel": "shard replicate hang_seconds",
-    "checkpoint": "interval keep",
-    "metrics": "every validation_every validation_batches",
+# Where a command takes a number: what comes before it.
+NUMBERED = {
+    "recover --steps": ("recover", "run"),
+    "recover --extend": ("recover", "run"),
+    "recover --nproc": ("recover", "run"),
+    "recover --nnodes": ("recover", "run", "--rdzv-endpoint", "h:1"),
+    "recover --node-rank": ("recover", "run"),
+    "strip --verify-length": ("strip", "run", "out"),
+    "eval --tokens": ("eval", "run"),
+    "eval --sequences": ("eval", "run"),
+    "eval --context": ("eval", "run", "--only", "context"),
+    "eval --trials": ("eval", "run"),
+    "profile --seq": ("profile",),
+    "profile --pooling": ("profile", "--seq", "1024"),
+    "profile --levels": ("profile", "--seq", "1024"),
+    "profile --topk": ("profile", "--seq", "1024"),
+    "profile --tile-parents": ("profile", "--seq", "1024"),
+    "profile --window": ("profile", "--seq", "1024", "--method", "sliding"),
+    "profile --heads": ("profile", "--seq", "1024"),
+    "profile --kv-heads": ("profile", "--seq", "1024"),
+    "profile --head-dim": ("profile", "--seq", "1024"),
+    "profile --sequences": ("profile", "--selection", "run"),
+    "profile --floor": ("profile", "--tune", "--recipe", "tiny.toml"),
+    "profile --nproc": ("profile", "--recipe", "tiny.toml"),
+    "tokenizer train --vocab": ("tokenizer", "train", "tiny.toml", "t.model"),
+    "tokenizer train --bytes": ("tokenizer", "train", "tiny.toml", "t.model"),
+    "data inspect --samples": ("data", "inspect", "tiny.toml"),
+    "data inspect --seconds": ("data", "inspect", "tiny.toml"),
+    "data prepare --workers": ("data", "prepare", "tiny.toml", "out"),
+    "sweep --minutes": ("sweep", "sweep.toml"),
+    "pretrain --nproc": ("pretrain", "tiny.toml"),
+    "pretrain --nnodes": ("pretrain", "tiny.toml", "--name", "a", "--rdzv-endpoint", "h:1"),
+    "pretrain --node-rank": ("pretrain", "tiny.toml"),
 }
-NUMBERS = {
-    "training": "nonfinite_limit",
-    "optimizer": "lr beta1 beta2 eps weight_decay clip_norm",
-    "data": "validation",
-    "model": "rope_theta norm_eps embedding_std",
+# Names from a list, and what other tests of this folder give odd values to.
+WORDS = {
+    "profile --scorer": "profile --seq 1024",
+    "profile --method": "profile --seq 1024",
+    "profile --backend": "profile --seq 1024",
+    "profile --dense-backend": "profile --seq 1024",
+    "profile --dtype": "profile --seq 1024",
+    "strip --dtype": "strip run out",
+    "eval --attention": "eval run",
+    "eval --only": "eval run",
+    "pretrain --rdzv-endpoint": "pretrain tiny.toml --name a --nnodes 2",
+    "recover --rdzv-endpoint": "recover run --nnodes 2",
+    "pretrain --set": "pretrain tiny.toml",
+    "recover --set": "recover run",
+    "profile --set": "profile --recipe tiny.toml",
+    "eval --set": "eval run --recipe tiny.toml",
+    "data prepare --set": "data prepare tiny.toml out",
+    "data inspect --set": "data inspect tiny.toml",
+    "tokenizer train --set": "tokenizer train tiny.toml t.model",
 }
-
-
-@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in INTEGERS.items() for key in keys.split()])
-def test_an_integer_of_a_recipe_out_of_range(lighthouse, place, key):
-    for value in ("-10000000000000000000", BIG, "true", "1.5", "nan", '"1"'):
-        with pytest.raises(RecipeError) as error:
-            load_recipe("tiny.toml", [f"{key}={value}"])
-        assert key.split(".")[1] in str(error.value) and "\n" not in str(error.value)
-    error = check_refused(lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", f"{key}=10000000000000000000"))
-    assert key.split(".")[1] in error
-
-
-@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in NUMBERS.items() for key in keys.split()])
-def test_a_number_of_a_recipe_out_of_range(lighthouse, place, key):
-    for value in ("nan", "-inf", "true", "1e999"):
-        assert key in check_refused(lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", f"{key}={value}"))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("recover", "run", "--steps"),
-        ("recover", "run", "--extend"),
-        ("strip", "run", "out", "--verify-length"),
-        ("eval", "run", "--tokens"),
-        ("eval", "run", "--sequences"),
-        ("eval", "run", "--only", "context", "--context"),
-        ("eval", "run", "--trials"),
-        ("profile", "--seq"),
-        ("profile", "--seq", "1024", "--pooling"),
-        ("profile", "--seq", "1024", "--levels"),
-        ("profile", "--seq", "1024", "--topk"),
-        ("profile", "--seq", "1024", "--tile-parents"),
-        ("profile", "--seq", "1024", "--method", "sliding", "--window"),
-        ("profile", "--seq", "1024", "--heads"),
-        ("profile", "--seq", "1024", "--kv-heads"),
-        ("profile", "--seq", "1024", "--head-dim"),
-        ("profile", "--selection", "run", "--sequences"),
-        ("profile", "--tune", "--recipe", "tiny.toml", "--floor"),
-        ("tokenizer", "train", "tiny.toml", "t.model", "--vocab"),
-        ("tokenizer", "train", "tiny.toml", "t.model", "--bytes"),
-        ("data", "inspect", "tiny.toml", "--samples"),
-        ("data", "inspect", "tiny.toml", "--seconds"),
-        ("data", "prepare", "tiny.toml", "out", "--workers"),
-        ("sweep", "sweep.toml", "--minutes"),
-        ("pretrain", "tiny.toml", "--nproc"),
-        ("pretrain", "tiny.toml", "--name", "a", "--rdzv-endpoint", "h:1", "--nnodes"),
-        ("pretrain", "tiny.toml", "--node-rank"),
-    ],
-    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+# No number is as large, as small or as odd: all commands refuse all of them.
+beyond = (
+    st.integers(min_value=10**14, max_value=10**30).map(str)
+    | st.integers(max_value=-1).map(str)
+    | st.floats(max_value=-1e-9, allow_nan=False).map(repr)
+    | st.sampled_from([BIG, f"-{BIG}", "nan", "inf", "-inf", "true", "", "0x10", "1e999", "\x1b[2J", "1\0"])
 )
-def test_a_number_of_an_option_out_of_range(lighthouse, trainer, place, a_run, arguments):
+# Letters, signs, and what a terminal would obey or not show.
+words = st.characters(categories=["L", "N", "P", "S", "Cc"]) | st.sampled_from("\xad\u200b\u202e\U0001d173")
+draws = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def test_every_parameter_has_its_hostile_values():
+    needed = {parameter.id for parameter in parameters() if parameter.kind is not bool}
+    assert needed == {*PATHS, *NUMBERED, *WORDS}
+    assert all(name in table for table, name in PATHS.values())
+    kinds = {parameter.id: parameter.kind for parameter in parameters()}
+    assert all(kinds[id] in (int, float, str) for id in NUMBERED)
+    assert all(id in NUMBERED for id, kind in kinds.items() if kind in (int, float))
+    assert all(id in PATHS for id, kind in kinds.items() if kind is Path)
+
+
+@pytest.mark.parametrize("option", NUMBERED)
+def test_a_number_of_an_option_out_of_range(lighthouse, trainer, place, a_run, option):
     before = tree(place)
-    for value in (str(10**19), str(-(10**19)), BIG, "nan", "\x1b[2J"):
-        check_refused(lighthouse(*arguments[:-1], f"{arguments[-1]}={value}"))
+
+    @draws
+    @given(value=beyond)
+    def refused(value):
+        check_refused(lighthouse(*NUMBERED[option], f"{option.split()[-1]}={value}"))
+
+    refused()
     assert tree(place) == before and not trainer.launches
+
+
+@pytest.mark.parametrize("option", WORDS)
+def test_a_word_of_an_option_that_is_none(lighthouse, trainer, place, a_run, option):
+    before = tree(place)
+
+    @draws
+    @given(value=st.text(words, min_size=1, max_size=8) | st.sampled_from([LONG, BIG]))
+    def refused(value):
+        check_refused(lighthouse(*WORDS[option].split(), f"{option.split()[-1]}={value}"))
+
+    refused()
+    assert tree(place) == before and not trainer.launches
+
+
+def numeric(section: type, prefix: str = "") -> dict[str, tuple]:
+    """Every key of a section and of those in it that takes a number, or a list of them: its type, and its limits."""
+    found = {}
+    for name, field in section.model_fields.items():
+        kinds = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        inner = next((part for part in kinds if isinstance(part, type) and hasattr(part, "model_fields")), None)
+        if inner is not None:
+            found |= numeric(inner, f"{prefix}{name}." if get_origin(field.annotation) is not dict else "runs.one.")
+        elif field.annotation in (int, float) or "int" in str(field.annotation).replace("Literal", ""):
+            limits = {key: getattr(one, key) for one in field.metadata for key in LIMITS if hasattr(one, key)}
+            found[prefix + name] = (field.annotation, limits)
+    return found
+
+
+LIMITS = ("gt", "ge", "lt", "le")
+KEYS = numeric(Recipe)
+SWEEP_KEYS = numeric(Sweep)
+not_integers = (
+    st.integers(min_value=10**19, max_value=10**60).map(str)
+    | st.integers(max_value=-(10**7)).map(str)
+    | st.sampled_from([BIG, f"-{BIG}", "true", "1.5", "nan", "inf", '"1"', "{}", '["a"]', "1979-05-27", '"\\u0000"'])
+)
+not_numbers = st.sampled_from(["nan", "-inf", "inf", "true", "1e999", '"1"', "[]", "{}", "1979-05-27", "-1", "-0.5"])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_number_of_a_recipe_out_of_range(lighthouse, place, key):
+    kind, _ = KEYS[key]
+
+    @draws
+    @given(value=not_numbers if kind is float else not_integers)
+    def refused(value):
+        with pytest.raises(RecipeError) as error:
+            load_recipe("tiny.toml", [f"{key}={value if kind in (int, float) else f'[{value}]'}"])
+        assert key.split(".")[1] in str(error.value) and "\n" not in str(error.value)
+
+    refused()
+    value = "1e999" if kind is float else "10000000000000000000"
+    value = value if kind in (int, float) else f"[{value}]"
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", f"{key}={value}")
+    assert key.split(".")[1] in check_refused(answer)
+
+
+@pytest.mark.parametrize("key", SWEEP_KEYS)
+def test_a_number_of_a_sweep_out_of_range(place, key):
+    table, _, name = key.rpartition(".")
+
+    @draws
+    @given(value=not_integers)
+    def refused(value):
+        given = {"runs.one": "", "evaluate": "tokens = 512\n", "": ""}
+        given[table] = ("" if name == "tokens" else given[table]) + f"{name} = {value}\n"
+        text = f'recipe = "tiny.toml"\n{given[""]}[runs.one]\n{given["runs.one"]}[evaluate]\n{given["evaluate"]}'
+        (place / "sweep.toml").write_text(text)
+        with pytest.raises(RecipeError) as error:
+            load_sweep(place / "sweep.toml")
+        assert "\n" not in str(error.value)
+
+    refused()
+
+
+def legal(kind: type, limits: dict) -> st.SearchStrategy:
+    """Numbers that a key takes by itself, its extremes among them."""
+    if kind is float:
+        low, high = limits.get("ge", limits.get("gt", 0.0)), limits.get("le", limits.get("lt", 1e308))
+        floats = st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits)
+        return floats.map(repr)
+    low = limits["gt"] + 1 if "gt" in limits else limits.get("ge", 1)
+    high = limits["lt"] - 1 if "lt" in limits else limits.get("le", 2**30)
+    powers = [number for number in (2**n for n in range(64)) if low <= number <= high]
+    return (st.sampled_from([low, high, *powers]) | st.integers(low, high)).map(str)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({}, optional={k: legal(*KEYS[k]) for k in KEYS if KEYS[k][0] in (int, float)}))
+def test_numbers_within_all_limits_together(lighthouse, trainer, place, given):
+    # Of this process, however busy the machine is; the first call imports torch.
+    began = time.process_time()
+    pairs = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *pairs)
+    if answer.code:
+        check_refused(answer)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key][0] in (int, float)])
+def test_each_number_at_its_limits(lighthouse, trainer, place, key):
+    @draws
+    @given(value=legal(*KEYS[key]))
+    def answered(value):
+        answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", f"{key}={value}")
+        if answer.code:
+            check_refused(answer)
+
+    answered()
 
 
 @pytest.mark.parametrize(
@@ -286,41 +445,6 @@ def test_a_name_that_cannot_be_a_runs(lighthouse, trainer, place, name):
     assert tree(place) == before and not trainer.launches
 
 
-def child(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "lighthouse_cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, timeout=60, text=True, **options)
-
-
-@pytest.mark.parametrize("closed", ["(1,)", "(2,)", "(1, 2)", "(0, 1, 2)"])
-def test_streams_that_are_closed(place, closed):
-    # Closed before the interpreter begins, as a shell's >&- does it.
-    redirected = " ".join({"0": "<&-", "1": ">&-", "2": "2>&-"}[number] for number in "012" if number in closed)
-    command = f"exec {sys.executable} -m lighthouse_cli recipes copy quickstart {redirected}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    answer = subprocess.run(["sh", "-c", command], cwd=place, capture_output=True, env=environment, timeout=60)
-    assert (answer.returncode, answer.stdout, answer.stderr) in ((0, b"", b""), (0, b"quickstart.toml\n", b""))
-    # No stream's number was given to the file.
-    assert (place / "quickstart.toml").read_bytes().startswith(b"#")
-
-
-@pytest.mark.parametrize("arguments", [("recipes", "list"), ("recipes", "show", "quickstart"), ("--help",)])
-def test_a_full_device_takes_no_output(place, arguments):
-    with open("/dev/full", "w") as full:
-        answer = child(*arguments, cwd=place, stdout=full, stderr=subprocess.PIPE)
-    assert answer.returncode == 1
-    assert answer.stderr.startswith("error: No space left on device\n") and answer.stderr.count("\n") == 2
-
-
-def test_a_reader_that_goes_away(place):
-    begin = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-    begin.wait()
-    answer = child("recipes", "list", cwd=place, stdout=begin.stdin, stderr=subprocess.PIPE)
-    begin.stdin.close()
-    assert (answer.returncode, answer.stderr) == (1, "")
-
-
 @pytest.mark.parametrize("arguments", [("compare", "a"), ("eval", "a"), ("runs",), ("pretrain", "quickstart")])
 def test_a_working_directory_that_is_gone(lighthouse, place, arguments):
     (place / "gone").mkdir()
@@ -345,43 +469,6 @@ def test_nobody_has_a_home(lighthouse, place, monkeypatch):
     assert lighthouse("pretrain", "tiny.toml", "--name", "a", *tokens).code == 0
     # What has been verified is remembered nowhere, rather than in a folder of this name.
     assert not (place / "~").exists()
-
-
-@pytest.fixture
-def disk(place, small_disk):
-    """A small disk of its own, disk/, which a test can fill or make read-only."""
-    return small_disk(place / "disk", "64k")
-
-
-ON_A_DISK = [name for name in WRITTEN if name != "strip" and "name" not in name and "dry" not in name]
-
-
-@pytest.mark.parametrize("command", ON_A_DISK)
-@pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_a_disk_that_takes_nothing(lighthouse, trainer, place, a_run, disk, command, fault):
-    if fault == "full":
-        with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(1024))
-    else:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    before = tree(place)
-    where = "disk/t.model" if command == "tokenizer" else "disk/x"
-    answer = lighthouse(*(part.replace("{}", where) for part in WRITTEN[command]))
-    error = check_refused(answer, 1 if fault == "full" else 2)
-    assert error.endswith("No space left on device" if fault == "full" else "Read-only file system")
-    assert tree(place) == before and not trainer.launches
-
-
-def test_a_folder_that_is_deleted_under_a_job(lighthouse, trainer, place, monkeypatch):
-    def delete(run_dir, plan, watcher):
-        subprocess.run(["rm", "-r", str(place / "runs")], check=True)
-        watcher.tick(False)
-        return 0
-
-    monkeypatch.setattr(launch, "launch", delete)
-    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
-    assert answer.code in (0, 1, 2) and "Traceback" not in answer.err
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, room):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     *_, error, hint = done.stderr.splitlines()
     assert error.startswith(f"error: cannot write full{room}") and "the same command" in hint
-    assert not list((place / f"full{room}").rglob("*.partial"))
+    assert not list((place / f"full{room}").rglob(".*"))
     assert shell(*arguments, cwd=place).returncode == 0
 
 

@@ -93,7 +93,11 @@ def test_numbers_go_to_stdout_and_into_the_run(lighthouse, run, measured):
 def test_text_that_was_trained_on_is_refused(lighthouse, here, run, measured):
     wrong = lighthouse("eval", "one", "--recipe", "tiny.toml", "--set", "data.validation=0.5")
     assert "but for 2.00% of the documents" in wrong.error
-    other = ["--recipe", "tiny.toml", "--set", "data.validation=0.5", "--set", f'data.paths=["{here}"]']
+    (here / "other").mkdir()
+    for number in range(20):
+        (here / f"other/{number}").mkdir()
+        (here / f"other/{number}/a.py").write_text(f"print('of nobody but {number}')")
+    other = ["--recipe", "tiny.toml", "--set", "data.validation=0.5", "--set", f'data.paths=["{here}/other"]']
     assert lighthouse("eval", "one", *other).code == 0
 
 

@@ -6,13 +6,15 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_input import DATA, ROW, check_refused
+from test_bad_input import DATA, ROW, check_refused, tree
 from tiny_recipe import RECIPE
+from whole_place import COMMANDS, TYPES, Opened, make
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.config.sweep import load_sweep
@@ -370,3 +372,153 @@ def test_what_a_sweep_reads_of_its_runs(lighthouse, here, name, kind):
     assert report(run, name) in (None, {})
     collected = collect(load_sweep(here / "sweep.toml"), "sweep", here / "runs")
     assert collected["runs"]["one"]["python"] is None and collected["runs"]["one"]["rows"] == [ROW]
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_MODEL = ("config.json", "generation_config.json", *TOKENIZER)
+# Every file of a working directory that a command opens for reading, text to train on and its own output left out.
+# A test finds out whether there are more.
+FILES = [
+    "small.toml",
+    "tokens.toml",
+    "sweep.toml",
+    *(f"given/{name}" for name in (*TOKENIZER, "chat_template.jinja")),
+    *(f"runs/tiny/{name}" for name in ("recipe.toml", "ledger.json", "metrics.jsonl", *TOKENIZER)),
+    *(f"runs/tiny/eval/{which}/results.json" for which in ("switch", "end")),
+    *(f"runs/tiny/checkpoints/step-10/{name}" for name in ("manifest.json", ".metadata", "__0_0.distcp")),
+    *(f"runs/later/{name}" for name in ("recover.toml", "ledger.json", "metrics.jsonl", *TOKENIZER)),
+    "runs/later/chat_template.jinja",
+    *(f"runs/later/checkpoints/step-12/{name}" for name in ("manifest.json", ".metadata", "__0_0.distcp")),
+    *(f"{folder}/{name}" for folder in ("exported", "parts") for name in _MODEL),
+    "exported/model.safetensors",
+    "parts/model.safetensors.index.json",
+    "parts/model-0.safetensors",
+    "parts/model-1.safetensors",
+    "tokens/tokens.json",
+    "tokens/train-00000.tokens",
+    "tokens/validation-00000.tokens",
+    "begun/progress/plan.json",
+    "begun/progress/00000.json",
+    "measured/results.json",
+    "compared/compare.json",
+    "profiled/results.json",
+]
+# What is read in Rust or beside this process, which no hook of the interpreter sees.
+UNSEEN = {
+    "exported/model.safetensors": "eval, exported",
+    "parts/model-0.safetensors": "eval, in parts",
+    "parts/model-1.safetensors": "eval, in parts",
+    "runs/tiny/checkpoints/step-10/manifest.json": "resume",
+    "runs/later/checkpoints/step-12/manifest.json": "recover again",
+}
+# Commands that take a second or more: where another one reads a file, that is enough for the quick tests.
+HEAVY = ("strip", "profile", "eval, recovered", "eval, tokens", "eval", "compare", "eval, exported", "eval, in parts")
+
+
+def reset(here: Path, kept: Path) -> None:
+    """The working directory as it was made."""
+    for path in here.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    shutil.copytree(kept, here, dirs_exist_ok=True, symlinks=True)
+
+
+@pytest.fixture
+def place(lighthouse, trainer, here, tmp_path_factory, monkeypatch):
+    """Makes a working directory with what some commands read, and finds out which reads what."""
+    monkeypatch.setattr("lighthouse_core.evaluate.compare.plot", lambda curves, folder: [])
+    monkeypatch.setattr("lighthouse_core.evaluate.plot", lambda report, folder: [])
+    monkeypatch.setattr("lighthouse_core.profile.selection_figure.draw", lambda view, path: [])
+
+    def build(commands) -> SimpleNamespace:
+        make(here, lighthouse, commands)
+        kept = tmp_path_factory.mktemp("kept")
+        (here / "canaries").mkdir()
+        (here / "canaries/thesis").write_text("of somebody else")
+        shutil.copytree(here, kept, dirs_exist_ok=True, symlinks=True)
+        opened, readers = Opened(), {name: [command] for name, command in UNSEEN.items() if command in commands}
+        for command in commands:
+            opened.folder, opened.names = here, set()
+            done = lighthouse(*COMMANDS[command])
+            opened.folder = None
+            assert done.code == 0, (command, done)
+            for name in opened.names:
+                if (kept / name).is_file() and not name.startswith("corpus/"):
+                    readers.setdefault(name, []).append(command)
+            reset(here, kept)
+        return SimpleNamespace(here=here, kept=kept, readers=readers)
+
+    return build
+
+
+def problem(place, lighthouse, name: str, kind: str, command: str) -> str | None:
+    """What a command does wrong where a file is another thing; None for nothing."""
+    path = place.here / name
+    content = path.read_bytes()
+    path.unlink()
+    TYPES[kind](path, content)
+    before = tree(place.here / "canaries")
+    try:
+        answer = lighthouse(*COMMANDS[command])
+        if answer.code:
+            check_refused(answer, answer.code if answer.code == 1 else 2)
+        elif "Traceback" in answer.err or not may_pass(name, kind, command, content, answer.err):
+            return f"{name} as {kind}: {command} goes on: {answer.err[-300:]}"
+        if tree(place.here / "canaries") != before:
+            return f"{name} as {kind}: {command} changed another's file"
+    except BaseException as error:
+        return f"{name} as {kind}: {command}: {type(error).__name__}: {str(error)[:400]}"
+    finally:
+        reset(place.here, place.kept)
+    return None
+
+
+_NO_FILE = [kind for kind in TYPES if kind.startswith(("a folder", "a pipe", "a socket", "an endless", "a link to "))]
+
+
+def may_pass(name: str, kind: str, command: str, content: bytes, said: str) -> bool:
+    """Whether a command can do without a file, or with what is left of it."""
+    last = Path(name).name
+    # It lists what it can; a run without its rows is one that has not begun; a report that is none is made again.
+    if command in ("runs", "sweep") and last in ("ledger.json", "metrics.jsonl", "results.json", "recover.toml"):
+        return True
+    if last == "metrics.jsonl":
+        return True
+    # An older checkpoint is taken, and both are named.
+    if "/checkpoints/" in name and "is damaged" in said and "going on from step" in said:
+        return True
+    # Settings of sampling, which measure nothing.
+    if last == "generation_config.json":
+        return True
+    if last in ("special_tokens_map.json", "tokenizer_config.json", "compare.json") or name == "measured/results.json":
+        return kind == "nothing" or (kind == "all but a byte" and content.endswith(b"\n"))
+    if last == "chat_template.jinja":
+        return kind not in _NO_FILE
+    # A task without its record is done again.
+    if last == "00000.json" and kind == "nothing":
+        return True
+    # The line break at its end.
+    return kind == "all but a byte" and content.endswith(b"\n")
+
+
+@pytest.mark.slow
+def test_every_file_as_every_kind_of_thing_for_every_command(place, lighthouse):
+    whole = place(COMMANDS)
+    assert set(whole.readers) == set(FILES)
+    tried = [(name, kind, command) for name in FILES for kind in TYPES for command in whole.readers[name]]
+    found = [wrong for case in tried if (wrong := problem(whole, lighthouse, *case))]
+    assert not found, f"{len(found)} of {len(tried)}:\n" + "\n".join(found)
+
+
+def test_files_that_commands_read_as_other_things(place, lighthouse):
+    """Each file that a quick command reads as three kinds of things, in turn; the slow test tries all of all."""
+    some = place([command for command in COMMANDS if command not in HEAVY])
+    assert set(some.readers) <= set(FILES)
+    kinds, found = list(TYPES), []
+    for number, name in enumerate(sorted(some.readers)):
+        for kind in (kinds[(3 * number + i) % len(kinds)] for i in range(3)):
+            command = some.readers[name][number % len(some.readers[name])]
+            found.append(problem(some, lighthouse, name, kind, command))
+    assert len(found) > 60 and not any(found), "\n".join(filter(None, found))

@@ -369,4 +369,4 @@ def test_a_run_that_is_being_trained_is_not_to_be_deleted(lighthouse, trainer, h
         for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
             assert "being trained by another process" in lighthouse(*command).error
     refused = lighthouse("pretrain", "--resume", "a")
-    assert refused.code == 2 and "hint: if nothing trains it, delete it" in refused.err
+    assert refused.code == 2 and "hint: delete it and start again" in refused.err

@@ -1,9 +1,12 @@
 """Runs side by side, with curves whose features are known."""
 
 import json
+import sys
+from contextlib import suppress
 
 import pytest
 
+from lighthouse_cli.app import main
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.evaluate.compare import AXES, _smooth, plot, read, summarize
@@ -124,3 +127,30 @@ def test_the_page_is_drawn(make, tmp_path):
     assert all(file.stat().st_size > 5000 for file in files)
     text = files[1].read_text()
     assert len(AXES) == 4 and text.count('id="axes_') == 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["a" * 16, "a" * 16], None),
+        ([None], None),
+        (["a" * 16, "b" * 16], "the losses of run0 and run1 are of other data"),
+        (["a" * 16, None], "not known: the ledger of run1"),
+        (["a" * 16, 7], "not known: the ledger of run1"),
+        (["a" * 16, "a" * 16, "b" * 16], "the losses of run0 and run2 are of other data"),
+    ],
+)
+def test_losses_of_other_text_are_named(make, tmp_path, monkeypatch, capsys, texts, words):
+    for number, data in enumerate(texts):
+        run = switched(make, [2.0, 1.9], name=f"run{number}")
+        run.note(data=data)
+        ledger = json.loads((run.path / "ledger.json").read_text())
+        ledger["stages"][0]["data"] = data
+        (run.path / "ledger.json").write_text(json.dumps(ledger))
+    monkeypatch.chdir(tmp_path)
+    runs = [str(tmp_path / f"run{number}") for number in range(len(texts))]
+    monkeypatch.setattr(sys, "argv", ["lighthouse", "compare", *runs, "--json"])
+    with suppress(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert words in said if words else "losses" not in said and "not known" not in said

@@ -155,8 +155,10 @@ def cache(tmp_path, monkeypatch):
 def read(monkeypatch):
     """The files that are compared with their checksums."""
     paths = []
-    opened = open
-    monkeypatch.setattr(verified, "open", lambda path, *a, **o: paths.append(path.name) or opened(path, *a, **o), False)
+    opened = verified.open_regular
+    monkeypatch.setattr(
+        verified, "open_regular", lambda path, **options: paths.append(path.name) or opened(path, **options)
+    )
     return paths
 
 
@@ -169,11 +171,21 @@ def test_shards_that_agreed_are_not_read_again_until_they_change(made, cache, re
     os.utime(first_shard(made))
     check(tokens(made))
     assert read[2:] == names[:1]
+    # Its size and its time are what they were.
     flip(first_shard(made))
-    os.utime(first_shard(made))
     for _ in range(2):
         with pytest.raises(DataError, match=r"train-00000.tokens is damaged"):
             check(tokens(made))
+
+
+def test_another_file_in_the_place_of_a_shard_that_agreed_is_read(made, cache, read, tmp_path):
+    check(tokens(made))
+    shard = first_shard(made)
+    shutil.copy2(shard, tmp_path / "other")
+    flip(tmp_path / "other")
+    os.replace(tmp_path / "other", shard)
+    with pytest.raises(DataError, match=r"train-00000.tokens is damaged"):
+        check(tokens(made))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": ', "\0"])
@@ -191,8 +203,8 @@ def test_a_damaged_or_unwritable_cache_is_no_error(made, cache, read, content):
 
 def test_verification_that_takes_long_says_how_far_it_is(made, cache, monkeypatch):
     monkeypatch.setattr(verified, "_REPORT_SECONDS", 0.01)
-    opened = open
-    monkeypatch.setattr(verified, "open", lambda *a, **o: time.sleep(0.1) or opened(*a, **o), False)
+    opened = verified.open_regular
+    monkeypatch.setattr(verified, "open_regular", lambda *a, **o: time.sleep(0.1) or opened(*a, **o))
     said = []
     check(tokens(made), said.append)
     assert said and said[0].startswith("verifying checksums: 0.0 of 0.0 GiB")
@@ -250,13 +262,18 @@ def begun(tmp_path):
     return tmp_path / "out"
 
 
+# What ends the name of a file that is being written.
+RANDOM = "0123456789abcdef"
+
+
 @pytest.mark.parametrize(
     ("folder", "names"),
     [
-        ("new", ["progress/thesis.txt", "notes.partial"]),
-        ("new", ["progress/plan.json", "progress/00000.json", "train-00000.tokens.1.partial"]),
-        ("new", ["progress/plan.json.1.partial", "a.txt"]),
+        ("new", ["progress/thesis.txt", f".notes.{RANDOM}"]),
+        ("new", ["progress/plan.json", "progress/00000.json", f".train-00000.tokens.{RANDOM}"]),
+        ("new", [f"progress/.plan.json.{RANDOM}", "a.txt"]),
         ("begun", ["download.partial"]),
+        ("begun", [f".download.{RANDOM}"]),
         ("begun", ["progress/results/a.txt"]),
     ],
 )
@@ -281,7 +298,8 @@ def test_a_folder_of_that_name_in_a_finished_directory_stays(made, tmp_path):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     out = begun(tmp_path)
-    left = [out / "train-00000.tokens.12.partial", out / "tokens.json.12.partial", out / "progress/plan.json.9.partial"]
+    names = ("train-00000.tokens", "tokens.json", "progress/plan.json", "progress/00003.json")
+    left = [(out / name).with_name(f".{Path(name).name}.{RANDOM}") for name in names]
     for path in left:
         path.touch()
     with pytest.raises(DataError, match="not valid JSON"):

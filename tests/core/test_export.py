@@ -149,6 +149,8 @@ def run(tmp_path, weights):
 
 
 def set_stages(run, *stages):
+    if len(stages) > 1:
+        (run / "recover.toml").write_text(RECIPE)
     (run / "ledger.json").write_text(json.dumps({"version": 1, "stages": stages}))
 
 
@@ -198,7 +200,8 @@ def test_head_dim_apart_from_dim_and_heads(shape, run, tmp_path, generator, monk
     recipe = RECIPE
     for key, value in shape.items():
         recipe = recipe.replace(f"\n{key} = {getattr(section(), key)}\n", f"\n{key} = {value}\n")
-    (run / "recipe.toml").write_text(recipe)
+    for name in ("recipe.toml", "recover.toml"):
+        (run / name).write_text(recipe)
     shutil.rmtree(run / "checkpoints")
     save(run, 140, draw_weights(model, generator))
     assert strip(run, tmp_path / "out", dtype="float32").max_logit_difference <= 1e-4

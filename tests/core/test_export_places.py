@@ -10,6 +10,7 @@ import pytest
 from test_export import nothing_left, run, weights  # noqa: F401 (fixtures)
 
 from lighthouse_cli._signals import as_exits
+from lighthouse_core import checkpoint_reader
 from lighthouse_core.errors import SystemFault, UserError
 from lighthouse_core.export import publish, verify
 from lighthouse_core.export.publish import strip
@@ -89,3 +90,13 @@ def test_lengths_that_no_model_knows(run, tmp_path):  # noqa: F811
         with pytest.raises(UserError, match=f"verify length {length} is above 4096"):
             strip(run, tmp_path / "out", verify_length=length)
     assert nothing_left(tmp_path)
+
+
+def test_a_signal_while_the_weights_are_read_is_one(run, tmp_path, monkeypatch):  # noqa: F811
+    def interrupt(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint_reader.Reader, "read_data", interrupt)
+    with children.default_signals(), pytest.raises(SystemExit) as end, as_exits():
+        strip(run, tmp_path / "out")
+    assert end.value.code == 143 and nothing_left(tmp_path)

@@ -1,12 +1,16 @@
 """Links and other people's files where this program writes: nothing outside is changed, nothing foreign is replaced."""
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 from lighthouse_cli import _output
@@ -17,10 +21,11 @@ from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 from lighthouse_core.errors import RunError, UserError
 from lighthouse_core.export.publish import _published
 from lighthouse_core.figures import save as save_figure
-from lighthouse_core.profile.report import Report, prepare
+from lighthouse_core.profile.report import Report, give_up, prepare
 from lighthouse_core.runs import Run, create_run, plan_recovery
 from lighthouse_core.seal import damage, seal
 from lighthouse_core.sweep import claim, clear, lock
+from lighthouse_core.sweep.state import branch
 from lighthouse_core.titan.loggers import TensorBoard
 from lighthouse_core.titan.metrics import keep_rows
 from lighthouse_core.train.worker import _set_up_logging
@@ -155,6 +160,17 @@ def test_a_run_whose_folder_is_a_link_is_not_trained(run, canaries, lighthouse, 
     assert (tree(run.path), tree(where)) == before
 
 
+@pytest.mark.parametrize("command", [["recover", "one"], ["pretrain", "--resume", "one"]])
+def test_a_titan_key_of_a_run_that_is_refused_changes_nothing(run, lighthouse, canaries, command):
+    run.checkpoint_dir(10).rename(run.checkpoint_dir(5))
+    seal(run.checkpoint_dir(5))
+    with (run.path / "recipe.toml").open("a") as file:
+        file.write(f'\n[titan.job]\nsave_config_file = "{canaries}/thesis.tex"\n')
+    before = tree(run.path)
+    code, said = lighthouse(*command)
+    assert code == 2 and "titan.job.save_config_file cannot be set" in said and tree(run.path) == before
+
+
 @pytest.mark.parametrize("which", ["eval", "eval/here"])
 def test_results_do_not_go_through_a_link(run, canaries, which):
     (run.path / which).parent.mkdir(exist_ok=True)
@@ -175,6 +191,25 @@ def test_figures_do_not_go_through_links(tmp_path, canaries):
         (tmp_path / f"loss.{suffix}").symlink_to(canaries / "thesis.tex")
     drawn = save_figure(pyplot.figure(), tmp_path / "loss")
     assert [file.read_bytes()[:5] for file in drawn] == [b"\x89PNG\r", b"<?xml"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"text.usetex: True\n", b"figure.figsize: 1, 1\n", b"\xff\xfe", b"nothing: such\n"]
+)
+def test_figures_obey_no_file_of_the_working_directory(tmp_path, content):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "matplotlibrc").write_bytes(content)
+    code = """
+import sys
+from pathlib import Path
+from lighthouse_core.figures import pyplot, save
+save(pyplot().figure(), Path("loss"))
+import matplotlib
+print(matplotlib.rcParams["text.usetex"], matplotlib.rcParams["figure.figsize"], Path("loss.png").exists())
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False [6.4, 4.8] True\n" and not done.stderr, done
 
 
 REPORT = Report(
@@ -222,9 +257,35 @@ def test_profile_replaces_its_own(tmp_path):
     with pytest.raises(UserError, match="another kind"):
         prepare(tmp_path / "out", "step")
     # What was cut off before its report.
-    (tmp_path / "cut").mkdir()
+    prepare(tmp_path / "cut", "step")
     (tmp_path / "cut/pretrain.log").write_text("")
     prepare(tmp_path / "cut", "step")
+
+
+@pytest.mark.parametrize(
+    "names", [["pretrain.log"], ["pretrain.log", "runs/a/recipe.toml"], ["dense/x", "trace.json.gz"]]
+)
+def test_names_that_a_profile_uses_are_not_its_own_for_that(tmp_path, names):
+    """Somebody's project has runs/ and a pretrain.log, too."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of mine\n")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="no report"):
+        prepare(tmp_path, "step")
+    assert tree(tmp_path) == before
+
+
+def test_a_profile_that_measured_nothing_leaves_nothing(tmp_path):
+    made = prepare(tmp_path / "a/b", "step")
+    give_up(tmp_path / "a/b", made)
+    assert os.listdir(tmp_path) == []
+    made = prepare(tmp_path / "a/b", "step")
+    (tmp_path / "a/b/pretrain.log").touch()
+    give_up(tmp_path / "a/b", made)
+    assert (tmp_path / "a/b/pretrain.log").exists()
+    REPORT.write(tmp_path / "a/b")
+    assert sorted(os.listdir(tmp_path / "a/b")) == ["pretrain.log", "report.md", "results.json"]
 
 
 @pytest.mark.parametrize("kind", ["a list", "numbers", "of profile", "a figure"])
@@ -271,13 +332,25 @@ INSIDE = ["checkpoints/step-10", "checkpoints/step-10/out", "checkpoints", "chec
 def test_results_do_not_go_into_checkpoints(run, lighthouse, where):
     before = tree(run.path)
     out = run.path / where
+    Path("s.toml").write_text(f'recipe = "{RECIPE}"\n[runs.a]\n')
     for command in (
         ["eval", "one", "--out", str(out)],
         ["compare", "one", "--out", str(out)],
         ["profile", "--selection", "one", "--out", str(out)],
+        ["profile", "--recipe", str(RECIPE), "--out", str(out)],
+        ["profile", "--seq", "256", "--out", str(out)],
+        ["recipes", "copy", "quickstart", str(out)],
+        ["data", "prepare", str(RECIPE), str(out)],
+        ["tokenizer", "train", str(RECIPE), str(out / "t.model")],
+        ["sweep", "s.toml", "--output", str(out)],
+        ["sweep", "s.toml", "--output", str(out), "--dry-run"],
+        ["pretrain", str(RECIPE), "--name", "new", "--set", f'output.dir="{out}"'],
+        ["pretrain", str(RECIPE), "--name", "new", "--set", f'output.dir="{out}"', "--dry-run"],
     ):
         code, said = lighthouse(*command)
-        words = ("has the name of a checkpoint", "among the checkpoints", "in a sealed folder")
+        words = ["has the name of a checkpoint", "among the checkpoints", "in a sealed folder"]
+        # Of a folder that is not there.
+        words += ["there is no directory"] * (command[0] == "tokenizer")
         assert code == 2 and any(text in said for text in words), said
     with pytest.raises(UserError), _published(out):
         pytest.fail("it was written")
@@ -386,6 +459,74 @@ def test_a_run_that_is_gone_is_no_longer_the_sweeps(tmp_path):
     assert clear(path)
 
 
+def test_a_branch_replaces_only_what_the_sweep_began(run):
+    path = run.path.with_name("two")
+    temporary = path.with_name(".two.branching")
+    temporary.mkdir()
+    (temporary / "thesis.tex").write_text("of mine")
+    before = tree(run.path.parent)
+    with pytest.raises(RunError, match="not of this sweep"):
+        branch(run, path, 10)
+    assert tree(run.path.parent) == before
+    shutil.rmtree(temporary)
+    # What a sweep began that was killed.
+    claim(temporary)
+    (temporary / "checkpoints").mkdir(parents=True)
+    branch(run, path, 10)
+    assert sorted(os.listdir(run.path.parent)) == ["one", "two"]
+
+
+def test_a_run_that_failed_at_once_keeps_what_somebody_put_there(tmp_path, monkeypatch, lighthouse):
+    monkeypatch.chdir(tmp_path)
+    command = ["pretrain", str(RECIPE), "--name", "new", "--set", "model.layers=2", "--set", "model.dense_layers=[]"]
+    for notes in (False, True):
+
+        def fail(run_dir, plan, notes=notes, **named):
+            if notes:
+                (run_dir / "notes.md").write_text("of mine")
+            raise UserError("it fails")
+
+        monkeypatch.setattr("lighthouse_cli._train.train", lambda path, *rest, fail=fail, **named: fail(path, None))
+        monkeypatch.setattr(sys, "argv", ["lighthouse", *command])
+        with pytest.raises(SystemExit):
+            main()
+        assert (tmp_path / "runs/new/notes.md").exists() == notes == (tmp_path / "runs/new").exists()
+
+
+@pytest.mark.parametrize("holder", ["launcher", "processes that outlived it"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_no_bad_advice_on_a_run_that_another_process_trains(run, lighthouse, holder, checkpoint):
+    if not checkpoint:
+        shutil.rmtree(run.checkpoint_dir(10))
+    Path("s.toml").write_text(f'recipe = "{RECIPE}"\n[runs.one]\n')
+    held = os.open(run.path if holder == "launcher" else run.path / "checkpoints", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    before = tree(run.path)
+    commands = [
+        ["pretrain", str(RECIPE), "--name", "one"],
+        ["pretrain", str(RECIPE), "--name", "one", "--dry-run"],
+    ]
+    if not checkpoint:
+        commands += [
+            ["pretrain", "--resume", "one"],
+            ["recover", "one"],
+            ["strip", "one", "out", "--allow-unrecovered"],
+            ["eval", "one"],
+            ["profile", "--selection", "one"],
+        ]
+    try:
+        for command in commands:
+            code, said = lighthouse(*command)
+            assert code == 2 and "delete" not in said and said.count("hint: ") == 1, said
+            assert checkpoint or "another process" in said, said
+            assert tree(run.path) == before
+    finally:
+        os.close(held)
+    if not checkpoint:
+        code, said = lighthouse("strip", "one", "out", "--allow-unrecovered")
+        assert code == 2 and "delete it" in said
+
+
 def test_a_sweep_replaces_only_its_own_collection(tmp_path, lighthouse):
     (tmp_path / "base.toml").write_text(RECIPE.read_text())
     (tmp_path / "s.toml").write_text('recipe = "base.toml"\n[runs.a]\n')
@@ -401,3 +542,131 @@ def test_a_worker_says_so_in_one_line(run, canaries):
     command = [sys.executable, "-m", "lighthouse_core.train.worker", str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "logs is a link" in done.stderr and "Traceback" not in done.stderr
+
+
+# What a sitecustomize does in every process of a command: note each name that is made or opened for writing.
+TRACE = """
+import json, os, sys
+log = os.open(os.environ["LIGHTHOUSE_TEST_WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+places = {"os.mkdir": 0, "os.rename": 1, "os.symlink": 1, "os.link": 1, "os.truncate": 0, "os.chmod": 0, "os.chown": 0}
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+def note(event, arguments):
+    flags = arguments[2] if event == "open" else 0
+    if event in places or (event == "open" and isinstance(flags, int) and flags & writing):
+        path = arguments[places.get(event, 0)]
+        if not isinstance(path, int):
+            line = json.dumps([event, os.path.abspath(os.fsdecode(path)), flags])
+            os.write(log, line.encode() + b"\\n")
+
+sys.addaudithook(note)
+"""
+_RANDOM = r"\.[0-9a-f]{16}"
+_FOLDER = r"checkpoints/(\.step-[0-9]+\.saving|step-[0-9]+|\.step-[0-9]+\.deleting)"
+# All names of a run that training writes. Another one here wants a case above: what if a link is there?
+TRAINING = re.compile(
+    rf"|\.?(environment\.json|ledger\.json|recipe\.toml|recover\.toml|metrics\.jsonl)({_RANDOM})?"
+    r"|logs(/rank[0-9]+\.log)?|tb(/events\.out\.tfevents\.[^/]+)?"
+    rf"|checkpoints|{_FOLDER}(/(__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|manifest\.json|\.manifest\.json{_RANDOM}))?"
+)
+_PLOTS = r"(by_position|needles)\.(png|svg)"
+EVALUATION = re.compile(rf"eval(/[^/]+(/(results\.json|{_PLOTS}|\.(results\.json|{_PLOTS}){_RANDOM}))?)?")
+SMALL = [
+    "model.dim=32", "model.layers=1", "model.dense_layers=[]", "model.heads=2", "model.head_dim=16", "model.ffn_dim=48",
+    "lighthouse.topk=16", "training.seq_len=512", "training.global_batch_size=1", "training.steps=2", "recover.steps=1",
+    "checkpoint.interval=1", "metrics.validation_batches=1",
+]  # fmt: skip
+
+
+class Traced:
+    """Commands in processes of their own whose every write is noted."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder / "work", folder / "log"
+        (folder / "hook").mkdir()
+        self.folder.mkdir()
+        (folder / "hook/sitecustomize.py").write_text(TRACE)
+        (folder / "tmp").mkdir()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+            "PYTHONPATH": str(folder / "hook"),
+            "LIGHTHOUSE_TEST_WRITES": str(self.log),
+            "TMPDIR": str(folder / "tmp"),
+        }
+
+    def run(self, *arguments: str) -> list[tuple[str, str, int]]:
+        """The events of one command below the working directory, which must succeed: what, the name, and its flags."""
+        self.log.write_text("")
+        command = [*children.LIGHTHOUSE, *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in self.log.read_text().splitlines()]
+        below = f"{self.folder}/"
+        return [(what, name.removeprefix(below), flags) for what, name, flags in events if name.startswith(below)]
+
+
+def unsafe(events: list[tuple[str, str, int]], run: str, names: re.Pattern) -> list[str]:
+    """The names that are not listed, and those through which a link would be written: made or replaced are all others,
+    but for what lies in a folder that was made for a checkpoint just now."""
+    made, found = set(), []
+    for what, name, flags in events:
+        inside = name.removeprefix(run).removeprefix("/")
+        if what == "os.mkdir":
+            made.add(name)
+        if name.startswith(run) and not names.fullmatch(inside):
+            found.append(name)
+        fresh = os.path.dirname(name) in made and re.fullmatch(r"\.step-[0-9]+\.saving", Path(name).parent.name)
+        nameless = hasattr(os, "O_TMPFILE") and flags & os.O_TMPFILE == os.O_TMPFILE
+        if what == "open" and not flags & (os.O_EXCL | os.O_NOFOLLOW) and not fresh and not nameless:
+            found.append(f"{name} follows links")
+        if what in ("os.chmod", "os.chown", "os.truncate", "os.symlink"):
+            found.append(f"{what} {name}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """A small run that was trained while all of its writes were noted, and these."""
+    traced = Traced(tmp_path_factory.mktemp("traced"))
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    return traced, traced.run("pretrain", str(RECIPE), "--name", "a", "--nproc", "1", "--quiet", *settings)
+
+
+def test_training_writes_the_names_that_are_listed_and_follows_no_links(traced):
+    traced, events = traced
+    assert len(events) > 20 and not unsafe(events, "runs/a", TRAINING)
+    names = {name for _, name, _ in events}
+    assert {"runs/a/metrics.jsonl", "runs/a/logs/rank0.log", "runs/a/checkpoints/step-2"} <= names
+    # What no audit sees, as files written by libraries in C++.
+    run = traced.folder / "runs/a"
+    written = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    assert all(TRAINING.fullmatch(name) for name in written), written
+
+
+def test_names_that_are_not_listed_are_found():
+    assert unsafe([("open", "runs/a/metrics.tmp", os.O_CREAT | os.O_EXCL)], "runs/a", TRAINING)
+    assert unsafe([("open", "runs/a/metrics.jsonl", os.O_CREAT | os.O_WRONLY)], "runs/a", TRAINING)
+    assert unsafe([("open", "runs/a/checkpoints/.step-2.saving/__0_0.distcp", os.O_CREAT)], "runs/a", TRAINING)
+    assert not unsafe([("open", "runs/a/metrics.jsonl", os.O_CREAT | os.O_NOFOLLOW)], "runs/a", TRAINING)
+
+
+@pytest.mark.slow
+def test_other_commands_write_into_a_run_what_is_listed(traced):
+    traced, _ = traced
+    nothing = re.compile("(?!)")
+    shutil.rmtree(traced.folder / "runs/a/checkpoints/step-2")
+    measured = ["--tokens", "256", "--sequences", "2", "--only", "loss"]
+    for command, names in (
+        (["pretrain", "--resume", "a", "--nproc", "1", "--quiet", "--set", "checkpoint.keep=3"], TRAINING),
+        (["recover", "a", "--nproc", "1", "--quiet"], TRAINING),
+        (["eval", "a", *measured], EVALUATION),
+        (["compare", "a"], nothing),
+        (["strip", "a", "out"], nothing),
+        (["profile", "--selection", "runs/a/checkpoints/step-1", "--sequences", "1"], nothing),
+        (["runs"], nothing),
+        (["recipes", "copy", "quickstart", "mine.toml"], nothing),
+    ):
+        events = [event for event in traced.run(*command) if not re.match(r"\.out\.[0-9a-f]+\.partial", event[1])]
+        assert not unsafe(events, "runs/a", names), command

@@ -1,7 +1,10 @@
 """TensorBoard and Weights & Biases: each step once, and one run for all launches and stages."""
 
+import json
+import os
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -9,6 +12,7 @@ from test_runs import RECIPE
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
+from lighthouse_core.files import open_to_append
 from lighthouse_core.runs import Run, create_run, plan_recovery
 from lighthouse_core.seal import seal
 from lighthouse_core.titan import loggers
@@ -157,3 +161,23 @@ def test_an_account_that_does_not_answer_is_one_line(wandb, run):
     with pytest.raises(UserError, match=r"^Weights & Biases cannot be set up: api_key not configured$") as caught:
         WeightsAndBiases(run, run.recipe)
     assert "WANDB_MODE=offline" in caught.value.hint
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "emptied"])
+def test_rows_go_on_where_somebody_has_taken_their_file(tmp_path, change):
+    from lighthouse_core.titan.metrics import BaseLogger, Metrics
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics.__new__(Metrics)
+    metrics.stage = SimpleNamespace(run=SimpleNamespace(path=tmp_path), name="dense")
+    metrics.logger, metrics.leaky, metrics.unwritten = BaseLogger(), False, b""
+    metrics.file = open_to_append(path)
+    metrics._write(1, {"val_loss": 1.0})
+    if change == "replaced":
+        (tmp_path / "new").touch()
+        (tmp_path / "new").replace(path)
+    else:
+        path.unlink() if change == "deleted" else os.truncate(path, 0)
+    metrics._write(2, {"val_loss": 1.0})
+    metrics.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]

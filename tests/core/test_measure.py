@@ -66,3 +66,10 @@ def test_full_memory_is_one_line_with_a_way_out():
         "of 79.10 GiB of which 1.32 GiB is free"
     )
     assert "activation_checkpointing" in caught.value.hint
+
+
+def test_a_full_memory_of_a_cpu_is_one_line():
+    words = r"^this machine's memory is full: \d+\.00 GiB more"
+    with pytest.raises(TrainingError, match=words) as error, _full_memory_explained():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "\n" not in str(error.value) and error.value.hint

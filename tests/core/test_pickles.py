@@ -302,15 +302,34 @@ def test_tensors_are_tensors(kind, run, canary, extension):
         assert "norm.weight" in check_refused("eval", run, canary)
 
 
-@pytest.mark.parametrize("kind", ["reduce", "in metadata", "a number"])
-@pytest.mark.parametrize("command", ["recover", "pretrain --resume", "strip", "eval", "profile --selection"])
+STEP = "runs/tiny/checkpoints/step-10"
+# Every command that opens a checkpoint, with what it names: the run, or the checkpoint itself.
+COMMANDS = [
+    "recover tiny",
+    "recover tiny --dry-run",
+    "recover tiny --strict",
+    "pretrain --resume tiny",
+    "pretrain --resume tiny --dry-run",
+    "pretrain --resume latest",
+    "strip runs/tiny out --allow-unrecovered",
+    f"strip {STEP} out --allow-unrecovered",
+    "eval tiny",
+    f"eval {STEP} --attention dense",
+    "profile --selection tiny",
+    f"profile --selection {STEP}",
+]
+
+
+@pytest.mark.parametrize("kind", ["in metadata", "a number", "a value"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_end_with_2_and_one_line(command, kind, run, canary, extension, monkeypatch, capsys):
-    replace_metadata(run / "checkpoints/step-10", _payloads(canary)[kind])
+    if kind == "a value":
+        name = "norm.weight" if command.split()[0] in ("eval", "profile") else "train_state.step"
+        replace_entry(run / "checkpoints/step-10", name, _archived(_payloads(canary)["reduce"]))
+    else:
+        replace_metadata(run / "checkpoints/step-10", _payloads(canary)[kind])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    more = {"strip": ["out"]}.get(command, [])
-    monkeypatch.setattr(
-        sys, "argv", ["lighthouse", *command.split(), "tiny" if command != "strip" else str(run), *more]
-    )
+    monkeypatch.setattr(sys, "argv", ["lighthouse", *command.split()])
     monkeypatch.setattr(_output, "_quiet", False)
     monkeypatch.setattr(launch, "launch", lambda *args: pytest.fail("it was trained"))
     with pytest.raises(SystemExit) as end:

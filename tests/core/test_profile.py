@@ -439,12 +439,12 @@ def test_a_narrow_terminal_gets_fewer_columns():
 def test_a_report_takes_the_place_of_an_earlier_one(tmp_path):
     found = several()
     first = report.Report(
-        "One call", "attention", describe(CPU), [], found.as_json(), ROOF, plots.draw(found, tmp_path)
+        "One call", "attention", describe(CPU), [], found.as_json(), ROOF, lambda place: plots.draw(found, place)
     )
     first.write(tmp_path)
     assert (tmp_path / "latency.png").exists() and (tmp_path / "memory.svg").exists()
     (tmp_path / "notes.txt").touch()
-    replace(first, files=[]).write(tmp_path)
+    replace(first, draw=lambda place: []).write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "report.md", "results.json"]
 
 

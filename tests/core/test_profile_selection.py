@@ -206,10 +206,10 @@ def test_a_run_of_which_all_is_known(make, lettered):
         {"level": 1, "share": nothing, "chance": 1 / 8},
         {"level": 2, "share": nothing, "chance": 1 / 4},
     ]
-    assert view.drift is None and list(view.notes) == ["drift"]
+    assert view.drift is None and list(view.notes) == ["text", "drift"]
 
     view = selection_view(run.path, sequences=3, bins=5)
-    assert view.step == 30 and view.notes == {}
+    assert view.step == 30 and list(view.notes) == ["text"]
     assert view.drift == [
         {"first": 10, "last": 20, "share": [[0.5] * 2] * 2, "chance": 8 / 64},
         {"first": 20, "last": 30, "share": [[1.0] * 2] * 2, "chance": 8 / 64},
@@ -289,12 +289,13 @@ def test_what_cannot_be_looked_at(make, tmp_path):
     ledger = json.loads((run.path / "ledger.json").read_text())
     ledger["stages"].append({"stage": "dense", "start": 30, "end": 40})
     (run.path / "ledger.json").write_text(json.dumps(ledger))
+    (run.path / "recover.toml").write_bytes((run.path / "recipe.toml").read_bytes())
     with pytest.raises(UserError, match="step-40 is of the recovery"):
         selection_view(run.checkpoint_dir(40))
     # Of the run, what there is of stage 1.
     view = selection_view(run.path, sequences=1)
     assert view.step == 20 and [pair["first"] for pair in view.drift] == [10]
-    file = run.path / "recipe.toml"
+    file = run.path / "recover.toml"
     file.write_text(file.read_text().replace("seq_len = 64", "seq_len = 18"))
     with pytest.raises(UserError, match="not shorter than"):
         selection_view(run.path)

@@ -103,3 +103,14 @@ def test_a_process_that_was_killed_proves_nothing(folder):
     ahead = seal.Verification(folder)
     ahead._process.kill()
     assert ahead.result() == "a.bin has 0 bytes, not 250"
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_nothing_is_published_through_a_link(tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "written").mkdir()
+    seal.seal(tmp_path / "written", "done")
+    (tmp_path / "done").symlink_to(target)
+    with pytest.raises(OSError, match="a link is in its place"):
+        seal.publish(tmp_path / "written", tmp_path / "done")
+    assert not any((tmp_path / "elsewhere").iterdir()) and (tmp_path / "written").is_dir()

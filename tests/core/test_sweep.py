@@ -204,9 +204,10 @@ def test_what_a_recovery_keeps_of_its_own_checkpoints_is_free(sweep, tmp_path):
 def test_a_branch_that_was_cut_off_is_made_anew(sweep, tmp_path):
     run = begin(sweep, tmp_path, "random")
     save(run, 10)
+    claim(tmp_path / "runs/.b.branching")
     (tmp_path / "runs/.b.branching/checkpoints").mkdir(parents=True)
     assert branch(run, tmp_path / "runs/b").checkpoint_steps() == [10]
-    assert not (tmp_path / "runs/.b.branching").exists()
+    assert not list((tmp_path / "runs").glob(".*"))
 
 
 def test_what_was_cut_off_before_its_first_checkpoint_is_removed(sweep, tmp_path):
@@ -344,6 +345,70 @@ def test_a_sweep_that_has_changed(sweep, tmp_path, before, after, words):
     (tmp_path / "sweep.toml").write_text(SWEEP.replace(before, after, 1))
     with pytest.raises(RunError, match=words):
         check(load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", tmp_path / "runs")
+
+
+def measured(run, **data) -> None:
+    folder = run.path / "eval/switch"
+    report = {"tokens": 512, "sequences": 16, "data": {"source": "python-sources", **data}}
+    (folder / "results.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ({"paths": ["stdlib"], "validation": 0.05}, None),
+        ({"paths": ["./stdlib"], "validation": 0.05}, None),
+        ({"paths": ["site-packages"], "validation": 0.05}, "evaluate: data.paths .switch."),
+        ({"paths": ["stdlib"], "validation": 0.5}, "evaluate: data.validation .switch. = 0.5"),
+        ({"paths": None, "validation": 0.05}, "evaluate: data.paths .switch. = null"),
+        ({"source": "files", "paths": ["stdlib"], "validation": 0.05}, "evaluate: data.source .switch. = .files"),
+    ],
+)
+def test_a_report_of_other_text_is_not_the_one_that_is_asked_for(sweep, tmp_path, before, words):
+    run = begin(sweep, tmp_path, "random", "data.validation=0.05")
+    save(run, 10)
+    evaluated(run.path, "switch")
+    measured(run, **before)
+    base = tmp_path / "base.toml"
+    (tmp_path / "sweep.toml").write_text(
+        SWEEP.replace('"checkpoint.keep=0"', '"checkpoint.keep=0", "data.validation=0.05"')
+    )
+    sweep = load_sweep(tmp_path / "sweep.toml")
+    if words is None:
+        check(sweep, base, tmp_path / "runs")
+    else:
+        with pytest.raises(RunError, match=words):
+            check(sweep, base, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("paths", "same"),
+    [
+        (["corpus/**/*.py"], True),
+        (["{here}/corpus/**/*.py"], True),
+        (["./corpus//**/*.py"], True),
+        (["link/**/*.py"], True),
+        (["other/**/*.py"], False),
+        (["corpus/*.py"], False),
+        (["corpus/**/*.py", "other/**/*.py"], False),
+    ],
+)
+def test_a_runs_data_by_another_name(sweep, tmp_path, monkeypatch, paths, same):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("corpus", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("corpus")
+    run = begin(sweep, tmp_path, "random", 'data.source="files"', 'data.paths=["corpus/**/*.py"]')
+    save(run, 10)
+    setting = f"data.paths={json.dumps([path.format(here=tmp_path) for path in paths])}"
+    settings = json.dumps(["training.steps=10", "checkpoint.keep=0", 'data.source="files"', setting])
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace('["training.steps=10", "checkpoint.keep=0"]', settings))
+    now = load_sweep(tmp_path / "sweep.toml")
+    if same:
+        check(now, tmp_path / "base.toml", tmp_path / "runs")
+    else:
+        with pytest.raises(RunError, match=r"data\.paths"):
+            check(now, tmp_path / "base.toml", tmp_path / "runs")
 
 
 def test_a_recovery_sets_only_what_its_checkpoint_does_not_decide(sweep, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +131,7 @@ def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
 def writing(file, log) -> Metrics:
     metrics = Metrics.__new__(Metrics)
     metrics.logger, metrics.file, metrics.unwritten = SimpleNamespace(log=log), file, b""
-    metrics.stage, metrics.leaky = SimpleNamespace(name="dense"), False
+    metrics.stage, metrics.leaky = SimpleNamespace(name="dense", run=SimpleNamespace(path=Path("nowhere"))), False
     return metrics
 
 
@@ -169,7 +170,7 @@ def test_the_time_of_a_step_has_neither_saves_nor_evaluations(recipe, monkeypatc
     now = 0.0
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now)
     metrics = writing(io.BytesIO(), lambda row, step: None)
-    metrics.stage = SimpleNamespace(name="dense", recipe=recipe)
+    metrics.stage = SimpleNamespace(name="dense", recipe=recipe, run=SimpleNamespace(path=Path("nowhere")))
     metrics.device_memory_monitor = metrics_module._HostMemoryMonitor()
     metrics.gpu_peak_flops, metrics.spikes, metrics.data_loading_times = None, metrics_module.Spikes(), []
     metrics.start_step = metrics.last_step = metrics.last_time = 0

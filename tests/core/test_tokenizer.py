@@ -347,3 +347,49 @@ def test_files_of_a_tokenizer(spm, hf):
         "tokenizer.json": path,
         "tokenizer_config.json": path.with_name("tokenizer_config.json"),
     }
+
+
+def letters(kind: str):
+    """A tokenizer of the letters a and b, and the pieces that text becomes in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if kind == "words":
+        made = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<s>": 3, "</s>": 4}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        return made, ["a", "b"]
+    if kind == "byte-level":
+        made = Tokenizer(
+            models.BPE({"a": 0, "b": 1, "\u0120": 2, "\u0120a": 3, "\u010a": 4, "<s>": 5, "</s>": 6}, [("\u0120", "a")])
+        )
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        return made, ["a", "\u0120", "\u0120a", "\u010a"]
+    if kind == "pieces of words":
+        made = Tokenizer(
+            models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "##a": 3, "<s>": 4, "</s>": 5}, unk_token="[UNK]")
+        )
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+        return made, ["a", "##b", "##a"]
+    made = Tokenizer(
+        models.Unigram(
+            [("<unk>", 0.0), ("\u2581", -3.0), ("a", -2.0), ("\u2581a", -2.5), ("<s>", 0.0), ("</s>", 0.0)], 0
+        )
+    )
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return made, ["a", "\u2581", "\u2581a"]
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("kind", ["words", "byte-level", "pieces of words", "unigram"])
+def test_a_piece_of_ordinary_text_ends_no_document(tmp_path, kind, key):
+    made, pieces = letters(kind)
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(names))
+    assert build_tokenizer(str(tmp_path / "tokenizer.json")).eos_id == made.token_to_id("</s>")
+    for piece in pieces:
+        config.write_text(json.dumps(names | {key: piece}))
+        with pytest.raises(DataError, match=f"as its {key}, which ordinary text holds") as error:
+            build_tokenizer(str(tmp_path / "tokenizer.json"))
+        assert error.value.hint

@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer.json as a tokenizer."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class HuggingFaceTokenizer:
         bos, eos: the tokens themselves; bos and bos_id are None where there is none.
 
     Raises:
-        DataError: a file is missing or cannot be read, EOS cannot be told, or BOS or EOS is not in the vocabulary.
+        DataError: a file is missing or cannot be read, EOS cannot be told, BOS or EOS is not in the vocabulary, or is a
+            piece of ordinary text.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +52,9 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises no narrower one
-            raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+            raise DataError(
+                f"{path} is not a tokenizer.json: {error}", hint="copy it anew, or name another data.tokenizer"
+            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells a special token must not end or begin one.
@@ -59,6 +63,14 @@ class HuggingFaceTokenizer:
         self.bos, self.eos = _special_tokens(path, content)
         self.bos_id = None if self.bos is None else self._id(self.bos)
         self.eos_id = self._id(self.eos)
+        added = {token.get("content") for token in content.get("added_tokens") or ()}
+        for key, token in (("bos_token", self.bos), ("eos_token", self.eos)):
+            if token is not None and token not in added and self._from_text(token, content):
+                raise DataError(
+                    f"{path} has {token!r} as its {key}, which ordinary text holds, too: a document would end or begin "
+                    "in its middle",
+                    hint=f"name a token of its own in a {path.with_name(NAMING[0])}",
+                )
         rules = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         self.fingerprint = stable_hash("tokenizer.json", json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
 
@@ -85,16 +97,30 @@ class HuggingFaceTokenizer:
         found |= dict.fromkeys((self.bos_id, self.eos_id), b"")
         return [found.get(i, b"") for i in range(self.vocab_size)]
 
+    def _from_text(self, token: str, content: dict[str, Any]) -> bool:
+        """Whether some text becomes a token of the vocabulary that is no added one."""
+        found = self._id(token)
+        spelt = self._tokenizer.decode([found], skip_special_tokens=False)
+        # A piece may need a beginning or an end of a word before or after it.
+        marks = [content["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")]
+        words = {token, spelt, spelt.strip(), token.removeprefix(marks[0]).removesuffix(marks[1])} - {""}
+        texts = (text for word in words for text in (word, f" {word}", f"a{word}", f"{word}a", f"{word} a"))
+        return any(found in self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise DataError(f"{self.path} has no token {token!r}, which is named as its BOS or EOS")
+            raise DataError(
+                f"{self.path} has no token {token!r}, which is named as its BOS or EOS",
+                hint=f"name tokens of its vocabulary in a {self.path.with_name(NAMING[0])}",
+            )
         return found
 
 
 def _special_tokens(path: Path, content: dict[str, Any]) -> tuple[str | None, str]:
     """(BOS, EOS) of the tokenizer.json at `path`; None for a BOS that it has not."""
-    files = {name: _read_json(file) for name in NAMING if (file := path.with_name(name)).is_file()}
+    # What is there and is no file is refused: without it, other tokens could be taken for BOS and EOS.
+    files = {name: _read_json(file) for name in NAMING if os.path.lexists(file := path.with_name(name))}
     around = _around(content.get("post_processor") or {})
     bos, eos = (
         next((name for source in (*files.values(), around) if (name := token_name(path, source, key))), None)
@@ -154,10 +180,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(
             f"cannot read the tokenizer {path}: {error.strerror}",
-            hint="data.tokenizer is a path from the current directory",
+            hint="data.tokenizer is a path from the current directory"
+            if path.name not in NAMING
+            else f"restore {path.name}, or move it away",
         ) from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+        raise DataError(f"{path} is not JSON: {error}", hint="copy it anew, or name another data.tokenizer") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is not a tokenizer's file: it holds no object")
+        raise DataError(
+            f"{path} is not a tokenizer's file: it holds no object", hint="copy it anew, or name another data.tokenizer"
+        )
     return content

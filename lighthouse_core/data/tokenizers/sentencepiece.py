@@ -63,7 +63,9 @@ class SentencePieceTokenizer:
             self._processor = SentencePieceProcessor(model_proto=self.content)
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise DataError(f"{path} is not a sentencepiece model: {reason}") from None
+            raise DataError(
+                f"{path} is not a sentencepiece model: {reason}", hint="copy it anew, or name another data.tokenizer"
+            ) from None
         _check_rules(path, self.model)
         self.vocab_size = len(self.model.pieces)
         bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()

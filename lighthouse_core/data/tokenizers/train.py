@@ -1,5 +1,6 @@
 """Training a sentencepiece model on the text of a recipe."""
 
+import contextlib
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.data.tokenizers.model_file import add_pieces, parse, rename_pieces
 from lighthouse_core.data.tokenizers.sentencepiece import SPACE
 from lighthouse_core.errors import DataError, LighthouseError, UserError, refusal
+from lighthouse_core.files import check_output
 
 TRAINING_BYTES = 100_000_000
 _HELD_OUT_BYTES = 1_000_000
@@ -115,7 +117,10 @@ def train_tokenizer(
             hint=f"{_FIXED_PIECES} pieces are bytes, marks, the space, tab, newline and carriage return",
         )
     if vocab_size > _MAX_PIECES:
-        raise UserError(f"a vocabulary of {vocab_size} is larger than {_MAX_PIECES}, the most that there can be")
+        raise UserError(
+            f"a vocabulary of {vocab_size} is larger than {_MAX_PIECES}, the most that there can be",
+            hint="ask for a smaller vocabulary",
+        )
     if training_bytes < 1:
         raise UserError(f"the training text must be at least 1 byte, not {training_bytes}")
     texts = _Counted(texts_of(data, "train", training_bytes))
@@ -132,7 +137,8 @@ def train_tokenizer(
     except OSError as error:
         raise refusal(error, f"cannot write {out}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return TrainingReport(vocab_size, texts.bytes, *measured, time.monotonic() - started)
 
 
@@ -182,7 +188,9 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
         if blocks.error is not None:
             raise blocks.error from None
         if not blocks.count:
-            raise DataError("there is no text to train a tokenizer on") from None
+            raise DataError(
+                "there is no text to train a tokenizer on", hint="name files with text in data.paths"
+            ) from None
         # "INTERNAL: file.cc(1) [condition] The reason."
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         raise _wrong_size(vocab_size, reason) from None
@@ -268,10 +276,11 @@ def _measure(model: Path, data: DataSettings) -> tuple[float, int, bool]:
 def _check_out(out: Path) -> None:
     if out.suffix != ".model":
         raise UserError(f"{out} does not end in .model", hint="data.tokenizer tells tokenizers apart by their endings")
+    check_output(out)
     if out.exists():
         raise UserError(f"{out} exists", hint="give another name; runs may depend on this one")
     if not out.parent.is_dir():
-        raise UserError(f"there is no directory {out.parent}")
+        raise UserError(f"there is no directory {out.parent}", hint="make it, or choose another OUT")
     try:
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:

@@ -1,0 +1,320 @@
+"""Whether text that is to be measured was trained on: by what the files are and hold, not by how a recipe names them.
+
+A text is a file of Python, a file that is a document, or a row. Where one side is prepared tokens, a text is a document
+and is compared by its ids. Texts are the same where all bytes, or all ids, are. A part of a text is not found in a
+longer one.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from lighthouse_core.data.build import build_source, build_stream, open_tokens
+from lighthouse_core.data.documents import (
+    Keep,
+    Place,
+    Record,
+    Source,
+    Split,
+    TimeIsUp,
+    Tokenizer,
+    keeper,
+    timely,
+    with_ends,
+)
+from lighthouse_core.data.files import FilesSource
+from lighthouse_core.data.hub import is_remote, pinned
+from lighthouse_core.data.shards import PreparedTokens
+from lighthouse_core.data.sources import PythonSource
+from lighthouse_core.data.tokenizer import build_tokenizer
+from lighthouse_core.errors import LighthouseError
+
+if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
+    from lighthouse_core.config.data import DataSection
+
+SECONDS = 60.0
+# Of the text to be measured: from so much on, it is no held-out text.
+MOST_SHARED = 0.5
+_Node = tuple[int, int]
+
+
+class Overlap(NamedTuple):
+    """What of the text to be measured is in the training text of a run.
+
+    Attributes:
+        texts: how many were looked at; None where the split alone keeps both apart, or nothing could be read.
+        shared: how many of these are in the training text.
+        share: of the bytes, or ids, of those looked at.
+        same_files: whether one of these lies in a file that the run was trained on, rather than in a copy.
+        unknown: why more could be in it; None where all is known.
+    """
+
+    texts: int | None
+    shared: int
+    share: float
+    same_files: bool
+    unknown: str | None
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether this is no held-out text: some of the very files, or most of the text by whatever name."""
+        return self.same_files or (self.shared > 0 and self.share >= MOST_SHARED)
+
+    def __str__(self) -> str:
+        found = f"{self.shared} of {self.texts} texts ({self.share:.2%}) are in the run's training text"
+        if self.texts is None:
+            found = f"{self.share:.2%} of the text is in the run's training text"
+        if self.unknown and self.shared:
+            return f"{found}; whether the rest is, too, is not known: {self.unknown}"
+        if self.unknown:
+            return f"whether the run was trained on this text is not known: {self.unknown}"
+        if self.shared:
+            return found
+        if self.texts is None:
+            return "held out by the run's own split"
+        return f"held out: none of the {self.texts} texts is in the run's training text"
+
+
+def overlap(own: "Recipe", other: "Recipe", trained: str | None, *, seconds: float = SECONDS) -> Overlap:
+    """Compare what a recipe holds out with what a run was trained on.
+
+    Args:
+        own: the run's recipe.
+        other: whose held-out text is to be measured; its tokenizer is the run's.
+        trained: fingerprint of the data that the run was trained on, of its ledger; None where that is not known.
+        seconds: at most so long; what was not looked at by then is not known.
+
+    Raises:
+        DataError: the text to be measured is not there.
+    """
+    changed = _changed(own, trained)
+    ours, theirs = own.data, pinned(other).data
+    if is_remote(ours) or is_remote(theirs):
+        if _same_dataset(ours, theirs) and theirs.validation <= ours.validation:
+            return Overlap(None, 0, 0.0, False, changed)
+        if _same_dataset(ours, theirs):
+            return _by_split(ours, theirs, changed)
+        return Overlap(None, 0, 0.0, False, "data sets of the hub are not read to be compared")
+    tokenizer = build_tokenizer(ours.tokenizer)
+    measured = _open(theirs, tokenizer)
+    try:
+        known = _open(ours, tokenizer)
+    except LighthouseError as error:
+        return Overlap(None, 0, 0.0, False, f"the run's training text is not there: {error}")
+    if _same_listing(known, measured):
+        if theirs.validation <= ours.validation:
+            return Overlap(None, 0, 0.0, False, changed)
+        return _by_split(ours, theirs, changed)
+    ids = PreparedTokens in (type(known), type(measured))
+    look = _Look(tokenizer if ids else None, time.monotonic() + seconds)
+    return look.compare(known, ours, measured, theirs, changed)
+
+
+def own_split(own: "Recipe", trained: str | None) -> Overlap:
+    """What is known of the text that a run holds out itself."""
+    return Overlap(None, 0, 0.0, False, _changed(own, trained))
+
+
+def _changed(own: "Recipe", trained: str | None) -> str | None:
+    """Why the data that the run's recipe names may not be what it was trained on; None where it is."""
+    if trained is None:
+        return "the run's ledger does not say which data it was trained on"
+    if is_remote(own.data):
+        # Its name has the commit.
+        return None
+    try:
+        _, found = build_stream(own.data, build_tokenizer(own.data.tokenizer), own.training.seed, "train")
+    except LighthouseError as error:
+        return f"the run's training text is not there: {error}"
+    if f"{found:016x}" != trained:
+        return "the data that the run's recipe names is not what it was trained on: files or sizes differ"
+    return None
+
+
+def _by_split(ours: "DataSection", theirs: "DataSection", changed: str | None) -> Overlap:
+    """Of the same documents: those that one split holds out and the other does not."""
+    return Overlap(None, 1, 1 - ours.validation / theirs.validation, True, changed)
+
+
+def _same_dataset(ours: "DataSection", theirs: "DataSection") -> bool:
+    return all(
+        getattr(ours, key) == getattr(theirs, key)
+        for key in ("source", "paths", "text_key", "hf_config", "hf_split", "hf_revision")
+    )
+
+
+def _open(data: "DataSection", tokenizer: Tokenizer) -> Source | PreparedTokens:
+    return open_tokens(data, tokenizer) if data.source == "tokens" else build_source(data)
+
+
+def _same_listing(one: Source | PreparedTokens, other: Source | PreparedTokens) -> bool:
+    """Whether both are the same files, and call every document the same, so that a split of one is one of the other."""
+    if isinstance(one, PreparedTokens) and isinstance(other, PreparedTokens):
+        return os.path.samefile(one.path, other.path)
+    if isinstance(one, PythonSource) and isinstance(other, PythonSource):
+        folders = ([document.folder for document in source.documents] for source in (one, other))
+        return one.documents == other.documents and next(folders) == next(folders)
+    if isinstance(one, FilesSource) and isinstance(other, FilesSource):
+        paths = ([file.path for file in source.files] for source in (one, other))
+        return one.fingerprint == other.fingerprint and next(paths) == next(paths)
+    return False
+
+
+class _Text(NamedTuple):
+    """A text: its size and digest, the latter worked out only where it is asked for, and the file that it lies in."""
+
+    size: int
+    digest: Callable[[], bytes]
+    node: _Node | None
+
+
+class _Look:
+    """One comparison.
+
+    Args:
+        tokenizer: of ids; None where texts are compared.
+        deadline: of time.monotonic.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, deadline: float):
+        self.tokenizer = tokenizer
+        self.deadline = deadline
+
+    def compare(
+        self,
+        known: Source | PreparedTokens,
+        ours: "DataSection",
+        measured: Source | PreparedTokens,
+        theirs: "DataSection",
+        unknown: str | None,
+    ) -> Overlap:
+        # By size and digest: how many such texts are measured, and in which files.
+        wanted: dict[int, dict[bytes, tuple[int, set[_Node | None]]]] = {}
+        found: set[bytes] = set()
+        texts = size = shared = bytes_shared = 0
+        same_files = False
+        try:
+            for text in self._texts(measured, "validation", theirs.validation, set()):
+                of_size = wanted.setdefault(text.size, {})
+                count, nodes = of_size.get(text.digest(), (0, set()))
+                of_size[text.digest()] = count + 1, nodes | {text.node}
+                texts, size = texts + 1, size + text.size
+        except TimeIsUp:
+            unknown = unknown or "it is too much text to compare"
+            # What has been seen is looked for all the same.
+            self.deadline += SECONDS
+        except LighthouseError as error:
+            unknown = unknown or str(error)
+        first = {node for of_size in wanted.values() for _, nodes in of_size.values() for node in nodes if node}
+        try:
+            for text in self._texts(known, "train", ours.validation, first):
+                # Of another size, it need not be read.
+                if text.size not in wanted or text.digest() not in wanted[text.size]:
+                    continue
+                count, nodes = wanted[text.size][text.digest()]
+                same_files |= text.node is not None and text.node in nodes
+                if text.digest() not in found:
+                    found.add(text.digest())
+                    shared, bytes_shared = shared + count, bytes_shared + count * text.size
+        except TimeIsUp:
+            unknown = unknown or "the training text is too much to compare"
+        except LighthouseError as error:
+            unknown = unknown or str(error)
+        return Overlap(texts, shared, bytes_shared / size if size else 0.0, same_files, unknown)
+
+    def _texts(
+        self, source: Source | PreparedTokens, split: Split, validation: float, first: set[_Node]
+    ) -> Iterator[_Text]:
+        """The texts of a split; those in the files `first` come first."""
+        if isinstance(source, PreparedTokens):
+            yield from self._prepared(source, split)
+            return
+        keep = timely(keeper(split, validation), self.deadline)
+        if isinstance(source, PythonSource) and self.tokenizer is None:
+            yield from self._python(source, keep)
+            return
+        paths = [file.path for file in source.files] if isinstance(source, FilesSource) else [None] * len(source.sizes)
+        nodes = list(map(_node, paths))
+        for unit in sorted(range(len(nodes)), key=lambda unit: nodes[unit] not in first):
+            if isinstance(source, FilesSource) and self.tokenizer is None and not paths[unit].endswith(_ROWS):
+                if keep(source.identities[unit]):
+                    file = source.files[unit]
+                    yield _Text(
+                        file.size - file.skip, _once(lambda unit=unit: self._whole(source, unit, keep)), nodes[unit]
+                    )
+            else:
+                yield from self._rows(source, unit, keep, nodes[unit])
+
+    def _python(self, source: PythonSource, keep: Keep) -> Iterator[_Text]:
+        for document in source.documents:
+            if not keep(document.identity):
+                continue
+            start = 0
+            for file in document.files:
+                digest = _once(lambda at=start, file=file, d=document: _digest(d.read(at, file.size)))
+                yield _Text(file.size, digest, _node(os.path.join(document.folder, file.name)))
+                start += file.size
+
+    def _whole(self, source: FilesSource, unit: int, keep: Keep) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for record in source.records(unit, Place(), keep):
+            digest.update(self._content(record))
+        return digest.digest()
+
+    def _rows(self, source: Source, unit: int, keep: Keep, node: _Node | None) -> Iterator[_Text]:
+        digest, size = hashlib.blake2b(digest_size=16), 0
+        for record in source.records(unit, Place(), keep):
+            if record.first:
+                digest, size = hashlib.blake2b(digest_size=16), 0
+            content = self._content(record)
+            digest.update(content)
+            size += len(content)
+            if record.last:
+                yield _Text(size, digest.digest, node)
+
+    def _content(self, record: Record) -> bytes:
+        if self.tokenizer is not None:
+            return with_ends(self.tokenizer, record.content, first=record.first, last=record.last).tobytes()
+        return record.content.encode() if isinstance(record.content, str) else record.content
+
+    def _prepared(self, prepared: PreparedTokens, split: Split) -> Iterator[_Text]:
+        node = _node(str(prepared.index))
+        for unit in prepared.units(split):
+            read, offset = unit.open(), 0
+            for length in map(int, unit.document_lengths()):
+                if time.monotonic() > self.deadline:
+                    raise TimeIsUp
+                digest = _once(lambda at=offset, n=length, read=read: _digest(read(at, n)[0].astype("i4").tobytes()))
+                yield _Text(4 * length, digest, node)
+                offset += length
+
+
+_ROWS = (".jsonl", ".parquet")
+
+
+def _once(work: Callable[[], bytes]) -> Callable[[], bytes]:
+    """`work`, done at the first call alone."""
+    done: list[bytes] = []
+
+    def result() -> bytes:
+        if not done:
+            done.append(work())
+        return done[0]
+
+    return result
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _node(path: str | None) -> _Node | None:
+    """What a file is, by whatever path; None for none."""
+    try:
+        state = os.stat(path) if path is not None else None
+    except OSError:
+        return None
+    return state and (state.st_dev, state.st_ino)
