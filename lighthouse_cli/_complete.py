@@ -23,21 +23,21 @@ def _quiet(offer: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 
 @_quiet
 def runs() -> Iterable[str]:
-    from lighthouse_core.listing import run_dirs
+    from lighthouse_core.runs.listing import run_dirs
 
     return (path.name for path in run_dirs(_RUNS))
 
 
 @_quiet
 def resumable() -> Iterable[str]:
-    from lighthouse_core.listing import run_dirs
+    from lighthouse_core.runs.listing import run_dirs
 
     return ["latest", *(path.name for path in run_dirs(_RUNS))]
 
 
 @_quiet
 def shipped() -> Iterable[str]:
-    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.shelf import shipped_recipes
 
     return sorted(shipped_recipes())
 
@@ -45,7 +45,7 @@ def shipped() -> Iterable[str]:
 @_quiet
 def recipes() -> Iterable[str]:
     """Names, and files of the working directory; for a path elsewhere the shell completes file names itself."""
-    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.shelf import shipped_recipes
 
     return sorted({*shipped_recipes(), *(path.name for path in Path().glob("*.toml"))})
 
@@ -53,7 +53,7 @@ def recipes() -> Iterable[str]:
 @_quiet
 def checkpoints() -> Iterable[str]:
     """Runs by name, and each one's checkpoints by path, newest first."""
-    from lighthouse_core.listing import checkpoint_steps, run_dirs
+    from lighthouse_core.runs.listing import checkpoint_steps, run_dirs
 
     found = run_dirs(_RUNS)
     paths = [f"{run}/checkpoints/step-{step}" for run in found for step in reversed(checkpoint_steps(run))]

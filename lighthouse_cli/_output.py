@@ -137,7 +137,7 @@ class Screen:
     nothing to repair. Lines must be narrower than the terminal.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         from rich.console import Console
 
         self._console = Console(stderr=True, force_terminal=True, highlight=False)

@@ -12,8 +12,9 @@ from lighthouse_cli import _output, _watch
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
-    from lighthouse_core.launch import Plan
-    from lighthouse_core.runs import Run
+    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.runs.run import Run
+    from lighthouse_core.seal import Verification
 
 # How a dense step's time is known.
 _HOW = {
@@ -85,7 +86,7 @@ def train(
         typer.Exit: with the job's exit code, unless it is 0.
     """
     from lighthouse_core.errors import LighthouseError
-    from lighthouse_core.launch import launch
+    from lighthouse_core.job.launch import launch
 
     if run is not None:
         # The run that was trained last is the newest, whenever it was made.
@@ -122,7 +123,7 @@ def train(
 def _settle(run: "Run") -> None:
     """Bring the ledger up to date, and say what the run has cost."""
     from lighthouse_core.errors import LighthouseError
-    from lighthouse_core.train.progress import clock
+    from lighthouse_core.runs.rows import clock
 
     try:
         run.settle()
@@ -140,19 +141,20 @@ def _settle(run: "Run") -> None:
     _output.say(line)
 
 
-def verify_ahead(run: "Run") -> None:
+def verify_ahead(run: "Run") -> "Verification | None":
     """Have the run's newest checkpoint read while this process imports torch, which it needs for its GPUs."""
-    from lighthouse_core.launch import local_gpus
+    from lighthouse_core.job.launch import local_gpus
 
-    run.verify_ahead()
+    ahead = run.verify_ahead()
     local_gpus()
+    return ahead
 
 
-def warn_of_damage(run: "Run", step: int) -> None:
+def warn_of_damage(damaged: dict[int, str], step: int) -> None:
     """Say which checkpoints were passed over for the one of `step`."""
-    for text in run.damaged.values():
+    for text in damaged.values():
         _output.warn(text)
-    if run.damaged:
+    if damaged:
         _output.warn(f"going on from step {step}; --strict refuses to")
 
 
@@ -172,6 +174,18 @@ def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
         _output.warn(note)
 
 
+def check_titan(recipe: "Recipe") -> None:
+    """Meet what is wrong with a [titan] table before anything is made of its recipe.
+
+    Raises:
+        RecipeError: torchtitan has no such setting, or it cannot be set, or not to this value.
+    """
+    if recipe.titan:
+        from lighthouse_core.titan import check_overrides
+
+        check_overrides(recipe)
+
+
 def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     """Meet what does not fit this machine here, rather than after the processes have started.
 
@@ -186,15 +200,10 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     """
     from lighthouse_core.attention import check_backends
     from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import check_loggers, check_world, local_gpus
+    from lighthouse_core.job.launch import check_loggers, check_world, local_gpus
 
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
-    if recipe.titan:
-        # Before a recovery is written into the ledger.
-        from lighthouse_core.titan import check_overrides
-
-        check_overrides(recipe)
     try:
         pooled = recipe.lighthouse.enabled and not dense
         check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)
@@ -211,7 +220,7 @@ def check_memory(recipe: "Recipe", plan: "Plan", *, dry_run: bool) -> None:
     """
     from lighthouse_core.errors import UserError
     from lighthouse_core.estimate import estimate
-    from lighthouse_core.launch import local_gpus
+    from lighthouse_core.job.launch import local_gpus
 
     if local_gpus():
         # An accelerator says itself what does not fit.

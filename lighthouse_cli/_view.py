@@ -10,7 +10,7 @@ from lighthouse_core.shown import shown
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from lighthouse_core.train.progress import Point, Progress
+    from lighthouse_core.runs.rows import Point, Progress
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LABEL = 11
@@ -80,7 +80,7 @@ def _means(points: Sequence["Point"], room: int) -> list[tuple[float, bool]]:
 def _title(progress: "Progress", now: float, width: int, note: str) -> "Text":
     from rich.text import Text
 
-    from lighthouse_core.train.progress import clock
+    from lighthouse_core.runs.rows import clock
 
     left = progress.seconds_left(now)
     elapsed = clock(now - progress.started)

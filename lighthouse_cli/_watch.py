@@ -1,13 +1,13 @@
 """What a user sees of a job while it trains: lines, JSON, a live view, or nothing. Each is a launch.Watcher."""
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lighthouse_cli import _output, _view
 
 if TYPE_CHECKING:
-    from lighthouse_core.launch import Plan
-    from lighthouse_core.runs import Run
+    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.runs.run import Run
 
 # The clock of the view goes on between two rows; a checkpoint is looked for as often.
 _REDRAW_SECONDS = 1.0
@@ -61,7 +61,7 @@ class Lines:
     quiet = False
 
     def __init__(self, run: "Run", plan: "Plan"):
-        from lighthouse_core.train.progress import Progress, Tail
+        from lighthouse_core.runs.rows import Progress, Tail
 
         self.run = run
         steps = run.checkpoint_steps()
@@ -80,7 +80,7 @@ class Lines:
         )
 
     def tick(self, stopping: bool) -> None:
-        from lighthouse_core.train.progress import can_be_shown
+        from lighthouse_core.runs.rows import can_be_shown
 
         now = time.monotonic()
         if stopping and not self.told:
@@ -94,9 +94,9 @@ class Lines:
         """A signal has come."""
         _output.say("stopping; a second signal ends everything at once")
 
-    def show(self, text: str, row: dict, now: float) -> None:
+    def show(self, text: str, row: dict[str, Any], now: float) -> None:
         """A row of this launch: its text in the file, its values, and when it was seen."""
-        from lighthouse_core.train.progress import progress_line, validation_line
+        from lighthouse_core.runs.rows import progress_line, validation_line
 
         if "val_loss" in row:
             _output.say(validation_line(row))
@@ -118,7 +118,7 @@ class Rows(Lines):
         super().__init__(run, plan)
         self.quiet = quiet
 
-    def show(self, text: str, row: dict, now: float) -> None:
+    def show(self, text: str, row: dict[str, Any], now: float) -> None:
         _output.data(text)
 
 
@@ -131,7 +131,7 @@ class Live(Lines):
         super().__init__(run, plan)
         self.screen = _output.Screen()
         self.rest = b""
-        self.drawn: tuple | None = None
+        self.drawn: tuple[Any, ...] | None = None
         self.due = 0.0
 
     def tick(self, stopping: bool) -> None:
@@ -151,7 +151,7 @@ class Live(Lines):
         self.progress.checkpoint = next(reversed(self.run.checkpoint_steps()), None)
         self.screen.draw(_view.render(self.progress, now, *self.screen.size, note=note))
 
-    def show(self, text: str, row: dict, now: float) -> None:
+    def show(self, text: str, row: dict[str, Any], now: float) -> None:
         pass
 
     def words(self, chunk: bytes) -> None:
@@ -173,6 +173,6 @@ class Live(Lines):
             if self.progress.row is not None:
                 Lines.show(self, "", self.progress.row, now)
         else:
-            from lighthouse_core.train.progress import clock
+            from lighthouse_core.runs.rows import clock
 
             self.draw(now, f"{outcome} after {clock(now - self.progress.started)}")

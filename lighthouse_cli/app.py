@@ -3,15 +3,14 @@
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lighthouse_cli import _output, _signals, data, recipes, tokenizer
+from lighthouse_cli import _output, _signals, data, profile, recipes, tokenizer
 from lighthouse_cli.compare import compare
 from lighthouse_cli.eval import evaluate
 from lighthouse_cli.pretrain import pretrain
-from lighthouse_cli.profile import profile
 from lighthouse_cli.recover import recover
 from lighthouse_cli.runs import runs
 from lighthouse_cli.strip import strip
@@ -21,14 +20,14 @@ from lighthouse_core.python import SAFE_PATH
 from lighthouse_core.shown import shortened
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (pretrain, recover, strip, profile, runs, compare, sweep):
+for command in (pretrain, recover, strip, runs, compare, sweep):
     app.command()(command)
 app.command("eval")(evaluate)
-for group in (data, tokenizer, recipes):
+for group in (profile, data, tokenizer, recipes):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 # The parser's errors: of click, or of typer's own copy of it.
-_Misuse = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_Misuse: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _print_version(wanted: bool) -> None:
@@ -98,7 +97,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _explain(error: "_Misuse") -> int:
+def _explain(error: Any) -> int:
     """Say what is wrong with the command line itself. Returns the exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
@@ -106,5 +105,18 @@ def _explain(error: "_Misuse") -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else " ".join(["lighthouse", *sys.argv[1:2]])
         hint = f"{shortened(command, 60)} --help lists what it takes"
+        if type(error).__name__ == "NoSuchOption" and context is not None and (commands := _usages(context)):
+            hint = f"commands of {command}: {commands}; --help lists what each takes"
         _output.error(shortened(error.format_message(), 500).rstrip("."), hint)
     return error.exit_code
+
+
+def _usages(context: "typer.Context") -> str:
+    """The commands of a group, each with its arguments, as "show NAME and copy NAME [DEST]". Empty for a command, and
+    for `lighthouse` itself, whose commands fill more than a line."""
+    commands = getattr(context.command, "commands", {}) if context.parent is not None else {}
+    usages = []
+    for name, command in commands.items():
+        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        usages.append(" ".join([name, *(argument.metavar or argument.name.upper() for argument in arguments)]))
+    return " and ".join(filter(None, [", ".join(usages[:-1]), *usages[-1:]]))

@@ -23,8 +23,8 @@ def compare(
     from lighthouse_core.errors import RunError, refusal
     from lighthouse_core.evaluate import compare as core
     from lighthouse_core.files import check_output, check_replaceable, check_writable, together, write_atomically
-    from lighthouse_core.runs import find_run
-    from lighthouse_core.train.progress import clock
+    from lighthouse_core.runs.find import find_run
+    from lighthouse_core.runs.rows import clock
 
     check_output(out)
     check_replaceable(out, "compare.json", core.is_comparison, core.FIGURES)

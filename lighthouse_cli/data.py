@@ -3,8 +3,9 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,16 +40,17 @@ def prepare(
     """
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.prepare import prepare as run
-    from lighthouse_core.train.progress import clock
+    from lighthouse_core.runs.rows import clock
 
     resolved = load_recipe(find_recipe(recipe), settings or ())
     cores = len(os.sched_getaffinity(0))
     begun = time.monotonic()
     try:
         prepared = run(resolved, out, workers or cores, _progress(), _output.say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         _output.say("interrupted; the same command goes on where this one stopped")
-        raise typer.Exit(130) from None
+        # Of SIGTERM and SIGHUP, which have exit codes of their own.
+        raise end if isinstance(end, SystemExit) else typer.Exit(130) from None
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
@@ -129,7 +131,7 @@ def _row(found: "Survey") -> tuple[str, ...]:
     )
 
 
-def _as_dict(found: "Survey") -> dict:
+def _as_dict(found: "Survey") -> dict[str, Any]:
     import numpy as np
 
     names = ("median", "p90", "p99", "longest")
@@ -148,9 +150,9 @@ def _as_dict(found: "Survey") -> dict:
     }
 
 
-def _progress():
+def _progress() -> Callable[["Progress"], None]:
     """Prints a line at once, then at most one in five seconds, and the last."""
-    from lighthouse_core.train.progress import clock
+    from lighthouse_core.runs.rows import clock
 
     last = float("-inf")
 

@@ -72,8 +72,8 @@ def evaluate(
         write_atomically,
     )
     from lighthouse_core.measures import check_numbers, parse_measures
-    from lighthouse_core.runs import find_checkpoint, split_checkpoint
-    from lighthouse_core.train.progress import finite
+    from lighthouse_core.runs.find import find_checkpoint, split_checkpoint
+    from lighthouse_core.runs.rows import finite
 
     _output.set_quiet(quiet)
     try:
@@ -116,7 +116,7 @@ def evaluate(
         home = path.with_name(f"{path.name}-eval")
         seen = None
     else:
-        seen = _held_out(path, other)
+        seen = _held_out(path, other, recipe)
         subject, own = load_checkpoint(path, attention=attention)
         other = other or own
         home = split_checkpoint(path)[0] / "eval" / re.sub(r"\W+", "-", subject.name)
@@ -167,23 +167,32 @@ def evaluate(
     )
 
 
-def _held_out(path: Path, other: "Recipe | None") -> "Overlap":
+def _held_out(path: Path, other: "Recipe | None", name: str) -> "Overlap":
     """What is known of whether a run was trained on the text that it is to be measured on; says what is not as usual.
+
+    Args:
+        path: of a checkpoint.
+        other: whose held-out text is measured; None for the run's own.
+        name: by which the user knows `other`.
 
     Raises:
         UserError: it was, or nothing is held out.
     """
-    from lighthouse_core.data.overlap import overlap, own_split
+    from lighthouse_core.data.overlap import SECONDS, overlap, own_split
     from lighthouse_core.errors import UserError
-    from lighthouse_core.runs import Run, split_checkpoint
+    from lighthouse_core.runs.find import split_checkpoint
+    from lighthouse_core.runs.run import Run
 
     run = Run(split_checkpoint(path)[0])
     own, trained = run.recipe, run.ledger["stages"][0].get("data")
+    if other and not other.data.validation:
+        raise UserError(f"{name} holds no text out", hint="--set data.validation=0.05 holds some out")
     if not (other or own).data.validation:
         raise UserError("the run held no text out", hint="--recipe RECIPE with other paths and a data.validation")
-    _output.say("comparing the text with the run's training text")
+    if other:
+        _output.say(f"comparing the text with the run's training text, for up to {3 * SECONDS / 60:.0f} minutes")
     seen = overlap(own, other, trained) if other else own_split(own, trained)
-    if seen.trained_on and seen.texts is None:
+    if other is not None and seen.trained_on and seen.texts is None:
         raise UserError(
             f"the run was trained on this text but for {own.data.validation:.2%} of the documents, and "
             f"{other.data.validation:.2%} were to be measured",
@@ -202,8 +211,8 @@ def _as_report(seen: "Overlap | None") -> dict[str, Any]:
     return {"known": seen.unknown is None, "words": str(seen), **counts}
 
 
-def _show(report: dict) -> None:
-    def of(mean: dict, digits: int = 4) -> str:
+def _show(report: dict[str, Any]) -> None:
+    def of(mean: dict[str, Any], digits: int = 4) -> str:
         return f"{mean['mean']:.{digits}f} ± {mean['standard_error']:.{digits}f}"
 
     note = " (leaky)" if report["leaky"] else ""
@@ -218,7 +227,7 @@ def _show(report: dict) -> None:
             _output.warn("bits per byte are unknown: the tokenizer does not tell which bytes its tokens stand for")
         bins = report["by_position"]
         spans = (f"{p['first']}-{p['last']}" if p["first"] < p["last"] else str(p["first"]) for p in bins)
-        rows = [(span, of(p["loss"])) for span, p in zip(spans, bins, strict=True)]
+        rows: list[tuple[str, ...]] = [(span, of(p["loss"])) for span, p in zip(spans, bins, strict=True)]
         _output.table("", ("tokens before", f"nats per token{note}"), rows)
     if "context" in report:
         context = report["context"]

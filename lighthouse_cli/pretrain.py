@@ -10,8 +10,8 @@ import typer
 from lighthouse_cli import _caches, _complete, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.launch import Plan
-    from lighthouse_core.runs import Run
+    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.runs.run import Newest, Run
 
 
 def pretrain(
@@ -58,9 +58,10 @@ def pretrain(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import plan
-    from lighthouse_core.runs import check_free, create_run, find_run, run_path
-    from lighthouse_core.unfinished import foreign
+    from lighthouse_core.job.launch import plan
+    from lighthouse_core.runs.create import check_free, create_run, run_path
+    from lighthouse_core.runs.find import find_run
+    from lighthouse_core.runs.unfinished import foreign
 
     _output.set_quiet(quiet)
     if not dry_run:
@@ -76,27 +77,28 @@ def pretrain(
             raise UserError("--name is for a new run, --resume for an existing one")
         run = find_run(resume)
         run.change(settings or ())
+        _train.check_titan(run.recipe)
         if dry_run:
             _train.describe(run.recipe, nproc, nnodes)
-        if not node_rank:
-            # What is said of its checkpoints would be no advice for a run that is being trained.
-            with run.lock():
-                pass
-        step = 0 if node_rank else _check_unfinished(run, strict)
-        _train.check_data(run.recipe, checksums=not dry_run)
-        processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
-        _train.check(run.recipe, processes)
-        if not dry_run:
+        # Machine 0 decides, and holds the run from before it looks at its checkpoints.
+        with nullcontext() if node_rank else run.lock():
+            step, damaged = (0, {}) if node_rank else _unfinished(run, strict)
+            _train.check_data(run.recipe, checksums=not dry_run)
+            processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+            _train.check(run.recipe, processes)
+            if dry_run:
+                return
+            if not node_rank:
+                run.set_aside(damaged)
+                if settings:
+                    run.write_recipe()
             words = f"resuming {run.path}: steps {step + 1} to {run.end}"
-            _finish(run.path, None if node_rank else run, processes, words, quiet, as_json, changed=bool(settings))
+            _finish(run.path, None if node_rank else run, processes, words, quiet, as_json)
         return
 
     path = find_recipe(recipe or "")
     resolved = load_recipe(path, settings or ())
-    if resolved.titan:
-        from lighthouse_core.titan import check_overrides
-
-        check_overrides(resolved)
+    _train.check_titan(resolved)
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
     resolved = pinned(resolved)
@@ -115,31 +117,35 @@ def pretrain(
         return
     run = create_run(resolved, path.stem, name or "", source=str(path))
     try:
-        _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
+        with run.lock():
+            _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
     except BaseException:
         # What ends before the first step leaves nothing worth keeping, and frees the name.
-        if not run.checkpoint_steps() and not _has_metrics(run) and foreign(run.path) is None:
-            shutil.rmtree(run.path, ignore_errors=True)
-            _output.say(f"{run.path} held no step and is removed")
+        if not run.checkpoint_steps() and not _has_metrics(run):
+            if other := foreign(run.path):
+                _output.say(f"{run.path} is kept: it holds {other}")
+            else:
+                shutil.rmtree(run.path, ignore_errors=True)
+                _output.say(f"{run.path} held no step and is removed")
         raise
 
 
-def _check_unfinished(run: "Run", strict: bool) -> int:
-    """The step to go on from."""
+def _unfinished(run: "Run", strict: bool) -> "Newest":
+    """The checkpoint to go on from."""
     from lighthouse_core.errors import RunError
 
     if run.recovering:
         raise RunError(f"run {run.path} is in its recovery", hint=f"lighthouse recover {run.path} continues it")
-    _train.verify_ahead(run)
-    step = run.newest_step(strict)
-    _train.warn_of_damage(run, step)
+    newest = run.newest_checkpoint(strict, _train.verify_ahead(run))
+    step = newest.step
+    _train.warn_of_damage(newest.damaged, step)
     if step >= run.end:
         after = "recover" if run.stage == "lighthouse" else "strip"
         raise RunError(
             f"run {run.path} is complete at step {step}",
             hint=f"go on with lighthouse {after} {run.path}{' OUT' if after == 'strip' else ''}",
         )
-    return step
+    return newest
 
 
 def _has_metrics(run: "Run") -> bool:
@@ -149,24 +155,11 @@ def _has_metrics(run: "Run") -> bool:
         return False
 
 
-def _finish(
-    run_dir: Path,
-    run: "Run | None",
-    processes: "Plan",
-    words: str,
-    quiet: bool,
-    as_json: bool,
-    *,
-    changed: bool = False,
-) -> None:
+def _finish(run_dir: Path, run: "Run | None", processes: "Plan", words: str, quiet: bool, as_json: bool) -> None:
+    """Train, and say what comes next. The caller holds the run, where this machine keeps it."""
     _output.say(words)
-    with run.lock() if run is not None else nullcontext():
-        if run is not None:
-            run.set_aside()
-            if changed:
-                run.write_recipe()
-        again = f"lighthouse pretrain --resume {run_dir}"
-        _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
+    again = f"lighthouse pretrain --resume {run_dir}"
+    _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
     if run is not None:
         after = f"recover {run_dir}" if run.stage == "lighthouse" else f"strip {run_dir} OUT"
         _output.final(f"done; go on with: lighthouse {after}")

@@ -7,70 +7,59 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lighthouse_cli import _caches, _complete, _options, _output
+from lighthouse_cli import _caches, _complete, _options, _output, _train
+from lighthouse_core.attention.config import NAMES, LighthouseConfig
+from lighthouse_core.attention.settings import SettingError, Settings
 from lighthouse_core.shown import shortened
 
 if TYPE_CHECKING:
+    from lighthouse_core.config import Recipe
     from lighthouse_core.profile.report import Report
 
-# Whose model --tune plans for where no recipe is named.
-_MODEL = "530m_98k"
-# Parameters of `profile` that each kind reads, beside those that say where the report goes.
-_READ = {
-    "--seq": "seq pooling levels topk tile_parents scorer method window backend dense_backend heads kv_heads head_dim "
-    "dtype",
-    "--recipe": "recipe settings nproc",
-    "--tune": "tune recipe seq floor settings nproc",
-    "--selection": "selection sequences",
-}
-_READ_BY_ALL = "out quiet as_json"
+
+def _either(setting: str) -> str:
+    """The names that a setting may have, for a help text."""
+    *others, last = NAMES[setting]
+    return f"{', '.join(others)} or {last}"
 
 
-def profile(
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Of the report; a new one in profiles/ by default.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report, but no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+
+
+@app.callback()
+def attention(
     context: typer.Context,
     seq: Annotated[
         str, typer.Option("--seq", metavar="N[,N...]", help="Lengths in tokens: one attention call, beside dense ones.")
-    ] = "",
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--recipe",
-            metavar="RECIPE",
-            help="A training step of it: a file, or a name of `lighthouse recipes list`.",
-            autocompletion=_complete.recipes,
-        ),
-    ] = "",
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Search pooling, levels and topk for --recipe (or 530m_98k) at --seq.")
-    ] = False,
-    selection: Annotated[
-        str,
-        typer.Option(
-            "--selection",
-            metavar="RUN",
-            help="What a run (or latest), or one of its checkpoints/step-N, selects.",
-            autocompletion=_complete.checkpoints,
-        ),
     ] = "",
     pooling: Annotated[int | None, typer.Option("--pooling", metavar="P", help="Pooling factor.")] = None,
     levels: Annotated[int | None, typer.Option("--levels", metavar="L", help="Pyramid levels.")] = None,
     topk: Annotated[int | None, typer.Option("--topk", metavar="K", help="Parents expanded per level.")] = None,
     tile_parents: Annotated[
         int, typer.Option("--tile-parents", metavar="M", help="Parents chosen in each tile.")
-    ] = 128,
-    scorer: Annotated[str, typer.Option("--scorer", help="norm, random or block.")] = "norm",
+    ] = Settings.tile_parents,
+    scorer: Annotated[
+        str, typer.Option("--scorer", help=f"How parents are chosen: {_either('scorer')}.")
+    ] = Settings.scorer,
     method: Annotated[
-        str, typer.Option("--method", help="pyramid, chunked, sliding or compressed; see lighthouse.method.")
-    ] = "pyramid",
-    window: Annotated[int, typer.Option("--window", metavar="W", help="Tokens; see lighthouse.window.")] = 0,
-    backend: Annotated[str, typer.Option("--backend", help="Of the stages: auto, triton or reference.")] = "auto",
+        str, typer.Option("--method", help=f"{_either('method')}; see lighthouse.method.")
+    ] = Settings.method,
+    window: Annotated[
+        int, typer.Option("--window", metavar="W", help="Tokens; see lighthouse.window.")
+    ] = Settings.window,
+    backend: Annotated[str, typer.Option("--backend", help=f"Of the stages: {_either('backend')}.")] = Settings.backend,
     dense_backend: Annotated[
-        str, typer.Option("--dense-backend", help="Inside the call: auto, fa4, cudnn, flash or math.")
-    ] = "auto",
+        str, typer.Option("--dense-backend", help=f"Inside the call: {_either('dense_backend')}.")
+    ] = Settings.dense_backend,
     heads: Annotated[int, typer.Option("--heads", max=2**16, help="Query heads.")] = 8,
     kv_heads: Annotated[
         int | None, typer.Option("--kv-heads", max=2**16, help="Key/value heads; as many as heads by default.")
@@ -80,66 +69,174 @@ def profile(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="bfloat16 on a GPU, else float32."),
     ] = None,
-    # That of the paper's settings: 4 * 1536 of 98304.
-    floor: Annotated[
-        float, typer.Option("--floor", metavar="F", help="--tune: least share of the tokens at level 0.")
-    ] = 0.0625,
-    sequences: Annotated[
-        int, typer.Option("--sequences", metavar="B", max=10**6, help="--selection: held-out sequences.")
-    ] = 4,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure on this machine, or search settings to train with.
+
+    --seq measures one attention call. The commands measure the rest, each with options of its own.
+    """
+    from lighthouse_core.errors import UserError
+
+    if context.invoked_subcommand is not None:
+        _refuse_options_before(context, context.invoked_subcommand)
+        return
+    if not seq:
+        raise UserError(
+            "profile takes --seq N or a command: step, tune or selection",
+            hint="lighthouse profile --seq 98304 is one attention call; lighthouse profile --help has the others",
+        )
+    lengths = _lengths(seq)
+    _begin(quiet)
+    given = {"pooling": pooling, "levels": levels, "topk": topk}
+    fixed = {
+        "tile_parents": tile_parents,
+        "scorer": scorer,
+        "method": method,
+        "window": window,
+        "backend": backend,
+        "dense_backend": dense_backend,
+    }
+    configs = {n: _config(n, given, fixed) for n in lengths}
+    _attention(configs, (heads, heads if kv_heads is None else kv_heads, head_dim, dtype), out, as_json)
+
+
+@app.command()
+def step(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A file, or a name of `lighthouse recipes list`.",
+            autocompletion=_complete.recipes,
+        ),
+    ],
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Of the report; a new one in profiles/ by default.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report, but no progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure on this machine: an attention call, a training step, settings to train with, or a run's selection."""
+    """Measure where a training step of a recipe goes."""
+    from lighthouse_core.config import find_recipe, load_recipe
+
+    _begin(quiet)
+    overrides = list(settings or ())
+    path = find_recipe(recipe)
+    resolved = load_recipe(path, overrides)
+    processes = _processes(resolved, nproc)
+    from lighthouse_core.profile import run
+
+    with _folder(out, "step", path.stem) as folder:
+        _finish(run.step(path, resolved, overrides, folder, processes, _output.say), folder, as_json)
+
+
+@app.command()
+def tune(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="Whose model: a file, or a name of `lighthouse recipes list`.",
+            autocompletion=_complete.recipes,
+        ),
+    ] = "530m_98k",
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            "--seq", metavar="N", min=1, max=_options.MOST_TOKENS, help="Length in tokens; the recipe's by default."
+        ),
+    ] = None,
+    # That of the paper's settings: 4 * 1536 of 98304.
+    floor: Annotated[
+        float, typer.Option("--floor", metavar="F", help="Least share of the tokens at level 0.")
+    ] = 0.0625,
+    settings: _options.Settings = None,
+    nproc: _options.Nproc = "auto",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Search the fastest pooling, levels and topk for a recipe's model."""
+    from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError
 
+    _begin(quiet)
+    overrides = [*(settings or ()), *([] if seq is None else [f"training.seq_len={seq}"])]
+    path = find_recipe(recipe)
+    # The recipe's own pyramid may not suit another length, and the search replaces it.
+    resolved = load_recipe(path, [*overrides, "lighthouse.enabled=false"])
+    if not 0 < floor < 1:
+        raise UserError(f"--floor must lie between 0 and 1, not {floor}")
+    processes = _processes(resolved, nproc)
+    from lighthouse_core.profile import run
+
+    with _folder(out, "tune", path.stem) as folder:
+        report = run.tune(path, resolved, overrides, floor, folder, processes, _output.say)
+        _finish(report, folder, as_json)
+
+
+@app.command()
+def selection(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run (or latest), or one of its checkpoints/step-N.",
+            autocompletion=_complete.checkpoints,
+        ),
+    ],
+    sequences: Annotated[
+        int, typer.Option("--sequences", metavar="B", max=10**6, help="Held-out sequences to select in.")
+    ] = 4,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a run's checkpoint of stage 1 selects."""
+    from lighthouse_core.errors import UserError
+    from lighthouse_core.runs.find import find_checkpoint, split_checkpoint
+
+    _begin(quiet)
+    if sequences < 1:
+        raise UserError(f"--sequences must be at least 1, not {sequences}")
+    path = find_checkpoint(target)
+    from lighthouse_core.profile import run
+
+    folder, number = split_checkpoint(path)
+    name = folder.name if number is None else f"{folder.name}-{path.name}"
+    with _folder(out, "selection", name) as folder:
+        _finish(run.selection(path, sequences, _output.say), folder, as_json)
+
+
+def _begin(quiet: bool) -> None:
+    """What each kind of measurement does before its first import of torch."""
     _output.set_quiet(quiet)
-    lengths = _lengths(seq) if seq else []
-    kinds = {"--selection": selection, "--tune" if tune else "--recipe": recipe or tune, "--seq": seq}
-    asked = [name for name, given in kinds.items() if given]
-    if not asked or (selection and len(asked) > 1) or (recipe and seq and not tune):
-        raise UserError(
-            f"profile takes one of --seq, --recipe and --selection, not {' and '.join(asked) or 'none'}",
-            hint="lighthouse profile --seq 98304 is one attention call; --tune takes --recipe and --seq together",
-        )
-    _refuse_others(context, "--tune" if tune else asked[0])
     _caches.use_own()
-    if selection:
-        _selection(selection, sequences, out, as_json)
-    elif tune or recipe:
-        if len(lengths) > 1:
-            raise UserError(f"--tune takes one length, not {seq}")
-        overrides = [*(settings or ()), *(f"training.seq_len={n}" for n in lengths)]
-        _recipe(recipe or _MODEL, overrides, tune, floor, nproc, out, as_json)
-    else:
-        given = {"pooling": pooling, "levels": levels, "topk": topk}
-        fixed = {
-            "tile_parents": tile_parents,
-            "scorer": scorer,
-            "method": method,
-            "window": window,
-            "backend": backend,
-            "dense_backend": dense_backend,
-        }
-        configs = {n: _config(n, given, fixed) for n in lengths}
-        _attention(configs, (heads, heads if kv_heads is None else kv_heads, head_dim, dtype), out, as_json)
 
 
-def _refuse_others(context: typer.Context, kind: str) -> None:
-    """Raise for an option that was given and that this kind does not read."""
+def _refuse_options_before(context: typer.Context, command: str) -> None:
+    """Raise for an option that stands before a command's name: the command would not see it."""
     from lighthouse_core.errors import UserError
 
-    read = {*_READ[kind].split(), *_READ_BY_ALL.split()}
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in read and source is not None and source.name == "COMMANDLINE":
-            option = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} is of no use with {kind}")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"{parameter.opts[0]} stands before the command {command}",
+                hint=f"options of lighthouse profile {command} follow it; its --help lists them",
+            )
+
+
+def _processes(recipe: "Recipe", nproc: str) -> int:
+    """How many processes train a step of a recipe, which has been checked against them."""
+    from lighthouse_core.job.launch import check_world, plan
+
+    _train.check_titan(recipe)
+    processes = plan(nproc).nproc
+    check_world(recipe, processes)
+    return processes
 
 
 def _lengths(seq: str) -> list[int]:
@@ -159,30 +256,31 @@ def _lengths(seq: str) -> list[int]:
     return lengths
 
 
-def _config(tokens: int, given: dict[str, int | None], fixed: dict):
-    from lighthouse_core.attention.config import LighthouseConfig
+def _config(tokens: int, given: dict[str, int | None], fixed: dict[str, Any]) -> LighthouseConfig:
     from lighthouse_core.errors import UserError
     from lighthouse_core.estimate import profile_defaults
 
     defaults = dict(zip(given, profile_defaults(tokens), strict=True))
-    chosen = {key: defaults[key] if value is None else value for key, value in given.items()}
+    chosen: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in given.items()}
     try:
         config = LighthouseConfig(**chosen, **fixed)
-    except ValueError as error:
-        option = str(error).split(maxsplit=1)[0].replace("_", "-")
+    except SettingError as error:
+        option = error.field.replace("_", "-")
         hints = {
-            "topk": "--tile-parents is 128 unless you give another",
+            "topk": f"--tile-parents is {Settings.tile_parents} unless you give another",
             "compression": "use a --window that is a multiple of it",
         }
         raise UserError(str(error), hint=hints.get(option, f"see --{option}")) from None
     what = "pooling {pooling}, levels {levels}, topk {topk}".format(**chosen)
-    if config.method != "pyramid":
+    if not config.pools:
         what = f"{config.method}, window {config.window}"
     _output.say(f"N = {tokens}: {what}")
     return config
 
 
-def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path | None, as_json: bool) -> None:
+def _attention(
+    configs: dict[int, LighthouseConfig], shape: tuple[int, int, int, str | None], out: Path | None, as_json: bool
+) -> None:
     from lighthouse_core.profile import run
     from lighthouse_core.profile.work import Shape
 
@@ -194,50 +292,6 @@ def _attention(configs: dict, shape: tuple[int, int, int, str | None], out: Path
     with _folder(out, "attention", str(max(configs))) as folder:
         report, plot = run.attention(shapes, folder, _output.say, columns=columns, colour=colour)
         _finish(report, folder, as_json, plot)
-
-
-def _recipe(
-    name: str, overrides: list[str], tune: bool, floor: float, nproc: str, out: Path | None, as_json: bool
-) -> None:
-    from lighthouse_core.config import find_recipe, load_recipe
-    from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import check_world, plan
-
-    path = find_recipe(name)
-    # Its pyramid may not suit another length, and another one is looked for.
-    resolved = load_recipe(path, [*overrides, "lighthouse.enabled=false"] if tune else overrides)
-    if not 0 < floor < 1:
-        raise UserError(f"--floor must lie between 0 and 1, not {floor}")
-    if resolved.titan:
-        from lighthouse_core.titan import check_overrides
-
-        check_overrides(resolved)
-    processes = plan(nproc).nproc
-    check_world(resolved, processes)
-    from lighthouse_core.profile import run
-
-    with _folder(out, "tune" if tune else "step", path.stem) as folder:
-        if tune:
-            report = run.tune(path, resolved, overrides, floor, folder, processes, _output.say)
-        else:
-            report = run.step(path, resolved, overrides, folder, processes, _output.say)
-        _finish(report, folder, as_json)
-
-
-def _selection(target: str, sequences: int, out: Path | None, as_json: bool) -> None:
-    from lighthouse_core.errors import UserError
-    from lighthouse_core.runs import find_checkpoint, split_checkpoint
-
-    if sequences < 1:
-        raise UserError(f"--sequences must be at least 1, not {sequences}")
-    path = find_checkpoint(target)
-
-    from lighthouse_core.profile import run
-
-    folder, step = split_checkpoint(path)
-    name = folder.name if step is None else f"{folder.name}-{path.name}"
-    with _folder(out, "selection", name) as folder:
-        _finish(run.selection(path, sequences, _output.say), folder, as_json)
 
 
 @contextlib.contextmanager

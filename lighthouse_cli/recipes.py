@@ -14,7 +14,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="As listed.", autocomp
 @app.command("list")
 def list_recipes() -> None:
     """Every recipe, and what it is."""
-    from lighthouse_core.listing import recipe_title, shipped_recipes
+    from lighthouse_core.shelf import recipe_title, shipped_recipes
 
     rows = [(name, recipe_title(path)) for name, path in sorted(shipped_recipes().items())]
     _output.table("", ("name", "what it is"), rows, text_columns=2)
@@ -59,7 +59,7 @@ def _find(name: str) -> Path:
     import difflib
 
     from lighthouse_core.errors import UserError
-    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.shelf import shipped_recipes
 
     shipped = shipped_recipes()
     found = shipped.get(name.removesuffix(".toml"))

@@ -46,8 +46,9 @@ def recover(
     Repeated after an interruption, it finishes the steps that were begun.
     """
     from lighthouse_core.errors import UserError
-    from lighthouse_core.launch import plan
-    from lighthouse_core.runs import find_run, plan_recovery
+    from lighthouse_core.job.launch import plan
+    from lighthouse_core.runs.find import find_run
+    from lighthouse_core.runs.recovery import plan_recovery
 
     _output.set_quiet(quiet)
     if not dry_run:
@@ -68,9 +69,10 @@ def recover(
         _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
         return
     with nullcontext() if dry_run else found.lock():
-        _train.verify_ahead(found)
-        recovery = plan_recovery(found, steps, extend, settings or (), strict)
-        _train.warn_of_damage(found, recovery.step)
+        ahead = _train.verify_ahead(found)
+        recovery = plan_recovery(found, steps, extend, settings or (), strict, ahead)
+        _train.check_titan(recovery.recipe)
+        _train.warn_of_damage(recovery.damaged, recovery.step)
         if recovery.stopped_early:
             _output.warn(f"{found.path} stopped at step {recovery.start} of {found.end}; recovery begins there")
         if recovery.rates:
@@ -87,7 +89,7 @@ def recover(
         _train.check(recovery.recipe, processes, dense=True)
         if dry_run:
             return
-        found.set_aside()
+        found.set_aside(recovery.damaged)
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
         again = f"lighthouse recover {found.path}"

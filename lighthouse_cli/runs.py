@@ -18,8 +18,8 @@ def runs(
     from dataclasses import asdict
 
     from lighthouse_core.errors import UserError
-    from lighthouse_core.listing import run_dirs, summarize
-    from lighthouse_core.train.progress import finite
+    from lighthouse_core.runs.listing import run_dirs, summarize
+    from lighthouse_core.runs.rows import finite
 
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is not a directory")

@@ -33,7 +33,7 @@ def strip(
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face Llama, verified."""
-    from lighthouse_core.runs import find_checkpoint
+    from lighthouse_core.runs.find import find_checkpoint
 
     source = find_checkpoint(checkpoint)
 

@@ -33,9 +33,9 @@ def sweep(
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
     from lighthouse_core.files import check_output, check_replaceable, write_atomically
-    from lighthouse_core.launch import stop_signals
+    from lighthouse_core.job.launch import stop_signals
+    from lighthouse_core.runs.rows import clock
     from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
-    from lighthouse_core.train.progress import clock
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be above 0, not {minutes:g}")

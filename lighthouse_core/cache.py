@@ -57,6 +57,7 @@ def use_own_caches() -> str | None:
 @functools.cache
 def _root(base: str) -> tuple[Path, str | None]:
     folder = Path(base, "lighthouse/compiled")
+    why: str | None
     if not base:
         why = "there is no HOME"
     elif not folder.is_absolute():

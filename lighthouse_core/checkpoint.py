@@ -17,6 +17,8 @@ from lighthouse_core.errors import CheckpointError
 from lighthouse_core.unpickle import Made, Refused, load_plain, loads, named
 
 METADATA = ".metadata"
+# Of whatever cannot be read of a checkpoint.
+DAMAGED_HINT = "take another checkpoint of the run, or copy this one anew"
 # Bytes of an element. What a run saves is float32 and int64; the others are those of torch's own checkpoints.
 DTYPES = {
     "float64": 8,
@@ -115,14 +117,14 @@ def read_contents(folder: Path) -> Contents:
         if not stat.S_ISREG(mode):
             raise CheckpointError(
                 f"{folder} cannot be read: {METADATA} is no file",
-                hint="take another checkpoint of the run, or copy this one anew",
+                hint=DAMAGED_HINT,
             )
         contents = _contents(loads(path.read_bytes(), _NAMES))
         _check_places(folder, contents)
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be read: {Path(error.filename).name}: {error.strerror}",
-            hint="take another checkpoint of the run, or copy this one anew",
+            hint=DAMAGED_HINT,
         ) from None
     except Refused as refused:
         raise refused_checkpoint(folder, METADATA, refused) from None
@@ -147,7 +149,7 @@ def check_contents(folder: Path) -> Contents:
         except OSError as error:
             raise CheckpointError(
                 f"{folder} cannot be read: {file_name}: {error.strerror}",
-                hint="take another checkpoint of the run, or copy this one anew",
+                hint=DAMAGED_HINT,
             ) from None
         except Refused as refused:
             raise refused_checkpoint(folder, f"{quoted(name)} in {file_name}", refused) from None
@@ -220,6 +222,7 @@ def _contents(value: Any) -> Contents:
         _need(key not in found, f"{quoted(key[0])} is in two places")
         found[key] = _place(place, key[0])
     contents = Contents(tensors, values, found, _paths(metadata["planner_data"]))
+    wanted: set[tuple[str, tuple[int, ...] | None]]
     wanted = {(name, offsets) for name, tensor in tensors.items() for offsets, _ in tensor.chunks}
     wanted.update((name, None) for name in values)
     for name, _ in wanted ^ found.keys():
@@ -241,7 +244,7 @@ def _fields(value: Any, name: tuple[str, str], wanted: set[str]) -> dict[str, An
 
 def _size(value: Any) -> tuple[int, ...]:
     right = _made(value, _SIZE) and value.state is None and len(value.args) == 1
-    size = value.args[0] if right else None
+    size: Any = value.args[0] if right else None
     _need(type(size) is tuple and len(size) <= _DIMENSIONS, "it has no Size where one belongs")
     _need(all(type(n) is int and n >= 0 for n in size), "a size of it is no number of elements")
     # Where there are none, the other dimensions could be anything.
@@ -264,7 +267,7 @@ def _tensor(value: Any, name: str) -> StoredTensor:
 def _dtype(value: Any, name: str) -> str:
     """Of a tensor's properties; the others must be those of an ordinary tensor."""
     right = _made(value, _PROPERTIES) and not value.args
-    state = value.state if right else None
+    state: Any = value.state if right else None
     _need(type(state) is tuple and len(state) == 5, f"{quoted(name)} has no dtype")
     dtype, layout, grad, memory_format, pinned = state
     module, kind = named(dtype) or ("", "")

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from lighthouse_core.checkpoint import Contents, StoredTensor, quoted, read_contents, refused_checkpoint
+from lighthouse_core.checkpoint import DAMAGED_HINT, Contents, StoredTensor, quoted, read_contents, refused_checkpoint
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.unpickle import Refused, load_plain
 
@@ -51,14 +51,10 @@ def load(state: dict[str, Any], folder: Path, contents: Contents | None = None, 
             if isinstance(cause, CheckpointError | SystemExit | KeyboardInterrupt):
                 raise cause from None
         reason = (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()[-1]
-        raise CheckpointError(
-            f"{folder} cannot be read: {reason}", hint="take another checkpoint of the run, or copy this one anew"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=DAMAGED_HINT) from error
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(
-            f"{folder} cannot be read: {reason}", hint="take another checkpoint of the run, or copy this one anew"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=DAMAGED_HINT) from error
 
 
 class Reader(FileSystemReader):
@@ -95,7 +91,7 @@ class Reader(FileSystemReader):
                 name = quoted(item.storage_index.fqn)
                 raise CheckpointError(
                     f"{self.folder} cannot be read: {name} is no tensor of its size",
-                    hint="take another checkpoint of the run, or copy this one anew",
+                    hint=DAMAGED_HINT,
                 ) from error
         done: Future[None] = Future()
         done.set_result(None)

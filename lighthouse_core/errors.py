@@ -48,6 +48,13 @@ class StorageError(LighthouseError):
     """A checkpoint that could not be written: the disk is full, or fails."""
 
 
+class PatchError(LighthouseError):
+    """A library did not do what this package counts on; docs/patches.md lists what that is."""
+
+    def __init__(self, message: str):
+        super().__init__(message, hint="install the versions of torch and torchtitan that pyproject.toml names")
+
+
 class DataError(UserError):
     """Training data that is missing or cannot be read."""
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from math import inf
 
 from lighthouse_core.config import Recipe
-from lighthouse_core.config.model import ModelSection
+from lighthouse_core.models.llama import Parameters, parameters
 
 # (pooling, levels, topk) at lengths where the published release was measured.
 _MEASURED = {
@@ -15,19 +15,6 @@ _MEASURED = {
     524288: (4, 4, 2048),
     1048576: (4, 5, 2048),
 }
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Weights by part; the embedding table is looked up, not multiplied, and so costs no FLOPs."""
-
-    embedding: int
-    body: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.body + self.head
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,7 @@ def estimate(recipe: Recipe) -> Estimate:
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
-        gathered=gathered(recipe) if lighthouse and recipe.lighthouse.method == "pyramid" else None,
+        gathered=gathered(recipe) if lighthouse and recipe.lighthouse.attention().pools else None,
         lighthouse_flops=flops_per_token(recipe, "lighthouse") if lighthouse else None,
         dense_flops=flops_per_token(recipe, "dense"),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
@@ -68,19 +55,9 @@ def estimate(recipe: Recipe) -> Estimate:
     )
 
 
-def parameters(model: ModelSection) -> Parameters:
-    """Weights of an untied Llama: q, k, v, o, SwiGLU and two norms a layer, one norm at the end."""
-    attention = 2 * model.dim * model.head_dim * (model.heads + model.kv_heads)
-    layer = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
-    table = model.vocab_size * model.dim
-    return Parameters(embedding=table, body=model.layers * layer + model.dim, head=table)
-
-
 def gathered(recipe: Recipe) -> int:
     """S at the recipe's sequence length."""
-    from lighthouse_core.backends import gathered_length
-
-    return gathered_length(recipe.training.seq_len, recipe.lighthouse.attention())
+    return recipe.lighthouse.attention().geometry(recipe.training.seq_len).gathered_length
 
 
 def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = None) -> float:
@@ -97,7 +74,7 @@ def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = 
     model, tokens = recipe.model, recipe.training.seq_len
     counts = parameters(model)
     dense = model.layers if stage == "dense" else len(model.dense_layers)
-    flops = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
+    flops: float = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
     if dense < model.layers:
         first, last = steps or (1, recipe.training.steps)
         turns = recipe.lighthouse.turns(recipe.training.steps)
@@ -128,9 +105,9 @@ def _activation_bytes(recipe: Recipe) -> int:
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
     width = 2 if training.dtype == "bfloat16" else 4
     rows = 5 * model.dim + 2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim
-    parts = {"compressed": 11 if lighthouse.keep else 6, "pyramid": 2 if lighthouse.window or lighthouse.windows else 0}
+    cfg = lighthouse.attention()
     pooled = model.layers - len(model.dense_layers) if lighthouse.enabled else 0
-    more = parts.get(lighthouse.method, 0) * model.heads * model.head_dim
+    more = cfg.rule.extra_rows(cfg) * model.heads * model.head_dim
     kept = {
         "none": rows * model.layers + more * pooled,
         "selective": (rows * model.layers + more * pooled) // 2,

@@ -5,6 +5,7 @@ Standard library only.
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -23,6 +24,7 @@ RUN_FOLDERS = ("checkpoints", "logs", "tb", "wandb")
 # Begins the name of a folder of `together`, after a dot.
 STAGING = "writing-"
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}", re.DOTALL)
+_STAGED = re.compile(rf"\.{STAGING}[0-9a-f]{{16}}")
 _CHECKPOINT = re.compile(r"\.?step-[0-9]+(\..*)?")
 
 
@@ -53,31 +55,99 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def together(folder: Path) -> Iterator[Path]:
     """A new folder for files that belong together. When the block succeeds, they take their places in `folder`, which
-    is made if it is not there. When it fails, for lack of room for one of them, none does.
+    is made if it is not there. When the block fails, or one file cannot take its place, `folder` has the files that it
+    had before. If these cannot be put back either, the error names the folder that holds them.
+
+    A write that succeeds also removes what killed writes left in `folder`.
 
     Raises:
         OSError: of the system.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     staging = folder / f".{STAGING}{secrets.token_hex(8)}"
-    placed: list[Path] = []
+    earlier = staging / ".earlier"
+    added: list[Path] = []
+    replaced: dict[Path, Path] = {}
+    lock, kept = None, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
+        lock = _lock_folder(staging)
         yield staging
-        for path in sorted(staging.iterdir()):
+        paths = sorted(staging.iterdir())
+        earlier.mkdir()
+        for path in paths:
             place = folder / path.name
-            new = not os.path.lexists(place)
+            if not os.path.lexists(place):
+                os.replace(path, place)
+                added.append(place)
+                continue
+            # A folder is no file of ours: replacing it fails.
+            if place.is_symlink() or not place.is_dir():
+                replaced[place] = earlier / path.name
+                _keep(place, replaced[place])
             os.replace(path, place)
-            placed += [place] * new
-    except BaseException:
-        for place in placed:
+    except BaseException as error:
+        for place in added:
             with contextlib.suppress(OSError):
                 place.unlink()
+        kept = not _put_back(replaced)
+        if kept and isinstance(error, OSError):
+            words = f"{error.strerror}; the earlier files are in {earlier}"
+            raise OSError(error.errno, words, error.filename) from error
         raise
+    else:
+        _remove_left(folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        if not kept:
+            shutil.rmtree(staging, ignore_errors=True)
         remove_empty(made)
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Give a file a second name. Where the file system has no links, its only one."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:
+        os.replace(path, copy)
+
+
+def _put_back(replaced: dict[Path, Path]) -> bool:
+    """Give files, by their places, the names that they had; returns whether all have them."""
+    done = True
+    for place, kept in replaced.items():
+        if os.path.lexists(kept):
+            try:
+                os.replace(kept, place)
+            except OSError:
+                # The system says the same of a file that was not replaced.
+                done &= os.path.lexists(place) and os.path.samestat(kept.lstat(), place.lstat())
+    return done
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove folders of `together` that no process writes into any more."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _STAGED.fullmatch(path.name) and (lock := _lock_folder(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds a folder; None where another process holds it, or the file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def new_beside(path: Path, buffering: int = -1) -> tuple[BinaryIO, Path]:

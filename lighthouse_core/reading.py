@@ -11,7 +11,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 # Of a file that a person or this program writes for one run; rows and weights are read elsewhere.
 _DOCUMENT_BYTES = 1 << 30
@@ -127,11 +127,11 @@ def plain_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a JSON file is a number that arithmetic can be done with; a NaN is one, a boolean is none."""
     return (type(value) is int and abs(value) < 1 << 63) or type(value) is float
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether a value of a JSON file is a step or another number of things."""
     return type(value) is int and 0 <= value < 1 << 53

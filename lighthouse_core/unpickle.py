@@ -32,6 +32,8 @@ class Made:
     """
 
     called: ClassVar[tuple[str, str]]
+    args: tuple[Any, ...]
+    state: Any
 
     # Some operations make an object without its __init__.
     def __new__(cls, *args: Any) -> "Made":

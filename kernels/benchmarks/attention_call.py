@@ -1,20 +1,16 @@
 """The Lighthouse attention call beside dense attention, on one GPU of 80 GB, in about two minutes.
 
-Every shape is checked before it is timed. The selection must be that of plain PyTorch from the same scores. The call as
-it is timed, with each dense kernel, is compared with plain PyTorch in float32, output and gradients, with what plain
-PyTorch loses in bfloat16 as the measure; all heads up to 131072 tokens, one head beyond.
+Checks, inputs and clock are those of `lighthouse profile`: before a shape is timed, output and gradients are compared
+with plain PyTorch in float32. What this adds is the device time outside of the dense call, beside the least that its
+traffic could take.
 
-Batch 1, 8 heads of 128, bfloat16, the norm scorer. Times are medians between CUDA events around each call, called one
-after the other as in training, the host ahead of the GPU, with the L2 cache overwritten before each. "Stages" is the
-device time of one call in torch's profiler, of all kernels, fills and copies but those that the dense call alone (by
-cuDNN) has, too.
+Batch 1, 8 heads of 128, bfloat16, the norm scorer. Times are medians. "Stages" is the device time of one call in the
+profiler of torch, of all kernels, fills and copies but those that the dense call alone (by cuDNN) has, too.
 """
 
 import argparse
 import json
 import platform
-import statistics
-import sys
 import time
 from dataclasses import replace
 
@@ -22,14 +18,22 @@ import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention, select_indices
-from lighthouse_core.attention import flash
-from lighthouse_core.backends import geometry, kernels
+from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention
+from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.profile.attention import Call, profile_call, profile_lighthouse
+from lighthouse_core.profile.check import check_call
+from lighthouse_core.profile.dense import random_inputs
+from lighthouse_core.profile.machine import roof
+from lighthouse_core.profile.timing import measure_parts
+from lighthouse_core.profile.work import Shape
 
+DEVICE = torch.device("cuda")
+REPEATS = 20
 HEADS, DIM = 8, 128
 # N: levels, parents a level.
 SHAPES = {32768: (3, 1024), 98304: (3, 1536), 131072: (3, 2048), 524288: (4, 2048), 1048576: (5, 2048)}
-KERNELS = {
+NAMES = {
     "pyramid": "_reduce_kernel",
     "select": "_select_kernel",
     "gather": "_gather_kernel",
@@ -39,116 +43,18 @@ KERNELS = {
 }
 
 
-def milliseconds(call, prepare=tuple) -> float:
-    """Median of 20 calls after two that do not count; of 3 where one takes over 0.1 s, the second where over 1 s.
-
-    What `prepare` returns is given to the call, which is timed without it.
-    """
-    l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
-
-    def times(repeats, ahead):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        # So many seconds, at most 3 GHz: else short calls would be as fast as the host calls them, and in training it
-        # has work queued.
-        torch.cuda._sleep(int(ahead * 3e9))
-        began = time.monotonic()
-        for start, end in events:
-            l2.zero_()
-            given = prepare()
-            start.record()
-            call(*given)
-            end.record()
-        took = time.monotonic() - began
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events], took
-
-    times(1, 0.05)
-    (second,), _ = times(1, 0.05)
-    if second > 1000:
-        return second
-    repeats, ahead = 3 if second > 100 else 20, 0.05
-    found, took = times(repeats, ahead)
-    while took > ahead:
-        if ahead > 1:
-            sys.exit(f"the host took {took:.1f} s to make {repeats} calls: they would be timed by it")
-        ahead = 2 * took
-        found, took = times(repeats, ahead)
-    return statistics.median(found)
-
-
-def peak_gib(call) -> float:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
-def copy_rate() -> float:
-    """Bytes read and written a second by a copy of 2 GiB."""
-    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x)) / 1e3)
-
-
-def inputs(tokens: int, heads: int = HEADS) -> tuple[list[torch.Tensor], torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def draw():
-        return torch.randn(1, tokens, heads, DIM, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-    return [draw().requires_grad_() for _ in range(3)], draw()
+def shape(tokens: int) -> Shape:
+    return Shape(tokens, heads=HEADS, kv_heads=HEADS, head_dim=DIM, dtype="bfloat16")
 
 
 def both_ways(call, qkv, grad):
     return torch.autograd.grad(call(*qkv), qkv, grad)
 
 
-def both_ways_ms(call, qkv, grad) -> float:
-    return milliseconds(lambda: both_ways(call, qkv, grad))
-
-
-def check(tokens: int, cfg: LighthouseConfig, backends: list[str]) -> dict[str, dict[str, float]]:
-    """Relative errors of the call with each dense kernel, and plain PyTorch's; one too large ends the process."""
-    qkv, grad = inputs(tokens, HEADS if tokens <= 131072 else 1)
-    q, k, _ = qkv
-    plain = replace(cfg, backend="reference")
-    scores = tuple(x.detach().float().norm(dim=-1) for x in (q, k))
-    if not torch.equal(select_indices(q, k, cfg, scores=scores), select_indices(q, k, plain, scores=scores)):
-        sys.exit(f"N = {tokens}: the selection is not that of plain PyTorch")
-    indices = select_indices(q, k, cfg)
-    # By its own norms, whose last bit depends on the order of addition.
-    pairs = zip(indices.flatten(0, 1), select_indices(q, k, plain).flatten(0, 1), strict=True)
-    shared = min(torch.isin(ours, theirs).float().mean().item() for ours, theirs in pairs)
-    if shared < 0.999:
-        sys.exit(f"N = {tokens}: only {shared:.1%} of the selection is that of plain PyTorch")
-
-    def results(cfg, dtype, **given):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        out = lighthouse_attention(*leaves, cfg, **given)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
-
-    truth = results(replace(plain, dense_backend="auto"), torch.float32, indices=indices)
-
-    def error(config, **given):
-        values = zip(results(config, torch.bfloat16, **given), truth, strict=True)
-        values = [((x.float() - y).norm() / y.norm()).item() for x, y in values]
-        return dict(zip(("out", "dq", "dk", "dv"), values, strict=True))
-
-    errors = {"plain": error(replace(plain, dense_backend="cudnn"), indices=indices)}
-    for backend in backends:
-        errors[backend] = error(replace(cfg, dense_backend=backend))
-        for what, value in errors[backend].items():
-            if not value <= 2 * errors["plain"][what] + 1e-6:
-                sys.exit(
-                    f"N = {tokens}, {backend}: relative error of {what} is {value:.2e}, "
-                    f"plain PyTorch's {errors['plain'][what]:.2e}"
-                )
-    return errors
-
-
-def device_ms(call, qkv, grad) -> dict[str, float]:
+def device_ms(call, tokens: int) -> dict[str, float]:
     """Milliseconds of every kernel, fill and copy of one forward and backward pass, and of overwriting the cache."""
+    *inputs, grad = random_inputs(shape(tokens), DEVICE)
+    qkv = [x.requires_grad_() for x in inputs]
     both_ways(call, qkv, grad)
     l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
     repeats = 5
@@ -162,9 +68,9 @@ def device_ms(call, qkv, grad) -> dict[str, float]:
 
 def stages(tokens: int, cfg: LighthouseConfig) -> dict[str, float]:
     """Milliseconds of our kernels in one forward and backward pass, and of the rest outside the dense call."""
-    whole = device_ms(lambda *x: lighthouse_attention(*x, cfg), *inputs(tokens))
-    dense = device_ms(lambda *x: dense_attention(*x, backend="cudnn"), *inputs(gathered_length(tokens, cfg)))
-    named = {stage: whole.pop(kernel) for stage, kernel in KERNELS.items()}
+    whole = device_ms(lambda *x: lighthouse_attention(*x, cfg), tokens)
+    dense = device_ms(lambda *x: dense_attention(*x, backend="cudnn"), gathered_length(tokens, cfg))
+    named = {stage: whole.pop(kernel) for stage, kernel in NAMES.items()}
     return named | {"rest": sum(ms for name, ms in whole.items() if name not in dense)}
 
 
@@ -173,14 +79,18 @@ def selection_ms(tokens: int, cfg: LighthouseConfig) -> float:
 
     Among pyramids alone it takes less, for the dense call lowers the clock: results/2026-11-27-h100-clock.json.
     """
-    g, ops = geometry(tokens, cfg), kernels("triton", "cuda")
-    qkv, grad = inputs(tokens)
+    g, ops = cfg.geometry(tokens), kernels("triton", "cuda")
+    *qkv, grad = random_inputs(shape(tokens), DEVICE)
+    leaves = [x.requires_grad_() for x in qkv]
 
-    def prepare():
-        both_ways(lambda *x: lighthouse_attention(*x, cfg), qkv, grad)
-        return (ops.pyramid(*(x.detach() for x in qkv), g, scored=True).scores,)
+    def parts():
+        both_ways(lambda *x: lighthouse_attention(*x, cfg), leaves, grad)
+        scores = ops.pyramid(*(x.detach() for x in qkv), g, scored=True).scores
+        yield "before"
+        ops.select(scores, g)
+        yield "select"
 
-    return milliseconds(lambda scores: ops.select(scores, g), prepare)
+    return measure_parts(parts, DEVICE)["select"].median
 
 
 def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
@@ -189,7 +99,7 @@ def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
     Forward 4N + 3w + 3r + 4S rows of one tensor, backward 4N + 4S, with w rows of pooled windows stored, and r of them
     and of tokens read again for the windows that are kept. Storing more levels makes w larger and r smaller.
     """
-    g = geometry(tokens, cfg)
+    g = cfg.geometry(tokens)
 
     def pooled(first: int) -> int:
         """w + r where the levels from this one on are stored."""
@@ -203,24 +113,19 @@ def floors(tokens: int, cfg: LighthouseConfig, rate: float) -> float:
 
 def measure_backend(tokens: int, cfg: LighthouseConfig, with_dense: bool) -> dict[str, float]:
     """Times and memory of the call, times of its dense call alone and, if asked for, of dense attention."""
+    kernel = KERNELS[cfg.dense_backend]
 
-    def call(*x):
-        return lighthouse_attention(*x, cfg)
+    def dense(tokens: int) -> Call:
+        return profile_call(
+            kernel.name, kernel.label, lambda *x: kernel.forward(*x, None), shape(tokens), DEVICE, REPEATS
+        )
 
-    def dense(*x):
-        return dense_attention(*x, backend=cfg.dense_backend)
-
-    qkv, grad = inputs(tokens)
-    row = {}
-    with torch.no_grad():
-        row["forward_ms"] = milliseconds(lambda: call(*qkv))
-    row["both_ms"] = both_ways_ms(call, qkv, grad)
-    row["peak_gib"] = peak_gib(lambda: both_ways(call, qkv, grad))
-    row["dense_call_ms"] = both_ways_ms(dense, *inputs(gathered_length(tokens, cfg)))
+    ours = profile_lighthouse(cfg, shape(tokens), DEVICE, REPEATS)
+    row = {"forward_ms": ours.forward_ms.median, "both_ms": ours.both_ms.median, "peak_gib": ours.peak_gib}
+    row["dense_call_ms"] = dense(gathered_length(tokens, cfg)).both_ms.median
     if with_dense:
-        with torch.no_grad():
-            row["dense_forward_ms"] = milliseconds(lambda: dense(*qkv))
-        row["dense_both_ms"] = both_ways_ms(dense, qkv, grad)
+        other = dense(tokens)
+        row |= {"dense_forward_ms": other.forward_ms.median, "dense_both_ms": other.both_ms.median}
     return row
 
 
@@ -228,10 +133,10 @@ def measure(tokens: int, dense_up_to: int, rate: float) -> dict:
     start = time.monotonic()
     levels, topk = SHAPES[tokens]
     cfg = LighthouseConfig(levels=levels, topk=topk, backend="triton", dense_backend="cudnn")
-    backends = ["cudnn"] + ["fa4"] * flash.INSTALLED
+    backends = ["cudnn"] + ["fa4"] * (KERNELS["fa4"].absence("cuda") is None)
     row = {"N": tokens, "S": gathered_length(tokens, cfg), "levels": levels, "topk": topk}
-    row["check"] = check(tokens, cfg, backends)
-    error = row["check"]["cudnn"]["out"]
+    row["check"] = {name: check_call(shape(tokens), replace(cfg, dense_backend=name), DEVICE) for name in backends}
+    error = max(max(errors.values()) for errors in row["check"].values())
     print(f"N = {tokens}: check passed in {time.monotonic() - start:.0f} s, relative error {error:.1e}", flush=True)
     for backend in backends:
         row[backend] = measure_backend(tokens, replace(cfg, dense_backend=backend), tokens <= dense_up_to)
@@ -272,7 +177,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    rate = copy_rate()
+    rate = roof(DEVICE, torch.bfloat16).bytes_per_second
     result = {
         "machine": {
             "device": torch.cuda.get_device_name(),

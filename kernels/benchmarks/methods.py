@@ -1,89 +1,58 @@
 """The methods of stage 1 side by side: one attention call forward and backward, by FlashAttention-4, on one GPU.
 
-Each is first checked at 8192 tokens against itself by plain matrix products in float32, output and gradients, with what
-these lose in bfloat16 as the measure. Inputs and timing are those of attention_call.py.
+Checks, inputs and clock are those of `lighthouse profile`: nothing is timed that is not what plain PyTorch gives.
 """
 
 import argparse
 import json
-import sys
-from dataclasses import replace
 
 import torch
-from attention_call import both_ways, both_ways_ms, inputs, peak_gib
 
-from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
+from lighthouse_core import LighthouseConfig
+from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.attention.methods import METHODS
+from lighthouse_core.profile.attention import profile_call, profile_lighthouse
+from lighthouse_core.profile.check import check_call
+from lighthouse_core.profile.work import Shape
 
-CHECKED = 8192
-# Of the random draws.
-KEY = (0, 0, 0)
+CHECKED, REPEATS = 8192, 20
 
 
-def methods(tokens: int) -> dict[str, LighthouseConfig]:
-    """At the ratios of recipes/evidence: k = N / 64, about 1000 keys a query at 16384 tokens."""
-    topk = tokens // 64
+def examples(tokens: int, dense_backend: str) -> dict[str, LighthouseConfig]:
+    """Settings of every method, by a short name each."""
     return {
-        "norm": LighthouseConfig(topk=topk),
-        "block": LighthouseConfig(topk=topk, scorer="block"),
-        "block-window": LighthouseConfig(topk=topk, scorer="block", window=512),
-        "kept": LighthouseConfig(method="compressed", window=512, compression=32, keep=32),
-        "compressed": LighthouseConfig(method="compressed", window=512),
-        "sliding": LighthouseConfig(method="sliding", window=1024),
-        "chunked": LighthouseConfig(method="chunked", window=2048),
+        name: LighthouseConfig(method=method.name, **settings, dense_backend=dense_backend)
+        for method in METHODS.values()
+        for name, settings in method.examples(tokens).items()
     }
 
 
-def check(name: str, cfg: LighthouseConfig) -> float:
-    """The largest relative error of output and gradients; one too large ends the process."""
-    qkv, grad = inputs(CHECKED)
-    given = {"key": torch.tensor(KEY, device="cuda")}
-    if cfg.method == "pyramid":
-        # The last bit of a norm depends on the order of addition.
-        given["indices"] = select_indices(*qkv[:2], cfg, key=given["key"])
-
-    def results(cfg: LighthouseConfig, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        out = lighthouse_attention(*leaves, cfg, **given)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
-
-    plain = replace(cfg, backend="reference", dense_backend="math")
-    truth = results(plain, torch.float32)
-
-    def errors(cfg: LighthouseConfig) -> list[float]:
-        found = zip(results(cfg, torch.bfloat16), truth, strict=True)
-        return [((x.float() - y).norm() / y.norm()).item() for x, y in found]
-
-    fused, usual = errors(replace(cfg, dense_backend="fa4")), errors(plain)
-    if any(not a <= 2 * b + 5e-3 for a, b in zip(fused, usual, strict=True)):
-        sys.exit(f"{name}: relative errors {fused}, those of plain matrix products {usual}")
-    return max(fused)
-
-
-def measure(tokens: int, cfg: LighthouseConfig) -> tuple[float, float]:
-    """Milliseconds forward and backward, and peak GiB."""
-    cfg, key = replace(cfg, dense_backend="fa4"), torch.tensor(KEY, device="cuda")
-
-    def call(*x: torch.Tensor) -> torch.Tensor:
-        return lighthouse_attention(*x, cfg, key=key)
-
-    qkv, grad = inputs(tokens)
-    return both_ways_ms(call, qkv, grad), peak_gib(lambda: both_ways(call, qkv, grad))
+def shape(tokens: int) -> Shape:
+    return Shape(tokens, heads=8, kv_heads=8, head_dim=128, dtype="bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536, 98304], help="sequence lengths")
+    parser.add_argument("--dense-backend", default="fa4", help="inside the calls, and beside them")
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    errors = {name: check(name, cfg) for name, cfg in methods(CHECKED).items()}
+    device, kernel = torch.device("cuda"), KERNELS[arguments.dense_backend]
+    errors = {
+        name: max(check_call(shape(CHECKED), cfg, device).values())
+        for name, cfg in examples(CHECKED, kernel.name).items()
+    }
     print("check passed, relative errors: " + ", ".join(f"{name} {e:.1e}" for name, e in errors.items()), flush=True)
     rows = []
     for tokens in arguments.tokens:
-        dense = both_ways_ms(lambda *x: dense_attention(*x, backend="fa4"), *inputs(tokens))
-        for name, cfg in methods(tokens).items():
-            ms, gib = measure(tokens, cfg)
+        dense = profile_call(
+            kernel.name, kernel.label, lambda *x: kernel.forward(*x, None), shape(tokens), device, REPEATS
+        ).both_ms.median
+        for name, cfg in examples(tokens, kernel.name).items():
+            call = profile_lighthouse(cfg, shape(tokens), device, REPEATS)
+            ms, gib = call.both_ms.median, call.peak_gib
             rows.append({"N": tokens, "method": name, "both_ms": ms, "dense_both_ms": dense, "peak_gib": gib})
             print(
                 f"{tokens:7} {name:13} {ms:7.2f} ms, dense {dense:6.1f}, {dense / ms:5.1f}x, {gib:5.2f} GiB", flush=True

@@ -5,6 +5,7 @@ to N' tokens so that every tile of the coarsest level is whole and holds at leas
 index: all windows of level 0, then level 1, and so on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The Triton kernels pool a window this wide once, for all; their gather averages narrower ones from the tokens.
@@ -41,9 +42,10 @@ class Geometry:
             )
 
     @classmethod
-    def of(cls, shape: list[int]) -> "Geometry":
+    def of(cls, shape: Sequence[int]) -> "Geometry":
         """The pyramid that `shape` stands for."""
-        return cls(*shape[:5], cover_prefix=bool(shape[5]))
+        tokens, pooling, levels, topk, tile_parents, cover_prefix = shape
+        return cls(tokens, pooling, levels, topk, tile_parents, bool(cover_prefix))
 
     @property
     def shape(self) -> list[int]:

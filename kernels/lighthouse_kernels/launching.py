@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lighthouse_kernels.geometry import Geometry
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def target(x: Tensor) -> contextlib.AbstractContextManager:
+def target(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device; make that the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -34,7 +35,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def operation(function: Callable) -> torch._ops.OpOverload:
+def operation(function: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register a function as `torch.ops.lighthouse.<its name>`, which a compiler leaves whole.
 
     Done in the plain way: `torch.library.custom_op` takes some tens of microseconds more a call.

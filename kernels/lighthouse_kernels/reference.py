@@ -50,7 +50,8 @@ def gather(
     q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, selection: Selection, g: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, S, H, D], k and v [B, S, Hkv, D]: the kept rows in causal order."""
-    return tuple(gather_rows(x, selection.indices) for x in pyramid[:3])
+    q, k, v = (gather_rows(x, selection.indices) for x in pyramid[:3])
+    return q, k, v
 
 
 def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:

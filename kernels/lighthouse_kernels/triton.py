@@ -17,8 +17,8 @@ GATHERING = (gather_op.gather,)
 
 def pyramid(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *, scored: bool) -> Pyramid:
     """Rows of the wider windows, without a gradient (`gather` has it), and the norm scores if `scored`."""
-    *rows, by_query, by_key = pyramid_op.pyramid(q.detach(), k.detach(), v.detach(), g.shape, True, scored)
-    return Pyramid(*rows, (by_query, by_key) if scored else None)
+    q, k, v, by_query, by_key = pyramid_op.pyramid(q.detach(), k.detach(), v.detach(), g.shape, True, scored)
+    return Pyramid(q, k, v, (by_query, by_key) if scored else None)
 
 
 def norm_scores(q: Tensor, k: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:

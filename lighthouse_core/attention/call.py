@@ -1,28 +1,22 @@
-"""The Lighthouse attention call: pool, score, select, gather, attend, scatter; kernels/README.md has the rule.
+"""The attention call of stage 1.
 
 Shapes: B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windows of all levels, S entries.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.config import LighthouseConfig, known
-from lighthouse_core.attention.dense import check_inputs, dense_attention
-from lighthouse_core.attention.methods import checked_key, chunked, compressed, sliding
-from lighthouse_core.attention.parts import near
-from lighthouse_core.backends import Geometry, geometry, kernels, log_once, window_scores
+from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.context import AttentionContext, check_context
+from lighthouse_core.attention.dense.call import check_backend, check_inputs, choose, dense_attention
+from lighthouse_core.attention.rotary import rotate
+from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.stages import selected
 
 Scores = tuple[Tensor, Tensor]
-
-
-def choose(ops, q: Tensor, kv_heads: int, cfg: LighthouseConfig, g: Geometry, scores: Scores | None, key):
-    """The selection from window scores, or else from those that a content-free scorer draws from the key."""
-    if scores is not None:
-        return ops.select(scores, g)
-    known("scorer that draws", cfg.scorer, ("random", "block"))
-    key = checked_key(key, cfg)
-    block = cfg.score_block if cfg.scorer == "block" else 0
-    return ops.select_drawn(key.to(q.device), q.shape[0], kv_heads, block, g)
 
 
 def select_indices(
@@ -40,35 +34,32 @@ def select_indices(
         q: [B, N, H, D], after RoPE.
         k: [B, N, Hkv, D], after RoPE.
         cfg: settings of the call.
-        v: [B, N, Hkv, D]; only scorers that attend read it. None of the present ones does.
-        scores: replaces the scorer. A pair (s_Q, s_K), per token ([B, N, H] and [B, N, Hkv]; a window takes the
+        v: [B, N, Hkv, D], which selectors that attend need.
+        scores: replaces the selector's. A pair (s_Q, s_K), per token ([B, N, H] and [B, N, Hkv]; a window takes the
             maximum of its tokens, a KV head the maximum of its query heads) or per window (both [B, Hkv, M] in flat
             pyramid order). Finite and above -1, the score of padding; what NaN selects is not defined.
-        key: int64 (seed, step, layer) or (seed, step, layer, sample), for the scorers `random` and `block`;
+        key: int64 (seed, step, layer) or (seed, step, layer, sample), for selectors that draw;
             `sample` numbers the first row within the global batch.
 
     Returns:
         [B, Hkv, S] int32 flat pyramid indices (level 0 first) in causal order; 0..N-1 when the call is dense.
 
     Raises:
-        ValueError: for shapes that do not fit, or a missing key.
+        ValueError: for shapes that do not fit, a missing key, or values that the selector needs.
     """
     check_inputs(q, k, k if v is None else v)
     cfg.check_names()
-    with torch.autocast(q.device.type, enabled=False):
-        return _select_indices(q, k, cfg.constant() if torch.compiler.is_compiling() else cfg, scores, key)
-
-
-def _select_indices(q: Tensor, k: Tensor, cfg: LighthouseConfig, scores: Scores | None, key: Tensor | None) -> Tensor:
-    g = geometry(q.shape[1], cfg)
-    ops = kernels(cfg.backend, q.device.type, q.dtype)
-    if g.dense:
-        return torch.arange(g.tokens, dtype=torch.int32, device=q.device).repeat(q.shape[0], k.shape[2], 1)
-    if scores is not None:
-        scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
-    elif cfg.scorer == "norm":
-        scores = ops.norm_scores(q.detach(), k.detach(), g)
-    return choose(ops, q, k.shape[2], cfg, g, scores, key).indices
+    if v is None:
+        if scores is None and cfg.pools and selector_of(cfg.scorer).attends:
+            raise ValueError(f"the scorer {cfg.scorer!r} attends, and needs v")
+        v = k
+    settings = cfg.constant() if torch.compiler.is_compiling() else cfg
+    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+        g = cfg.rule.geometry(settings, q.shape[1])
+        ops = kernels(cfg.backend, q.device.type, q.dtype)
+        if g.dense:
+            return torch.arange(g.tokens, dtype=torch.int32, device=q.device).repeat(q.shape[0], k.shape[2], 1)
+        return selected(q, k, v, settings, AttentionContext(key=key), g, ops, scores=scores).indices
 
 
 def lighthouse_attention(
@@ -81,6 +72,7 @@ def lighthouse_attention(
     scores: Scores | None = None,
     scale: float | None = None,
     key: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule), or what `cfg.method` names.
     Differentiable in q, k and v, by the Triton kernels once.
@@ -91,12 +83,14 @@ def lighthouse_attention(
     reference backend is compiled again for another padded length.
 
     Args:
-        q: [B, N, H, D], after RoPE.
+        q: [B, N, H, D], after RoPE; before RoPE where `cfg.rotate` is "after".
         k, v: [B, N, Hkv, D]; H is a multiple of Hkv, which share one selection per KV head.
         cfg: settings of the call.
         indices: [B, Hkv, S] int32 or int64 that fix the selection, as `select_indices` returns them; no window twice.
         scores, key: see `select_indices`.
         scale: factor on the attention scores; 1/sqrt(D) by default.
+        rotary: float32 [at least N, D/2, 2], cosine and sine of every position, where `cfg.rotate` is "after"; it turns
+            neighbouring pairs of D.
 
     Returns:
         [B, N, H, D] in the dtype of `q`. A position without a contributor (possible only with
@@ -105,57 +99,70 @@ def lighthouse_attention(
     Raises:
         ValueError: for shapes that do not fit, a missing key, or a backend that is not there.
     """
-    check_inputs(q, k, v)
-    cfg.check_names()
-    if cfg.method != "pyramid" and not (indices is None and scores is None):
-        raise ValueError(f"the method {cfg.method!r} selects nothing: it takes neither indices nor scores")
-    if torch.compiler.is_compiling():
-        cfg = cfg.constant()
-    with torch.autocast(q.device.type, enabled=False):
-        if cfg.method == "compressed":
-            return compressed(q, k, v, cfg, scale=scale, key=key)
-        if cfg.method == "sliding":
-            return sliding(q, k, v, cfg, scale=scale)
-        if cfg.method == "chunked":
-            return chunked(q, k, v, cfg, scale=scale)
-        return _pyramid(q, k, v, cfg, indices, scores, scale, key)
+    given = {"indices": indices, "scores": scores, "rotary": rotary}
+    return attend(q, k, v, cfg, AttentionContext(key=key), scale=scale, **given)
 
 
-def _pyramid(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cfg: LighthouseConfig,
-    indices: Tensor | None,
-    scores: Scores | None,
-    scale: float | None,
-    key: Tensor | None,
+    context: AttentionContext,
+    *,
+    scale: float | None = None,
+    **given: Any,
 ) -> Tensor:
-    """The paper's rule: see `lighthouse_attention`."""
-    g = geometry(q.shape[1], cfg)
-    ops = kernels(cfg.backend, q.device.type, q.dtype)
-    if g.dense:
-        if not torch.compiler.is_compiling():
-            # A compiler would take what is written out for a constant.
-            why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
-            log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
+    """`lighthouse_attention` within a batch that `context` describes; its settings take the place of `cfg`.
+
+    Args:
+        q, k, v, scale: see `lighthouse_attention`.
+        cfg: settings of the layer.
+        context: of the batch.
+        given: arguments that the method takes; see `Method.takes`. None stands for nothing given.
+
+    Raises:
+        ValueError: the method does not take an argument, or cannot do what the context asks for.
+    """
+    check_inputs(q, k, v)
+    cfg = cfg if context.settings is None else context.settings
+    cfg.check_names()
+    given = {name: value for name, value in given.items() if value is not None}
+    if cfg.rotates != ("rotary" in given):
+        raise ValueError(f"rotate {cfg.rotate!r} {'needs the' if cfg.rotates else 'takes no'} rotary table")
+    method = cfg.rule
+    check_context(context, frozenset() if context.dense else method.can, "dense" if context.dense else cfg.method)
+    if context.dense:
+        if cfg.rotates:
+            q, k = (rotate(x, given["rotary"]) for x in (q, k))
         return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
-    expected = [q.shape[0], k.shape[2], g.gathered_length]
-    if indices is not None and (indices.dtype not in (torch.int32, torch.int64) or list(indices.shape) != expected):
-        raise ValueError(
-            f"indices must be int32 or int64 [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
-        )
-    by_norm = indices is None and scores is None and cfg.scorer == "norm"
-    pyramid = ops.pyramid(q, k, v, g, scored=by_norm)
-    if indices is not None:
-        selection = ops.given(indices, g)
-    else:
-        if scores is not None:
-            scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
-        selection = choose(ops, q, k.shape[2], cfg, g, pyramid.scores if by_norm else scores, key)
-    gathered = ops.gather(q, k, v, pyramid, selection, g)
-    if cfg.window:
-        how = {"scale": scale, "backend": cfg.dense_backend}
-        return ops.merge(*near(q, k, v, cfg.window, **how), *near(*gathered, 0, **how), selection, g)
-    rows = dense_attention(*gathered, scale=scale, backend=cfg.dense_backend)
-    return ops.scatter(rows, selection, g)
+    for name in given:
+        if name not in method.takes:
+            raise ValueError(f"the method {cfg.method!r} takes no {name}")
+    settings = cfg.constant() if torch.compiler.is_compiling() else cfg
+    with torch.autocast(q.device.type, enabled=False):
+        return method.run(q, k, v, settings, context, scale=scale, **given)
+
+
+def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = True) -> None:
+    """Raise ValueError unless the backends that `cfg` names are there on a device of this type, `pooled` for its
+    Lighthouse calls, too. Touches no GPU."""
+    if pooled:
+        cfg.rule.check_backends(cfg, device_type, None, None)
+    check_backend(cfg.dense_backend, device_type)
+
+
+def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int, *, pooled: bool) -> None:
+    """Say in the log which backends such calls take, and why: a compiled call cannot.
+
+    Args:
+        cfg: settings of the calls.
+        device_type, dtype, dim: of their inputs; dim is D.
+        pooled: whether any of them is a Lighthouse call.
+
+    Raises:
+        ValueError: for a backend that is not there.
+    """
+    if pooled:
+        cfg.rule.check_backends(cfg, device_type, dtype, dim)
+    choose(cfg.dense_backend, device_type, dtype, dim)

@@ -1,168 +1,151 @@
-"""The settings of one Lighthouse attention call. Imports nothing heavier than dataclasses."""
+"""The settings of one attention call, checked. Imports no torch."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-METHODS = ("pyramid", "compressed", "sliding", "chunked")
-SCORERS = ("norm", "random", "block")
-BACKENDS = ("auto", "reference", "triton")
-DENSE_BACKENDS = ("auto", "fa4", "cudnn", "flash", "math")
-_NAMES = {"scorer": SCORERS, "backend": BACKENDS, "dense_backend": DENSE_BACKENDS, "method": METHODS}
-_INTEGERS = ("pooling", "levels", "topk", "tile_parents", "score_block", "window", "compression", "keep")
+from lighthouse_core.attention.backends import BACKENDS
+from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
+from lighthouse_core.attention.methods import METHODS, Method, method_of
+from lighthouse_core.attention.selectors import SELECTORS
+from lighthouse_core.attention.settings import SettingError, Settings, is_power_of_two, known
+from lighthouse_kernels.geometry import Geometry
 
-
-def known(kind: str, name: str, names: tuple[str, ...]) -> str:
-    """`name`, which is one of `names`.
-
-    Raises:
-        ValueError: it is not; an unknown name stands for nothing else.
-    """
-    if name not in names:
-        raise ValueError(f"{kind} must be one of {', '.join(names)}, not {name!r}")
-    return name
-
-
+NAMES = {
+    "scorer": tuple(SELECTORS),
+    "backend": BACKENDS,
+    "dense_backend": tuple(DENSE_BACKENDS),
+    "rotate": ("before", "after"),
+    "method": tuple(METHODS),
+}
+_FIELDS = tuple(field.name for field in fields(Settings))
+_INTEGERS = tuple(field.name for field in fields(Settings) if field.type is int)
+assert "topk" in _INTEGERS
 # A level is pooling times as coarse as the one below, so these are far beyond any sequence.
 _MOST = {"pooling": 2**20, "levels": 64}
 
 
 @dataclass(frozen=True)
-class LighthouseConfig:
-    """How one attention call pools, selects and attends.
-
-    Attributes:
-        pooling: tokens (or windows) pooled into one window of the next level, p; a power of two, at least 2.
-        levels: pyramid levels L, level 0 being the tokens; 1 makes the call dense.
-        topk: parents expanded per level, k; a multiple of ``tile_parents``.
-        tile_parents: parents chosen in each tile, m; even, at least 2.
-        cover_prefix: keep window 0 of every level >= 1 as a parent, so that every position has a contributor.
-        scorer: ``norm`` (the paper's rule), ``random`` or ``block`` (content-free).
-        score_block: tokens that share one score under ``block``; a power of two.
-        backend: ``reference`` (PyTorch), ``triton``, or ``auto``.
-        dense_backend: the kernel of the dense call, or ``auto``.
-        method: ``pyramid`` (the paper's); ours are ``compressed``, ``sliding`` and ``chunked``, which leak nothing: see
-            lighthouse_core.attention.methods. Of the settings above they read dense_backend, and ``compressed`` scorer
-            and score_block where it keeps blocks.
-        window: tokens that every query sees at full resolution. With ``pyramid``, in addition to what it gathers, as
-            one average weighted by their sums of exponentials; 0 is the paper's. A call that is dense needs none.
-        compression: tokens of one pooled key of ``compressed``; divides the window.
-        keep: of so many blocks of ``score_block`` tokens one stays as it is under ``compressed``; 0 for none.
+class LighthouseConfig(Settings):
+    """Settings that a call can have; `Settings` describes them.
 
     Raises:
-        ValueError: for a value outside the ranges above.
+        SettingError: a ValueError that names the field: a value outside the ranges there, or of settings that do not
+            go together.
     """
-
-    pooling: int = 4
-    levels: int = 3
-    topk: int = 1536
-    tile_parents: int = 128
-    cover_prefix: bool = True
-    scorer: str = "norm"
-    score_block: int = 64
-    backend: str = "auto"
-    dense_backend: str = "auto"
-    method: str = "pyramid"
-    window: int = 0
-    compression: int = 16
-    keep: int = 0
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
             if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} must be an integer, not {getattr(self, name)!r}")
+                raise SettingError(name, f"must be an integer, not {getattr(self, name)!r}")
             if getattr(self, name) > (most := _MOST.get(name, 2**30)):
-                raise ValueError(f"{name} must be at most {most}")
-        if self.pooling < 2 or self.pooling & (self.pooling - 1):
-            raise ValueError(f"pooling must be a power of two and at least 2, not {self.pooling}")
+                raise SettingError(name, f"must be at most {most}")
+        if self.pooling < 2 or not is_power_of_two(self.pooling):
+            raise SettingError("pooling", f"must be a power of two and at least 2, not {self.pooling}")
         if self.levels < 1:
-            raise ValueError(f"levels must be at least 1, not {self.levels}")
+            raise SettingError("levels", f"must be at least 1, not {self.levels}")
         if self.tile_parents < 2 or self.tile_parents % 2:
-            raise ValueError(f"tile_parents must be even and at least 2, not {self.tile_parents}")
+            raise SettingError("tile_parents", f"must be even and at least 2, not {self.tile_parents}")
         if self.topk < 1 or self.topk % self.tile_parents:
-            raise ValueError(f"topk must be a positive multiple of tile_parents ({self.tile_parents}), not {self.topk}")
-        if self.score_block < 1 or self.score_block & (self.score_block - 1):
-            raise ValueError(f"score_block must be a power of two, not {self.score_block}")
+            problem = f"must be a positive multiple of tile_parents ({self.tile_parents}), not {self.topk}"
+            raise SettingError("topk", problem)
+        if not is_power_of_two(self.score_block):
+            raise SettingError("score_block", f"must be a power of two, not {self.score_block}")
         self.check_names()
         if self.compression < 1:
-            raise ValueError(f"compression must be at least 1, not {self.compression}")
-        if self.window < (self.method != "pyramid"):
-            raise ValueError(f"window must be a number of tokens for the method {self.method}, not {self.window}")
+            raise SettingError("compression", f"must be at least 1, not {self.compression}")
+        method = method_of(self.method)
+        if self.window < method.needs_window:
+            raise SettingError("window", f"must be a number of tokens for the method {self.method}, not {self.window}")
         if self.keep < 0 or self.keep == 1:
-            raise ValueError(f"keep must be 0 or at least 2, not {self.keep}")
-        if self.keep and self.method != "compressed":
-            raise ValueError(f"keep must be 0 for the method {self.method}, which keeps no blocks, not {self.keep}")
-        if self.method == "compressed" and (self.compression < 2 or self.window % self.compression):
-            raise ValueError(
-                f"compression must be at least 2 and divide the window of {self.window}, not {self.compression}"
+            raise SettingError("keep", f"must be 0 or at least 2, not {self.keep}")
+        if self.keep and not method.keeps_blocks:
+            problem = f"must be 0 for the method {self.method}, which keeps no blocks, not {self.keep}"
+            raise SettingError("keep", problem)
+        if self.rotates and not method.pools:
+            problem = f"must be 'before' for the method {self.method}, which pools no queries, not {self.rotate!r}"
+            raise SettingError("rotate", problem)
+        method.check(self)
+        kernel = DENSE_BACKENDS[self.dense_backend]
+        if self.adds_parts and not kernel.lse:
+            others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.lse)
+            problem = f"{self.dense_backend!r} gives no log-sum-exp to add parts of a softmax with; use one of {others}"
+            raise SettingError("dense_backend", problem)
+        if method.windows and not kernel.window:
+            others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.window)
+            problem = (
+                f"{self.dense_backend!r} has no windows, which the method {self.method} needs; use one of {others}"
             )
-        if self.adds_parts and self.dense_backend in ("cudnn", "flash"):
-            raise ValueError(
-                f"dense_backend {self.dense_backend!r} gives no log-sum-exp to add parts of a softmax with; use auto, "
-                f"fa4 or math for a window"
-            )
+            raise SettingError("dense_backend", problem)
 
     def check_names(self) -> None:
-        """Raise ValueError unless method, scorer and backends are names that there are."""
-        for kind, names in _NAMES.items():
+        """Raise SettingError unless the method, the scorer and so on are names that there are."""
+        for kind, names in NAMES.items():
             known(kind, getattr(self, kind), names)
 
-    def constant(self) -> "LighthouseConfig":
-        """The same settings, whose integers torch.compile holds for constants: given others, it compiles again.
+    def constant(self) -> Settings:
+        """The same settings, whose integers torch.compile holds for constants: given others, it compiles again. A
+        window may vary that is no shape.
 
         Asked for dynamic shapes, or called with a second configuration, it would otherwise take every integer for a
         size that may vary, and no pyramid can be laid out with a number of levels that is not known.
         """
-        integers = {name: operator.index(getattr(self, name)) for name in _INTEGERS}
-        names = {kind: getattr(self, kind) for kind in _NAMES}
-        return LighthouseConfig(**integers, **names, cover_prefix=self.cover_prefix)
+        values = {name: getattr(self, name) for name in _FIELDS}
+        for name in _INTEGERS:
+            if name != "window" or self.rule.window_is_a_shape:
+                values[name] = operator.index(values[name])
+        return Settings(**values)
+
+    @property
+    def rule(self) -> Method:
+        """What is known of its method."""
+        return method_of(self.method)
+
+    @property
+    def pools(self) -> bool:
+        """Whether the call has a pyramid."""
+        return self.rule.pools
+
+    def geometry(self, tokens: int) -> Geometry:
+        """The pyramid of a sequence of `tokens` tokens.
+
+        Raises:
+            ValueError: the method has none, or no pyramid can be so large.
+        """
+        return self.rule.geometry(self, tokens)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the call takes q and k before RoPE, and the rotary table with them."""
+        return self.rotate == "after"
 
     @property
     def adds_parts(self) -> bool:
         """Whether the call adds up parts of a softmax by their log-sum-exp."""
-        return self.method in ("compressed", "sliding") or (self.method == "pyramid" and self.window > 0)
+        return self.rule.adds_parts(self)
 
     @property
     def leaks(self) -> bool:
-        """Whether later tokens take part in what a query sees: the paper's rule decides by their norms."""
-        return self.method == "pyramid" and self.scorer == "norm"
+        """Whether later tokens take part in what a query sees."""
+        return self.rule.leaks(self)
 
     @property
     def draws(self) -> bool:
         """Whether the call draws random numbers, and so takes a key."""
-        if self.method == "compressed":
-            return self.keep > 0 and self.scorer != "norm"
-        return self.method == "pyramid" and self.scorer != "norm"
+        return self.rule.draws(self)
 
     def keys(self, tokens: int) -> float:
-        """Keys that a query sees, on average over a causal sequence of `tokens`; dense attention has tokens / 2.
+        """Keys that a query sees, on average over a causal sequence of `tokens`; dense attention has tokens / 2."""
+        return self.rule.keys(self, tokens)
 
-        The pyramid's gathered queries are fewer than the tokens, which is counted here: S^2 / (2 N).
-        """
-        if self.method == "pyramid":
-            from lighthouse_core.backends import gathered_length
 
-            gathered = gathered_length(tokens, self)
-            return gathered**2 / (2 * tokens) + (self._last(tokens) if gathered < tokens else 0.0)
-        known("method", self.method, METHODS)
-        if self.window >= tokens:
-            return tokens / 2
-        if self.method == "chunked":
-            whole, rest = divmod(tokens, self.window)
-            return (whole * self.window**2 + rest**2) / (2 * tokens)
-        if self.method == "sliding":
-            return self._last(tokens)
-        beyond = (tokens - self.window) ** 2 / (2 * tokens * self.compression)
-        return self._last(tokens) + beyond + (self._kept(tokens) if self.keep else 0.0)
+def gathered_length(N: int, cfg: LighthouseConfig) -> int:
+    """Length S of the sequence that the dense kernel sees, N'/c_(L-1) + (L-1) p k; N when the call is dense.
 
-    def _last(self, tokens: int) -> float:
-        window = min(self.window, tokens)
-        return window * (1 - window / (2 * tokens))
+    Args:
+        N: sequence length in tokens.
+        cfg: settings of the call.
 
-    def _kept(self, tokens: int) -> float:
-        return max(0, tokens - self.keep * self.blocks_behind) ** 2 / (2 * tokens * self.keep)
-
-    @property
-    def blocks_behind(self) -> int:
-        """Of the keys of kept blocks, how far the newest one that a query sees lies behind its own place: a group, and
-        then the window."""
-        return self.score_block - (-self.window // self.keep)
+    Raises:
+        ValueError: N < 1, or a method without a pyramid.
+    """
+    return cfg.geometry(N).gathered_length

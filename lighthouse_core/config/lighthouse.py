@@ -1,39 +1,30 @@
 """[lighthouse]: the attention of stage 1."""
 
+from dataclasses import fields
+
 from pydantic import model_validator
 
 from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.settings import SettingError, Settings
 from lighthouse_core.config.section import Ints, NonNegative, Section, conflict
 
 
-class LighthouseSection(Section):
+# pydantic's hints make every model a dataclass that can be changed, whatever `frozen` says.
+class LighthouseSection(Section, Settings):  # type: ignore[misc]
     """`enabled = false` trains a dense baseline. Every `dense_every`-th step of stage 1 is dense in all layers, 0 for
     none; a `metrics.every` that it divides keeps the ledger's medians fair. `windows`, shortest first, take turns as
-    `window` over equal parts of stage 1. The other keys are LighthouseConfig's, with its defaults.
+    `window` over equal parts of stage 1. The other keys are those of `Settings`, with their defaults.
     """
 
     enabled: bool = True
     dense_every: NonNegative = 0
     windows: Ints = ()
-    pooling: int = 4
-    levels: int = 3
-    topk: int = 1536
-    tile_parents: int = 128
-    cover_prefix: bool = True
-    scorer: str = "norm"
-    score_block: int = 64
-    backend: str = "auto"
-    dense_backend: str = "auto"
-    method: str = "pyramid"
-    window: int = 0
-    compression: int = 16
-    keep: int = 0
 
     def attention(self, window: int | None = None) -> LighthouseConfig:
         """The same settings as the attention call takes them, with this window, or else the last one of stage 1."""
         if window is None:
             window = self.windows[-1] if self.windows else self.window
-        settings = self.model_dump(exclude={"enabled", "dense_every", "windows"})
+        settings = {field.name: getattr(self, field.name) for field in fields(Settings)}
         return LighthouseConfig(**settings | {"window": window})
 
     def turns(self, steps: int) -> dict[int, int]:
@@ -54,10 +45,8 @@ class LighthouseSection(Section):
         try:
             for window in self.windows or (self.window,):
                 self.attention(window)
-        except ValueError as error:
-            # LighthouseConfig's messages open with the name of the field.
-            key = str(error).split(maxsplit=1)[0]
-            if key == "window" and self.windows:
+        except SettingError as error:
+            if error.field == "window" and self.windows:
                 raise conflict("windows", f"lighthouse.windows: {error}") from None
-            raise conflict(key, f"lighthouse.{error}") from None
+            raise conflict(error.field, f"lighthouse.{error}") from None
         return self

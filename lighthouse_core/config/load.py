@@ -13,8 +13,8 @@ from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
 from lighthouse_core.errors import RecipeError, refusal
-from lighthouse_core.listing import shipped_recipes
 from lighthouse_core.reading import RECIPE_BYTES, parse_toml, read_regular
+from lighthouse_core.shelf import shipped_recipes
 from lighthouse_core.shown import shortened
 from lighthouse_core.text import decoded, why_not_utf8
 

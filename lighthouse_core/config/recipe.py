@@ -63,15 +63,13 @@ class Recipe(Section):
         return self
 
     def _check_that_stage_1_is_not_dense(self) -> None:
-        from lighthouse_core.backends import geometry
-
         tokens, cfg = self.training.seq_len, self.lighthouse.attention()
         if cfg.window >= tokens:
             key = "lighthouse.windows" if self.lighthouse.windows else "lighthouse.window"
             raise conflict(key, f"{key} ({cfg.window}) is not below training.seq_len ({tokens})")
         if len(self.lighthouse.windows) > self.training.steps:
             raise conflict("lighthouse.windows", "lighthouse.windows are more than training.steps")
-        if cfg.method == "pyramid" and (call := geometry(tokens, cfg)).dense:
+        if cfg.pools and (call := cfg.geometry(tokens)).dense:
             raise conflict(
                 "lighthouse.topk",
                 f"the gathered sequence (S = {call.selected_length}) is not shorter than training.seq_len "

@@ -1,9 +1,9 @@
 """From a recipe's `[data]` section to the stream of one split."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from lighthouse_core.data.documents import Source, Split, Tokenizer, keeper, stable_hash
+from lighthouse_core.data.documents import Source, Split, Tokenizer, keeper, stable_hash, without_end
 from lighthouse_core.data.files import FilesSource
 from lighthouse_core.data.hub import HubSource
 from lighthouse_core.data.shards import PreparedTokens
@@ -12,33 +12,26 @@ from lighthouse_core.data.stream import BytesUnit, TokenStream, WalkingStream, n
 from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.errors import DataError
 
+if TYPE_CHECKING:
+    from lighthouse_core.config.data import DataSection
+
 Stream = TokenStream | WalkingStream
 
 
-class DataSettings(Protocol):
-    """What is read of the recipe's `[data]` section. Only the sources that use them read text_key and hf_*."""
-
-    source: str
-    paths: Sequence[str]
-    tokenizer: str
-    shuffle: str
-    validation: float
-    text_key: str
-    hf_config: str
-    hf_split: str
-    hf_revision: str
-
-
-def build_source(data: DataSettings) -> Source:
+def build_source(data: "DataSection", check: Callable[[], None] = without_end) -> Source:
     """The text that `[data]` names; not for prepared tokens.
+
+    Args:
+        data: the section.
+        check: called again and again while files are listed; what it raises ends the listing.
 
     Raises:
         DataError: an unknown source, or nothing there.
     """
     if data.source == "python-sources":
-        return PythonSource(data.paths)
+        return PythonSource(data.paths, check)
     if data.source == "files":
-        return FilesSource(data.paths, data.text_key)
+        return FilesSource(data.paths, data.text_key, check)
     if data.source == "hf":
         return HubSource(data.paths[0], data.hf_config, data.hf_split, data.hf_revision, data.text_key)
     raise DataError(
@@ -47,10 +40,13 @@ def build_source(data: DataSettings) -> Source:
     )
 
 
-def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Split) -> tuple[Stream, int]:
+def build_stream(
+    data: "DataSection", tokenizer: Tokenizer, seed: int, split: Split, check: Callable[[], None] = without_end
+) -> tuple[Stream, int]:
     """The stream of a split, and a fingerprint of it: 63 bits of the listing, the split and the tokenizer.
 
     The validation order does not depend on `seed`, so runs with different seeds are measured on the same tokens.
+    `check` is that of `build_source`.
 
     Raises:
         DataError: as `build_source`; prepared tokens that do not fit; no documents in this split, where that is known
@@ -67,7 +63,7 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
             raise no_documents(split, data.validation)
         stream = TokenStream(units, seed)
     else:
-        source = build_source(data)
+        source = build_source(data, check)
         listing = source.fingerprint
         if isinstance(source, PythonSource):
             # Its documents are its units, so the split is known without reading.
@@ -90,12 +86,12 @@ def build_stream(data: DataSettings, tokenizer: Tokenizer, seed: int, split: Spl
     return stream, stable_hash("stream", *parts)
 
 
-def shuffles(data: DataSettings, stream: Stream) -> bool:
+def shuffles(data: "DataSection", stream: Stream) -> bool:
     """Whether samples of a stream are shuffled."""
     return data.shuffle != "documents" and isinstance(stream, TokenStream)
 
 
-def open_tokens(data: DataSettings, tokenizer: Tokenizer) -> PreparedTokens:
+def open_tokens(data: "DataSection", tokenizer: Tokenizer) -> PreparedTokens:
     """The prepared directory of `source = "tokens"`.
 
     Raises:

@@ -2,8 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from lighthouse_core.text import BOM
 
 Split = Literal["train", "validation"]
 Keep = Callable[[str], bool]
+_Item = TypeVar("_Item")
 
 CHANGED_HINT = "training files must not change during a run; put them back and resume, or start a new run"
 
@@ -55,9 +56,14 @@ class Source(Protocol):
         fingerprint: 63 bits that change with the listing and with what is read of it.
     """
 
-    identities: Sequence[str]
-    sizes: Sequence[int]
-    fingerprint: int
+    @property
+    def identities(self) -> Sequence[str]: ...
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
+
+    @property
+    def fingerprint(self) -> int: ...
 
     def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
         """The records of a unit from a place on whose identity is kept; others are passed over unparsed.
@@ -79,10 +85,17 @@ class Tokenizer(Protocol):
         fingerprint: 63 bits of the vocabulary and the rules; tokenizers with the same one give the same ids.
     """
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    fingerprint: int
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> int: ...
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ids of `text`, int32 [length], without BOS and EOS; DataError if it cannot take the text."""
@@ -134,15 +147,37 @@ def keeper(split: Split, validation: float) -> Keep:
 
 
 class TimeIsUp(Exception):
-    """A walk over records has lasted as long as it may."""
+    """A walk over records, or a listing of files, has lasted as long as it may."""
+
+
+def without_end() -> None:
+    """The check of a listing that may last as long as it takes."""
+
+
+def until(deadline: float) -> Callable[[], None]:
+    """A check that raises TimeIsUp from a time of time.monotonic on."""
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise TimeIsUp
+
+    return check
+
+
+def checked(items: Iterable[_Item], check: Callable[[], None]) -> Iterator[_Item]:
+    """`items`, with a check before each."""
+    for item in items:
+        check()
+        yield item
 
 
 def timely(keep: Keep, deadline: float) -> Keep:
     """`keep`, until a time of time.monotonic; TimeIsUp from then on, also where records that are kept are rare."""
 
+    check = until(deadline)
+
     def keep_in_time(identity: str) -> bool:
-        if time.monotonic() > deadline:
-            raise TimeIsUp
+        check()
         return keep(identity)
 
     return keep_in_time
@@ -167,11 +202,12 @@ def with_ends(tokenizer: Tokenizer, content: str | bytes, *, first: bool = True,
         if isinstance(content, str):
             raise
         ids = tokenizer.encode(content.decode("utf-8", errors="replace"))
-    begin = first and tokenizer.bos_id is not None
+    bos = tokenizer.bos_id if first else None
+    begin = bos is not None
     tokens = np.empty(begin + len(ids) + last, dtype=np.int32)
     tokens[begin : begin + len(ids)] = ids
-    if begin:
-        tokens[0] = tokenizer.bos_id
+    if bos is not None:
+        tokens[0] = bos
     if last:
         tokens[-1] = tokenizer.eos_id
     return tokens

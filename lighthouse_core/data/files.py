@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
-from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, mark, stable_hash
+from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, checked, mark, stable_hash, without_end
 from lighthouse_core.errors import DataError
 from lighthouse_core.text import BOM, why_not_utf8
 
@@ -52,8 +53,8 @@ class TextFile:
 class FilesSource:
     """Files found by globs; each is a unit. Empty documents and blank lines are passed over."""
 
-    def __init__(self, paths: Sequence[str], text_key: str):
-        self.files = list_files(paths)
+    def __init__(self, paths: Sequence[str], text_key: str, check: Callable[[], None] = without_end):
+        self.files = list_files(paths, check)
         self.text_key = text_key
         self.identities = [file.identity for file in self.files]
         self.sizes = [file.size for file in self.files]
@@ -78,13 +79,14 @@ class FilesSource:
         return [(Place(), file.size)]
 
 
-def list_files(paths: Sequence[str]) -> list[TextFile]:
+def list_files(paths: Sequence[str], check: Callable[[], None] = without_end) -> list[TextFile]:
     """The files that the globs of `[data] paths` match, sorted by identity. Reads folder listings, and of .txt and .md
     files whether they begin with a byte-order mark.
 
     An identity is the name of the glob's fixed folder and the path below it: "corpus/a/b.jsonl" for corpus/**/*.jsonl
     wherever corpus lies. Hidden and empty files are left out. `**` follows links to folders, but comes to every folder
-    once: links may lead back to where they are found, or around in a ring.
+    once: links may lead back to where they are found, or around in a ring. `check` is called for each folder and each
+    file.
 
     Raises:
         DataError: a glob without files, another kind of file, a file matched twice, a link to nothing, a folder that
@@ -105,18 +107,18 @@ def list_files(paths: Sequence[str]) -> list[TextFile]:
         # A name seen before gets a number: no machine's paths enter identities.
         label = names[-1] if names.count(names[-1]) == 1 else f"{names[-1]}:{names.count(names[-1])}"
         if not literal:
-            _check_readable(pattern)
-        found = [pattern] if literal else list(_matches(pattern))
-        if broken := [path for path in found if not os.path.exists(path)]:
+            _check_readable(pattern, check)
+        found = [pattern] if literal else list(_matches(pattern, check))
+        if broken := [path for path in checked(found, check) if not os.path.exists(path)]:
             raise DataError(
                 f"data.paths: {broken[0]} is a link to nothing", hint="remove it, or restore what it links to"
             )
-        matched = [path for path in found if os.path.isfile(path)]
+        matched = [path for path in checked(found, check) if os.path.isfile(path)]
         if not matched:
             if os.path.lexists(pattern) and not os.path.isdir(pattern):
                 raise DataError(f"data.paths: {entry} is no ordinary file", hint="pipes and devices are not read")
             raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
-        for path in matched:
+        for path in checked(matched, check):
             if not path.endswith(_SUFFIXES):
                 raise DataError(
                     f"data.paths: {path} is not one of {', '.join(_SUFFIXES)}", hint="name the suffix in the glob"
@@ -144,37 +146,48 @@ def _fixed_folder(pattern: str) -> str:
     return os.sep.join(parts[:fixed]) or (os.sep if pattern.startswith(os.sep) else ".")
 
 
-def _check_readable(pattern: str) -> None:
+def _check_readable(pattern: str, check: Callable[[], None]) -> None:
     """Raise DataError for a folder that cannot be listed; glob passes over it in silence."""
     parts = pattern.split(os.sep)
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     for above in {os.sep.join(parts[: i + (parts[i] == "**")]) for i in range(first, len(parts))}:
         # With a separator at its end a glob matches folders alone.
-        for folder in _matches(os.path.join(above, "")):
+        for folder in _matches(os.path.join(above, ""), check):
             if not os.access(folder, os.R_OK | os.X_OK):
                 raise DataError(
                     f"data.paths: cannot list {folder}", hint=f"make it readable, or leave it out of {pattern}"
                 )
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def _matches(pattern: str, check: Callable[[], None] = without_end) -> Iterator[str]:
     """What glob.glob(pattern, recursive=True) gives, though `**` comes to a folder once, however many links lead to it:
     glob follows them until the system refuses, and two that lead back to where they are make 2^40 paths."""
     folders, parts = [""], pattern.split(os.sep)
     while "**" in parts:
         first = parts.index("**")
-        folders = _below([base for folder in folders for base in _named(folder, parts[:first])])
+        folders = _below([base for folder in folders for base in _named(folder, parts[:first], check)], check)
         # At the end of a pattern it matches files, too.
         parts = parts[first + 1 :] or ["*"]
     for folder in folders:
-        yield from glob.iglob(_join(glob.escape(folder), parts))
+        yield from _globbed(folder, parts, check)
 
 
-def _named(folder: str, parts: list[str]) -> list[str]:
+def _named(folder: str, parts: list[str], check: Callable[[], None]) -> list[str]:
     """What parts of a pattern without `**` match in a folder."""
-    if glob.has_magic(pattern := _join(glob.escape(folder), parts)):
-        return sorted(glob.iglob(pattern))
+    if any(map(glob.has_magic, parts)):
+        return sorted(_globbed(folder, parts, check))
     return [_join(folder, parts)]
+
+
+def _globbed(folder: str, parts: list[str], check: Callable[[], None]) -> Iterator[str]:
+    """What glob.iglob gives in a folder. It goes down one part at a time, so that the check is called also where many
+    folders and no files match."""
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if not any(map(glob.has_magic, parts[first + 1 :])):
+        yield from checked(glob.iglob(_join(glob.escape(folder), parts)), check)
+        return
+    for base in checked(glob.iglob(_join(glob.escape(folder), parts[: first + 1])), check):
+        yield from _globbed(base, parts[first + 1 :], check)
 
 
 def _join(folder: str, parts: list[str]) -> str:
@@ -183,13 +196,14 @@ def _join(folder: str, parts: list[str]) -> str:
     return os.path.join(folder, (path or os.sep) if parts[:1] == [""] and not folder else path) if parts else folder
 
 
-def _below(bases: list[str]) -> list[str]:
+def _below(bases: list[str], check: Callable[[], None]) -> list[str]:
     """Folders and all below them but the hidden ones, each once; those that links alone lead to come last."""
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     folders = deque(base for base in bases if not os.path.islink(base))
     links = deque(base for base in bases if os.path.islink(base))
     while folders or links:
+        check()
         folder = (folders or links).popleft()
         try:
             state = os.stat(folder or os.curdir)
@@ -201,7 +215,7 @@ def _below(bases: list[str]) -> list[str]:
         found.append(folder)
         # Of a folder that cannot be listed `_check_readable` speaks.
         with suppress(OSError), os.scandir(folder or os.curdir) as listing:
-            for entry in sorted(listing, key=lambda entry: entry.name):
+            for entry in sorted(checked(listing, check), key=lambda entry: entry.name):
                 if not entry.name.startswith(".") and entry.is_dir():
                     (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
     return found
@@ -272,7 +286,7 @@ def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[
             if not start.byte:
                 line = line.removeprefix(BOM)
             identity = f"{file.identity}:{start.row}"
-            if keep(identity) and (text := _text_of_line(line, text_key, lambda n=row: f"{file.path}:{n}")):
+            if keep(identity) and (text := _text_of_line(line, text_key, partial("{}:{}".format, file.path, row))):
                 yield Record(identity, text, start, Place(row, byte))
 
 

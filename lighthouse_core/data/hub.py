@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
@@ -60,7 +61,7 @@ class HubSource:
             if example is None:
                 return
             identity = f"{self.identities[unit]}:{row}"
-            if keep(identity) and (text := checked_text(example, self.text_key, lambda where=where: where)):
+            if keep(identity) and (text := checked_text(example, self.text_key, partial(str, where))):
                 yield Record(identity, text, Place(row), Place(row + 1))
             row += 1
 
@@ -158,6 +159,7 @@ def _pin(path: str, config: str, revision: str) -> tuple[str, str]:
             hint="data.paths has a local directory, or a name of the Hugging Face hub (this needs the network; with "
             "HF_HUB_OFFLINE=1, the data set in the cache of `datasets`)",
         ) from None
+    assert commit is not None
     return commit, commit
 
 

@@ -6,17 +6,20 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from lighthouse_core.data.build import DataSettings, Stream, build_stream, shuffles
+from lighthouse_core.data.build import Stream, build_stream, shuffles
 from lighthouse_core.data.documents import Split
 from lighthouse_core.data.shuffle import ShuffledStream
-from lighthouse_core.data.stream import WalkingStream
+from lighthouse_core.data.stream import TokenStream, WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
+
+if TYPE_CHECKING:
+    from lighthouse_core.config.data import DataSection
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -131,7 +134,7 @@ class TokenLoader:
         return {"seq_len": self.seq_len, "seed": self.stream.seed, "fingerprint": self.fingerprint}
 
 
-class _Maker(threading.Thread):
+class _Maker(threading.Thread, Generic[T]):
     """Takes items from an iterator in the background, at most `count` that nobody has asked for."""
 
     def __init__(self, items: Generator[T, None, None], count: int):
@@ -203,7 +206,7 @@ def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:
 
 
 def build_loader(
-    data: DataSettings,
+    data: "DataSection",
     seq_len: int,
     local_batch_size: int,
     rank: int,
@@ -221,8 +224,10 @@ def build_loader(
     Raises:
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
+    stream: Stream | ShuffledStream
     stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
     if shuffles(data, stream):
+        assert isinstance(stream, TokenStream)
         stream = ShuffledStream(stream, seq_len)
     if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
         _log.warning(

@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from lighthouse_core.data.build import build_source, build_stream, open_tokens
@@ -22,12 +23,15 @@ from lighthouse_core.data.documents import (
     Tokenizer,
     keeper,
     timely,
+    until,
     with_ends,
+    without_end,
 )
 from lighthouse_core.data.files import FilesSource
 from lighthouse_core.data.hub import is_remote, pinned
 from lighthouse_core.data.shards import PreparedTokens
-from lighthouse_core.data.sources import PythonSource
+from lighthouse_core.data.sources import Document, PythonSource
+from lighthouse_core.data.stream import Reader
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import LighthouseError
 
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 SECONDS = 60.0
 # Of the text to be measured: from so much on, it is no held-out text.
 MOST_SHARED = 0.5
+# Somebody else's run may name the root of a file system.
+_ENDLESS = "listing the run's training text took too long"
 _Node = tuple[int, int]
 
 
@@ -48,7 +54,8 @@ class Overlap(NamedTuple):
         texts: how many were looked at; None where the split alone keeps both apart, or nothing could be read.
         shared: how many of these are in the training text.
         share: of the bytes, or ids, of those looked at.
-        same_files: whether one of these lies in a file that the run was trained on, rather than in a copy.
+        same_files: whether one of these is a file, or a row of a file, that the run was trained on, rather than a copy.
+            A row that stands twice in a file, on either side of a split, is a copy.
         unknown: why more could be in it; None where all is known.
     """
 
@@ -60,7 +67,7 @@ class Overlap(NamedTuple):
 
     @property
     def trained_on(self) -> bool:
-        """Whether this is no held-out text: some of the very files, or most of the text by whatever name."""
+        """Whether this is no held-out text: some of the very files or rows, or most of the text by whatever name."""
         return self.same_files or (self.shared > 0 and self.share >= MOST_SHARED)
 
     def __str__(self) -> str:
@@ -85,12 +92,14 @@ def overlap(own: "Recipe", other: "Recipe", trained: str | None, *, seconds: flo
         own: the run's recipe.
         other: whose held-out text is to be measured; its tokenizer is the run's.
         trained: fingerprint of the data that the run was trained on, of its ledger; None where that is not known.
-        seconds: at most so long; what was not looked at by then is not known.
+        seconds: the most that each of three things takes: listing the run's training text, looking at the text to be
+            measured, looking at the training text. What was not looked at by then is not known.
 
     Raises:
         DataError: the text to be measured is not there.
     """
-    changed = _changed(own, trained)
+    check = until(time.monotonic() + seconds)
+    changed = _changed(own, trained, check)
     ours, theirs = own.data, pinned(other).data
     if is_remote(ours) or is_remote(theirs):
         if _same_dataset(ours, theirs) and theirs.validation <= ours.validation:
@@ -101,7 +110,9 @@ def overlap(own: "Recipe", other: "Recipe", trained: str | None, *, seconds: flo
     tokenizer = build_tokenizer(ours.tokenizer)
     measured = _open(theirs, tokenizer)
     try:
-        known = _open(ours, tokenizer)
+        known = _open(ours, tokenizer, check)
+    except TimeIsUp:
+        return Overlap(None, 0, 0.0, False, changed or _ENDLESS)
     except LighthouseError as error:
         return Overlap(None, 0, 0.0, False, f"the run's training text is not there: {error}")
     if _same_listing(known, measured):
@@ -109,16 +120,16 @@ def overlap(own: "Recipe", other: "Recipe", trained: str | None, *, seconds: flo
             return Overlap(None, 0, 0.0, False, changed)
         return _by_split(ours, theirs, changed)
     ids = PreparedTokens in (type(known), type(measured))
-    look = _Look(tokenizer if ids else None, time.monotonic() + seconds)
+    look = _Look(tokenizer if ids else None, seconds)
     return look.compare(known, ours, measured, theirs, changed)
 
 
-def own_split(own: "Recipe", trained: str | None) -> Overlap:
-    """What is known of the text that a run holds out itself."""
-    return Overlap(None, 0, 0.0, False, _changed(own, trained))
+def own_split(own: "Recipe", trained: str | None, *, seconds: float = SECONDS) -> Overlap:
+    """What is known of the text that a run holds out itself; listing its files takes at most so many seconds."""
+    return Overlap(None, 0, 0.0, False, _changed(own, trained, until(time.monotonic() + seconds)))
 
 
-def _changed(own: "Recipe", trained: str | None) -> str | None:
+def _changed(own: "Recipe", trained: str | None, check: Callable[[], None]) -> str | None:
     """Why the data that the run's recipe names may not be what it was trained on; None where it is."""
     if trained is None:
         return "the run's ledger does not say which data it was trained on"
@@ -126,7 +137,9 @@ def _changed(own: "Recipe", trained: str | None) -> str | None:
         # Its name has the commit.
         return None
     try:
-        _, found = build_stream(own.data, build_tokenizer(own.data.tokenizer), own.training.seed, "train")
+        _, found = build_stream(own.data, build_tokenizer(own.data.tokenizer), own.training.seed, "train", check)
+    except TimeIsUp:
+        return _ENDLESS
     except LighthouseError as error:
         return f"the run's training text is not there: {error}"
     if f"{found:016x}" != trained:
@@ -146,8 +159,10 @@ def _same_dataset(ours: "DataSection", theirs: "DataSection") -> bool:
     )
 
 
-def _open(data: "DataSection", tokenizer: Tokenizer) -> Source | PreparedTokens:
-    return open_tokens(data, tokenizer) if data.source == "tokens" else build_source(data)
+def _open(
+    data: "DataSection", tokenizer: Tokenizer, check: Callable[[], None] = without_end
+) -> Source | PreparedTokens:
+    return open_tokens(data, tokenizer) if data.source == "tokens" else build_source(data, check)
 
 
 def _same_listing(one: Source | PreparedTokens, other: Source | PreparedTokens) -> bool:
@@ -164,11 +179,13 @@ def _same_listing(one: Source | PreparedTokens, other: Source | PreparedTokens) 
 
 
 class _Text(NamedTuple):
-    """A text: its size and digest, the latter worked out only where it is asked for, and the file that it lies in."""
+    """A text: its size and digest, the latter worked out only where it is asked for, the file that it lies in, and
+    which row of it; 0 where the file is one text."""
 
     size: int
     digest: Callable[[], bytes]
     node: _Node | None
+    row: int = 0
 
 
 class _Look:
@@ -176,12 +193,13 @@ class _Look:
 
     Args:
         tokenizer: of ids; None where texts are compared.
-        deadline: of time.monotonic.
+        seconds: for each of the two sides.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, deadline: float):
+    def __init__(self, tokenizer: Tokenizer | None, seconds: float):
         self.tokenizer = tokenizer
-        self.deadline = deadline
+        self.seconds = seconds
+        self.deadline = 0.0
 
     def compare(
         self,
@@ -191,34 +209,35 @@ class _Look:
         theirs: "DataSection",
         unknown: str | None,
     ) -> Overlap:
-        # By size and digest: how many such texts are measured, and in which files.
-        wanted: dict[int, dict[bytes, tuple[int, set[_Node | None]]]] = {}
-        found: set[bytes] = set()
+        # How many texts of a digest are measured; 0 once they are found. And their sizes, and their rows by file.
+        wanted: dict[bytes, int] = {}
+        sizes: set[int] = set()
+        rows: dict[_Node, set[int]] = {}
         texts = size = shared = bytes_shared = 0
         same_files = False
+        self.deadline = time.monotonic() + self.seconds
         try:
             for text in self._texts(measured, "validation", theirs.validation, set()):
-                of_size = wanted.setdefault(text.size, {})
-                count, nodes = of_size.get(text.digest(), (0, set()))
-                of_size[text.digest()] = count + 1, nodes | {text.node}
+                digest = text.digest()
+                wanted[digest] = wanted.get(digest, 0) + 1
+                sizes.add(text.size)
+                if text.node:
+                    rows.setdefault(text.node, set()).add(text.row)
                 texts, size = texts + 1, size + text.size
         except TimeIsUp:
             unknown = unknown or "it is too much text to compare"
-            # What has been seen is looked for all the same.
-            self.deadline += SECONDS
         except LighthouseError as error:
             unknown = unknown or str(error)
-        first = {node for of_size in wanted.values() for _, nodes in of_size.values() for node in nodes if node}
+        # What has been seen is looked for in any case.
+        self.deadline = time.monotonic() + self.seconds
         try:
-            for text in self._texts(known, "train", ours.validation, first):
+            for text in self._texts(known, "train", ours.validation, set(rows)):
                 # Of another size, it need not be read.
-                if text.size not in wanted or text.digest() not in wanted[text.size]:
+                if text.size not in sizes or (count := wanted.get(text.digest())) is None:
                     continue
-                count, nodes = wanted[text.size][text.digest()]
-                same_files |= text.node is not None and text.node in nodes
-                if text.digest() not in found:
-                    found.add(text.digest())
-                    shared, bytes_shared = shared + count, bytes_shared + count * text.size
+                same_files |= text.node is not None and text.row in rows.get(text.node, ())
+                wanted[text.digest()] = 0
+                shared, bytes_shared = shared + count, bytes_shared + count * text.size
         except TimeIsUp:
             unknown = unknown or "the training text is too much to compare"
         except LighthouseError as error:
@@ -239,12 +258,14 @@ class _Look:
         paths = [file.path for file in source.files] if isinstance(source, FilesSource) else [None] * len(source.sizes)
         nodes = list(map(_node, paths))
         for unit in sorted(range(len(nodes)), key=lambda unit: nodes[unit] not in first):
-            if isinstance(source, FilesSource) and self.tokenizer is None and not paths[unit].endswith(_ROWS):
+            if (
+                isinstance(source, FilesSource)
+                and self.tokenizer is None
+                and not source.files[unit].path.endswith(_ROWS)
+            ):
                 if keep(source.identities[unit]):
                     file = source.files[unit]
-                    yield _Text(
-                        file.size - file.skip, _once(lambda unit=unit: self._whole(source, unit, keep)), nodes[unit]
-                    )
+                    yield _Text(file.size - file.skip, _once(partial(self._whole, source, unit, keep)), nodes[unit])
             else:
                 yield from self._rows(source, unit, keep, nodes[unit])
 
@@ -254,7 +275,7 @@ class _Look:
                 continue
             start = 0
             for file in document.files:
-                digest = _once(lambda at=start, file=file, d=document: _digest(d.read(at, file.size)))
+                digest = _once(partial(_digest_of_bytes, document, start, file.size))
                 yield _Text(file.size, digest, _node(os.path.join(document.folder, file.name)))
                 start += file.size
 
@@ -273,7 +294,7 @@ class _Look:
             digest.update(content)
             size += len(content)
             if record.last:
-                yield _Text(size, digest.digest, node)
+                yield _Text(size, digest.digest, node, record.start.row)
 
     def _content(self, record: Record) -> bytes:
         if self.tokenizer is not None:
@@ -281,18 +302,26 @@ class _Look:
         return record.content.encode() if isinstance(record.content, str) else record.content
 
     def _prepared(self, prepared: PreparedTokens, split: Split) -> Iterator[_Text]:
-        node = _node(str(prepared.index))
         for unit in prepared.units(split):
             read, offset = unit.open(), 0
             for length in map(int, unit.document_lengths()):
                 if time.monotonic() > self.deadline:
                     raise TimeIsUp
-                digest = _once(lambda at=offset, n=length, read=read: _digest(read(at, n)[0].astype("i4").tobytes()))
-                yield _Text(4 * length, digest, node)
+                digest = _once(partial(_digest_of_ids, read, offset, length))
+                # The splits of one folder are apart, and of another folder it is a copy.
+                yield _Text(4 * length, digest, None)
                 offset += length
 
 
 _ROWS = (".jsonl", ".parquet")
+
+
+def _digest_of_bytes(document: Document, start: int, size: int) -> bytes:
+    return _digest(document.read(start, size))
+
+
+def _digest_of_ids(read: Reader, start: int, count: int) -> bytes:
+    return _digest(read(start, count)[0].astype("i4").tobytes())
 
 
 def _once(work: Callable[[], bytes]) -> Callable[[], bytes]:

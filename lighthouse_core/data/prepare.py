@@ -38,6 +38,8 @@ _FORMAT = "lighthouse plan"
 # Every name that this program gives before it is finished: in OUT, and in OUT/progress.
 _SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens")
 _RECORD = re.compile(r"(?:plan|\d{5,})\.json")
+# What a file was called while an earlier release wrote it: its name, the process, and this.
+_EARLIER = re.compile(r"(.+)\.\d+\.partial", re.DOTALL)
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
@@ -116,7 +118,7 @@ def prepare(
                 state.mkdir(exist_ok=True)
             tasks = _plan(state / _PLAN, work, source)
             _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
-            index = {
+            index: dict[str, Any] = {
                 "fingerprint": source.fingerprint,
                 "tokenizer": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
@@ -192,7 +194,8 @@ def _is_ours(name: str) -> bool:
 
 def _is_partial(name: str) -> bool:
     """Whether a name is of a file that an earlier call was writing when it was killed."""
-    whole = replaced_by(name)
+    earlier = _EARLIER.fullmatch(name)
+    whole = earlier[1] if earlier else replaced_by(name)
     return whole is not None and bool(whole == INDEX or _SHARD.fullmatch(whole) or _RECORD.fullmatch(whole))
 
 
@@ -305,24 +308,38 @@ def _run(
     )
     waiting: dict[Future[None], int] = {}
     queue = iter(missing)
+    others = set(multiprocessing.active_children())
+    told = False
     try:
         while True:
-            while len(waiting) < 2 * workers and (number := next(queue, None)) is not None:
-                waiting[pool.submit(_run_task, number, tasks[number])] = number
+            while len(waiting) < 2 * workers and (following := next(queue, None)) is not None:
+                waiting[pool.submit(_run_task, following, tasks[following])] = following
             if not waiting:
                 break
             for future in wait(waiting, _REPORT_SECONDS, return_when=FIRST_COMPLETED).done:
                 future.result()
                 number = waiting.pop(future)
                 done, here = done + weights[number], here + weights[number]
-            report(*counts)
+            report(counts[0], counts[1])
     except BrokenProcessPool:
         raise LighthouseError(
             "a worker process ended without an error of its own, perhaps for lack of memory",
             hint="the same command goes on where it stopped; use fewer --workers",
         ) from None
-    finally:
+    except (KeyboardInterrupt, SystemExit):
+        # Before any worker is killed: one may hold the event's lock, and then it can never be taken again.
         stop.set()
+        told = True
+        # A worker that still imports would look at the event seconds later. The next call makes again what is cut off.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+            worker.join()
+        with suppress(OSError):
+            _remove_partials(out)
+        raise
+    finally:
+        if not told:
+            stop.set()
         pool.shutdown(cancel_futures=True)
 
 

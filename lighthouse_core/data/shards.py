@@ -371,7 +371,7 @@ def _odd(index: dict[str, Any]) -> str | None:
     """What is wrong with an index whose seal is right, for anyone can write one; None if nothing is."""
     if not all(type(index.get(key)) is int for key in ("fingerprint", "tokenizer")):
         return "its fingerprints are no integers"
-    share = index.get("validation")
+    share: Any = index.get("validation")
     if not is_count(index.get("vocab_size")) or type(share) not in (int, float) or not 0 <= share < 1:
         return "its vocab_size or its validation is no number of this kind"
     splits = index.get("splits")

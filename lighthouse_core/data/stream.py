@@ -52,8 +52,11 @@ class Unit(Protocol):
     """Tokens that stay together in every epoch; `open` gives a reader (first, count) -> (ids, positions), which may
     return fewer than count."""
 
-    identity: str
-    length: int
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def length(self) -> int: ...
 
     def open(self) -> Reader: ...
 

@@ -9,7 +9,7 @@ import numpy as np
 from lighthouse_core.data.build import build_stream
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
-from lighthouse_core.data.stream import NoDocuments, TokenStream
+from lighthouse_core.data.stream import NoDocuments, Position, TokenStream
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
@@ -104,7 +104,7 @@ def _survey(
     return Survey(split, np.array(found, dtype=np.int64), complete, recipe.training.seq_len, tuple(texts))
 
 
-def _next_document(stream: TokenStream, position, block: int):
+def _next_document(stream: TokenStream, position: Position, block: int) -> Position:
     """The position at which the document after the one at `position` begins."""
     while True:
         places = stream.read(position, block)[1]

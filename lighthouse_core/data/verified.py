@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,9 @@ _REPORT_SECONDS = 3.0
 
 
 class Ids(NamedTuple):
-    """Token ids: `count` of them, of `size` bytes each, all below `limit`."""
+    """Token ids: `number` of them, of `size` bytes each, all below `limit`."""
 
-    count: int
+    number: int
     size: int
     limit: int
 
@@ -64,7 +64,7 @@ def verify_files(
     files = [file for file in files if not known or known.get(_key(file)) != _state(file, stats[file.path])]
     total = sum(stats[file.path].st_size for file in files)
     done = [0] * len(files)
-    found: dict[str, list] = {}
+    found: dict[str, list[Any]] = {}
 
     def verify(number: int) -> None:
         file = files[number]
@@ -104,7 +104,7 @@ def verify_files(
 
 def _beyond(ids: Ids, offset: int, block: bytes) -> int | None:
     """An id that is not below the limit, of a block that begins so many bytes after the first id; None for none."""
-    begin, end = -offset % ids.size, min(len(block), ids.count * ids.size - offset)
+    begin, end = -offset % ids.size, min(len(block), ids.number * ids.size - offset)
     if end - begin < ids.size or ids.limit >= 1 << 8 * ids.size:
         return None
     part = np.frombuffer(block, dtype=f"<u{ids.size}", count=(end - begin) // ids.size, offset=begin)
@@ -115,7 +115,7 @@ def _key(file: Sealed) -> str:
     return os.path.realpath(file.path)
 
 
-def _state(file: Sealed, stat: os.stat_result) -> list:
+def _state(file: Sealed, stat: os.stat_result) -> list[Any]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, file.checksum, file.ids and list(file.ids)]
 
 
@@ -125,7 +125,7 @@ def _cache() -> Path:
     return Path(os.devnull if base.startswith("~") else base, "lighthouse", "verified.json")
 
 
-def _load() -> dict[str, list]:
+def _load() -> dict[str, list[Any]]:
     try:
         known = read_json(_cache())
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def _load() -> dict[str, list]:
     return known if isinstance(known, dict) else {}
 
 
-def _save(found: dict[str, list]) -> None:
+def _save(found: dict[str, list[Any]]) -> None:
     """A cache that cannot be written is no error: the files are read again."""
     path = _cache()
     with suppress(OSError):

@@ -11,8 +11,8 @@ from typing import Any
 
 from lighthouse_core import figures
 from lighthouse_core.estimate import flops_per_token
-from lighthouse_core.runs import Run
-from lighthouse_core.train.progress import read_rows
+from lighthouse_core.runs.rows import read_rows
+from lighthouse_core.runs.run import Run
 
 # Rows that a smoothed loss is the mean of.
 _SMOOTH = 5
@@ -151,21 +151,22 @@ def summarize(curve: Curve, dense: Curve | None = None) -> Summary:
     """What a curve comes to, beside that of a dense run of the same data."""
     last = curve.points[-1]
     jump = spike = back = below = None
-    before = [p for p in curve.points if curve.switch is not None and p.step <= curve.switch]
-    after = [p for p in curve.points if curve.switch is not None and p.step > curve.switch]
-    if before and after:
+    switch = curve.switch
+    before = [p for p in curve.points if switch is not None and p.step <= switch]
+    after = [p for p in curve.points if switch is not None and p.step > switch]
+    if switch is not None and before and after:
         # Not of the beginning, where the loss falls fast.
         level = fmean(p.loss for p in before[-max(1, min(_SMOOTH, len(before) // 4)) :])
         jump = after[0].loss - level
         spike = max(p.loss for p in after[:_SMOOTH]) - level
         smooth = _smooth(after)
-        back = next((p.step - curve.switch for p, loss in smooth if loss < level), None)
+        back = next((p.step - switch for p, loss in smooth if loss < level), None)
         if dense is not None:
             other = _smooth(dense.points)
             for p, loss in smooth:
                 then = next((theirs for q, theirs in other if q.tokens >= p.tokens), None)
                 if then is not None and loss < then:
-                    below = p.step - curve.switch
+                    below = p.step - switch
                     break
     _, val_loss, leaky = curve.validation[-1] if curve.validation else (None, None, None)
     return Summary(

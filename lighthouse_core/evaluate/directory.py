@@ -18,6 +18,9 @@ from lighthouse_core.errors import UserError, refusal
 from lighthouse_core.reading import parse_json, read_regular
 from lighthouse_core.text import BOM, UTF8_HINT
 
+# Of a directory that is damaged, and of one whose files do not belong together.
+_COPY_ANEW = "copy the directory anew from where it was made"
+_COMPARE = "compare config.json with the weights"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Bytes of what a model keeps beside its weights, such as masks, that need no comparison.
@@ -113,9 +116,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _object(path / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(
-            f"{path / 'config.json'} has no model_type", hint="copy the directory anew from where it was made"
-        )
+        raise UserError(f"{path / 'config.json'} has no model_type", hint=_COPY_ANEW)
     if config.get("quantization_config") is not None:
         raise UserError(f"{path} holds quantized weights", hint="measure the model that was quantized")
     if config.get("transformers_weights") is not None:
@@ -154,11 +155,9 @@ def _object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise refusal(error, f"cannot read {path}") from None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON: {words(error)}", hint="copy the directory anew from where it was made"
-        ) from None
+        raise UserError(f"{path} is not JSON: {words(error)}", hint=_COPY_ANEW) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object", hint="copy the directory anew from where it was made")
+        raise UserError(f"{path} holds no object", hint=_COPY_ANEW)
     return content
 
 
@@ -186,19 +185,15 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         if not file.is_file():
             # A pipe would be waited for.
-            raise UserError(
-                f"{file} is not there, or no ordinary file", hint="copy the directory anew from where it was made"
-            )
+            raise UserError(f"{file} is not there, or no ordinary file", hint=_COPY_ANEW)
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                     shapes[name] = tuple(opened.get_slice(name).get_shape())
         except Exception as error:  # the library's own, of several kinds
-            raise UserError(
-                f"{file} cannot be read: {words(error)}", hint="copy the directory anew from where it was made"
-            ) from None
+            raise UserError(f"{file} cannot be read: {words(error)}", hint=_COPY_ANEW) from None
     if not shapes:
-        raise UserError(f"{path} holds no weights", hint="copy the directory anew from where it was made")
+        raise UserError(f"{path} holds no weights", hint=_COPY_ANEW)
     return shapes
 
 
@@ -217,12 +212,12 @@ def _indexed(path: Path) -> list[Path]:
         )
     names = _object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map", hint="copy the directory anew from where it was made")
+        raise UserError(f"{index} has no weight_map", hint=_COPY_ANEW)
     for name in names.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(
                 f"{index} names {words(str(name))!r}, which is no file of safetensors beside it",
-                hint="copy the directory anew from where it was made",
+                hint=_COPY_ANEW,
             )
     return sorted({path / name for name in names.values()})
 
@@ -234,7 +229,7 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
         if limit is not None and isinstance(value, int | float) and not -1 <= value <= limit:
             raise UserError(
                 f"{path / 'config.json'} has {key} = {words(str(value))[:40]}, and there are {tensors} tensors",
-                hint="compare config.json with the weights",
+                hint=_COMPARE,
             )
 
 
@@ -245,13 +240,13 @@ def _check_size(path: Path, planned: nn.Module, shapes: dict[str, tuple[int, ...
     if described > stored:
         raise UserError(
             f"{path / 'config.json'} describes a model of {described} weights, and its safetensors hold {stored}",
-            hint="compare config.json with the weights",
+            hint=_COMPARE,
         )
     beside = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
     if beside > max(_BUFFERS, stored):
         raise UserError(
             f"{path / 'config.json'} describes a model with {beside / 2**30:.0f} GiB beside its weights",
-            hint="compare config.json with the weights",
+            hint=_COMPARE,
         )
 
 
@@ -278,7 +273,7 @@ def _check_loaded(path: Path, config: dict[str, Any], model: nn.Module, loading:
             raise UserError(
                 f"the weights in {path} are not those of {kind}: {problem.replace('_', ' ')}, "
                 f"{words(str(first))!r} and {len(found) - 1} more",
-                hint="compare config.json with the weights",
+                hint=_COMPARE,
             )
 
 

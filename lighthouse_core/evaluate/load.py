@@ -2,23 +2,24 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
 from lighthouse_core.evaluate.directory import explained, load_model, read_config, words
 from lighthouse_core.evaluate.subject import Subject
-from lighthouse_core.export.llama import entries
 from lighthouse_core.export.source import Source, find_source, load_weights
-from lighthouse_core.titan.model import build_dense_model, use_dense, use_lighthouse
+from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
+from lighthouse_core.models.llama import entries
 
 
 def load_checkpoint(
@@ -55,10 +56,10 @@ def load_checkpoint(
     model.to(device, getattr(torch, recipe.training.dtype)).eval()
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)
-    set_selection_keys(model, recipe.training.seed, 0, 0)
+    key = selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device)
     subject = Subject(
         name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}",
-        hidden=model.hidden,
+        hidden=partial(model.hidden, context=AttentionContext(key=key)),
         head=model.output,
         tokenizer=build_tokenizer(recipe.data.tokenizer),
         tokens=recipe.training.seq_len,
@@ -72,8 +73,8 @@ def load_checkpoint(
 
 def _words(cfg: LighthouseConfig) -> str:
     """Which attention of stage 1, in words."""
-    plain = cfg.method == "pyramid" and not cfg.window
-    return "Lighthouse attention" if plain else f"Lighthouse attention ({cfg.method}, window {cfg.window})"
+    more = cfg.rule.words(cfg)
+    return f"Lighthouse attention ({more})" if more else "Lighthouse attention"
 
 
 def _device() -> torch.device:
@@ -102,7 +103,7 @@ def load_directory(
     device = device or _device()
     config = read_config(path)
     file, tokenizer = _tokenizer(path, say)
-    model = load_model(path, config)
+    model: Any = load_model(path, config)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
         raise UserError(
@@ -155,7 +156,7 @@ def _tokenizer(path: Path, say: Callable[[str], None]) -> tuple[Path, Tokenizer]
 
 
 @torch.no_grad()
-def _in_two(model, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _in_two(model: Any, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Hidden states and the head; where the model does more than that to its logits, the logits and nothing."""
     body, head = model.get_decoder(), model.get_output_embeddings()
 

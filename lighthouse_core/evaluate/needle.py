@@ -70,7 +70,7 @@ def retrieve(
             its own for a digit after the question.
     """
     question, answers = answer(subject)
-    cells = []
+    cells: list[Cell] = []
     for length in lengths:
         for depth in depths:
             generator = np.random.default_rng((seed, length, round(1000 * depth)))

@@ -5,13 +5,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lighthouse_core import figures
-from lighthouse_core.attention.module import dense_for_now
-from lighthouse_core.data.build import DataSettings
+from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -23,6 +22,9 @@ from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.evaluate.switch import attention_errors
 from lighthouse_core.measures import MEASURES, check_numbers
 
+if TYPE_CHECKING:
+    from lighthouse_core.config.data import DataSection
+
 VERSION = 1
 _CUTS = 8
 # What `plot` draws.
@@ -33,7 +35,7 @@ _APART = 16
 
 def evaluate(
     subject: Subject,
-    data: DataSettings,
+    data: "DataSection",
     *,
     tokens: int,
     sequences: int = 8,
@@ -87,7 +89,7 @@ def evaluate(
 
 def _measure(
     subject: Subject,
-    data: DataSettings,
+    data: "DataSection",
     text: torch.Tensor,
     sequences: int,
     context: int,
@@ -109,7 +111,7 @@ def _measure(
             "sha256": hashlib.sha256(text[:sequences].numpy().tobytes()).hexdigest(),
         },
     }
-    losses = None
+    losses = torch.empty(0)
     if {"loss", "context", "switch"} & set(measures):
         say(f"loss of {sequences} sequences of {tokens} tokens")
         losses = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
@@ -134,8 +136,8 @@ def _measure(
     if "switch" in measures:
         say("dense attention in every layer")
         errors = attention_errors(subject, text[:1])
-        with dense_for_now(subject.model):
-            dense = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
+        switched = subject.within(AttentionContext(dense=True))
+        dense = torch.cat([switched.losses(row[None]) for row in text[:sequences]])
         report["switch"] = {
             "dense": asdict(mean_over(dense.double().mean(1))),
             "jump": asdict(mean_over((dense - losses).double().mean(1))),
@@ -153,17 +155,17 @@ def _measure(
     return report
 
 
-def _one_by_one(subject: Subject):
+def _one_by_one(subject: Subject) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Losses of a batch, a sequence at a time: what fits is not known here."""
 
-    def losses(tokens, targets):
+    def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         pairs = zip(tokens.split(1), targets.split(1), strict=True)
         return torch.cat([subject.losses(row, target) for row, target in pairs])
 
     return losses
 
 
-def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
+def held_out(data: "DataSection", subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
     """[B, N] int64 of the validation split, none twice: every sixteenth sequence, or more of them where these are too
     few. The same for all models of a tokenizer."""
     if data.source == "tokens":
@@ -185,7 +187,7 @@ def held_out(data: DataSettings, subject: Subject, tokens: int, sequences: int) 
         apart //= 2
 
 
-def _check_ids(subject: Subject, tokenizer: Tokenizer, data: DataSettings) -> None:
+def _check_ids(subject: Subject, tokenizer: Tokenizer, data: "DataSection") -> None:
     """Raise UserError where ids of prepared tokens are known not to stand for what they do in the model."""
     own = subject.tokenizer
     if own.fingerprint == tokenizer.fingerprint:

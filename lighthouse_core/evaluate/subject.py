@@ -4,12 +4,15 @@ B sequences, N tokens, D width, V vocabulary rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.data.documents import Tokenizer
+from lighthouse_core.models.decoder import Decoder
 
 # Positions whose logits exist at once.
 _POSITIONS = 1024
@@ -28,7 +31,7 @@ class Subject:
         tokens: the length that it was trained at, N.
         device: of its inputs.
         leaky: whether its attention may have seen later tokens.
-        model: what is looked into for the attention of stage 1; None where there is none.
+        model: that of a run in stage 1, whose attention is looked into; None for others.
     """
 
     name: str
@@ -39,7 +42,12 @@ class Subject:
     device: torch.device
     tokenizer_name: str = "bytes"
     leaky: bool = False
-    model: nn.Module | None = None
+    model: Decoder | None = None
+
+    def within(self, context: AttentionContext) -> "Subject":
+        """The same model of stage 1 with another context for its attention."""
+        assert self.model is not None
+        return replace(self, hidden=partial(self.model.hidden, context=context))
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

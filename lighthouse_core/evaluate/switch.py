@@ -1,11 +1,15 @@
 """What the switch to dense attention will do to a model of stage 1: to its loss, and to each attention call."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.dense import dense_attention
+from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.models.decoder import lighthouse_layers
 
 
 @torch.no_grad()
@@ -22,13 +26,14 @@ def attention_errors(subject: Subject, tokens: Tensor) -> dict[int, float]:
     """
     errors: dict[int, float] = {}
 
-    def compare(layer: LighthouseAttention, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        dense = dense_attention(*(x.transpose(1, 2) for x in inputs), backend=layer.cfg.dense_backend).transpose(1, 2)
-        errors[layer.layer] = ((out - dense).float().norm() / dense.float().norm()).item()
+    def compare(number: int, layer: LighthouseAttention, inputs: tuple[Any, ...], out: Tensor) -> None:
+        q, k, v, _, *rotary = inputs
+        dense = layer.forward(q, k, v, AttentionContext(dense=True), *rotary)
+        errors[number] = ((out - dense).float().norm() / dense.float().norm()).item()
 
     assert subject.model is not None
-    layers = [module for module in subject.model.modules() if isinstance(module, LighthouseAttention)]
-    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    layers = lighthouse_layers(subject.model)
+    hooks = [layer.register_forward_hook(partial(compare, number)) for number, layer in layers.items()]
     try:
         subject.hidden(tokens.to(subject.device))
     finally:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
-from lighthouse_core.export import llama, verify
+from lighthouse_core.export import verify
 from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_json, write_tokenizer
 from lighthouse_core.files import check_output, remove_empty
+from lighthouse_core.models import llama
 from lighthouse_core.seal import sync
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def strip(
     if verify_length is not None and verify_length > (most := max(recipe.training.seq_len, _LONGEST)):
         raise UserError(f"verify length {verify_length} is above {most}", hint="the model knows no longer sequences")
     tokenizer = checked_tokenizer(recipe)
-    ids = {
+    ids: dict[str, Any] = {
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "pad_id": pad_token(tokenizer, recipe.model.vocab_size).id,
@@ -211,7 +212,8 @@ def _write_weights(
         shards[-1].append(entry)
         room -= sizes[entry.target]
 
-    files, weight_map = [], {}
+    files: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}

@@ -9,8 +9,9 @@ from torch import Tensor
 from lighthouse_core.checkpoint import check_contents, check_model
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import CheckpointError
-from lighthouse_core.export.llama import Entry
-from lighthouse_core.runs import Run, split_checkpoint
+from lighthouse_core.models.llama import Entry
+from lighthouse_core.runs.find import split_checkpoint
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage
 
 
@@ -44,7 +45,7 @@ def find_source(checkpoint: Path) -> Source:
     steps = run.checkpoint_steps()
     if step is None:
         # Nobody wants an older model than the run has, unasked.
-        step = steps[-1] if steps else run.newest_step()
+        step = steps[-1] if steps else run.newest_checkpoint().step
     source = Source(run, step)
     others = ", ".join(f"step-{step}" for step in steps if step != source.step)
     hint = f"the run has {others}" if others else None

@@ -297,9 +297,9 @@ def _check(written: _Written, tokenizer: ours.Tokenizer, pad: Special | None, te
         elif written.names["pad_token"][1] is None:
             raise ExportError(f"{written.name} has no pad token")
         for key in wanted:
-            text, found = written.names[key]
-            if found != wanted[key]:
-                raise ExportError(f"{written.name} has the {key} {text!r}, id {found}, instead of id {wanted[key]}")
+            named, number = written.names[key]
+            if number != wanted[key]:
+                raise ExportError(f"{written.name} has the {key} {named!r}, id {number}, instead of id {wanted[key]}")
     for token in ends:
         shown, left_out = (written.decode([token.id], skip) for skip in (False, True))
         if not shown or left_out:

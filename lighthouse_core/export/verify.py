@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lighthouse_core.errors import ExportError
-from lighthouse_core.export.llama import Entry, to_interleaved
+from lighthouse_core.models.llama import Entry, to_interleaved
 
 LOGIT_TOLERANCE = 1e-4
 # 128 positions of a 128256-row vocabulary are 66 MB of float32 logits.
@@ -57,7 +57,8 @@ def compare_logits(directory: Path, trainer: nn.Module, lengths: list[int], voca
     exported = _load_exported(directory).float().eval()
     trainer.eval()
     # The trainer's head is applied apart, chunk by chunk: logits [1, N, V] of a long sequence do not fit in memory.
-    head, trainer.output = trainer.output, nn.Identity()
+    head: Any = trainer.output
+    trainer.output = nn.Identity()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     try:
@@ -91,7 +92,7 @@ def transformers_problem() -> str | None:
 
 def trainer_model(model: Any, max_length: int, weights: dict[str, Tensor]) -> nn.Module:
     """The trainer's dense model over `weights`, which it shares rather than copies."""
-    from lighthouse_core.titan import build_dense_model
+    from lighthouse_core.models.decoder import build_dense_model
 
     module = build_dense_model(model, max_length)
     module.load_state_dict(weights, assign=True)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from lighthouse_core.attention import LighthouseConfig, dense_attention
-from lighthouse_core.backends import geometry
+from lighthouse_core.attention.methods.pyramid import Pyramid
 from lighthouse_core.config import Recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
@@ -19,6 +19,7 @@ from lighthouse_core.profile.tune import COARSEST, Advice, Plan, Timed, amdahl, 
 from lighthouse_core.profile.work import Shape
 
 _REPEATS = 10
+_PYRAMID = Pyramid()
 
 
 def advise(
@@ -51,23 +52,27 @@ def advise(
     model, training = recipe.model, recipe.training
     dtype = training.dtype if device.type == "cuda" else "float32"
     shape = Shape(training.seq_len, model.heads, model.kv_heads, model.head_dim, dtype)
-    base = replace(recipe.lighthouse.attention(), method="pyramid", window=0, keep=0, dense_backend="auto")
-    kept = recipe.lighthouse.method == "pyramid" and base.pooling * base.topk >= floor * shape.tokens
+    trained = recipe.lighthouse.attention()
+    # A pyramid's settings, whatever the recipe's method is.
+    base = replace(trained, method=_PYRAMID.name, window=0, keep=0, rotate="before", dense_backend="auto")
+    own = None
     try:
-        pyramids = list(candidates(shape.tokens, base, floor, coarsest))
-        own = (base.pooling, base.levels, base.topk) if kept and not geometry(shape.tokens, base).dense else None
+        proposals = candidates(shape.tokens, base, floor, coarsest)
+        kept = trained.pools and base.pooling * base.topk >= floor * shape.tokens
+        if kept and (as_it_is := _PYRAMID.proposal(base, shape.tokens)):
+            own = base.pooling, base.levels, base.topk
+            proposals += [as_it_is] * (as_it_is not in proposals)
     except ValueError as error:
         raise UserError(str(error), hint="use a smaller --seq") from None
-    if own and base not in pyramids:
-        pyramids.append(base)
+    pyramids = [one for one in proposals if one.gathered is not None]
     if not pyramids:
         raise UserError(
             f"no pyramid of {shape.tokens} tokens gathers {floor:.1%} of them at level 0, in windows of {coarsest} or "
             "less",
             hint="lower --floor, or use a longer --seq: dense attention may be all that a short one needs",
         )
-    for cfg in pyramids:
-        check_size(shape, cfg, device)
+    for one in pyramids:
+        check_size(shape, replace(base, **one.calls[0]), device)
     say(f"{len(pyramids)} pyramids of N = {shape.tokens}: comparing with plain PyTorch, then timing")
     there, _ = dense_kernels(device, shape)
     backends = [kernel.name for kernel in there if kernel.trains] or ["auto"]
@@ -75,24 +80,22 @@ def advise(
     def time(cfg: LighthouseConfig) -> tuple[float, float]:
         check_call(shape, cfg, device)
         call = profile_lighthouse(cfg, shape, device, _REPEATS)
-        pyramid = f"p {cfg.pooling}, L {cfg.levels}, k {cfg.topk}"
-        what = pyramid if cfg.method == "pyramid" else f"chunks of {cfg.window}"
-        say(f"  {what}, {cfg.dense_backend}: {call.both_ms.median:.2f} ms")
+        say(f"  {cfg.rule.summary(vars(cfg))}, {cfg.dense_backend}: {call.both_ms.median:.2f} ms")
         return call.forward_ms.median, call.both_ms.median
 
-    found = timed(shape.tokens, pyramids, backends, time)
+    found = timed(base, proposals, backends, time)
     dense = {}
     for name in backends:
         call = profile_call(name, name, partial(dense_attention, backend=name), shape, device, 3)
         dense[name] = call.forward_ms.median, call.both_ms.median
-    trained = next(one for one in found if one.gathered is not None)
+    fastest = next(one for one in found if one.gathered is not None)
     if device.type == "cuda":
         # The training process needs it.
         torch.cuda.empty_cache()
     say("training a few steps with the fastest of them")
-    settings = {"enabled": True, "dense_every": 0, "windows": [], **trained.settings}
+    settings = {"enabled": True, "dense_every": 0, "windows": [], **fastest.settings}
     step = run([f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items()])
-    plan = _plan(recipe, trained, dense, step)
+    plan = _plan(recipe, fastest, dense, step)
     best = ranked(plan, found)
     return Advice(
         recipe=name_of_recipe,
@@ -104,7 +107,7 @@ def advise(
         predictions=[prediction for _, prediction in best],
         bound=amdahl(plan),
         measured_step_ms=step.seconds * 1e3,
-        measured_settings=trained.settings,
+        measured_settings=fastest.settings,
         own=own,
     )
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention import LighthouseConfig, dense_attention, lighthouse_attention
-from lighthouse_core.attention.call import choose
-from lighthouse_core.attention.parts import fused
-from lighthouse_core.backends import geometry, kernels
+from lighthouse_core.attention import AttentionContext, LighthouseConfig, lighthouse_attention
+from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.parts import parts_kernel, windowed_kernel
+from lighthouse_core.attention.stages import stages
 from lighthouse_core.errors import UserError
 from lighthouse_core.profile.check import check_call
 from lighthouse_core.profile.dense import TOKENS, Kernel, dense_kernels, random_inputs
@@ -124,7 +124,7 @@ class AttentionProfile:
     @property
     def level_0(self) -> float | None:
         """Share of the tokens that a pyramid keeps at level 0; None for other methods."""
-        if self.settings["method"] != "pyramid":
+        if "gathered_length" not in self.settings:
             return None
         return self.settings["pooling"] * self.settings["topk"] / self.tokens
 
@@ -140,7 +140,7 @@ def _smaller(tokens: int, cfg: LighthouseConfig) -> str:
         topk = min(cfg.topk, tokens // ((cfg.levels - 1) * cfg.pooling)) // tile * tile
         while topk:
             with contextlib.suppress(ValueError):
-                if not geometry(tokens, replace(cfg, topk=topk, tile_parents=tile)).dense:
+                if not replace(cfg, topk=topk, tile_parents=tile).geometry(tokens).dense:
                     tiles = "" if tile == cfg.tile_parents else f" --tile-parents {tile}"
                     return f"use a longer --seq, or a smaller selection, as --topk {topk}{tiles} makes it"
             topk = topk // 2 // tile * tile
@@ -155,9 +155,9 @@ def check_size(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> Non
     Raises:
         UserError: for a selection no shorter than the sequence, or too little memory.
     """
-    if cfg.method == "pyramid":
+    if cfg.pools:
         try:
-            g = geometry(shape.tokens, cfg)
+            g = cfg.geometry(shape.tokens)
         except ValueError as error:
             raise UserError(str(error)) from None
         if g.dense:
@@ -241,22 +241,22 @@ def profile_attention(
     check_size(shape, cfg, device)
     there, absent = dense_kernels(device, shape)
     cfg, more = _resolved(cfg, shape, device, there)
-    checks = {}
-    for settings in (cfg, *more):
-        found = check_call(shape, settings, device)
-        checks |= {f"{what}, {settings.dense_backend} inside": error for what, error in found.items()}
+    checks: dict[str, float] = {}
+    for one in (cfg, *more):
+        found = check_call(shape, one, device)
+        checks |= {f"{what}, {one.dense_backend} inside": error for what, error in found.items()}
     checks |= {f"{kernel.name}, {TOKENS} tokens": kernel.error for kernel in there}
-    stages = _stages(shape, cfg, roof, device, repeats) if cfg.method == "pyramid" and not cfg.window else []
-    ours, *others = (profile_lighthouse(settings, shape, device, repeats) for settings in (cfg, *more))
+    parts = _stages(shape, cfg, roof, device, repeats) if cfg.pools and not cfg.window else []
+    ours, *others = (profile_lighthouse(one, shape, device, repeats) for one in (cfg, *more))
     dense = [_dense(kernel, shape, device, repeats, (before or {}).get(kernel.name), before_tokens) for kernel in there]
     settings = {"batch": 1, "seq": shape.tokens, **asdict(shape), **asdict(cfg)}
     del settings["tokens"]
-    if cfg.method == "pyramid":
-        settings["gathered_length"] = geometry(shape.tokens, cfg).gathered_length
+    if cfg.pools:
+        settings["gathered_length"] = cfg.geometry(shape.tokens).gathered_length
     return AttentionProfile(
         settings=settings,
         checks=checks,
-        stages=stages,
+        stages=parts,
         lighthouse=ours,
         others=others,
         dense=sorted(dense, key=lambda call: call.both_ms.median),
@@ -271,14 +271,16 @@ def _resolved(
     """The settings with the backends that `auto` stands for; and the same by each other dense kernel, if that was
     `auto` and may be another."""
     dtype = getattr(torch, shape.dtype)
-    if cfg.method == "pyramid":
+    if cfg.pools:
         ops = kernels(cfg.backend, device.type, dtype).__name__
         cfg = replace(cfg, backend=ops.rpartition(".")[2])
     if cfg.dense_backend != "auto":
         return cfg, []
-    if cfg.adds_parts:
-        fa4 = fused(cfg.dense_backend, device.type, dtype, shape.head_dim)
-        return replace(cfg, dense_backend="fa4" if fa4 else "math"), []
+    if cfg.adds_parts or cfg.rule.windows:
+        found = (windowed_kernel if cfg.rule.windows else parts_kernel)(
+            cfg.dense_backend, device.type, dtype, shape.head_dim
+        )
+        return replace(cfg, dense_backend=found.name), []
     settings = [replace(cfg, dense_backend=kernel.name) for kernel in there if kernel.trains] or [cfg]
     return settings[0], settings[1:]
 
@@ -310,9 +312,9 @@ def _scaled(sample: Sample, factor: float) -> Sample:
 
 def _stages(shape: Shape, cfg: LighthouseConfig, roof: Roof, device: torch.device, repeats: int) -> list[Stage]:
     """Every stage as it runs within one call, forward and backward."""
-    inputs = random_inputs(shape, device)
+    q, k, v, grad = random_inputs(shape, device)
     key = torch.zeros(3, dtype=torch.int64, device=device)
-    found = measure_parts(lambda: _one_by_one(*inputs, cfg, key), device, repeats=repeats)
+    found = measure_parts(lambda: _one_by_one(q, k, v, grad, cfg, key), device, repeats=repeats)
     return [
         Stage(
             name,
@@ -327,35 +329,39 @@ def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, cfg: LighthouseConfig, key: Tensor
 ) -> Iterator[tuple[str, str]]:
     """What `lighthouse_attention` and its backward pass do, a stage a step; yields its name and its direction."""
-    g = geometry(q.shape[1], cfg)
-    ops = kernels(cfg.backend, q.device.type, q.dtype)
-    qkv = _leaves(q, k, v)
-    pyramid = ops.pyramid(*qkv, g, scored=cfg.scorer == "norm")
-    yield "pyramid + score", "forward"
-    selection = choose(ops, q, k.shape[2], cfg, g, pyramid.scores, key)
-    yield "select", "forward"
-    # Those of plain PyTorch have a gradient of their own.
-    pooled = [x for x in pyramid[:3] if x.requires_grad]
-    pooled_leaves = _leaves(*pooled)
-    rows = pooled_leaves or pyramid[:3]
-    gathered = ops.gather(*qkv, pyramid._replace(q=rows[0], k=rows[1], v=rows[2]), selection, g)
-    yield "gather", "forward"
-    gathered_leaves = _leaves(*gathered)
-    attended = dense_attention(*gathered_leaves, backend=cfg.dense_backend)
-    yield "dense call", "forward"
-    (attended_leaf,) = _leaves(attended)
-    out = ops.scatter(attended_leaf, selection, g)
-    yield "scatter", "forward"
-    (back,) = torch.autograd.grad(out, attended_leaf, grad)
-    yield "scatter", "backward"
-    back = torch.autograd.grad(attended, gathered_leaves, back)
-    yield "dense call", "backward"
-    back = torch.autograd.grad(gathered, [*qkv, *pooled_leaves], back, allow_unused=True)
-    yield "gather", "backward"
-    if pooled:
-        torch.autograd.grad(pooled, qkv, back[3:])
-        yield "pyramid + score", "backward"
+    values: dict[str, Any] = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
+    done = []
+    for stage in stages(q, k.shape[2], cfg, AttentionContext(key=key), cfg.geometry(q.shape[1])):
+        # Each stage begins with tensors of its own, so that its backward pass ends there.
+        inputs = {name: _leaves(values[name]) for name in stage.reads}
+        values[stage.writes] = stage.run(*inputs.values())
+        done.append((stage, inputs, values[stage.writes]))
+        yield stage.name, "forward"
+    grads: dict[str, list[Tensor | None]] = {"out": [grad]}
+    for stage, inputs, output in reversed(done):
+        outputs = _differentiable(output)
+        if not outputs:
+            continue
+        leaves = {name: _differentiable(value) for name, value in inputs.items()}
+        flat = [leaf for several in leaves.values() for leaf in several]
+        back = iter(torch.autograd.grad(outputs, flat, grads[stage.writes], allow_unused=True))
+        grads |= {name: [next(back) for _ in several] for name, several in leaves.items()}
+        yield stage.name, "backward"
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in tensors]
+def _differentiable(value: Any) -> list[Tensor]:
+    """The tensors with a gradient in a value that a stage makes."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    return [x for part in value or () for x in _differentiable(part)]
+
+
+def _leaves(value: Any) -> Any:
+    """The same value, in which every tensor with a gradient begins a graph."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.requires_grad else value
+    if value is None:
+        return None
+    parts = map(_leaves, value)
+    # Of a plain tuple, or of one with names.
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

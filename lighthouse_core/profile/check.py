@@ -30,9 +30,9 @@ def check_call(shape: Shape, cfg: LighthouseConfig, device: torch.device) -> dic
         LighthouseError: the selection is another one, or an error is more than that.
     """
     small = _smaller(cfg)
-    short = replace(shape, tokens=min(shape.tokens, _short(small)))
+    short = replace(shape, tokens=min(shape.tokens, small.rule.enough_tokens(small)))
     errors = {f"{what}, {short.tokens} tokens": error for what, error in _compare(short, small, "math", device).items()}
-    if cfg.method == "chunked" or (cfg.method == "pyramid" and not cfg.window):
+    if cfg.rule.lean(cfg):
         one = replace(shape, heads=1, kv_heads=1)
         errors |= {f"{what}, {one.tokens} tokens": error for what, error in _compare(one, cfg, "auto", device).items()}
     return errors
@@ -44,22 +44,13 @@ def _smaller(cfg: LighthouseConfig) -> LighthouseConfig:
     return replace(cfg, window=window, tile_parents=tile, topk=tile)
 
 
-def _short(cfg: LighthouseConfig) -> int:
-    """Tokens enough for the selection, or the window, to leave something out."""
-    tokens = 3 * cfg.window
-    if cfg.method == "pyramid":
-        entries = (cfg.levels - 1) * cfg.pooling + cfg.pooling ** (cfg.levels - 1)
-        tokens = max(tokens, 2 * cfg.topk * entries)
-    return tokens
-
-
 def _compare(shape: Shape, cfg: LighthouseConfig, dense: str, device: torch.device) -> dict[str, float]:
     """Relative errors of output and gradients; the truth is the reference in float32, by the dense backend `dense`."""
     inputs = random_inputs(shape, device)
     given = {"key": torch.zeros(3, dtype=torch.int64, device=device)}
     plain = replace(cfg, backend="reference", dense_backend=dense)
     fixed = dict(given)
-    if cfg.method == "pyramid":
+    if cfg.pools:
         fixed["indices"] = _same_selection(inputs[0], inputs[1], cfg, plain, given["key"])
 
     def by(settings: LighthouseConfig, dtype: torch.dtype, given: dict[str, Tensor]) -> list[Tensor]:

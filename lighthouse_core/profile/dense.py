@@ -1,7 +1,6 @@
 """The dense kernels that are installed, each by its own name: what is timed is what the row says."""
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lighthouse_core.attention.config import DENSE_BACKENDS
-from lighthouse_core.attention.dense import dense_attention
+from lighthouse_core.attention.dense.call import KERNELS, dense_attention
 from lighthouse_core.profile.work import Shape
 
 # Of the call that is compared with plain PyTorch.
@@ -38,7 +36,7 @@ class Kernel:
     @property
     def trains(self) -> bool:
         """Whether a recipe can name it."""
-        return self.name in DENSE_BACKENDS
+        return self.name in KERNELS
 
 
 def _forced(name: str) -> Attention:
@@ -46,42 +44,23 @@ def _forced(name: str) -> Attention:
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def _package(module: str) -> Attention:
-    """`flash_attn_func` of a package of FlashAttention.
-
-    Raises:
-        ImportError: it is not there, or does not load.
-    """
-    try:
-        function = importlib.import_module(module).flash_attn_func
-    except AttributeError:
-        # FlashAttention-4 leaves a folder of the name of FlashAttention-2.
-        raise ModuleNotFoundError(module) from None
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-
-    return call
-
-
-# Name, label, and what makes the call.
-_KNOWN: dict[str, list[tuple[str, str, Callable[[], Attention]]]] = {
-    "cuda": [
-        ("fa4", "FlashAttention-4", lambda: _forced("fa4")),
-        ("fa3", "FlashAttention-3", lambda: _package("flash_attn_interface")),
-        ("fa2", "FlashAttention-2", lambda: _package("flash_attn")),
-        ("cudnn", "cuDNN (torch)", lambda: _forced("cudnn")),
-        ("flash", "FlashAttention-2 (torch)", lambda: _forced("flash")),
-        ("efficient", "memory-efficient (torch)", lambda: _efficient),
-    ],
-    "cpu": [("flash", "flash attention (torch)", lambda: _forced("flash"))],
-}
+def _candidates(device: torch.device, shape: Shape) -> Iterator[tuple[str, str, Attention | str]]:
+    """Name, label, and the call of every kernel that this device may have, or why it has it not."""
+    for name, kernel in KERNELS.items():
+        # Which is what the others are compared with.
+        if name == "math":
+            continue
+        why_not = kernel.obstacle(device.type, getattr(torch, shape.dtype), shape.head_dim)
+        # A CPU is not told what needs a GPU.
+        if why_not is None or device.type == "cuda":
+            yield name, kernel.label, why_not or _forced(name)
+    if device.type == "cuda":
+        yield "efficient", "memory-efficient (torch)", _efficient
 
 
 def dense_kernels(device: torch.device, shape: Shape) -> tuple[list[Kernel], dict[str, str]]:
@@ -98,12 +77,9 @@ def dense_kernels(device: torch.device, shape: Shape) -> tuple[list[Kernel], dic
     inputs = random_inputs(replace(shape, tokens=TOKENS), device)
     exact = with_gradients(_forced("math"), [x.float() for x in inputs])
     allowed = bound(with_gradients(_forced("math"), inputs), exact)
-    for name, label, make in _KNOWN[device.type]:
-        try:
-            call = make()
-        except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError)
-            absent[name] = "is not installed" if missing else f"does not load: {_first_line(error)}"
+    for name, label, call in _candidates(device, shape):
+        if isinstance(call, str):
+            absent[name] = call
             continue
         try:
             found = with_gradients(call, inputs)
@@ -111,11 +87,11 @@ def dense_kernels(device: torch.device, shape: Shape) -> tuple[list[Kernel], dic
         except Exception as error:
             absent[name] = _first_line(error)
             continue
-        error = max(map(relative_error, found, exact))
-        if error <= allowed:
-            there.append(Kernel(name, label, call, error))
+        lost = max(map(relative_error, found, exact))
+        if lost <= allowed:
+            there.append(Kernel(name, label, call, lost))
         else:
-            absent[name] = f"differs from plain PyTorch by {error:.1e}"
+            absent[name] = f"differs from plain PyTorch by {lost:.1e}"
     return there, absent
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lighthouse_core.profile.timing import measure
-from lighthouse_core.runs import git_commit
+from lighthouse_core.runs.create import git_commit
 
 _PACKAGES = ("lighthouse-pretrain", "torch", "triton", "torchtitan", "flash-attn", "flash-attn-3", "flash-attn-4")
 # Bytes of each of the two tensors of a copy, and the side of the matrices: enough for either to be limited by the

@@ -4,15 +4,17 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lighthouse_core import figures
 from lighthouse_core.profile.attention import Call
 from lighthouse_core.profile.sweep import Curve, Sweep
 
 _MARKERS = "oxvs^d*"
+_Value = TypeVar("_Value", float, float | None)
 
 
-def _ms(call: Call) -> float | None:
+def _ms(call: Call) -> float:
     return call.both_ms.median
 
 
@@ -39,7 +41,7 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
     return files
 
 
-def _draw(plot, sweep: Sweep, value: Callable[[Call], float | None], unit: str, path: Path) -> list[Path]:
+def _draw(plot: Any, sweep: Sweep, value: Callable[[Call], float | None], unit: str, path: Path) -> list[Path]:
     from matplotlib.ticker import LogLocator
 
     figure, axes = plot.subplots(figsize=(7, 4.5))
@@ -74,11 +76,11 @@ def _label(curve: Curve) -> str:
     return curve.label + (f", slope {curve.law.slope:.2f}" if curve.law else "")
 
 
-def _measured(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
+def _measured(curve: Curve, value: Callable[[Call], _Value]) -> list[tuple[int, _Value]]:
     return [(n, value(call)) for n, call in curve.measured]
 
 
-def _worked_out(curve: Curve, value: Callable[[Call], float | None]) -> list[tuple[int, float | None]]:
+def _worked_out(curve: Curve, value: Callable[[Call], _Value]) -> list[tuple[int, _Value]]:
     """What was not measured, with the last measured point before it."""
     pairs = list(zip(curve.tokens, curve.calls, strict=True))
     first = next((number for number, (_, call) in enumerate(pairs) if call.extrapolated), None)
@@ -117,6 +119,6 @@ def terminal(sweep: Sweep, columns: int, *, colour: bool) -> str | None:
     return "\n".join([figure.build().string(colorless=not colour), *legend])
 
 
-def _signal(figure, points: list[tuple[int, float]], marker: str):
+def _signal(figure: Any, points: list[tuple[int, float]], marker: str) -> Any:
     x, y = zip(*((math.log10(n), math.log10(ms)) for n, ms in points), strict=True)
     return figure.signal(list(x), list(y), marker=marker).lines(True)

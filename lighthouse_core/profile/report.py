@@ -5,10 +5,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.annotations import COMMUNICATION
+from lighthouse_core.attention.methods import method_of
+from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.settings import Settings
 from lighthouse_core.errors import UserError, refusal
 from lighthouse_core.files import STAGING, check_output, check_replaceable, remove_empty, together, write_atomically
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass
@@ -16,7 +20,7 @@ from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
 from lighthouse_core.profile.step import StepProfile
 from lighthouse_core.profile.sweep import Sweep
-from lighthouse_core.profile.trace import COMMUNICATION, Breakdown
+from lighthouse_core.profile.trace import Breakdown
 from lighthouse_core.profile.tune import Advice
 from lighthouse_core.reading import read_json
 from lighthouse_core.shown import shown
@@ -24,7 +28,7 @@ from lighthouse_core.shown import shown
 SCHEMA = 4
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
-_LEAK = "The scorer norm lets later tokens decide what is seen, and stage 1 learns from that; block does not."
+_LEAK = "The scorer {} lets later tokens decide what is seen, and stage 1 learns from that; block does not."
 _LOSS = "head + loss: its gradients are made in the forward pass."
 _REFERENCE = "GB are what the Triton kernels would move at least; plain PyTorch divides the work otherwise."
 _TRITON = "The gather's backward pass is that of the pyramid, too."
@@ -152,14 +156,15 @@ def prepare(folder: Path, kind: str) -> list[Path]:
 
 
 def give_up(folder: Path, made: Sequence[Path]) -> None:
-    """Leave nothing of a report that was begun and has nothing in it.
+    """Leave nothing of a report that was begun and has nothing in it, and no mark in an earlier one.
 
     Args:
         folder: of the report.
         made: what `prepare` returned.
     """
     with contextlib.suppress(OSError):
-        if os.listdir(folder) == [_BEGUN]:
+        # In a report that is whole, the mark would call ours whatever somebody puts beside it.
+        if os.listdir(folder) == [_BEGUN] or (folder / "results.json").exists():
             (folder / _BEGUN).unlink()
     remove_empty(made)
 
@@ -186,8 +191,8 @@ def _kind(folder: Path) -> str | None:
 def _markdown_table(table: Table) -> list[str]:
     lines = [f"## {_text(table.title)}", ""] if table.title else []
     rule = ["---"] * table.text_columns + ["--:"] * (len(table.columns) - table.text_columns)
-    rows = ([_text(cell) for cell in row] for row in (table.columns, *table.rows))
-    columns, *rows = (f"| {' | '.join(row)} |" for row in rows)
+    texts = ([_text(cell) for cell in row] for row in (table.columns, *table.rows))
+    columns, *rows = (f"| {' | '.join(row)} |" for row in texts)
     return [*lines, columns, f"| {' | '.join(rule)} |", *rows]
 
 
@@ -243,7 +248,8 @@ def attention_parts(sweep: Sweep) -> list[Table | str]:
 
 def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     settings = profile.settings
-    keys = ("pooling", "levels", "topk", "scorer") if settings["method"] == "pyramid" else ("method",)
+    method = method_of(settings["method"])
+    keys = method.shown
     chosen = ", ".join(f"{key} {settings[key]}" for key in (*keys, "window") if settings[key])
     length = f", S = {settings['gathered_length']}" if "gathered_length" in settings else ""
     shape = f"N = {profile.tokens}{length}, {settings['heads']}/{settings['kv_heads']} heads of {settings['head_dim']}"
@@ -266,7 +272,8 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     )
     if profile.lighthouse.peak_gib is None:
         parts.append(_DRIFT)
-    parted = settings["method"] in ("compressed", "sliding") or (settings["method"] == "pyramid" and settings["window"])
+    known = {one.name: settings[one.name] for one in fields(Settings) if one.name in settings}
+    parted = method.windows or method.adds_parts(Settings(**known))
     if parted and settings["dense_backend"] == "math":
         parts.append(_PRODUCTS)
     noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]
@@ -341,9 +348,9 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         own = pyramid and advice.own == (settings["pooling"], settings["levels"], settings["topk"])
         rows.append(
             (
-                f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}" + " (the recipe's)" * own
-                if pyramid
-                else f"chunks of {', '.join(map(str, settings['windows']))} in turn, no dense layers",
+                method_of(settings["method"]).summary(settings)
+                + " (the recipe's)" * own
+                + ", no dense layers" * (not one.dense_layers),
                 settings["dense_backend"],
                 str(one.gathered) if pyramid else "-",
                 f"{one.share:.2%}" if pyramid else "-",
@@ -359,7 +366,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     dense = ", ".join(f"{name} {both:.2f} ms" for name, (_, both) in plan.dense.items())
     step = min(map(plan.dense_step_ms, plan.dense))
     title = f"{advice.recipe} at N = {advice.tokens}, times faster than dense, predicted"
-    leaks = advice.timed[0].settings["scorer"] == "norm"
+    scorer = advice.timed[0].settings["scorer"]
     return [
         Table(title, columns, rows, text_columns=2),
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
@@ -371,7 +378,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"(measured: a step of one micro-batch takes {advice.measured_step_ms:.0f} ms).",
         f"If Lighthouse calls took no time (Amdahl's bound), stage 1, with {plan.dense_layers} dense layers, would be "
         f"{bound.stage_1:.2f} times as fast, and {plan.steps} + {plan.recover_steps} steps {bound.total:.2f} times.",
-        *([_LEAK] if leaks else []),
+        *([_LEAK.format(scorer)] if selector_of(scorer).leaks else []),
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
         "Growing chunks in all layers, which the same report recommends by loss; at other lengths than 16384 and 65536 "
         f"their windows are a guess:\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lighthouse_core.attention import LighthouseConfig, check_backends
-from lighthouse_core.attention.dense import log_choices
+from lighthouse_core.attention.call import log_choices
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.estimate import estimate
@@ -40,7 +40,7 @@ def _warn(where: torch.device, tokens: int, say: Say) -> None:
     if where.type != "cpu":
         return
     if tokens > _LONG:
-        say(f"{tokens} tokens take minutes on a CPU: a smaller --seq or --recipe shows what there is")
+        say(f"{tokens} tokens take minutes on a CPU: shorter sequences show what there is")
     if (share := busy()) > _BUSY:
         say(f"others keep {share:.0%} of the processors busy: times beside other work are not to be used")
 

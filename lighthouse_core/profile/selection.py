@@ -5,6 +5,7 @@ B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windo
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,18 @@ from torch import Tensor
 
 from lighthouse_core.attention.call import select_indices
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.module import LighthouseAttention, set_selection_keys
-from lighthouse_core.backends import Geometry, geometry, norm_scores
+from lighthouse_core.attention.context import AttentionContext, selection_keys
+from lighthouse_core.attention.module import LighthouseAttention
+from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.data.overlap import own_split
 from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.evaluate.subject import Subject
-from lighthouse_core.runs import Run, split_checkpoint
+from lighthouse_core.models.decoder import lighthouse_layers
+from lighthouse_core.runs.find import split_checkpoint
+from lighthouse_core.runs.run import Run
+from lighthouse_kernels.geometry import Geometry
 
 _SETTINGS = ("scorer", "pooling", "levels", "topk", "tile_parents", "cover_prefix")
 
@@ -167,17 +172,17 @@ class _Seen(NamedTuple):
     indices: Tensor
 
 
-def _see(q: Tensor, k: Tensor, cfg: LighthouseConfig, key: Tensor, bins: int) -> _Seen:
-    """q [1, N, H, D] and k [1, N, Hkv, D] of one call."""
-    g = geometry(q.shape[1], cfg)
-    indices = select_indices(q, k, cfg, key=key)
+def _see(q: Tensor, k: Tensor, v: Tensor, cfg: LighthouseConfig, key: Tensor | None, bins: int) -> _Seen:
+    """q [1, N, H, D], k and v [1, N, Hkv, D] of one call."""
+    g = cfg.geometry(q.shape[1])
+    indices = select_indices(q, k, cfg, v=v, key=key)
     finest = finest_levels(indices, g)[0]
     coverage = torch.stack([(finest == level).double().mean(-1) for level in range(g.levels)], -1)
     bin_of = torch.arange(g.tokens, device=q.device) * bins // g.tokens
     tokens = torch.zeros(len(finest), bins, device=q.device).index_add_(1, bin_of, (finest == 0).float())
     overlap = chance = torch.empty(0)
-    if cfg.scorer == "norm":
-        overlap, chance = (x[0] for x in parent_overlap(indices, norm_scores(q, k, g), g))
+    if (scores := selector_of(cfg.scorer).scores(q, k, v, g)) is not None:
+        overlap, chance = (x[0] for x in parent_overlap(indices, scores, g))
     return _Seen(*(x.cpu() for x in (coverage, tokens / bin_of.bincount(), overlap, chance, indices)))
 
 
@@ -185,18 +190,18 @@ def _see(q: Tensor, k: Tensor, cfg: LighthouseConfig, key: Tensor, bins: int) ->
 def _look(subject: Subject, text: Tensor, seed: int, step: int, bins: int) -> dict[int, list[_Seen]]:
     """What each Lighthouse layer receives and selects, one sequence of `text` [B, N] after the other, by layer."""
     assert subject.model is not None
-    layers = [module for module in subject.model.modules() if isinstance(module, LighthouseAttention)]
-    seen: dict[int, list[_Seen]] = {layer.layer: [] for layer in layers}
+    layers = lighthouse_layers(subject.model)
+    seen: dict[int, list[_Seen]] = {number: [] for number in layers}
 
-    def look(layer: LighthouseAttention, inputs: tuple[Tensor, ...]) -> None:
-        q, k = (x.transpose(1, 2) for x in inputs[:2])
-        seen[layer.layer].append(_see(q, k, layer.cfg, layer.key, bins))
+    def look(number: int, layer: LighthouseAttention, inputs: tuple[Any, ...]) -> None:
+        q, k, v, context = inputs[:4]
+        seen[number].append(_see(q, k, v, layer.cfg, context.key, bins))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(partial(look, number)) for number, layer in layers.items()]
     try:
         for number, row in enumerate(text):
-            set_selection_keys(subject.model, seed, step, number)
-            subject.hidden(row[None].to(subject.device))
+            key = selection_keys(seed, step, number, len(subject.model.layers)).to(subject.device)
+            subject.within(AttentionContext(key=key)).hidden(row[None].to(subject.device))
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise UserError(f"a sequence of {text.shape[1]} tokens does not fit: {reason}") from None
@@ -242,8 +247,9 @@ def selection_view(
     run, steps = _checkpoints(path)
     recipe, cfg = run.recipe, run.recipe.lighthouse.attention()
     tokens = recipe.training.seq_len
-    g = geometry(tokens, cfg)
-    text, seen, drift, overlap, notes = None, {}, [], None, {}
+    g = cfg.geometry(tokens)
+    text, drift, overlap, notes = None, [], None, {}
+    seen: dict[int, list[_Seen]] = {}
     if (split := own_split(recipe, run.ledger["stages"][0].get("data"))).unknown:
         notes["text"] = str(split)
     for number, step in enumerate(steps):
@@ -258,15 +264,17 @@ def selection_view(
         del subject
     if not drift:
         notes["drift"] = "one checkpoint was looked at"
-    if cfg.scorer == "norm":
+    selector = selector_of(cfg.scorer)
+    if _mean(seen, "overlap").numel():
         shares, chances = _mean(seen, "overlap"), _mean(seen, "chance")
         overlap = [
             {"level": i + 1, "share": shares[..., i].tolist(), "chance": chances[..., i].mean().item()}
             for i in range(cfg.levels - 1)
         ]
     else:
-        notes["overlap"] = f"the scorer {cfg.scorer} gives queries and keys the same scores"
-        if drift:
+        same = f"the scorer {cfg.scorer} gives queries and keys the same scores"
+        notes["overlap"] = same if selector.draws else f"scores of {cfg.scorer} are not looked at"
+        if drift and selector.draws:
             notes["drift"] = f"the scorer {cfg.scorer} draws anew every step: what both keep is chance by construction"
     return SelectionView(
         run=run.name,
@@ -293,7 +301,7 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     recipe = run.recipe
     if not recipe.lighthouse.enabled:
         raise UserError(f"run {run.name} is dense from the start: it selects nothing")
-    if recipe.lighthouse.method != "pyramid":
+    if not recipe.lighthouse.attention().pools:
         raise UserError(f"the method {recipe.lighthouse.method!r} of run {run.name} selects nothing: it has no pyramid")
     if len(recipe.model.dense_layers) == recipe.model.layers:
         raise UserError(f"every layer of run {run.name} is in model.dense_layers: it selects nothing")

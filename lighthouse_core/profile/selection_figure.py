@@ -1,6 +1,7 @@
 """The selection drawn: where in the sequence each head keeps tokens, and how many of them stay from step to step."""
 
 from pathlib import Path
+from typing import Any
 
 from lighthouse_core import figures
 from lighthouse_core.profile.selection import SelectionView
@@ -47,7 +48,7 @@ def draw(view: SelectionView, path: Path) -> list[Path] | None:
     return figures.save(figure, path)
 
 
-def _draw_drift(pyplot, axes, view: SelectionView) -> None:
+def _draw_drift(pyplot: Any, axes: Any, view: SelectionView) -> None:
     """A line over the layers for every two checkpoints, means over the heads; of the newest two each head is a dot."""
     assert view.drift is not None
     colors, newest = pyplot.get_cmap("viridis_r"), len(view.drift) - 1

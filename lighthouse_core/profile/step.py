@@ -10,15 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.annotations import OPTIMIZER
 from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.files import open_to_append, refuse_links, write_atomically
-from lighthouse_core.launch import TRACE_FOLDER, follow_parent
-from lighthouse_core.profile.trace import OPTIMIZER, Breakdown, StepShapes, breakdown, folded, read_trace
+from lighthouse_core.job.launch import TRACE_FOLDER, follow_parent
+from lighthouse_core.profile.trace import Breakdown, StepShapes, breakdown, folded, read_trace
 from lighthouse_core.python import run_module
-from lighthouse_core.runs import Run
-from lighthouse_core.train.progress import read_rows
+from lighthouse_core.runs.rows import read_rows
+from lighthouse_core.runs.run import Run
 
 # Steps of the run: these, then those that are timed, one in which the profiler starts up, and the traced one.
 _WARM, _TIMED = 2, 5
@@ -172,7 +173,8 @@ def shapes_of(recipe: Recipe) -> StepShapes:
 
 
 def _notes(recipe: Recipe, stage: str) -> list[str]:
-    lighthouse, notes = recipe.lighthouse, []
+    lighthouse = recipe.lighthouse
+    notes: list[str] = []
     if not lighthouse.enabled or stage == "dense":
         return notes
     if lighthouse.dense_every:

@@ -104,7 +104,9 @@ def profile_lengths(
     for shape, cfg in shapes:
         say(f"N = {shape.tokens}: comparing with plain PyTorch, then timing")
         last = profiles[-1] if profiles else None
-        known = {"before": {call.name: call for call in last.dense}, "before_tokens": last.tokens} if last else {}
+        known: dict[str, Any] = (
+            {"before": {call.name: call for call in last.dense}, "before_tokens": last.tokens} if last else {}
+        )
         try:
             profiles.append(profile_attention(shape, cfg, limits, device, repeats=repeats, **known))
         except torch.OutOfMemoryError:

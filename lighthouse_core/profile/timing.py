@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -100,7 +100,8 @@ def _times_after(
     """The times, and the seconds in which the host made the calls."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flushed = torch.empty(max(4 * cache, _FLUSHED_BYTES), dtype=torch.int8, device=device)
-    marks: list[list[tuple[Name | None, torch.cuda.Event]]] = []
+    # The first of each call has no name.
+    marks: list[list[tuple[Any, torch.cuda.Event]]] = []
     torch.cuda._sleep(int(head_start * _CLOCK))
     began = time.monotonic()
     for _ in range(repeats):

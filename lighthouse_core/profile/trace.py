@@ -17,31 +17,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lighthouse_core.errors import LighthouseError
-
-PYRAMID = "attention: pyramid + score"
-SELECT = "attention: select"
-GATHER = "attention: gather"
-DENSE_CALL = "attention: dense call"
-SCATTER = "attention: scatter"
-MERGE = "attention: merge"
-DENSE_LAYERS = "dense layers' attention"
-PROJECTIONS = "projections"
-MLP = "MLP"
-EMBEDDING = "embedding"
-HEAD = "head + loss"
-REST = "norms, RoPE, residuals"
-OPTIMIZER = "optimizer"
-COMMUNICATION = "communication"
-DATA = "data"
-OTHER = "other"
-IDLE = "idle"
-CATEGORIES = (
-    *(PYRAMID, SELECT, GATHER, DENSE_CALL, SCATTER, MERGE, DENSE_LAYERS, PROJECTIONS, MLP, EMBEDDING, HEAD, REST),
-    *(OPTIMIZER, COMMUNICATION, DATA, OTHER, IDLE),
+from lighthouse_core.annotations import (
+    CATEGORIES,
+    COMMUNICATION,
+    DATA,
+    DENSE_CALL,
+    DENSE_LAYERS,
+    EMBEDDING,
+    GATHER,
+    HEAD,
+    IDLE,
+    MERGE,
+    MLP,
+    MODEL,
+    OPTIMIZER,
+    OTHER,
+    PROJECTIONS,
+    PYRAMID,
+    REST,
+    SCATTER,
+    SELECT,
 )
-# An annotation around what is REST unless something within says more.
-MODEL = "model"
+from lighthouse_core.errors import LighthouseError
 
 _STEP = "ProfilerStep#"
 # Of the times in a trace, microseconds.
@@ -67,7 +64,14 @@ _NODES = {
     "EmbeddingBackward0": EMBEDDING,
 }
 # Where these operations have their window among their arguments.
-_WINDOW = {"lighthouse::flash4": 5, "lighthouse::flash4_backward": 8}
+_WINDOW = {
+    "lighthouse::flash4": 5,
+    "lighthouse::flash4_backward": 8,
+    "lighthouse::varlen": 6,
+    "lighthouse::varlen_backward": 9,
+}
+# Of operations whose inputs are all sequences one after the other.
+_FLAT = ("lighthouse::varlen", "lighthouse::varlen_backward")
 
 
 @dataclass(frozen=True)
@@ -423,9 +427,12 @@ class _Contexts:
 
     def _by_op(self, event: _Event) -> str | None:
         name, dims = event.name, event.args.get("Input Dims") or [[]]
-        if name.startswith("lighthouse::flash4"):
-            window = (event.args.get("Concrete Inputs") or [])[_WINDOW[name] :][:1]
-            return self._attention(dims[0][1:2], windowed=window not in ([], ["0"], [""]))
+        if name in _WINDOW:
+            given = event.args.get("Concrete Inputs") or []
+            window = given[_WINDOW[name] :][:1]
+            longest = [int(x) for x in given[_WINDOW[name] - 2 :][:1] if x.isdigit()]
+            length = longest if name in _FLAT else dims[0][1:2]
+            return self._attention(length, windowed=window not in ([], ["0"], [""]))
         if "scaled_dot_product" in name:
             return self._attention(dims[0][2:3])
         if name.startswith("lighthouse::"):

@@ -3,23 +3,17 @@
 Nothing here measures, but for `timed`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lighthouse_core.attention import LighthouseConfig
-from lighthouse_core.backends import geometry
+from lighthouse_core.attention.methods import METHODS
+from lighthouse_core.attention.methods.method import Proposal
 from lighthouse_core.config.dump import toml_value
 
-POOLINGS = (2, 4, 8, 16)
-LEVELS = (2, 3, 4, 5)
 # A query may have to do with the mean of a window that ended this many tokens before it.
 COARSEST = 256
-# Settings of a pyramid that a fragment has.
-_PYRAMID = (
-    *("method", "pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "window"),
-    "backend",
-)
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,7 @@ class Timed:
         share: of the tokens that are gathered as they are, at level 0; 1 where every token is a key somewhere.
         coarsest: tokens of the coarsest window; 1 without a pyramid.
         gathered: S; None without a pyramid.
+        dense_layers: whether the model's dense layers stay.
         forward_ms, both_ms: medians; over the windows that take turns, their mean.
     """
 
@@ -38,6 +33,7 @@ class Timed:
     share: float
     coarsest: int
     gathered: int | None
+    dense_layers: bool
     forward_ms: float
     both_ms: float
 
@@ -105,80 +101,38 @@ def amdahl(plan: Plan) -> Prediction:
     return max((predict(plan, 0.0, 0.0, backend) for backend in plan.dense), key=lambda found: found.total)
 
 
-def candidates(
-    tokens: int, base: LighthouseConfig, floor: float, coarsest: int = COARSEST
-) -> Iterator[LighthouseConfig]:
-    """Pyramids that gather at least this share of the tokens at level 0, with the fewest parents that do.
-
-    For each pooling factor p and number of levels L, k is the smallest multiple of `tile_parents` with p k >= floor N;
-    windows are at most `coarsest` tokens wide, and the sequence needs no padding for k parents.
-
-    Args:
-        tokens: N.
-        base: gives the other settings.
-        floor: between 0 and 1.
-    """
-    for pooling in POOLINGS:
-        unit = base.tile_parents
-        topk = max(unit, -(-round(floor * tokens) // pooling // unit) * unit)
-        while pooling * topk < floor * tokens:
-            topk += unit
-        for levels in LEVELS:
-            window = pooling ** (levels - 1)
-            if window > coarsest or window * topk > tokens:
-                continue
-            cfg = replace(base, method="pyramid", window=0, pooling=pooling, levels=levels, topk=topk)
-            if not geometry(tokens, cfg).dense:
-                yield cfg
-
-
-def chunk_windows(tokens: int) -> tuple[int, ...]:
-    """Windows that take turns in stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
-    530m_98k_growing at 98304, and something like them at other lengths."""
-    first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
-    second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))
-    return tuple(sorted({window for window in (first, second, tokens // 2) if window}))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one up to a number; 0 for 0."""
-    return 1 << (number.bit_length() - 1) if number else 0
+def candidates(tokens: int, base: LighthouseConfig, floor: float, coarsest: int = COARSEST) -> list[Proposal]:
+    """What every method proposes; see `Method.proposals`."""
+    return [found for method in METHODS.values() for found in method.proposals(base, tokens, floor, coarsest)]
 
 
 def timed(
-    tokens: int,
-    pyramids: Sequence[LighthouseConfig],
+    base: LighthouseConfig,
+    proposals: Sequence[Proposal],
     backends: Sequence[str],
     time: Callable[[LighthouseConfig], tuple[float, float]],
 ) -> list[Timed]:
-    """Every pyramid, and growing chunks, by every dense kernel; the fastest call first.
+    """Every proposal by every dense kernel; the fastest call first.
 
     Args:
-        tokens: N.
-        pyramids: the candidates.
+        base: settings that a proposal does not name.
+        proposals: the candidates.
         backends: names of dense kernels.
         time: milliseconds forward, and forward and backward, of a call with such settings.
     """
     found = []
-    windows = chunk_windows(tokens)
     for backend in backends:
-        for cfg in pyramids:
-            settings = {key: getattr(cfg, key) for key in _PYRAMID} | {"dense_backend": backend}
-            share = min(1.0, cfg.pooling * cfg.topk / tokens)
-            coarsest = cfg.pooling ** (cfg.levels - 1)
-            gathered = geometry(tokens, cfg).gathered_length
-            found.append(Timed(settings, share, coarsest, gathered, *time(replace(cfg, dense_backend=backend))))
-        chunks = replace(pyramids[0], method="chunked", dense_backend=backend, window=windows[0])
-        times = [time(replace(chunks, window=window)) for window in windows]
-        means = [sum(values) / len(windows) for values in zip(*times, strict=True)]
-        settings = {"method": "chunked", "windows": list(windows), "window": 0, "dense_backend": backend}
-        found.append(Timed(settings, 1.0, 1, None, *means))
+        for one in proposals:
+            times = [time(replace(base, **call, dense_backend=backend)) for call in one.calls]
+            means = [sum(values) / len(times) for values in zip(*times, strict=True)]
+            settings = one.settings | {"dense_backend": backend}
+            found.append(Timed(settings, one.share, one.coarsest, one.gathered, one.dense_layers, *means))
     return sorted(found, key=lambda one: one.both_ms)
 
 
 def plan_of(plan: Plan, one: Timed) -> Plan:
-    """The run with these settings: growing chunks have no dense layers, as the evidence recommends them."""
-    return replace(plan, dense_layers=0) if one.gathered is None else plan
+    """The run with these settings."""
+    return plan if one.dense_layers else replace(plan, dense_layers=0)
 
 
 def ranked(plan: Plan, found: Sequence[Timed]) -> list[tuple[Timed, Prediction]]:
@@ -232,7 +186,7 @@ class Advice:
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
             f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
             f"{bound.stage_1:.2f} and {bound.total:.2f} if its attention took no time.",
-            *(["# In [model]: dense_layers = []"] if one.gathered is None and self.plan.dense_layers else []),
+            *(["# In [model]: dense_layers = []"] if not one.dense_layers and self.plan.dense_layers else []),
             "[lighthouse]  # in place of the recipe's",
         ]
         lines += [f"{key} = {toml_value(value)}" for key, value in settings.items()]

@@ -6,7 +6,7 @@ Batch 1. N tokens, H query heads, Hkv key/value heads, D head dimension, S entri
 from dataclasses import dataclass, replace
 
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.backends import geometry
+from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.errors import UserError
 
 
@@ -92,7 +92,7 @@ def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Wor
     dense call move at least 4N + 3w + 3r + 4S rows of one tensor forward and 4N + 4S backward, and the scores. Where
     no row is stored, the first pass reads what it scores, q and k, or does nothing.
     """
-    g = geometry(shape.tokens, cfg)
+    g = cfg.geometry(shape.tokens)
     tokens, entries, first = g.tokens, g.gathered_length, g.stored_from
     stored = sum(-(-tokens // g.window(level)) for level in range(first, g.levels))
     if stored:
@@ -101,7 +101,7 @@ def stage_work(shape: Shape, cfg: LighthouseConfig) -> dict[str, tuple[Work, Wor
         read = min(stored, kept) + min(tokens, g.topk * g.window(first))
     else:
         read = tokens
-    by_norm = cfg.scorer == "norm"
+    by_norm = selector_of(cfg.scorer).in_pass
     scored = 4 * (shape.heads + shape.kv_heads) * (g.pyramid_length - g.padded)
     # Of the coarsest level all windows are candidates, of the others above 0 the children of the parents chosen before.
     candidates = g.windows(g.levels - 1) + (g.levels - 2) * g.pooling * g.topk

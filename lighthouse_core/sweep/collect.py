@@ -7,9 +7,9 @@ from typing import Any
 from lighthouse_core.config.sweep import RunSection, Sweep
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.reading import read_json
-from lighthouse_core.runs import Run
+from lighthouse_core.runs.rows import finite, read_rows
+from lighthouse_core.runs.run import Run
 from lighthouse_core.sweep.state import report
-from lighthouse_core.train.progress import finite, read_rows
 
 
 def collect(sweep: Sweep, name: str, output: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is next of each run of a sweep, and whether what is there is what the sweep asks for."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lighthouse_core.config.positions import flatten
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RecipeError, RunError, UserError
 from lighthouse_core.files import same_paths
-from lighthouse_core.runs import RESUMABLE, Run, check_resumable
+from lighthouse_core.runs.run import RESUMABLE, Run, check_resumable
 from lighthouse_core.sweep.state import begun, report, stage_1_done
 
 # What a run may have otherwise than the sweep asks: what it keeps of its own, and what resuming it may change.
@@ -93,9 +94,11 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
             pairs["at"] = run.ledger["stages"][0]["end"], wanted.at or was.training.steps
         for which in ("switch", "end"):
             found = report(path, which) if sweep.evaluate else None
-            for key in ("tokens", "sequences") if found is not None else ():
+            if found is None:
+                continue
+            for key in ("tokens", "sequences"):
                 pairs[f"evaluate.{key} ({which})"] = found.get(key), getattr(sweep.evaluate, key)
-            measured = found.get("data") if found is not None else None
+            measured = found.get("data")
             if isinstance(measured, dict):
                 pairs |= _pairs_of_text(sweep, was, measured, which)
         for step in sweep.branches(name) if not run.recovering else ():
@@ -149,7 +152,7 @@ def _also(sweep: Sweep, name: str, recipe: Recipe) -> list[str]:
     return [f"checkpoint.also={sorted(wanted)}"] if wanted - set(recipe.checkpoint.also) else []
 
 
-def _set(settings) -> list[str]:
+def _set(settings: Iterable[str]) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 

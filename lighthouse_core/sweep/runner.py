@@ -14,12 +14,12 @@ from pathlib import Path
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RunError, refusal
 from lighthouse_core.files import check_writable, open_to_append, remove_empty
-from lighthouse_core.launch import follow_parent
+from lighthouse_core.job.launch import follow_parent
+from lighthouse_core.job.stop import SAME_REQUEST_SECONDS
 from lighthouse_core.python import run_module
-from lighthouse_core.runs import Run
+from lighthouse_core.runs.run import Run
 from lighthouse_core.sweep.plan import next_command, waits
 from lighthouse_core.sweep.state import begun, branch, claim, clear, settle
-from lighthouse_core.train.stop import SAME_REQUEST_SECONDS
 
 # Too little for a process to start and to be worth it.
 _LEAST_SECONDS = 30
@@ -89,7 +89,7 @@ class Runner:
         self._at_once = False
         self._last: dict[str, list[str]] = {}
         self._free = list(places)
-        self._busy: dict[str, tuple[subprocess.Popen, Mapping[str, str]]] = {}
+        self._busy: dict[str, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
 
     def run(self, seconds: float | None = None) -> bool:
         """Go on until all is done, for at most about so long; then what trains is asked to save.
@@ -174,7 +174,7 @@ class Runner:
             raise
         self._busy[name] = child, self._free.pop(0)
 
-    def _start(self, name: str, arguments: list[str]) -> subprocess.Popen:
+    def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         with open_to_append(self._log(name)) as log:
             # A session of its own: Ctrl-C reaches it once, from us.
             return subprocess.Popen(
@@ -208,7 +208,7 @@ class Runner:
 
 def places(per_gpu: int = 1) -> list[dict[str, str]]:
     """So many for each GPU that this process sees; without any, as for one."""
-    from lighthouse_core.launch import local_gpus
+    from lighthouse_core.job.launch import local_gpus
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(local_gpus())]

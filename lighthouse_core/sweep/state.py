@@ -11,12 +11,12 @@ from typing import Any
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 from lighthouse_core.errors import RunError
 from lighthouse_core.files import write_atomically
-from lighthouse_core.ledger import GIVEN
-from lighthouse_core.listing import checkpoint_steps
 from lighthouse_core.reading import RECIPE_BYTES, read_json, read_regular
-from lighthouse_core.runs import Run
-from lighthouse_core.train.progress import finite, read_rows
-from lighthouse_core.unfinished import foreign
+from lighthouse_core.runs.ledger import GIVEN
+from lighthouse_core.runs.listing import checkpoint_steps
+from lighthouse_core.runs.rows import finite, read_rows
+from lighthouse_core.runs.run import Run
+from lighthouse_core.runs.unfinished import foreign
 
 _OWN_TOKENIZER = re.compile(r"tokenizer\.(json|model)")
 
@@ -95,9 +95,10 @@ def clear(path: Path) -> bool:
     hint = "move it, or choose another --output"
     if path.is_symlink() or not path.is_dir() or not _claimed(path):
         raise RunError(f"{path} is there already, has no checkpoint to go on from, and is not of this sweep", hint=hint)
-    if other := foreign(path):
-        raise RunError(f"{path} has no checkpoint to go on from, and holds {other}", hint=hint)
     with Run(path).lock() if (path / "recipe.toml").is_file() else contextlib.nullcontext():
+        # Only now does nobody add to it.
+        if other := foreign(path):
+            raise RunError(f"{path} has no checkpoint to go on from, and holds {other}", hint=hint)
         shutil.rmtree(path)
     _claim(path).unlink()
     return True
@@ -128,9 +129,9 @@ def branch(run: Run, path: Path, at: int = 0) -> Run:
         ledger = {"version": run.ledger["version"], "stages": [first]}
         (temporary / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
         for file in run.path.iterdir():
-            kept = file.name in ("recipe.toml", "environment.json", *COMPANIONS) or _OWN_TOKENIZER.fullmatch(file.name)
+            ours = file.name in ("recipe.toml", "environment.json", *COMPANIONS) or _OWN_TOKENIZER.fullmatch(file.name)
             # A folder or a device of that name is nobody's file.
-            if kept and file.is_file():
+            if ours and file.is_file():
                 shutil.copy(file, temporary / file.name)
         temporary.rename(path)
     except BaseException:

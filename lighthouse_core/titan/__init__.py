@@ -2,7 +2,6 @@
 
 from lighthouse_core.titan import runtime  # noqa: F401  (first: it prepares torchtitan's import)
 from lighthouse_core.titan.job import build_job, check_overrides
-from lighthouse_core.titan.model import build_dense_model
 from lighthouse_core.titan.trainer import train
 
-__all__ = ["build_dense_model", "build_job", "check_overrides", "train"]
+__all__ = ["build_job", "check_overrides", "train"]

@@ -18,8 +18,8 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 
 from lighthouse_core.checkpoint import Contents
 from lighthouse_core.checkpoint_reader import load
-from lighthouse_core.errors import StorageError
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.errors import PatchError, StorageError
+from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ _POLL_SECONDS = 0.2
 
 class Checkpointer(CheckpointManager):
     """Saves to `.step-N.saving`; what is named `step-N` is complete and sealed."""
+
+    # torchtitan's, of the save in progress.
+    save_future: Future[Any] | None
 
     def __init__(self, *parts: Any, **named: Any):
         super().__init__(*parts, **named)
@@ -43,6 +46,9 @@ class Checkpointer(CheckpointManager):
         self.also: Sequence[int] = ()
         # Of the checkpoint that is about to be loaded, where they have been read.
         self.contents: Contents | None = None
+        # The step of the last save that began, in our way; and of the one at hand.
+        self.saved: int | None = None
+        self._step = 0
         # Keeps the time of saves.
         self.during_save = contextlib.nullcontext
         self.finisher = ThreadPoolExecutor(1, "finish-checkpoint")
@@ -70,15 +76,19 @@ class Checkpointer(CheckpointManager):
         return super()._should_save(curr_step, last_step or curr_step in self.also)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        with self.during_save() if self._should_save(curr_step, last_step) else contextlib.nullcontext():
+        due, self._step = self._should_save(curr_step, last_step), curr_step
+        with self.during_save() if due else contextlib.nullcontext():
             super().save(curr_step, last_step)
+        if due and self.saved != curr_step:
+            raise PatchError(f"torchtitan saved step {curr_step} in its own way, and not in ours, or not at all")
 
     def dcp_save(
         self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *rest: Any, **named: Any
-    ) -> Future | None:
+    ) -> Future[Any] | None:
         name = Path(checkpoint_id)
         temporary = name.with_name(f".{name.name}.saving")
         self.before_save()
+        self.saved = self._step
         self._agree(self._lacks_space)
         try:
             saved = super().dcp_save(state_dict, str(temporary), async_mode, *rest, **named)
@@ -95,7 +105,7 @@ class Checkpointer(CheckpointManager):
         load(state_dict, Path(checkpoint_id), self.contents)
         self.states[MODEL].load_state_dict(state_dict)
 
-    def _finish(self, saved: Future, temporary: Path, name: Path) -> None:
+    def _finish(self, saved: Future[Any], temporary: Path, name: Path) -> None:
         try:
             saved.result()
         except CheckpointException as error:
@@ -133,7 +143,7 @@ class Checkpointer(CheckpointManager):
 
     def _agree(self, action) -> None:
         """Run `action` on the first process; all processes fail with what it returns, or with what stopped it."""
-        answer = [None]
+        answer: list[str | None] = [None]
         try:
             answer = [action() if self.rank == 0 else None]
         except OSError as error:
@@ -162,7 +172,7 @@ class Checkpointer(CheckpointManager):
         torch.distributed.all_reduce(stands, op=torch.distributed.ReduceOp.MAX, group=self.group)
         pending, failed = stands.tolist()
         if failed:
-            words = [None] * torch.distributed.get_world_size()
+            words: list[str | None] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(words, failure and str(failure), group=self.group)
             raise failure or StorageError(next(filter(None, words)))
         if not pending:
@@ -170,8 +180,8 @@ class Checkpointer(CheckpointManager):
 
     def close(self) -> None:
         if getattr(self, "finisher", None) is not None:
-            finisher, self.finisher = self.finisher, None
-            finisher.shutdown()
+            self.finisher.shutdown()
+            del self.finisher
         super().close()
 
     def _find_load_step(self, folder: str = "") -> int:

@@ -57,6 +57,7 @@ ALLOWED = {
     "debug.deterministic_warn_only": Allowed(bool, "set_determinism"),
 }
 
+_LEAVE_OUT = f"leave it out; [titan] takes {', '.join(ALLOWED)}"
 _DATA_PARALLEL = "only data parallelism is supported"
 _NOT_USED = "it has no effect here"
 _RUNS_CODE = "it runs code"
@@ -135,7 +136,8 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "metrics.disable_color_printing": True,
         "model.name": MODEL,
         "model.flavor": MODEL,
-        "model.converters": [MODEL],
+        # The model is built with its attention.
+        "model.converters": [],
         "optimizer.name": "AdamW",
         # The guard against bad numbers needs it.
         "optimizer.implementation": "fused",
@@ -246,29 +248,34 @@ def _apply(job: JobConfig, recipe: "Recipe") -> None:
         path = key.split(".")
         above = {".".join(path[: n + 1]) for n in range(len(path))}
         if above & owned:
-            raise RecipeError(f"titan.{key} cannot be set: the recipe's own sections decide it")
+            raise RecipeError(
+                f"titan.{key} cannot be set: the recipe's own sections decide it",
+                hint="set it in its own section; lighthouse recipes show NAME lists them",
+            )
         if refused := above & REFUSED.keys():
-            raise RecipeError(f"titan.{key} cannot be set: {REFUSED[refused.pop()]}")
+            raise RecipeError(f"titan.{key} cannot be set: {REFUSED[refused.pop()]}", hint=_LEAVE_OUT)
         target: Any = job
         for n, name in enumerate(path):
             names = [field.name for field in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
             if name not in names:
-                raise RecipeError(
-                    f"titan.{'.'.join(path[: n + 1])} is not a setting of torchtitan",
-                    hint=f"it knows {', '.join(names)}" if names else None,
-                )
+                parent = ".".join(path[:n])
+                known = f"it knows {', '.join(names)}" if names else f"titan.{parent} is a value, and no table"
+                raise RecipeError(f"titan.{'.'.join(path[: n + 1])} is not a setting of torchtitan", hint=known)
             section, target = target, getattr(target, name)
         if dataclasses.is_dataclass(target):
             if value != {}:
-                raise RecipeError(f"titan.{key} must be a table, not {value!r}")
+                known = ", ".join(field.name for field in dataclasses.fields(target))
+                raise RecipeError(f"titan.{key} must be a table, not {value!r}", hint=f"it knows {known}")
             continue
         if key not in ALLOWED:
-            raise RecipeError(f"titan.{key} cannot be set: what it would do to a run has not been looked into")
+            raise RecipeError(
+                f"titan.{key} cannot be set: what it would do to a run has not been looked into", hint=_LEAVE_OUT
+            )
         try:
             setattr(section, path[-1], TypeAdapter(ALLOWED[key].values).validate_python(value, strict=True))
         except ValidationError as error:
             problem = error.errors()[0]["msg"].lower()
-            raise RecipeError(f"titan.{key} = {value!r}: {problem}") from None
+            raise RecipeError(f"titan.{key} = {value!r}: {problem}", hint=f"torchtitan has {target!r}") from None
     _check_profiling(job.profiling)
 
 
@@ -278,5 +285,6 @@ def _check_profiling(profiling: Any) -> None:
     if profiling.profile_freq < profiling.profiler_warmup + profiling.profiler_active:
         raise RecipeError(
             f"titan.profiling.profile_freq ({profiling.profile_freq}) is below profiler_warmup "
-            f"({profiling.profiler_warmup}) and profiler_active ({profiling.profiler_active}) together"
+            f"({profiling.profiler_warmup}) and profiler_active ({profiling.profiler_active}) together",
+            hint="a trace takes its warm-up and its active steps out of every profile_freq steps",
         )

@@ -19,7 +19,7 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.errors import UserError
 from lighthouse_core.files import write_atomically
 from lighthouse_core.reading import RECIPE_BYTES, read_regular
-from lighthouse_core.runs import Run
+from lighthouse_core.runs.run import Run
 
 _EVENTS = "events.out.tfevents."
 # Given to wandb.init where the environment has them; what wandb reads itself it is left to read.

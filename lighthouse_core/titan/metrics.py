@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torchtitan.components.metrics import BaseLogger, DeviceMemoryMonitor, LoggerContainer, MetricsProcessor
@@ -18,10 +18,10 @@ from lighthouse_core.errors import UserError
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.files import open_to_append, replacing
 from lighthouse_core.reading import read_regular
+from lighthouse_core.runs.rows import finite, parse_row
 from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
-from lighthouse_core.train.progress import finite, parse_row
-from lighthouse_core.train.spikes import Spikes
+from lighthouse_core.titan.spikes import Spikes
 
 if TYPE_CHECKING:
     from lighthouse_core.titan.trainer import Stage
@@ -92,9 +92,13 @@ class Metrics(MetricsProcessor):
         self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.attention().leaks
         self.spikes = Spikes()
         self.unwritten = b""
-        self.file = None
+        # Whether something else has the name of the file.
+        self.taken = False
+        self.file: BinaryIO | None = None
         self.last_step = self.start_step = stage.start
         self.last_time = 0.0
+        # Of the last validation row.
+        self.validated: int | None = None
 
     def begin(self, step: int, data: int) -> bool:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
@@ -194,6 +198,7 @@ class Metrics(MetricsProcessor):
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         self._write(step, {"val_loss": float(loss)})
+        self.validated = step
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
         try:
@@ -202,32 +207,65 @@ class Metrics(MetricsProcessor):
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
-            self._find_again()
             row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
-            try:
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            except OSError as error:
-                # The next save will end the run if there is still no room.
-                logger.warning("step %d waits to be written to metrics.jsonl: %s", step, error.strerror)
+            self._write_rows(step)
 
-    def _find_again(self) -> None:
-        """Go on in a new file where metrics.jsonl was deleted or replaced: rows in the old one would be lost."""
+    def _write_rows(self, step: int) -> None:
+        """Write the rows that wait; they wait on while there is no room, or the name of their file is taken."""
+        assert self.file is not None
+        try:
+            if not self._find_again():
+                return
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            # The next save will end the run if there is still no room.
+            logger.warning("step %d waits to be written to metrics.jsonl: %s", step, error.strerror)
+
+    def _find_again(self) -> bool:
+        """Go on in a new file where metrics.jsonl was deleted or replaced: rows in the old one would be lost.
+
+        Returns:
+            Whether rows can be written; not while something else has the name.
+
+        Raises:
+            OSError: of the system.
+        """
+        assert self.file is not None
         path = self.stage.run.path / "metrics.jsonl"
-        with contextlib.suppress(OSError, UserError):
-            try:
-                same = os.path.samestat(path.lstat(), os.fstat(self.file.fileno()))
-            except FileNotFoundError:
-                same = False
-            if not same:
-                found = open_to_append(path)
-                self.file.close()
-                self.file = found
-                logger.warning("%s was deleted or replaced: earlier rows are gone, later ones go there", path)
+        try:
+            # A link to the file that is open loses no row.
+            if os.path.samestat(path.stat(), os.fstat(self.file.fileno())):
+                self.taken = False
+                return True
+        except OSError:
+            # It is gone, or a link to nothing.
+            pass
+        try:
+            found = open_to_append(path)
+        except FileNotFoundError:
+            # The folder is gone: there is no other place.
+            return True
+        except (UserError, IsADirectoryError):
+            if not self.taken:
+                logger.warning("%s is a link or no ordinary file: rows wait until the name is free", path)
+            self.taken = True
+            return False
+        self.file.close()
+        self.file, self.taken = found, False
+        logger.warning("%s was deleted or replaced: later rows go to the file that is there now", path)
+        return True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.logger.close()
         if self.file:
+            if self.unwritten:
+                self._write_rows(self.last_step)
+            if self.unwritten:
+                logger.warning(
+                    "rows of metrics.jsonl are lost, as they could not be written: %d", self.unwritten.count(b"\n")
+                )
             self.file.close()
+            self.file = None

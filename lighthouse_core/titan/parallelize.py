@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-from torch import nn
 from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -12,9 +11,9 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import apply_compile, apply_ddp, apply_fsdp
 
-from lighthouse_core.attention import flash, methods
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.backends import kernels
+from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.models.decoder import Decoder
 from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 aten = torch.ops.aten
@@ -22,11 +21,8 @@ aten = torch.ops.aten
 # CPU. Of the matrix products it keeps every second.
 _DENSE = {
     aten.mm.default,
-    aten._scaled_dot_product_attention_math.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+    # A choice of torch's own; the other kernels name theirs.
     aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
@@ -43,15 +39,8 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
         cfg: settings of the Lighthouse layers, None where there are none.
         device_type: of the model.
     """
-    kept = _DENSE.union(flash.ATTENDING) if mode == "selective" else set()
-    if cfg is not None:
-        kept.update(methods.SELECTING)
-    if cfg is not None and cfg.method == "pyramid":
-        ops = kernels(cfg.backend, device_type)
-        kept.update(ops.SELECTING)
-        if mode == "selective":
-            kept.update(ops.GATHERING)
-    return kept
+    kept = _DENSE.union(*(kernel.kept for kernel in KERNELS.values())) if mode == "selective" else set()
+    return kept if cfg is None else kept | cfg.rule.kept(cfg, mode, device_type)
 
 
 def mend_cant_split() -> None:
@@ -63,8 +52,8 @@ def mend_cant_split() -> None:
 
 
 def parallelize(
-    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cfg: LighthouseConfig | None = None
-) -> nn.Module:
+    model: Decoder, parallel_dims: ParallelDims, job_config: JobConfig, cfg: LighthouseConfig | None = None
+) -> Decoder:
     """Checkpoint, compile and shard the model, in torchtitan's order and with its functions.
 
     Args:
@@ -111,7 +100,7 @@ def _sharding_mesh(parallel_dims: ParallelDims, param_dtype: torch.dtype) -> Dev
     return None
 
 
-def use_plain_sums(model: nn.Module) -> None:
+def use_plain_sums(model: Decoder) -> None:
     """Without an accelerator, have sharded parameters add gradients by plain sums: gloo has no scaled ones."""
     if not HAS_ACCELERATOR:
         for module in model.modules():

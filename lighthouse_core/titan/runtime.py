@@ -14,10 +14,7 @@ if not HAS_ACCELERATOR:
     _ask = torch._utils._get_available_device_type
     torch._utils._get_available_device_type = lambda: "cpu"
     try:
-        import torchtitan.distributed.utils as dist_utils
         import torchtitan.tools.utils
     finally:
         torch._utils._get_available_device_type = _ask
     assert torchtitan.tools.utils.device_type == "cpu", "torchtitan was imported before lighthouse_core.titan.runtime"
-    # Tightens the time-outs of accelerator process groups after the first step; gloo keeps the initial ones.
-    dist_utils.set_pg_timeouts = lambda **kwargs: None

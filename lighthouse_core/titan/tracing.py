@@ -1,4 +1,4 @@
-"""The last step of a run under torch's profiler, for `lighthouse profile --recipe`."""
+"""The last step of a run under torch's profiler, for `lighthouse profile step`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import profile, record_function, schedule
 from torchtitan import train as titan_train
-from torchtitan.models.llama3.model.model import TransformerBlock
 
+from lighthouse_core import annotations
+from lighthouse_core.attention.backends import kernels
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
-from lighthouse_core.backends import kernels
-from lighthouse_core.profile import trace
-from lighthouse_core.titan.model import Attention, FeedForward
+from lighthouse_core.models.decoder import Attention, Block, FeedForward
 from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 if TYPE_CHECKING:
     from lighthouse_core.titan.trainer import Trainer
 
 _STAGES = {
-    "pyramid": trace.PYRAMID,
-    "select": trace.SELECT,
-    "select_drawn": trace.SELECT,
-    "gather": trace.GATHER,
-    "scatter": trace.SCATTER,
-    "merge": trace.MERGE,
+    "pyramid": annotations.PYRAMID,
+    "select": annotations.SELECT,
+    "select_drawn": annotations.SELECT,
+    "gather": annotations.GATHER,
+    "scatter": annotations.SCATTER,
+    "merge": annotations.MERGE,
 }
 
 
@@ -62,7 +61,8 @@ def trace_last_step(trainer: "Trainer", folder: Path) -> None:
             _wait()
             profiler.stop()
 
-    trainer.train_step = step
+    patched: Any = trainer
+    patched.train_step = step
 
 
 def _wait() -> None:
@@ -72,28 +72,33 @@ def _wait() -> None:
 
 def _annotate(trainer: "Trainer") -> None:
     recipe, (model,) = trainer.stage.recipe, trainer.model_parts
-    for place, name in ((model, trace.MODEL), (model.tok_embeddings, trace.EMBEDDING), (model.output, trace.HEAD)):
+    for place, name in (
+        (model, annotations.MODEL),
+        (model.tok_embeddings, annotations.EMBEDDING),
+        (model.output, annotations.HEAD),
+    ):
         _wrap(place, "forward", name)
-    _wrap(trainer.optimizers, "step", trace.OPTIMIZER)
-    _wrap(titan_train.dist_utils, "clip_grad_norm_", trace.OPTIMIZER)
+    _wrap(trainer.optimizers, "step", annotations.OPTIMIZER)
+    _wrap(titan_train.dist_utils, "clip_grad_norm_", annotations.OPTIMIZER)
+    patched: Any = trainer
     batches = trainer.batch_generator
-    trainer.batch_generator = lambda loader: _annotated_items(batches(loader))
+    patched.batch_generator = lambda loader: _annotated_items(batches(loader))
     if recipe.training.compile:
         return
     for module in model.modules():
         if isinstance(module, Attention):
             for projection in (module.wq, module.wk, module.wv, module.wo):
-                _wrap(projection, "forward", trace.PROJECTIONS)
+                _wrap(projection, "forward", annotations.PROJECTIONS)
         for kind, name in (
             # What checkpointing makes again is outside of the model's own forward pass.
-            (TransformerBlock, trace.MODEL),
-            (FeedForward, trace.MLP),
-            (LighthouseAttention, trace.DENSE_CALL),
-            (DenseAttention, trace.DENSE_LAYERS),
+            (Block, annotations.MODEL),
+            (FeedForward, annotations.MLP),
+            (LighthouseAttention, annotations.DENSE_CALL),
+            (DenseAttention, annotations.DENSE_LAYERS),
         ):
             if isinstance(module, kind):
                 _wrap(module, "forward", name)
-    if recipe.lighthouse.method == "pyramid":
+    if recipe.lighthouse.attention().pools:
         ops = kernels(recipe.lighthouse.backend, DEVICE_TYPE, getattr(torch, recipe.training.dtype))
         for stage, name in _STAGES.items():
             _wrap(ops, stage, name)
@@ -112,6 +117,6 @@ def _wrap(place: Any, attribute: str, name: str) -> None:
 
 def _annotated_items(items: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with record_function(trace.DATA):
+        with record_function(annotations.DATA):
             item = next(items)
         yield item

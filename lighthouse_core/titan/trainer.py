@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,31 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.components.validate import Validator as TitanValidator
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
-from lighthouse_core.attention.dense import log_choices
-from lighthouse_core.attention.module import dense_for_now, set_selection_keys, use_settings
+from lighthouse_core.attention.call import log_choices
+from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
+from lighthouse_core.data.documents import Split
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import TrainingError, memory_fault
-from lighthouse_core.launch import TRACE_FOLDER
-from lighthouse_core.runs import Run
+from lighthouse_core.errors import PatchError, TrainingError, memory_fault
+from lighthouse_core.job.heartbeat import note_step
+from lighthouse_core.job.launch import TRACE_FOLDER
+from lighthouse_core.job.meeting import meeting
+from lighthouse_core.job.stop import Interrupted, is_training, stop_requested, training_begins
+from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_lighthouse
+from lighthouse_core.runs.run import Run
+from lighthouse_core.runs.schedule import lr_factor
 from lighthouse_core.titan.checkpointer import Checkpointer
+from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.guard import Guard, NotingUtils
 from lighthouse_core.titan.job import MODEL, build_job
 from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
-from lighthouse_core.titan.model import Transformer, model_args, use_dense, use_lighthouse
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
-from lighthouse_core.train.heartbeat import note_step
-from lighthouse_core.train.meeting import meeting
-from lighthouse_core.train.schedule import lr_factor
-from lighthouse_core.train.stop import Interrupted, is_training, stop_requested, training_begins
 
 logger = logging.getLogger(__name__)
 
@@ -65,31 +67,57 @@ class Stage:
     end: int
     recovery: bool
 
+    def settings(self, step: int) -> LighthouseConfig | None:
+        """The attention settings of a step of stage 1 that has several; None for those of the whole stage."""
+        lighthouse, steps = self.recipe.lighthouse, self.recipe.training.steps
+        if self.name != "lighthouse" or not lighthouse.windows:
+            return None
+        return lighthouse.attention(lighthouse.window_at(step, steps))
 
-class AttentionConverter:
-    """torchtitan model converter: the attention of a stage, in every layer."""
+    def context(self, step: int, key_step: int, sample: int, device: torch.device) -> AttentionContext:
+        """What the attention of a micro-batch is given.
 
-    def __init__(self, stage: Stage, job_config, parallel_dims):
-        self.stage = stage
+        Args:
+            step: of the training, which decides the settings.
+            key_step: of the key that selectors draw from.
+            sample: number of the micro-batch's first row within the global batch.
+            device: of the key.
+        """
+        lighthouse, key = self.recipe.lighthouse, None
+        if self.name == "lighthouse" and lighthouse.attention().draws:
+            key = selection_keys(self.recipe.training.seed, key_step, sample, self.recipe.model.layers).to(device)
+        return AttentionContext(key=key, settings=self.settings(step))
 
-    def convert(self, model: nn.Module) -> None:
-        recipe = self.stage.recipe
-        cfg, pooled = recipe.lighthouse.attention(), self.stage.name == "lighthouse"
-        dtype = getattr(torch, recipe.training.dtype)
-        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled)
-        use_dense(model, cfg.dense_backend)
-        if pooled:
-            use_lighthouse(model, cfg, recipe.model.dense_layers)
 
-    def post_optimizer_hook(self, model) -> None:
-        pass
+@dataclass
+class Args(DecoderArgs):
+    """The decoder's arguments, as torchtitan asks for them."""
+
+    def update_from_config(self, job_config, **unused) -> None:
+        """Nothing: the recipe has decided them."""
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        # Metrics works out the FLOPs.
+        return sum(p.numel() for p in model.parameters()), 0
+
+
+def _build_model(stage: Stage, args: Args) -> Decoder:
+    """The decoder with the attention of a stage in every layer."""
+    model, recipe = Decoder(args), stage.recipe
+    cfg, pooled = recipe.lighthouse.attention(), stage.name == "lighthouse"
+    log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim, pooled=pooled)
+    use_dense(model, cfg.dense_backend)
+    if pooled:
+        use_lighthouse(model, cfg, recipe.model.dense_layers)
+    return model
 
 
 class _Schedulers(LRSchedulersContainer):
     """Takes the place in the schedule from a checkpoint, but the rate from this stage's own schedule."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def take_rates(self) -> None:
+        """Give every group the rate of its place in this schedule; called once all of a checkpoint is loaded, for the
+        optimizer's part of it, which comes after the schedule's, holds the rate of the stage that saved it."""
         for scheduler in self.schedulers:
             scheduler._last_lr = [
                 base * factor(scheduler.last_epoch)
@@ -97,6 +125,19 @@ class _Schedulers(LRSchedulersContainer):
             ]
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = lr
+
+    def check(self, step: int) -> None:
+        """Raise PatchError unless the next update, that of `step`, has the rate of this stage's schedule."""
+        for scheduler in self.schedulers:
+            groups, last = scheduler.optimizer.param_groups, scheduler.get_last_lr()
+            wanted = [
+                base * factor(step - 1) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            if [group["lr"] for group in groups] != wanted or last != wanted:
+                raise PatchError(
+                    f"step {step} has the learning rate {groups[0]['lr']} ({last[0]} in the metrics), but its schedule "
+                    f"gives {wanted[0]}"
+                )
 
 
 def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSchedulersContainer:
@@ -110,7 +151,7 @@ def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSch
     return _Schedulers(optimizers, factor)
 
 
-def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "train", **unused):
+def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: Split = "train", **unused):
     training = stage.recipe.training
     return build_loader(
         stage.recipe.data,
@@ -123,15 +164,10 @@ def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: str = "
     )
 
 
-def _for_model(input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def _for_model(input_dict: dict[str, torch.Tensor], labels: torch.Tensor, context: AttentionContext) -> dict[str, Any]:
     """A batch with its labels, for the model makes its loss itself, and without positions: packing is "concat",
     attention and RoPE cross the boundaries of documents."""
-    return {"input": input_dict["input"], "labels": labels}
-
-
-def _build_loss(job_config, **unused):
-    """What torchtitan takes for the loss function: the model's output is the loss."""
-    return lambda loss, labels: loss
+    return {"input": input_dict["input"], "labels": labels, "context": context}
 
 
 class _Abandoned(Exception):
@@ -141,9 +177,12 @@ class _Abandoned(Exception):
 class Validator(TitanValidator):
     """torchtitan's validator over the held-out split, every `metrics.validation_every` steps and at the stage's end."""
 
-    def __init__(self, stage: Stage, *, job_config, maybe_enable_amp, **parts):
+    def __init__(self, stage: Stage, effects: Effects, *, job_config, maybe_enable_amp, **parts):
         BaseValidator.__init__(self, job_config)
         self.stage = stage
+        self.effects = effects
+        # The step of the last validation that was written.
+        self.done: int | None = None
         self.parallel_dims = parts["parallel_dims"]
         self.tokenizer = parts["tokenizer"]
         self.loss_fn = parts["loss_fn"]
@@ -162,10 +201,15 @@ class Validator(TitanValidator):
         return step == self.stage.end or bool(every and step % every == 0)
 
     def validate(self, model_parts, step: int) -> None:
-        self.batch = 0
+        self.batch, self.step = 0, step
+        self.effects.begin()
         with self.metrics_processor.left_out():
             try:
                 super().validate(model_parts, step)
+                self.effects.check(f"the validation of step {step}", self.job_config.validation.steps, gradients=False)
+                if self.metrics_processor.validated != step:
+                    raise PatchError(f"the validation of step {step} wrote no loss")
+                self.done = step
             except _Abandoned:
                 model_parts[0].train()
         # Without a backward pass FSDP keeps some weights whole, and they could not be saved.
@@ -179,11 +223,12 @@ class Validator(TitanValidator):
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
-        set_selection_keys(model_parts[0], self.stage.recipe.training.seed, 0, sample)
-        return super().post_dataloading_process(_for_model(input_dict, labels), labels, model_parts)
+        context = self.effects.send(self.stage.context(max(self.step, 1), 0, sample, labels.device))
+        # torchtitan would ask the model for masks.
+        return input_dict["input"], labels, {"labels": labels, "context": context}, {}
 
 
-def _amp(recipe: Recipe, parallel_dims, autocast: contextlib.AbstractContextManager):
+def _amp(recipe: Recipe, parallel_dims, autocast: contextlib.AbstractContextManager[Any]):
     """Autocast where torchtitan's DDP needs it; FSDP casts by itself, and for one process it is used, too."""
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
     return autocast if ddp and recipe.training.dtype != "float32" else contextlib.nullcontext()
@@ -192,18 +237,32 @@ def _amp(recipe: Recipe, parallel_dims, autocast: contextlib.AbstractContextMana
 class Trainer(titan_train.Trainer):
     """torchtitan's trainer for one stage of a run."""
 
+    # torchtitan's, within which forward passes run.
+    maybe_enable_amp: contextlib.AbstractContextManager[Any]
+
     def __init__(self, stage: Stage):
         recipe = stage.recipe
         self.stage = stage
-        self._register(stage)
+        self.effects = Effects(DEVICE_TYPE)
+        # Steps at which torchtitan last asked whether to go on, and that have been checked; whether batches are made.
+        self.asked: int | None = None
+        self.checked: int | None = None
+        self.begun = False
+        self.micro_batch = 0
+        # The step of the checkpoint that is to be loaded.
+        self.loads = 0
+        self._register(stage, self.effects)
         titan_train.CheckpointManager = Checkpointer
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
+        self.effects.autocast = not isinstance(self.maybe_enable_amp, contextlib.nullcontext)
         # A layer is compiled for each window, with gradients and without; torch gives up after 8 times.
         torch._dynamo.config.recompile_limit += 2 * len(recipe.lighthouse.windows)
-        self.needs_keys = stage.name == "lighthouse" and recipe.lighthouse.attention().draws
         mesh = self.parallel_dims.get_optional_mesh("batch")
-        self.ranks, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+        self.ranks: int = 1 if mesh is None else mesh.size()
+        self.rank: int = 0 if mesh is None else mesh.get_local_rank()
+        self._check_parts()
+        self.effects.watch(self.model_parts[0])
         self.guard = Guard(
             recipe.training.nonfinite,
             recipe.training.nonfinite_limit,
@@ -212,12 +271,39 @@ class Trainer(titan_train.Trainer):
             self.device,
             None if mesh is None else mesh.get_group(),
         )
-        titan_train.dist_utils = NotingUtils(dist_utils, lambda norm: self.guard.judge(self.step, norm))
-        self.checkpointer.before_save = functools.partial(self.guard.look, lag=0)
+        titan_train.dist_utils = NotingUtils(
+            dist_utils,
+            lambda norm: self.guard.judge(self.step, norm),
+            len(list(self.model_parts[0].parameters())),
+            recipe.optimizer.clip_norm,
+        )
+        self.checkpointer.before_save = self._check_before_save
         self.checkpointer.during_save = self.metrics_processor.left_out
         self.checkpointer.also = recipe.checkpoint.also
         if recipe.data.validation:
             self.validator.anywhere = self.anywhere
+
+    def _check_parts(self) -> None:
+        """Raise PatchError unless torchtitan has built the trainer from our parts."""
+        parts = {
+            "the checkpointer": (self.checkpointer, Checkpointer),
+            "the metrics": (self.metrics_processor, Metrics),
+            "the learning-rate schedule": (self.lr_schedulers, _Schedulers),
+            "the model": (self.model_parts[0], Decoder),
+        }
+        if self.stage.recipe.data.validation:
+            parts["the validator"] = self.validator, Validator
+        for name, (part, kind) in parts.items():
+            if not isinstance(part, kind):
+                raise PatchError(f"{name} is torchtitan's {type(part).__name__}, and not ours")
+        if self.loss_fn != self.effects.loss:
+            raise PatchError("the loss function is not ours")
+
+    def _check_before_save(self) -> None:
+        """Nothing is saved of a step that was not checked, or whose numbers are bad."""
+        if self.step not in (self.loads, self.checked):
+            raise PatchError(f"step {self.step} is to be saved, but step {self.checked} is the last that was checked")
+        self.guard.look(lag=0)
 
     def init_distributed(self):
         with meeting():
@@ -226,18 +312,14 @@ class Trainer(titan_train.Trainer):
         return dimensions
 
     @staticmethod
-    def _register(stage: Stage) -> None:
+    def _register(stage: Stage, effects: Effects) -> None:
         recipe = stage.recipe
         attention = recipe.lighthouse.attention() if stage.name == "lighthouse" else None
         training = recipe.training
-        args = model_args(
-            recipe.model,
-            training.seq_len,
-            seed=training.seed,
-            loss_chunk=training.loss_chunk,
-        )
+        args = Args.of(recipe.model, training.seq_len, seed=training.seed, loss_chunk=training.loss_chunk)
+        # Not by register_train_spec, which refuses a name that has one: a process may train one stage after another.
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
-            model_cls=Transformer,
+            model_cls=functools.partial(_build_model, stage),
             model_args={MODEL: args},
             parallelize_fn=functools.partial(parallelize, cfg=attention),
             pipelining_fn=None,
@@ -245,17 +327,21 @@ class Trainer(titan_train.Trainer):
             build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),
             build_dataloader_fn=functools.partial(_build_loader, stage),
             build_tokenizer_fn=lambda job_config: build_tokenizer(recipe.data.tokenizer),
-            build_loss_fn=_build_loss,
-            build_validator_fn=functools.partial(Validator, stage),
+            build_loss_fn=lambda job_config, **unused: effects.loss,
+            build_validator_fn=functools.partial(Validator, stage, effects),
             build_metrics_processor_fn=functools.partial(Metrics, stage),
         )
-        _registry_model_converter_cls[MODEL] = functools.partial(AttentionConverter, stage)
 
     def batch_generator(self, data_iterable):
         # torchtitan asks for the batches once, between loading the checkpoint and the first step.
+        if self.step != self.loads:
+            raise PatchError(
+                f"training goes on from step {self.step}, and not from the checkpoint of step {self.loads}"
+            )
+        self.lr_schedulers.take_rates()
+        self.begun = True
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
-        self._set_window(max(self.step, 1))
         validated = self.metrics_processor.begin(self.step, self.dataloader.fingerprint)
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
@@ -272,7 +358,7 @@ class Trainer(titan_train.Trainer):
         shape = training.local_batch_size, training.seq_len
         try:
             with self.maybe_enable_amp:
-                seconds = dense_seconds(self.model_parts[0], shape, stage.recipe.lighthouse.dense_backend)
+                seconds = dense_seconds(self.model_parts[0], shape)
         except torch.OutOfMemoryError:
             # Of several processes, the others would wait for this one.
             if self.ranks > 1:
@@ -288,45 +374,50 @@ class Trainer(titan_train.Trainer):
 
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
+        if not self.begun or self.asked != self.step - 1:
+            raise PatchError(f"torchtitan began step {self.step} without our batches, or without asking whether to")
+        self.lr_schedulers.check(self.step)
+        training, micro_batches = self.stage.recipe.training, self.gradient_accumulation_steps
+        # The loader leaves out no label.
+        self.effects.begin(training.global_batch_size * training.seq_len / self.averaged)
         self.micro_batch = 0
-        self._set_window(self.step)
-        with self._dense_step():
-            super().train_step(data_iterator)
+        super().train_step(data_iterator)
+        self.effects.check(f"step {self.step}", micro_batches, gradients=True)
+        self.guard.check(self.step, micro_batches)
+        self.checked = self.step
         if not is_training():
             # Together: until then a signal ends a process at once.
             self.anywhere(False)
             training_begins()
         self.guard.look()
 
-    def _set_window(self, step: int) -> None:
-        """The window whose turn it is, where stage 1 has several."""
-        lighthouse, steps = self.stage.recipe.lighthouse, self.stage.recipe.training.steps
-        if lighthouse.windows and self.stage.name == "lighthouse":
-            use_settings(self.model_parts[0], lighthouse.attention(lighthouse.window_at(step, steps)))
-
-    def _dense_step(self) -> contextlib.AbstractContextManager[None]:
-        """Dense attention in every layer, if it is the turn of a step of stage 1 that has it."""
+    def _context(self, sample: int) -> AttentionContext:
+        """Of a micro-batch of this step."""
+        context = self.stage.context(self.step, self.step, sample, self.device)
         every = self.stage.recipe.lighthouse.dense_every if self.stage.name == "lighthouse" else 0
-        return dense_for_now(self.model_parts[0]) if every and self.step % every == 0 else contextlib.nullcontext()
+        return replace(context, dense=bool(every) and self.step % every == 0)
 
     def post_dataloading_process(self, input_dict, labels):
-        return super().post_dataloading_process(_for_model(input_dict, labels), labels)
+        sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]
+        self.micro_batch += 1
+        context = self.effects.send(self._context(sample))
+        return super().post_dataloading_process(_for_model(input_dict, labels, context), labels)
+
+    @property
+    def averaged(self) -> int:
+        """What the gradients of the ranks are divided by when they are added. The loss is a sum over all ranks, as FSDP
+        adds gradients. DDP, which torchtitan takes for replication without sharding, averages them."""
+        return 1 if self.parallel_dims.fsdp_enabled else self.ranks
 
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
-        if self.needs_keys:
-            sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]
-            set_selection_keys(self.model_parts[0], self.stage.recipe.training.seed, self.step, sample)
-        self.micro_batch += 1
-        # The loss is a sum over all ranks, as FSDP adds gradients. DDP, which torchtitan takes for replication without
-        # sharding, averages them.
-        averaged = 1 if self.parallel_dims.fsdp_enabled else self.ranks
         loss = super().forward_backward_step(
-            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / averaged
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / self.averaged
         )
-        self.guard.see(loss)
-        return loss / averaged
+        self.guard.see(loss, self.effects.misscaled)
+        return loss / self.averaged
 
     def should_continue_training(self) -> bool:
+        self.asked = self.step
         if self.anywhere(stop_requested()):
             self.checkpointer._async_wait()
             # Only the first process knows what is published.
@@ -335,6 +426,21 @@ class Trainer(titan_train.Trainer):
                 self.checkpointer.save(self.step, last_step=True)
             raise Interrupted
         return super().should_continue_training()
+
+    def check_end(self, *, saves: bool) -> None:
+        """Raise PatchError unless the last step was checked and, where this job `saves`, saved and validated."""
+        if self.step == self.loads:
+            return
+        if self.checked != self.step:
+            raise PatchError(
+                f"training ended at step {self.step}, but step {self.checked} is the last that was checked"
+            )
+        if not saves:
+            return
+        if self.checkpointer.saved != self.step:
+            raise PatchError(f"training ended at step {self.step}, but {self.checkpointer.saved} is the last saved one")
+        if self.stage.recipe.data.validation and self.step == self.stage.end != self.validator.done:
+            raise PatchError(f"training ended at step {self.step} without its validation")
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is so on any process; the answer is the same on all of them."""
@@ -390,11 +496,13 @@ def train(run: Run) -> None:
             weights = trainer.checkpointer.states[MODEL_STATE].state_dict()
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
             trainer.checkpointer.contents = check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
+            trainer.loads = step
         if folder := os.environ.get(TRACE_FOLDER):
             from lighthouse_core.titan.tracing import trace_last_step
 
             trace_last_step(trainer, Path(folder))
         trainer.train()
+        trainer.check_end(saves=not folder)
     except TrainingError:
         # All processes are here, and one of them may have a checkpoint to publish yet.
         trainer.checkpointer._async_wait()

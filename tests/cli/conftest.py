@@ -13,8 +13,9 @@ from tiny_recipe import RECIPE
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
-from lighthouse_core import backends, launch
-from lighthouse_core.runs import Run
+from lighthouse_core.attention import backends
+from lighthouse_core.job import launch
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 
 

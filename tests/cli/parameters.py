@@ -1,4 +1,4 @@
-"""Every argument and option of every command, as the command line itself declares them."""
+"""Every argument and option of every command and group, as the command line itself declares them."""
 
 import inspect
 import types
@@ -15,7 +15,7 @@ class Parameter:
     """One argument or option.
 
     Attributes:
-        command: words of the command, as "data prepare".
+        command: words of the command, as "data prepare"; none for `lighthouse` itself.
         name: of the function's parameter.
         kind: its type, without None.
         flag: as "--seq"; empty for an argument.
@@ -28,7 +28,7 @@ class Parameter:
 
     @property
     def id(self) -> str:
-        return f"{self.command} {self.flag or self.name}"
+        return f"{self.command} {self.flag or self.name}".strip()
 
 
 def parameters() -> list[Parameter]:
@@ -37,10 +37,15 @@ def parameters() -> list[Parameter]:
 
 
 def _parameters(group: Any, above: tuple[str, ...]) -> Iterator[Parameter]:
-    for command in group.registered_commands:
-        words = " ".join((*above, command.name or command.callback.__name__))
-        hints = typing.get_type_hints(command.callback, include_extras=True)
-        for name in inspect.signature(command.callback).parameters:
+    functions = [
+        (" ".join((*above, command.name or command.callback.__name__)), command.callback)
+        for command in group.registered_commands
+    ]
+    if group.registered_callback is not None:
+        functions.insert(0, (" ".join(above), group.registered_callback.callback))
+    for words, function in functions:
+        hints = typing.get_type_hints(function, include_extras=True)
+        for name in inspect.signature(function).parameters:
             if typing.get_origin(hints[name]) is not typing.Annotated:
                 continue  # the context, which is no parameter
             kind, info = typing.get_args(hints[name])[:2]

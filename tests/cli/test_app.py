@@ -1,13 +1,15 @@
 """The command itself: help, version, what it imports, and how errors leave it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from children import PYTHON, start
 
-from lighthouse_core import runs
+from lighthouse_core.runs import find
 
 HEAVY = ("torch", "numpy", "transformers", "torchtitan")
 
@@ -29,6 +31,9 @@ def shell(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["recover", "--help"], HEAVY),
         (["strip", "--help"], HEAVY),
         (["profile", "--help"], HEAVY),
+        (["profile", "step", "--help"], HEAVY),
+        (["profile", "tune", "--help"], HEAVY),
+        (["profile", "selection", "--help"], HEAVY),
         (["runs", "--help"], HEAVY),
         (["data", "prepare", "--help"], HEAVY),
         (["tokenizer", "train", "--help"], HEAVY),
@@ -37,7 +42,11 @@ def shell(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["recipes", "list"], HEAVY),
         (["profile"], HEAVY),
         (["profile", "--seq", "many"], HEAVY),
+        (["profile", "--recipe", "quickstart"], HEAVY),
         (["profile", "--seq", "2048", "--topk", "5"], ("torch",)),
+        (["profile", "step", "none.toml"], ("torch",)),
+        (["profile", "tune", "--floor", "2"], ("torch",)),
+        (["profile", "selection", "none"], ("torch",)),
         (["pretrain"], ("torch",)),
         (["pretrain", "none.toml"], ("torch",)),
         (["pretrain", "quickstart", "--set", "training.step=3"], ("torch",)),
@@ -126,6 +135,39 @@ def test_an_unexpected_error_keeps_its_traceback(lighthouse, here, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runs, "find_run", broken)
+    monkeypatch.setattr(find, "find_run", broken)
     with pytest.raises(ZeroDivisionError):
         lighthouse("recover")
+
+
+IMPORTING = """
+import sys, time, types
+
+app = types.ModuleType("lighthouse_cli.app")
+
+def main():
+    import slow
+    time.sleep(60)
+
+app.main = main
+sys.modules["lighthouse_cli.app"] = app
+from lighthouse_cli._start import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("presses", "takes", "code"), [(1, 2, 130), (2, 60, -signal.SIGINT)])
+def test_an_interrupt_within_an_import_waits_for_its_end_and_a_second_does_not(tmp_path, presses, takes, code):
+    (tmp_path / "slow.py").write_text(
+        f"import time\nprint('begun', flush=True)\ntime.sleep({takes})\nprint('ended', flush=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with start([*PYTHON, "-c", IMPORTING], env=environment, cwd=tmp_path, seconds=30, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "interrupted: ending\n"
+        if presses == 2:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (code, "ended\n" if presses == 1 else "", "")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lighthouse_core.listing import shipped_recipes
+from lighthouse_core.shelf import shipped_recipes
 
 SCRIPT = """
 import sys
@@ -52,19 +52,21 @@ def place(tmp_path):
 def test_what_is_offered(place):
     names = {"pretrain", "recover", "strip", "profile", "runs", "recipes", "data", "tokenizer"}
     assert names <= set(ask("lighthouse ", place))
+    assert ask("lighthouse profile ", place) == ["step", "tune", "selection"]
     assert ask("lighthouse recover ", place) == ["newer", "older"]
     assert ask("lighthouse recover o", place) == ["older"]
     assert ask("lighthouse pretrain --resume ", place) == ["latest", "newer", "older"]
     assert ask("lighthouse pretrain ", place) == sorted([*shipped_recipes(), "mine.toml"])
-    for command in ("data prepare", "data inspect", "tokenizer train"):
+    for command in ("data prepare", "data inspect", "tokenizer train", "profile step", "profile tune"):
         assert ask(f"lighthouse {command} ", place) == sorted([*shipped_recipes(), "mine.toml"])
     assert ask("lighthouse recipes copy quick", place) == ["quickstart"]
-    assert ask("lighthouse strip ", place) == [
-        "newer",
-        "older",
-        "runs/newer/checkpoints/step-5",
-        "runs/older/checkpoints/step-5",
-    ]
+    for command in ("strip", "profile selection"):
+        assert ask(f"lighthouse {command} ", place) == [
+            "newer",
+            "older",
+            "runs/newer/checkpoints/step-5",
+            "runs/older/checkpoints/step-5",
+        ]
     # Nothing to offer leaves file names to the shell.
     assert ask("lighthouse pretrain recipes/", place) == []
     assert ask("lighthouse recover ", place / "runs") == []

@@ -1,13 +1,14 @@
 """lighthouse data prepare and inspect."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 
 import pytest
-from children import LIGHTHOUSE, start
+from children import LIGHTHOUSE, start, wait_until
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data import check
@@ -79,18 +80,43 @@ def test_prepare_then_inspect_agree_with_the_live_source(place):
     assert train["tokens"] + validation["tokens"] == total
 
 
-def test_an_interrupted_prepare_says_how_to_go_on(place):
-    (place / "many").mkdir()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_prepare_says_how_to_go_on(place, number):
+    (place / "many").mkdir(exist_ok=True)
     (place / "many/a.jsonl").write_text('{"text": "some words"}\n' * 2_000_000)
-    command = [*LIGHTHOUSE, "data", "prepare", "r.toml", "many/out", "--workers", "1"]
+    command = [*LIGHTHOUSE, "data", "prepare", "r.toml", f"many/out{number}", "--workers", "1"]
     with start(
         [*command, "--set", 'data.paths=["many/*.jsonl"]'], cwd=place, stderr=subprocess.PIPE, text=True
     ) as process:
         process.stderr.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.stderr.read()
     (place / "many/a.jsonl").unlink()
-    assert process.returncode == 130 and "same command" in said and "Traceback" not in said
+    assert process.returncode == 128 + number and "same command" in said and "Traceback" not in said
+    assert not list((place / f"many/out{number}").rglob(".*"))
+
+
+# What each Python process runs at its start. A worker takes longer than this test lets the command live.
+SLOW_WORKERS = """
+import sys, time
+
+if "--multiprocessing-fork" in sys.orig_argv:
+    open("begun", "w").close()
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_prepare_ends_without_waiting_for_workers_that_have_not_begun(place, tmp_path, number):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_WORKERS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = [*LIGHTHOUSE, "data", "prepare", place / "r.toml", "out", "--workers", "2"]
+    command += ["--set", f'data.paths=["{place}/src/*.jsonl"]']
+    with start(command, cwd=tmp_path, env=environment, seconds=60, stderr=subprocess.PIPE, text=True) as process:
+        wait_until((tmp_path / "begun").exists, process)
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == 128 + number and "same command" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("room", [0, 4096])

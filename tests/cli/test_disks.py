@@ -17,7 +17,7 @@ from test_bad_input import ROW, WRITTEN, a_run, check_refused, place, tree  # no
 from tiny_recipe import RECIPE
 
 from lighthouse_cli.app import app
-from lighthouse_core import launch
+from lighthouse_core.job import launch
 
 # ruff: noqa: F811 (fixtures of another module)
 
@@ -32,7 +32,9 @@ WRITES = {
     "eval --out": ("eval", "runs/whole", "--out", "a/b"),
     "compare": ("compare", "runs/whole", "--out", "a/b"),
     "profile --seq": ("profile", "--seq", "1024,2048", "--out", "a/b"),
-    "profile --selection": ("profile", "--selection", "runs/cut", "--out", "a/b"),
+    "profile step": ("profile", "step", "tiny.toml", "--nproc", "1", "--out", "a/b"),
+    "profile tune": ("profile", "tune", "tiny.toml", "--nproc", "1", "--out", "a/b"),
+    "profile selection": ("profile", "selection", "runs/cut", "--out", "a/b"),
     "sweep": ("sweep", "sweep.toml"),
     "sweep --output": ("sweep", "sweep.toml", "--output", "a/b"),
     "data prepare": ("data", "prepare", "tiny.toml", "tokens", "--workers", "1"),
@@ -52,6 +54,8 @@ def commands() -> set[str]:
 
     found = {name(command) for command in app.registered_commands}
     for group in app.registered_groups:
+        # One that does something of its own when no command is named.
+        found |= {group.name} if group.typer_instance.info.invoke_without_command is True else set()
         found |= {f"{group.name} {name(command)}" for command in group.typer_instance.registered_commands}
     return found
 
@@ -93,8 +97,9 @@ def template(tmp_path_factory) -> Path:
     import torch.distributed.checkpoint as dcp
 
     from lighthouse_core.config import load_recipe
-    from lighthouse_core.export import llama
-    from lighthouse_core.runs import create_run, plan_recovery
+    from lighthouse_core.models import llama
+    from lighthouse_core.runs.create import create_run
+    from lighthouse_core.runs.recovery import plan_recovery
     from lighthouse_core.seal import seal
 
     here = tmp_path_factory.mktemp("template")
@@ -200,7 +205,8 @@ def world(template, here, lighthouse, trainer, monkeypatch):
         return first, None
 
     monkeypatch.setattr(run, "attention", attention)
-    monkeypatch.setattr(run, "selection", lambda path, sequences, say: profiled("selection", "selection"))
+    for kind in ("step", "tune", "selection"):
+        monkeypatch.setattr(run, kind, lambda *given, kind=kind: profiled(kind, kind))
     monkeypatch.setattr(evaluate, "plot", lambda report, folder: draw("by_position")(folder))
     from lighthouse_core.evaluate import compare
 
@@ -268,7 +274,7 @@ LEFT = {
 
 
 # Each costs a second or two.
-QUICK = {"pretrain", "eval --out", "compare", "profile --selection", "data prepare", "tokenizer train", "recipes copy"}
+QUICK = {"pretrain", "eval --out", "compare", "profile selection", "data prepare", "tokenizer train", "recipes copy"}
 CASES = [
     pytest.param(case, lasting, marks=() if case in QUICK and not lasting else pytest.mark.slow)
     for case in WRITES
@@ -302,10 +308,51 @@ def test_an_operation_that_fails(world, template, lighthouse, trainer, case, las
     assert all((world / name).read_text() == "mine\n" for name in CANARIES)
 
 
+# Commands that write a report over an earlier one.
+OVER = ["eval", "eval --out", "compare", "profile --seq", "profile step", "profile tune", "profile selection"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in ("eval", "profile selection") else pytest.mark.slow) for case in OVER],
+)
+def test_a_report_that_fails_over_an_earlier_one(world, tmp_path_factory, lighthouse, case):
+    """The earlier report stays as a whole. The disk fails once: what cannot be put back is `test_links`' case."""
+    clean = tree(world)
+    assert lighthouse(*WRITES[case]).code == 0
+    report = {name for name in difference(clean, tree(world)) if (world / name).is_file()}
+    assert len(report) > 2
+    for name in report:
+        with (world / name).open("ab") as file:
+            file.write(b"  " if name.endswith(".json") else b"the earlier one")
+    template = tmp_path_factory.mktemp("earlier") / "world"
+    shutil.copytree(world, template)
+    before = tree(world)
+    failed = 0
+    for at in itertools.count():
+        faults = Faults(str(world), at, ERRORS[at % len(ERRORS)])
+        with failing(faults):
+            answer = lighthouse(*WRITES[case])
+        after = tree(world)
+        if not faults.struck:
+            break
+        words = f"{faults.seen[at]} failed: {answer}\n{difference(before, after)}"
+        assert names(after) == names(before), words
+        changed = {name for name in report if before[name] != after[name]}
+        # Of several lengths each has a report.
+        assert changed in ((set(), report) if answer.code == 0 or case == "profile --seq" else (set(),)), words
+        failed += answer.code != 0
+        restore(world, template, before)
+    assert answer.code == 0 and failed > 2 * len(report) and not report & {n for n in report if before[n] == after[n]}
+
+
 def check_after(case: str, answer, before: dict, after: dict, whole: dict, words: str) -> None:
     """That a command ended as it should after a fault, and left what it should."""
     assert "Traceback" not in answer.err, words
     hidden = [name for name in after if name not in before and name not in whole and Path(name).name.startswith(".")]
+    # A report that cannot be put back: the command says where it is.
+    kept = re.search(r"the earlier files are in (\S+/\.writing-[0-9a-f]+)/\.earlier", answer.err)
+    hidden = [name for name in hidden if not kept or not Path(name).is_relative_to(kept[1])]
     # The last one says whose a folder is that a sweep's command has made.
     assert not [name for name in hidden if not name.endswith(".begun")], words
     if answer.code == 0:

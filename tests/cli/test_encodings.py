@@ -11,7 +11,7 @@ from children import LIGHTHOUSE
 
 from lighthouse_cli import _output
 from lighthouse_core.config import load_recipe
-from lighthouse_core.runs import create_run
+from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 
 # Of one, two, three and four bytes in UTF-8, and a character that combines.

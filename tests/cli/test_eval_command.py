@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lighthouse_core.config import load_recipe
-from lighthouse_core.runs import create_run
+from lighthouse_core.runs.create import create_run
 
 
 @pytest.fixture
@@ -99,6 +99,12 @@ def test_text_that_was_trained_on_is_refused(lighthouse, here, run, measured):
         (here / f"other/{number}/a.py").write_text(f"print('of nobody but {number}')")
     other = ["--recipe", "tiny.toml", "--set", "data.validation=0.5", "--set", f'data.paths=["{here}/other"]']
     assert lighthouse("eval", "one", *other).code == 0
+
+
+def test_a_recipe_that_holds_no_text_out_is_named(lighthouse, run, measured):
+    wrong = lighthouse("eval", "one", "--recipe", "tiny.toml", "--set", "data.validation=0")
+    assert wrong.code == 2 and wrong.error == "error: tiny.toml holds no text out"
+    assert "--set data.validation=0.05" in wrong.err
 
 
 def test_runs_without_a_step_are_not_compared(lighthouse, run):

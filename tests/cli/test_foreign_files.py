@@ -21,12 +21,12 @@ from lighthouse_core.config.sweep import load_sweep
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.listing import summarize
 from lighthouse_core.reading import parse_json, parse_toml, read_json, read_regular
-from lighthouse_core.runs import Run
+from lighthouse_core.runs.listing import summarize
+from lighthouse_core.runs.rows import Tail, can_be_shown, parse_row, read_rows
+from lighthouse_core.runs.run import Run
 from lighthouse_core.sweep import collect
 from lighthouse_core.sweep.state import report
-from lighthouse_core.train.progress import Tail, can_be_shown, parse_row, read_rows
 
 BIG = "9" * 5000
 DEEP = "[" * 100_000

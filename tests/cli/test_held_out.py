@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from tiny_recipe import RECIPE
 
 from lighthouse_core import evaluate
 from lighthouse_core.config import load_recipe
+from lighthouse_core.data import overlap as overlaps
 from lighthouse_core.data.build import build_stream
 from lighthouse_core.data.overlap import overlap, own_split
 from lighthouse_core.data.shards import ShardWriter, write_index
 from lighthouse_core.data.stream import NoDocuments
 from lighthouse_core.data.tokenizer import BytesTokenizer, build_tokenizer
 from lighthouse_core.evaluate import load
-from lighthouse_core.runs import create_run
+from lighthouse_core.runs.create import create_run
 
 # Of several lengths, two of the same; the last has what encodings differ in.
 TEXTS = [
@@ -295,6 +297,41 @@ def test_a_part_is_said(ask, corpus):
     assert (report["texts"], report["shared"]) == (10, 2) and 0 < report["share"] < 0.5
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_row_that_stands_twice_in_a_file_is_no_row_that_was_trained_on(tmp_path, form):
+    """The copy is counted; the row that is measured is held out, though it lies in a file that was trained on."""
+
+    def write(texts: list[str]) -> str:
+        if form == "parquet":
+            return FORMS[form](tmp_path / "own", texts)[1]
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return f"{tmp_path}/own/*.jsonl"
+
+    rows = [f"row {i}, " + "word " * i for i in range(400)]
+    texts = rows + [f"more {i}" for i in range(50)]
+    path = write(texts)
+    own = recipe(tmp_path, "files", path, validation=0.25)
+    held_out = {text.decode() for text in texts_of(own, "validation")}
+    # One copy, far enough behind to be trained on.
+    twice = next(text for text in rows if text in held_out)
+    shutil.rmtree(tmp_path / "own")
+    for at in range(len(rows), len(texts)):
+        copied = [*texts[:at], twice, *texts[at + 1 :]]
+        write(copied)
+        if twice.encode() in texts_of(own, "train"):
+            break
+        shutil.rmtree(tmp_path / "own")
+    # The same identities, so that the split is the same, and another listing.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.jsonl").write_text(json.dumps({"text": "of nobody"}) + "\n")
+    other = recipe(tmp_path, "files", path, f"{tmp_path}/more/*.jsonl", validation=0.25)
+    found = seen(own, other)
+    assert not found.trained_on and found.shared >= 1 and 0 < found.share < 0.1 and not found.unknown
+    everything = seen(own, recipe(tmp_path, "files", path, f"{tmp_path}/more/*.jsonl", validation=0.3))
+    assert everything.trained_on and everything.same_files and everything.share < 0.5
+
+
 UNKNOWN = {
     "no fingerprint in the ledger": (None, lambda here: None),
     "another fingerprint in the ledger": ("0" * 16, lambda here: None),
@@ -353,6 +390,63 @@ def test_what_takes_too_long_is_not_known(tmp_path):
     other = recipe(tmp_path, *as_txt(tmp_path / "other", TEXTS))
     found = overlap(own, other, trained(own), seconds=-1e9)
     assert found.unknown and "not known" in str(found) and "held out" not in str(found)
+
+
+@pytest.mark.parametrize("form", ["**", "*/*/*.jsonl", "python-sources"])
+def test_a_listing_without_an_end_is_not_known(ask, corpus, monkeypatch, form):
+    """Whoever sends a run may name the root of a file system as its training text."""
+    listed, now = [], time.monotonic
+    real = os.scandir
+
+    def scandir(folder=None):
+        # glob has descriptors.
+        path = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) else os.fsdecode(folder or ".")
+        listed.append(path)
+        return real(folder)
+
+    for name in range(30):
+        (corpus / f"endless/{name}/{name}").mkdir(parents=True)
+        (corpus / f"endless/{name}/{name}/a.jsonl").write_text('{"text": "a"}')
+        (corpus / f"endless/{name}/{name}/a.py").write_text("a")
+    source, path = ("python-sources", "endless") if form == "python-sources" else ("files", f"endless/{form}")
+    if form == "**":
+        path += "/*.jsonl"
+    own = recipe(corpus, source, path, validation=0.3)
+    as_txt(corpus / "fresh", OTHERS)
+    recipe(corpus, "files", "fresh/*.txt")
+    ask(own, "--recipe", "r1.toml")
+    # The time is up once a tenth of the folders have been listed.
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6 * (len(inside()) > 3))
+
+    def inside():
+        return [path for path in listed if "endless" in path]
+
+    for options in (("--recipe", "r1.toml"), ()):
+        listed.clear()
+        result, report = ask(own, *options)
+        assert result.code == 0 and "listing the run's training text took too long" in result.err, options
+        assert "is not known" in report["words"] and not report["known"] and 3 < len(inside()) < 12
+
+
+def test_one_file_that_takes_too_long_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """The time is looked at between the parts of a text."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large/a.txt").write_bytes(b"text\n" * (12 << 18))
+    own = all_of(tmp_path, "jsonl", OTHERS, "own")
+    read, content, now, late = [], overlaps._Look._content, time.monotonic, 0.0
+
+    def slow(look, record):
+        nonlocal late
+        read.append(record)
+        late += 1000
+        return content(look, record)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now() + late)
+    monkeypatch.setattr(overlaps._Look, "_content", slow)
+    found = overlap(own, recipe(tmp_path, "files", f"{tmp_path}/large/*.txt"), trained(own))
+    assert len([record for record in read if len(record.content) > 1 << 20]) == 1
+    assert found.texts == 0 and "too much text" in str(found)
 
 
 def test_what_cannot_be_read_is_not_known(tmp_path):

@@ -17,9 +17,9 @@ from tiny_recipe import RECIPE
 from lighthouse_cli import _output, _view
 from lighthouse_core import figures
 from lighthouse_core.profile.report import Report, Table
+from lighthouse_core.runs.rows import Point, Progress
 from lighthouse_core.shown import shown, shown_drawing, shown_lines
-from lighthouse_core.train.progress import Point, Progress
-from lighthouse_core.train.worker import _Shown
+from lighthouse_core.worker import _Shown
 
 # A cleared screen, a title, a colour, a link, a bell, C1's CSI, a backspace, a line of its own, and bidi controls.
 HOSTILE = (
@@ -160,8 +160,11 @@ FILES = ("--set", 'data.source="files"', "--set", 'data.paths=["odd/*.jsonl"]')
         ("sweep", NAME),
         ("sweep", "odd.toml"),
         ("profile", "--seq", NAME),
-        ("profile", "--selection", NAME),
-        ("profile", "--recipe", NAME),
+        ("profile", NAME),
+        ("profile", f"--{NAME}"),
+        ("profile", "selection", NAME),
+        ("profile", "step", NAME),
+        ("profile", "tune", NAME),
         ("profile", "--seq", "1024", "--scorer", NAME),
         ("profile", "--seq", "1024", "--dtype", NAME),
         ("tokenizer", "train", NAME, "t.model"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse_core import listing
+from lighthouse_core import shelf
 from lighthouse_core.config import load_recipe
 
 
@@ -56,12 +56,12 @@ def test_a_folder_that_may_not_be_searched(lighthouse, here, monkeypatch):
 
 def test_recipes_are_listed_with_what_they_are(lighthouse):
     out = lighthouse("recipes", "list").out
-    for name, path in listing.shipped_recipes().items():
-        assert name in out and listing.recipe_title(path)[:40] in out
+    for name, path in shelf.shipped_recipes().items():
+        assert name in out and shelf.recipe_title(path)[:40] in out
 
 
 def test_a_recipe_is_shown_as_it_is(lighthouse):
-    text = listing.shipped_recipes()["quickstart"].read_text()
+    text = shelf.shipped_recipes()["quickstart"].read_text()
     assert lighthouse("recipes", "show", "quickstart").out == text
     assert lighthouse("recipes", "show", "quickstart.toml").out == text
     answer = lighthouse("recipes", "show", "quickstar")
@@ -74,7 +74,7 @@ def test_a_recipe_is_copied_and_nothing_overwritten(lighthouse, here, dest):
     where = {None: "quickstart.toml", "folder": "folder/quickstart.toml"}.get(dest, dest)
     arguments = ["recipes", "copy", "quickstart", *([dest] if dest else [])]
     assert lighthouse(*arguments).out == f"{where}\n"
-    assert load_recipe(here / where) == load_recipe(listing.shipped_recipes()["quickstart"])
+    assert load_recipe(here / where) == load_recipe(shelf.shipped_recipes()["quickstart"])
     (here / where).write_text("mine")
     assert f"{where} exists" in lighthouse(*arguments).error
     assert (here / where).read_text() == "mine"

@@ -31,7 +31,7 @@ JSON = {
     "data inspect --json": ("data", "inspect", "tiny.toml", "--seconds", "0.1", "--json"),
     "compare --json": (*WRITES["compare"], "--json"),
     "eval --json": (*WRITES["eval"], "--json"),
-    "profile --json": (*WRITES["profile --selection"], "--json"),
+    "profile selection --json": (*WRITES["profile selection"], "--json"),
     "pretrain --json": (*WRITES["pretrain"], "--json"),
     "recover --json": (*WRITES["recover"], "--json"),
 }

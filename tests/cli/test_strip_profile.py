@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from lighthouse_core.attention.config import NAMES
+from lighthouse_core.attention.settings import Settings
 from lighthouse_core.errors import ExportError, UserError
 from lighthouse_core.profile.report import Table
 
@@ -173,12 +175,12 @@ def test_profile_takes_the_settings_of_other_methods(lighthouse, profiler, here)
 
 
 def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here):
-    lighthouse("profile", "--recipe", "quickstart", "--set", "training.steps=9")
-    lighthouse("profile", "--tune", "--recipe", "quickstart", "--seq", "4096", "--floor", "0.125", "--nproc", "1")
-    lighthouse("profile", "--tune")
+    lighthouse("profile", "step", "quickstart", "--set", "training.steps=9")
+    lighthouse("profile", "tune", "quickstart", "--seq", "4096", "--floor", "0.125", "--nproc", "1")
+    lighthouse("profile", "tune")
     a_run(here, 4)
-    lighthouse("profile", "--selection", "a", "--sequences", "2")
-    lighthouse("profile", "--selection", "runs/a/checkpoints/step-4")
+    lighthouse("profile", "selection", "a", "--sequences", "2")
+    lighthouse("profile", "selection", "runs/a/checkpoints/step-4")
     names = [name for name, _, _ in profiler]
     assert names == ["step", "tune", "tune", "selection", "selection"]
     path, recipe, settings, *_ = profiler[0][1]
@@ -194,27 +196,91 @@ def test_profile_of_a_recipe_a_search_and_a_selection(lighthouse, profiler, here
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "takes one of --seq, --recipe and --selection, not none"),
-        (["--seq", "4096", "--selection", "a"], "not --selection and --seq"),
-        (["--recipe", "quickstart", "--seq", "4096"], "not --recipe and --seq"),
+        ([], "takes --seq N or a command: step, tune or selection"),
+        (["--topk", "128"], "takes --seq N or a command: step, tune or selection"),
+        (["step"], "Missing argument"),
+        (["selection"], "Missing argument"),
+        (["--seq", "4096", "selection", "a"], "--seq stands before the command selection"),
+        (["-q", "step", "quickstart"], "--quiet stands before the command step"),
+        (["--json", "tune"], "--json stands before the command tune"),
         (["--seq", "4096,no"], "--seq takes numbers of tokens with commas between them, not '4096,no'"),
         (["--seq", "4096,0"], "--seq must be at least 1, not 0"),
-        (["--tune", "--seq", "4096,8192"], "--tune takes one length"),
-        (["--tune", "--floor", "1.5"], "--floor must lie between 0 and 1, not 1.5"),
-        (["--seq", "4096", "--set", "a.b=1"], "--set is of no use with --seq"),
-        (["--recipe", "quickstart", "--topk", "128"], "--topk is of no use with --recipe"),
-        (["--recipe", "quickstart", "--floor", "0.0625"], "--floor is of no use with --recipe"),
-        (["--tune", "--kv-heads", "2"], "--kv-heads is of no use with --tune"),
-        (["--selection", "a", "--nproc", "1"], "--nproc is of no use with --selection"),
+        (["tune", "--seq", "4096,8192"], "Invalid value for '--seq'"),
+        (["tune", "--floor", "1.5"], "--floor must lie between 0 and 1, not 1.5"),
         (["--seq", "4096", "--dense-backend", "fa9"], "dense_backend must be one of auto, fa4"),
         (["--seq", "4096", "--method", "chunked"], "window must be a number of tokens"),
         (["--seq", "8192", "--method", "compressed", "--window", "7"], "hint: use a --window that is a multiple of it"),
         (["--seq", "4096", "--heads", "8", "--kv-heads", "3"], "8 heads, 3 KV heads"),
-        (["--selection", "a", "--sequences", "0"], "--sequences must be at least 1"),
-        (["--recipe", "quickstat"], "quickstart"),
+        (["selection", "a", "--sequences", "0"], "--sequences must be at least 1"),
+        (["step", "quickstat"], "quickstart"),
+        (["tune", "quickstat"], "quickstart"),
     ],
 )
 def test_profile_refuses_what_makes_no_sense(lighthouse, profiler, here, arguments, words):
     answer = lighthouse("profile", *arguments)
     assert (answer.code, answer.out) == (2, "") and words in answer.err
     assert not profiler and not (here / "profiles").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--seq", "4096", "--set", "a.b=1"], "--set"),
+        (["--seq", "4096", "--floor", "0.0625"], "--floor"),
+        (["step", "quickstart", "--topk", "128"], "--topk"),
+        (["step", "quickstart", "--seq", "4096"], "--seq"),
+        (["step", "quickstart", "--floor", "0.0625"], "--floor"),
+        (["tune", "--kv-heads", "2"], "--kv-heads"),
+        (["selection", "a", "--nproc", "1"], "--nproc"),
+    ],
+)
+def test_each_kind_of_profile_has_options_of_its_own(lighthouse, profiler, arguments, option):
+    error = lighthouse("profile", *arguments).error
+    assert "No such option" in error and option in error
+    assert not profiler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unknown"),
+    [
+        (["--recipe", "quickstart", "--set", "training.steps=9"], "--recipe"),
+        (["--tune", "--recipe", "quickstart", "--seq", "4096"], "--tune"),
+        (["--selection", "a"], "--selection"),
+        (["--seq", "4096", "--selection", "a"], "--selection"),
+    ],
+)
+def test_an_option_that_profile_has_not_is_answered_with_its_commands(lighthouse, profiler, arguments, unknown):
+    answer = lighthouse("profile", *arguments)
+    assert "No such option" in answer.error and unknown in answer.error
+    assert answer.err.splitlines()[1] == (
+        "hint: commands of lighthouse profile: step RECIPE, tune [RECIPE] and selection RUN; "
+        "--help lists what each takes"
+    )
+    assert not profiler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["--seq", "4096"], "attention"),
+        (["step", "quickstart"], "step"),
+        (["tune", "quickstart"], "tune"),
+        (["selection", "a"], "selection"),
+    ],
+)
+def test_each_kind_of_profile_takes_out_quiet_and_json(lighthouse, profiler, here, arguments, kind):
+    a_run(here, 4)
+    answer = lighthouse("profile", *arguments, "--out", "report", "--quiet", "--json")
+    assert json.loads(answer.out) == {"schema": 3}
+    assert answer.err == "written to report\n" and (here / "report/report.md").is_file()
+    assert [name for name, _, _ in profiler] == [kind]
+
+
+def test_help_lists_the_names_and_defaults_of_settings(lighthouse, here):
+    words = " ".join(lighthouse("profile", "--help").out.split())
+    for setting in ("scorer", "method", "backend", "dense_backend"):
+        begin = words.index(f"--{setting.replace('_', '-')} ")
+        text = words[begin : words.index("]", begin) + 1]
+        *others, last = NAMES[setting]
+        assert f"{', '.join(others)} or {last}" in text
+        assert text.endswith(f"[default: {getattr(Settings, setting)}]")

@@ -12,8 +12,8 @@ import time
 import pytest
 from children import wait_until
 
-from lighthouse_core import launch
 from lighthouse_core import sweep as sweep_module
+from lighthouse_core.job import launch
 from lighthouse_core.sweep import lock
 
 SWEEP = """
@@ -33,7 +33,9 @@ recover = 6
 CHILD = """
 import json, os, pathlib, signal, sys, time
 from lighthouse_core.config import load_recipe
-from lighthouse_core.runs import Run, create_run, plan_recovery
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 
 what, target, *rest = sys.argv[1:]

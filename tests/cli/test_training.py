@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from lighthouse_core import titan
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.launch import Plan
-from lighthouse_core.runs import Run, create_run
+from lighthouse_core.job import launch
+from lighthouse_core.job.launch import Plan
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.run import Run
 
 
 def ledger(name: str) -> list[tuple[str, int, int]]:
@@ -199,6 +202,29 @@ def test_what_ends_before_the_first_step_frees_the_name(lighthouse, trainer, her
     assert (here / "runs/a").exists()
 
 
+def leave(folder, *names):
+    """Make links out of a run's folder, as Weights & Biases makes some within its own."""
+    outside = folder.parent.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "kept.txt").touch()
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(outside, target_is_directory=True)
+
+
+@pytest.mark.parametrize(("names", "kept"), [(["wandb/latest-run", "wandb/debug.log"], None), (["logs"], "logs")])
+def test_links_of_a_start_that_failed(lighthouse, trainer, here, monkeypatch, names, kept):
+    def fail(run_dir, plan, watcher):
+        leave(Path(run_dir), *names)
+        raise LighthouseError("a training process was killed")
+
+    monkeypatch.setattr(launch, "launch", fail)
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert answer.code == 1 and (here / "runs/a").exists() == bool(kept)
+    assert (f"runs/a is kept: it holds {kept}\n" if kept else "runs/a held no step and is removed\n") in answer.err
+    assert (here / "outside/kept.txt").exists()
+
+
 def test_recover_takes_the_newest_run_and_says_which(lighthouse, trainer):
     for name in ("old", "new"):
         lighthouse("pretrain", "tiny.toml", "--name", name)
@@ -289,6 +315,19 @@ def test_another_machine_launches_without_writing(lighthouse, trainer, here):
 def test_titan_tables_are_checked_before_a_run_is_made(lighthouse, trainer, here):
     assert "titan" in lighthouse("pretrain", "tiny.toml", "--set", "titan.comm.nonsense=1").error
     assert not (here / "runs").exists()
+
+
+def test_titan_tables_are_checked_once_in_a_command(lighthouse, trainer, here, monkeypatch):
+    checked = []
+    monkeypatch.setattr(titan, "check_overrides", lambda recipe: checked.append(dict(recipe.titan)))
+    table = {"comm": {"init_timeout_seconds": 600}}
+    trainer.stop, trainer.code = 40, 130
+    set_titan = ("--set", "titan.comm.init_timeout_seconds=600")
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a", *set_titan).code == 130
+    assert checked == [table]
+    trainer.stop, trainer.code = None, 0
+    assert lighthouse("pretrain", "--resume", "a").code == 0 and checked == [table] * 2
+    assert lighthouse("recover", "a").code == 0 and checked == [table] * 3
 
 
 def test_environment_is_recorded(lighthouse, trainer, here):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lighthouse_cli._view import render, sparkline
-from lighthouse_core.train.progress import Point, Progress
+from lighthouse_core.runs.rows import Point, Progress
 
 
 def row(step: int, **values) -> dict:

@@ -15,7 +15,7 @@ from children import start
 
 from lighthouse_cli import _output, _view, _watch
 from lighthouse_core.config import load_recipe
-from lighthouse_core.runs import create_run
+from lighthouse_core.runs.create import create_run
 
 
 def row(step: int, **values) -> dict:
@@ -126,8 +126,8 @@ def terminal(here):
             import sys
             import typer
             from lighthouse_cli import _train
-            from lighthouse_core import launch
-            from lighthouse_core.runs import Run
+            from lighthouse_core.job import launch
+            from lighthouse_core.runs.run import Run
             launch.command = lambda run_dir: [sys.executable, "worker.py"]
             run = Run({str(made.path)!r})
             try:

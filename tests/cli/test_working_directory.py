@@ -52,13 +52,13 @@ def test_the_processes_of_prepare(trapped, tmp_path):
 
 
 def test_what_pythonpath_names_is_imported(tmp_path, monkeypatch):
-    from lighthouse_core.launch import Plan, launch
+    from lighthouse_core.job.launch import Plan, launch
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/my_module.py").write_text("found = 'yes'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
     code = f"import my_module, pathlib; pathlib.Path({str(tmp_path / 'found')!r}).write_text(my_module.found)"
-    monkeypatch.setattr("lighthouse_core.launch.command", lambda run_dir: [sys.executable, "-P", "-c", code])
+    monkeypatch.setattr("lighthouse_core.job.launch.command", lambda run_dir: [sys.executable, "-P", "-c", code])
     assert launch(tmp_path, Plan(1)) == 0 and (tmp_path / "found").read_text() == "yes"
 
 

@@ -17,8 +17,9 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.data.build import build_source, build_stream
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.export.llama import entries
-from lighthouse_core.runs import create_run, plan_recovery
+from lighthouse_core.models.llama import entries
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.seal import seal
 
 SMALL = """\
@@ -81,7 +82,7 @@ COMMANDS = {
     "eval, in parts": ("eval", "parts", "--recipe", "small.toml", *_MEASURE),
     "eval, tokens": ("eval", "tiny", "--recipe", "tokens.toml", *_MEASURE),
     "strip": ("strip", "later", "stripped"),
-    "profile": ("profile", "--selection", "tiny", "--sequences", "1", "--out", "profiled"),
+    "profile": ("profile", "selection", "tiny", "--sequences", "1", "--out", "profiled"),
     "inspect": ("data", "inspect", "small.toml"),
     "verify": ("data", "inspect", "tokens.toml", "--verify"),
     "pretrain": ("pretrain", "tokens.toml", "--dry-run"),

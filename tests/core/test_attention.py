@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lighthouse_core import (
     LighthouseConfig,
-    backends,
     dense_attention,
     gathered_length,
     lighthouse_attention,
     select_indices,
 )
+from lighthouse_core.attention import backends
 from lighthouse_core.errors import LighthouseError
 
 USER_ERRORS = (ValueError, LighthouseError)
@@ -477,5 +477,5 @@ def test_another_flash_attention_is_not_taken_for_the_fourth(tmp_path):
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')")
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lighthouse_core.attention import flash, call"
-    subprocess.run([sys.executable, "-c", code + "; assert not flash.INSTALLED"], check=True, timeout=100)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lighthouse_core.attention.dense import call, fa4"
+    subprocess.run([sys.executable, "-c", code + "; assert not fa4.INSTALLED"], check=True, timeout=100)

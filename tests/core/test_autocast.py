@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
-from lighthouse_core.attention import flash
+from lighthouse_core.attention import AttentionContext
+from lighthouse_core.attention.dense import fa4
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
 
 PYRAMID = {"pooling": 2, "levels": 2, "topk": 2, "tile_parents": 2}
@@ -77,12 +78,13 @@ def test_autocast_leaves_the_call_alone(name, backend, autocast):
 def test_autocast_leaves_the_call_alone_on_a_gpu(name, backend, autocast):
     """By torch's kernels in every dtype; where FlashAttention-4 is there, by it in 16 bits."""
     settings = METHODS[name] and METHODS[name] | {"backend": backend}
-    parts = settings is not None and LighthouseConfig(**settings).adds_parts
+    cfg = None if settings is None else LighthouseConfig(**settings)
+    parts = cfg is not None and (cfg.adds_parts or cfg.rule.windows)
     with torch.random.fork_rng(["cuda"]):
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                fused = flash.obstacle("cuda", dtype, 64) is None
+                fused = fa4.obstacle("cuda", dtype, 64) is None
                 kernels = ["math"] + ["fa4"] * fused + ["flash"] * (dtype.itemsize == 2 and not parts)
                 for kernel in kernels:
                     # torch's flash attention adds up gradients in any order where it is only warned of that.
@@ -108,8 +110,8 @@ def test_modules_within_a_layer_that_is_autocast():
     """As in data-parallel training: what autocast's projections give is bfloat16, and stays so."""
     layer = torch.nn.Linear(16, 64)
     x = torch.randn(2, 37, 16)
-    for module in (DenseAttention(), LighthouseAttention(LighthouseConfig(**PYRAMID, backend="reference"), 0)):
+    for module in (DenseAttention(), LighthouseAttention(LighthouseConfig(**PYRAMID, backend="reference"))):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            q = layer(x).unflatten(-1, (4, 16)).transpose(1, 2)
-            out = module(q, q[:, :2], q[:, :2])
+            q = layer(x).unflatten(-1, (4, 16))
+            out = module(q, q[:, :, :2], q[:, :, :2], AttentionContext())
         assert q.dtype == out.dtype == torch.bfloat16

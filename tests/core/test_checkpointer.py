@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lighthouse_core.errors import StorageError
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import damage
 from lighthouse_core.titan import checkpointer
 

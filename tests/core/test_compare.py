@@ -10,7 +10,8 @@ from lighthouse_cli.app import main
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.evaluate.compare import AXES, _smooth, plot, read, summarize
-from lighthouse_core.runs import Recovery, create_run
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import Recovery
 
 STEP = 4 * 2048
 

@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
-from lighthouse_core.attention import parts
-from lighthouse_core.attention.module import LighthouseAttention, use_settings
+from lighthouse_core.attention import AttentionContext
+from lighthouse_core.attention.dense import math as products
+from lighthouse_core.attention.module import LighthouseAttention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU all of it is the GPU's.
@@ -135,12 +136,12 @@ def test_settings_are_constants():
     """Another configuration is compiled again, however many there were, and each gives its own result."""
     torch._dynamo.reset()
     inputs = tensors(1, 96, 4, 2)
-    layer = LighthouseAttention(LighthouseConfig(method="sliding", window=4, dense_backend="math"), 0)
-    heads_first = [x.transpose(1, 2) for x in inputs]
+    layer = LighthouseAttention(LighthouseConfig(method="sliding", window=4, dense_backend="math"))
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for window in (4, 8, 16, 1000):
-        use_settings(layer, LighthouseConfig(method="sliding", window=window, dense_backend="math"))
-        torch.testing.assert_close(compiled(*heads_first), layer(*heads_first))
+        settings = LighthouseConfig(method="sliding", window=window, dense_backend="math")
+        context = AttentionContext(settings=settings)
+        torch.testing.assert_close(compiled(*inputs, context), layer(*inputs, context))
 
 
 @pytest.mark.slow
@@ -187,13 +188,13 @@ def test_a_selection_is_one_graph():
 @pytest.mark.parametrize("window, tokens", [(0, 7), (0, 17), (1, 17), (5, 16), (8, 33), (16, 33), (0, 33)])
 def test_plain_products_as_an_operation(window, tokens, monkeypatch):
     """Values bit for bit, and autograd's gradients of both results, where blocks of rows begin and end."""
-    monkeypatch.setattr(parts, "_ROWS", 8)
+    monkeypatch.setattr(products, "_ROWS", 8)
     generator = torch.Generator().manual_seed(tokens)
     inputs = [
         torch.randn(1, tokens, heads, 3, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
         for heads in (4, 2, 2)
     ]
-    calls = [parts._compiled(*inputs, window, 0.4), parts._products(*inputs, window, 0.4)]
+    calls = [products._compiled(*inputs, window, 0.4), products._products(*inputs, window, 0.4)]
     assert all(map(torch.equal, *calls))
     for factors in ((1, 0), (0, 1), (1, 1)):
         grads = [

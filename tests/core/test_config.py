@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lighthouse_core.attention.config import SCORERS, LighthouseConfig
+from lighthouse_core.attention.config import NAMES, LighthouseConfig
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe, loads_recipe
 from lighthouse_core.config.lighthouse import LighthouseSection
 from lighthouse_core.config.load import known_keys, parse_override
@@ -285,7 +285,11 @@ def recipes(draw):
     return Recipe.model_validate(
         {
             "model": model,
-            "lighthouse": {"enabled": draw(st.booleans()), "topk": 128, "scorer": draw(st.sampled_from(SCORERS))},
+            "lighthouse": {
+                "enabled": draw(st.booleans()),
+                "topk": 128,
+                "scorer": draw(st.sampled_from(NAMES["scorer"])),
+            },
             "data": {"paths": draw(st.lists(names, min_size=1, max_size=3))},
             "training": {
                 "seq_len": draw(st.integers(10**4, 10**6)),

@@ -300,6 +300,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     out = begun(tmp_path)
     names = ("train-00000.tokens", "tokens.json", "progress/plan.json", "progress/00003.json")
     left = [(out / name).with_name(f".{Path(name).name}.{RANDOM}") for name in names]
+    # As an earlier release called them.
+    left += [out / f"{name}.4711.partial" for name in names]
     for path in left:
         path.touch()
     with pytest.raises(DataError, match="not valid JSON"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig
-from lighthouse_core.attention.module import dense_for_now
+from lighthouse_core.attention import AttentionContext
 from lighthouse_core.config import load_recipe
 from lighthouse_core.config.data import DataSection
 from lighthouse_core.data.loader import build_loader
@@ -32,7 +32,7 @@ from lighthouse_core.evaluate import (
 from lighthouse_core.evaluate.load import _in_two
 from lighthouse_core.evaluate.needle import answer, prompt
 from lighthouse_core.evaluate.switch import attention_errors
-from lighthouse_core.titan.model import build_dense_model, use_dense, use_lighthouse
+from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
 
 VOCABULARY = 258
 CPU = torch.device("cpu")
@@ -375,8 +375,7 @@ def test_dense_for_a_while():
     whole, _ = small(LighthouseConfig(method="chunked", window=256))
     text = torch.randint(256, (1, 256), generator=torch.Generator().manual_seed(0))
     before = part.losses(text)
-    with dense_for_now(part.model):
-        torch.testing.assert_close(part.losses(text), whole.losses(text))
+    torch.testing.assert_close(part.within(AttentionContext(dense=True)).losses(text), whole.losses(text))
     assert torch.equal(part.losses(text), before) and not torch.allclose(before, whole.losses(text), atol=1e-4)
 
 

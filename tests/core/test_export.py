@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lighthouse_core.errors import CheckpointError, ExportError, RunError, UserError
-from lighthouse_core.export import llama, publish, strip, verify
+from lighthouse_core.export import publish, strip, verify
+from lighthouse_core.models import llama
 from lighthouse_core.seal import seal
 
 transformers = pytest.importorskip("transformers")

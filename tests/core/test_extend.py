@@ -8,7 +8,9 @@ from test_runs import RECIPE, save
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.errors import RunError, UserError
-from lighthouse_core.runs import Run, create_run, plan_recovery, recovery_rate
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery, recovery_rate
+from lighthouse_core.runs.run import Run
 
 DECAYS = typing.get_args(RecoverSection.model_fields["decay"].annotation)
 LINEAR, NONE = ['recover.decay="linear"'], ['recover.decay="none"']

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention
-from lighthouse_core.attention import flash
+from lighthouse_core.attention.dense import fa4
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or flash.obstacle("cuda", torch.bfloat16, 64) is not None,
+        not torch.cuda.is_available() or fa4.obstacle("cuda", torch.bfloat16, 64) is not None,
         reason="needs FlashAttention-4 and a GPU that it has kernels for",
     ),
 ]

@@ -2,20 +2,21 @@
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from lighthouse_core.errors import TrainingError
+from lighthouse_core.errors import PatchError, TrainingError
 from lighthouse_core.titan.guard import Guard
 
 
 class Job:
     """A small model trained under a guard; `train` takes what to spoil: "", "gradient" or "loss"."""
 
-    def __init__(self, policy="skip", limit=3, device="cpu"):
+    def __init__(self, policy="skip", limit=3, device="cpu", guarded=True):
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.model = torch.nn.Linear(5, 5).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
-        self.guard = Guard(policy, limit, 4, [self.optimizer], self.device)
+        self.guard = Guard(policy, limit, 4, [self.optimizer], self.device) if guarded else None
         self.step = 0
 
     def train(self, *spoiled, value=float("nan")):
@@ -26,10 +27,14 @@ class Job:
             loss.backward()
             if spoil == "gradient":
                 self.model.weight.grad[2, 3] = value
-            self.guard.see(loss * value if spoil == "loss" else loss)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            if self.guard is None:
+                self.optimizer.step()
+                continue
+            self.guard.see(loss * value if spoil == "loss" else loss)
             self.guard.judge(self.step, norm)
             self.optimizer.step()
+            self.guard.check(self.step, 1)
             self.guard.look()
 
     def state(self):
@@ -60,8 +65,7 @@ def test_a_bad_step_keeps_every_bit_and_the_next_one_counts(spoil, value):
 
 
 def test_healthy_steps_are_those_of_a_run_without_a_guard():
-    job, plain = Job(), Job()
-    del plain.optimizer.found_inf
+    job, plain = Job(), Job(guarded=False)
     job.train("", "", "", "")
     plain.train("", "", "", "")
     assert equal(job.snapshot(), plain.snapshot())
@@ -116,6 +120,108 @@ def test_a_bad_loss_of_another_process_leaves_out_the_step_here(monkeypatch):
     assert equal(job.snapshot(), before)
     job.train("")
     assert not any(torch.equal(a, b) for a, b in zip(job.snapshot(), before, strict=True))
+
+
+def norm_of(job):
+    job.model(torch.ones(5)).sum().backward()
+    return torch.nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+
+
+def test_no_update_is_made_without_a_verdict():
+    job = Job()
+    job.train("")
+    before = job.snapshot()
+    norm_of(job)
+    with pytest.raises(PatchError, match="nobody has judged"):
+        job.optimizer.step()
+    assert equal(job.snapshot(), before)
+
+
+def test_a_verdict_is_for_one_update():
+    job = Job()
+    job.guard.judge(1, norm_of(job))
+    with pytest.raises(PatchError, match="step 2 was judged twice"):
+        job.guard.judge(2, norm_of(job))
+
+
+def test_torch_may_fill_an_optimizer_for_a_checkpoint():
+    job = Job()
+    before = [x.detach().clone() for x in job.model.parameters()]
+    get_optimizer_state_dict(job.model, job.optimizer)
+    assert job.optimizer.state and equal(before, list(job.model.parameters())) and not job.guard.pending
+    job.train("", "gradient", "")
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_a_step_that_was_not_judged_or_not_updated_is_noticed(last):
+    job = Job()
+    job.train(*[""] * last)
+    with pytest.raises(
+        PatchError, match=f"step {last + 1} from 1 losses; it did {'last at step 2' if last else 'never'}"
+    ):
+        job.guard.check(last + 1, 1)
+    job.guard.judge(last + 1, norm_of(job))
+    with pytest.raises(PatchError, match="from 1 losses"):
+        job.guard.check(last + 1, 1)
+    with pytest.raises(PatchError, match="made no update"):
+        job.guard.check(last + 1, 0)
+
+
+def test_an_optimizer_that_is_not_fused_is_refused():
+    optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+    with pytest.raises(PatchError, match="not fused"):
+        Guard("skip", 3, 4, [optimizer], torch.device("cpu"))
+
+
+def test_an_optimizer_whose_verdict_was_taken_away_is_noticed():
+    job = Job()
+    job.train("")
+    job.optimizer.found_inf = None
+    with pytest.raises(PatchError, match="took the verdict"):
+        job.train("gradient")
+
+
+@pytest.mark.parametrize("spoil", ["gradient", "loss"])
+@pytest.mark.parametrize("breaks", ["all", "weights", "counts"])
+def test_an_optimizer_that_ignores_the_verdict_ends_the_run(monkeypatch, spoil, breaks):
+    """Ignored as a whole, by the kernel alone, or by the count of updates alone."""
+    job, kernel = Job(), torch._fused_adamw_
+
+    def broken(*tensors, found_inf=None, **settings):
+        kernel(*tensors, found_inf=found_inf if breaks == "counts" else None, **settings)
+        if found_inf is not None and breaks != "weights":
+            # torch takes it from the counts after this.
+            for count in tensors[5]:
+                count.add_(found_inf)
+
+    job.train("", "")
+    monkeypatch.setattr(torch, "_fused_adamw_", broken)
+    job.train("")
+    with pytest.raises(PatchError, match="did not obey the verdict on bad numbers in step 4"):
+        job.train(spoil, "")
+    assert job.step == 5
+
+
+def test_an_optimizer_that_leaves_out_a_good_update_ends_the_run(monkeypatch):
+    job = Job()
+    job.train("")
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *tensors, **settings: None)
+    monkeypatch.setattr(torch, "_foreach_add_", lambda *tensors, **settings: None)
+    with pytest.raises(PatchError, match="did not obey"):
+        job.train("", "")
+
+
+def test_a_loss_of_another_scale_ends_the_run():
+    job = Job()
+    job.guard.see(torch.ones(()), torch.tensor(False))
+    job.guard.judge(1, norm_of(job))
+    job.optimizer.step()
+    job.guard.look(lag=0)
+    job.guard.see(torch.ones(()), torch.tensor(True))
+    job.guard.judge(2, norm_of(job))
+    job.optimizer.step()
+    with pytest.raises(PatchError, match="step 2 is not one over the tokens"):
+        job.guard.look(lag=0)
 
 
 @pytest.mark.gpu

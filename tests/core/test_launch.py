@@ -14,12 +14,11 @@ import children
 import pytest
 from children import ends, wait_for, wait_until
 
-from lighthouse_core import launch
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.launch import Plan, check_world, command, environment, plan
-from lighthouse_core.train import heartbeat
-from lighthouse_core.train.heartbeat import Listener
+from lighthouse_core.job import heartbeat, launch
+from lighthouse_core.job.heartbeat import Listener
+from lighthouse_core.job.launch import Plan, check_world, command, environment, plan
 
 RECIPE = """
 [model]
@@ -107,7 +106,7 @@ def test_batch_and_processes_must_fit(world, settings, fits):
 
 
 def test_argv():
-    assert command(Path("runs/a")) == [sys.executable, "-P", "-m", "lighthouse_core.train.worker", "runs/a"]
+    assert command(Path("runs/a")) == [sys.executable, "-P", "-m", "lighthouse_core.worker", "runs/a"]
 
 
 def test_every_process_has_its_ranks():
@@ -173,12 +172,12 @@ def job(tmp_path):
 
     def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300):
         (tmp_path / "worker.py").write_text(
-            "import os, signal, sys, time\nfrom lighthouse_core.launch import report_exit\n" + textwrap.dedent(body)
+            "import os, signal, sys, time\nfrom lighthouse_core.job.launch import report_exit\n" + textwrap.dedent(body)
         )
         script = f"""
             import sys
             from pathlib import Path
-            from lighthouse_core import launch
+            from lighthouse_core.job import launch
             launch._SHUTDOWN_SECONDS = {patience}
             launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
             sys.exit(launch.launch(Path({str(tmp_path)!r}), launch.Plan({nproc})))
@@ -215,9 +214,9 @@ def test_a_fault_shows_its_own_traceback_only(job):
 
 WORKER = """
     from pathlib import Path
-    from lighthouse_core.launch import follow_parent
-    from lighthouse_core.train.heartbeat import beat, note_step
-    from lighthouse_core.train.stop import listen_for_stop, stop_requested, training_begins
+    from lighthouse_core.job.launch import follow_parent
+    from lighthouse_core.job.heartbeat import beat, note_step
+    from lighthouse_core.job.stop import listen_for_stop, stop_requested, training_begins
     here = Path(__file__).parent
 
     listen_for_stop()
@@ -351,7 +350,7 @@ def test_a_process_that_has_ended_is_not_silent(tmp_path):
 def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
     script = """
         import ctypes, sys
-        from lighthouse_core.train.stop import listen_for_stop, training_begins
+        from lighthouse_core.job.stop import listen_for_stop, training_begins
         listen_for_stop()
         training_begins()
         print("ready", flush=True)
@@ -372,7 +371,7 @@ def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
 def test_a_signal_before_training_ends_a_process_at_once(tmp_path):
     script = """
         import time
-        from lighthouse_core.train.stop import listen_for_stop
+        from lighthouse_core.job.stop import listen_for_stop
         listen_for_stop()
         print("ready", flush=True)
         time.sleep(60)
@@ -431,7 +430,7 @@ LATE_THREAD = """
 import os, sys, threading, time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from lighthouse_core.launch import end_with
+from lighthouse_core.job.launch import end_with
 
 class Slow:
     def __del__(self, sleep=time.sleep):

@@ -1,11 +1,13 @@
 """The leak test on a tiny model trained here: exactly 0 where the selection cannot see later tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from lighthouse_core.attention import LighthouseConfig
-from lighthouse_core.attention.module import set_selection_keys
+from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.config.model import ModelSection
 from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.evaluate import Subject, leak
@@ -26,7 +28,7 @@ def _losses(logits):
 
 
 def _trained(scorer: str | None, steps: int = 15):
-    from lighthouse_core.titan.model import build_dense_model, use_lighthouse
+    from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 
     section = ModelSection(dim=32, layers=3, heads=2, ffn_dim=64, vocab_size=VOCAB)
     model = build_dense_model(section, TOKENS)
@@ -35,18 +37,18 @@ def _trained(scorer: str | None, steps: int = 15):
         use_lighthouse(model, cfg, dense_layers=[])
     with torch.no_grad():
         model.init_weights()
-    set_selection_keys(model, seed=1, step=2, sample=0)
+    context = AttentionContext(selection_keys(seed=1, step=2, sample=0, layers=section.layers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
         text = _text(4, seed=step + 1)
-        loss = cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+        loss = cross_entropy(model(text[:, :-1], context=context).flatten(0, 1), text[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    return _losses(model.eval())
+    return _losses(partial(model.eval(), context=context))
 
 
 @pytest.mark.parametrize("scorer", ["random", "block", None])

@@ -6,7 +6,8 @@ import pytest
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import flops_per_token
-from lighthouse_core.runs import Recovery, create_run
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import Recovery
 
 # Tokens a step of the quickstart.
 STEP = 4 * 2048

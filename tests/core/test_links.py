@@ -1,5 +1,6 @@
 """Links and other people's files where this program writes: nothing outside is changed, nothing foreign is replaced."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,20 +16,23 @@ import pytest
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
-from lighthouse_core import files, launch
+from lighthouse_core import files
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 from lighthouse_core.errors import RunError, UserError
 from lighthouse_core.export.publish import _published
 from lighthouse_core.figures import save as save_figure
+from lighthouse_core.job import launch
 from lighthouse_core.profile.report import Report, give_up, prepare
-from lighthouse_core.runs import Run, create_run, plan_recovery
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage, seal
 from lighthouse_core.sweep import claim, clear, lock
 from lighthouse_core.sweep.state import branch
 from lighthouse_core.titan.loggers import TensorBoard
 from lighthouse_core.titan.metrics import keep_rows
-from lighthouse_core.train.worker import _set_up_logging
+from lighthouse_core.worker import _set_up_logging
 
 RECIPE = Path("recipes/quickstart.toml").resolve()
 
@@ -288,6 +292,73 @@ def test_a_profile_that_measured_nothing_leaves_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path / "a/b")) == ["pretrain.log", "report.md", "results.json"]
 
 
+def test_a_profile_that_fails_over_a_report_leaves_no_mark(tmp_path):
+    """The mark would call ours a pretrain.log that somebody puts there later."""
+    REPORT.write(tmp_path / "a")
+    before = tree(tmp_path)
+    give_up(tmp_path / "a", prepare(tmp_path / "a", "attention"))
+    assert tree(tmp_path) == before
+
+
+def write_together(folder: Path, text: str) -> None:
+    with files.together(folder) as place:
+        for name in ("a", "b", "c"):
+            (place / name).write_text(text)
+
+
+def test_files_that_cannot_be_put_back_are_kept(tmp_path, monkeypatch):
+    write_together(tmp_path, "earlier")
+    real = os.replace
+
+    def replace(source, place):
+        if Path(place).name == "b" or Path(source).parent.name == ".earlier":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(place))
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error; the earlier files are in ") as caught:
+        write_together(tmp_path, "new")
+    kept = Path(caught.value.strerror.partition(" are in ")[2])
+    assert (kept / "a").read_text() == "earlier" and kept.is_relative_to(tmp_path)
+    monkeypatch.undo()
+    write_together(tmp_path, "newer")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_report_of_several_files_is_the_earlier_one_or_the_new_one(tmp_path, monkeypatch, links):
+    """Also on a file system without links, and where what is in the way is somebody's folder."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *given, **named: os.open("/nowhere/at/all", os.O_RDONLY))
+    write_together(tmp_path, "earlier")
+    (tmp_path / "b").unlink()
+    (tmp_path / "c").unlink()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/mine").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match="directory"):
+        write_together(tmp_path, "new")
+    assert tree(tmp_path) == before
+    shutil.rmtree(tmp_path / "c")
+    write_together(tmp_path, "new")
+    assert {(tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {"new"}
+
+
+def test_what_a_killed_write_leaves_goes_at_the_next(tmp_path):
+    left = tmp_path / f".{files.STAGING}{'0' * 16}"
+    alike = tmp_path / f".{files.STAGING}mine"
+    for folder in (left, alike):
+        folder.mkdir()
+        (folder / "a").write_text("half")
+    with files.together(tmp_path) as place:
+        (place / "a").write_text("new")
+        # Another process that writes there now.
+        write_together(tmp_path, "other")
+        assert place.is_dir() and not left.exists()
+    assert sorted(os.listdir(tmp_path)) == sorted([alike.name, "a", "b", "c"])
+    assert (tmp_path / "a").read_text() == "new"
+
+
 @pytest.mark.parametrize("kind", ["a list", "numbers", "of profile", "a figure"])
 def test_eval_replaces_only_its_own(run, lighthouse, monkeypatch, kind):
     from lighthouse_core import evaluate
@@ -336,8 +407,9 @@ def test_results_do_not_go_into_checkpoints(run, lighthouse, where):
     for command in (
         ["eval", "one", "--out", str(out)],
         ["compare", "one", "--out", str(out)],
-        ["profile", "--selection", "one", "--out", str(out)],
-        ["profile", "--recipe", str(RECIPE), "--out", str(out)],
+        ["profile", "selection", "one", "--out", str(out)],
+        ["profile", "step", str(RECIPE), "--out", str(out)],
+        ["profile", "tune", str(RECIPE), "--out", str(out)],
         ["profile", "--seq", "256", "--out", str(out)],
         ["recipes", "copy", "quickstart", str(out)],
         ["data", "prepare", str(RECIPE), str(out)],
@@ -512,7 +584,7 @@ def test_no_bad_advice_on_a_run_that_another_process_trains(run, lighthouse, hol
             ["recover", "one"],
             ["strip", "one", "out", "--allow-unrecovered"],
             ["eval", "one"],
-            ["profile", "--selection", "one"],
+            ["profile", "selection", "one"],
         ]
     try:
         for command in commands:
@@ -539,7 +611,7 @@ def test_a_sweep_replaces_only_its_own_collection(tmp_path, lighthouse):
 
 def test_a_worker_says_so_in_one_line(run, canaries):
     (run.path / "logs").symlink_to(canaries)
-    command = [sys.executable, "-m", "lighthouse_core.train.worker", str(run.path)]
+    command = [sys.executable, "-m", "lighthouse_core.worker", str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "logs is a link" in done.stderr and "Traceback" not in done.stderr
 
@@ -664,7 +736,7 @@ def test_other_commands_write_into_a_run_what_is_listed(traced):
         (["eval", "a", *measured], EVALUATION),
         (["compare", "a"], nothing),
         (["strip", "a", "out"], nothing),
-        (["profile", "--selection", "runs/a/checkpoints/step-1", "--sequences", "1"], nothing),
+        (["profile", "selection", "runs/a/checkpoints/step-1", "--sequences", "1"], nothing),
         (["runs"], nothing),
         (["recipes", "copy", "quickstart", "mine.toml"], nothing),
     ):

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from lighthouse_core import listing
+from lighthouse_core import shelf
+from lighthouse_core.runs import listing
 
 LEDGER = {"version": 1, "stages": [{"stage": "lighthouse", "start": 0, "end": 100}]}
 
@@ -82,5 +83,5 @@ def test_saved_is_the_newest_complete_checkpoint_and_the_step_without_rows(make,
 def test_the_first_line_says_what_a_recipe_is(tmp_path):
     (tmp_path / "a.toml").write_text("# A small one.\n# More.\n")
     (tmp_path / "b.toml").write_text("[model]\n")
-    assert listing.recipe_title(tmp_path / "a.toml") == "A small one."
-    assert listing.recipe_title(tmp_path / "b.toml") == ""
+    assert shelf.recipe_title(tmp_path / "a.toml") == "A small one."
+    assert shelf.recipe_title(tmp_path / "b.toml") == ""

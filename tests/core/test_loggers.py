@@ -13,7 +13,9 @@ from test_runs import RECIPE
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
 from lighthouse_core.files import open_to_append
-from lighthouse_core.runs import Run, create_run, plan_recovery
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 from lighthouse_core.titan import loggers
 from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
@@ -163,21 +165,73 @@ def test_an_account_that_does_not_answer_is_one_line(wandb, run):
     assert "WANDB_MODE=offline" in caught.value.hint
 
 
-@pytest.mark.parametrize("change", ["deleted", "replaced", "emptied"])
-def test_rows_go_on_where_somebody_has_taken_their_file(tmp_path, change):
+@pytest.fixture
+def rows(tmp_path):
+    """The rows of a run in tmp_path, and how one is written."""
     from lighthouse_core.titan.metrics import BaseLogger, Metrics
 
-    path = tmp_path / "metrics.jsonl"
     metrics = Metrics.__new__(Metrics)
     metrics.stage = SimpleNamespace(run=SimpleNamespace(path=tmp_path), name="dense")
-    metrics.logger, metrics.leaky, metrics.unwritten = BaseLogger(), False, b""
-    metrics.file = open_to_append(path)
-    metrics._write(1, {"val_loss": 1.0})
+    metrics.logger, metrics.leaky, metrics.unwritten, metrics.taken = BaseLogger(), False, b"", False
+    metrics.last_step = 0
+    metrics.file = open_to_append(tmp_path / "metrics.jsonl")
+    metrics.log_validation(1.0, 1)
+    yield metrics
+    metrics.close()
+
+
+def steps(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "emptied"])
+def test_rows_go_on_where_somebody_has_taken_their_file(tmp_path, rows, change):
+    path = tmp_path / "metrics.jsonl"
     if change == "replaced":
         (tmp_path / "new").touch()
         (tmp_path / "new").replace(path)
     else:
         path.unlink() if change == "deleted" else os.truncate(path, 0)
-    metrics._write(2, {"val_loss": 1.0})
-    metrics.close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]
+    rows.log_validation(1.0, 2)
+    assert steps(path) == [2]
+
+
+@pytest.mark.parametrize("last", ["a row", "the end"])
+@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "a pipe"])
+def test_rows_wait_while_something_else_has_their_name(tmp_path, rows, caplog, kind, last):
+    path, elsewhere = tmp_path / "metrics.jsonl", tmp_path / "elsewhere"
+    path.unlink()
+    if kind == "a link":
+        elsewhere.write_text("mine")
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(elsewhere)
+    for step in (2, 3):
+        rows.log_validation(1.0, step)
+    assert len([record for record in caplog.records if "rows wait until the name is free" in record.message]) == 1
+    assert not elsewhere.exists() or elsewhere.read_text() == "mine"
+    path.rmdir() if kind == "a folder" else path.unlink()
+    if last == "a row":
+        rows.log_validation(1.0, 4)
+        assert steps(path) == [2, 3, 4]
+    rows.close()
+    assert steps(path)[:2] == [2, 3] and not [record for record in caplog.records if "lost" in record.message]
+
+
+def test_rows_that_wait_to_the_end_are_said_to_be_lost(tmp_path, rows, caplog):
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    rows.log_validation(1.0, 2)
+    rows.close()
+    assert "as they could not be written: 1" in caplog.text
+
+
+def test_a_file_that_was_moved_and_linked_takes_its_rows(tmp_path, rows):
+    path = tmp_path / "metrics.jsonl"
+    path.rename(tmp_path / "moved")
+    path.symlink_to("moved")
+    rows.log_validation(1.0, 2)
+    assert steps(tmp_path / "moved") == [1, 2]

@@ -9,16 +9,16 @@ from pathlib import Path
 import children
 import pytest
 
-from lighthouse_core import launch, network
 from lighthouse_core.errors import UserError
-from lighthouse_core.launch import Plan, environment, plan
+from lighthouse_core.job import launch, network
+from lighthouse_core.job.launch import Plan, environment, plan
 
 WORKER = """
 import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
-from lighthouse_core.train.meeting import meeting
+from lighthouse_core.job.meeting import meeting
 
 here, rank = Path(__file__).parent, int(os.environ["RANK"])
 with meeting():
@@ -35,7 +35,7 @@ torch.distributed.destroy_process_group()
 LAUNCHER = """
 import sys
 from pathlib import Path
-from lighthouse_core import launch
+from lighthouse_core.job import launch
 launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
 sys.exit(launch.launch(Path(sys.argv[1]), launch.Plan(*eval(sys.argv[2]))))
 """
@@ -151,7 +151,7 @@ def test_an_ipv6_endpoint():
 def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
     import datetime
 
-    from lighthouse_core.train import meeting
+    from lighthouse_core.job import meeting
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, gathered_length, lighthouse_attention, select_indices
-from lighthouse_core.attention import flash
-from lighthouse_core.attention.methods import kept_blocks
-from lighthouse_core.attention.module import LighthouseAttention, use_settings
-from lighthouse_core.attention.parts import far, fused, merge, near
+from lighthouse_core.attention import AttentionContext
+from lighthouse_core.attention.blocks import drawn_blocks, largest_blocks, take_blocks
+from lighthouse_core.attention.dense import fa4
+from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.attention.methods import METHODS as registry
+from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
+from lighthouse_core.attention.parts import far, merge, near, parts_kernel
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import flops_per_token, parameters
@@ -136,12 +139,19 @@ def test_compressed_is_one_softmax(cfg, tokens):
     cfg = LighthouseConfig(**cfg)
 
     def truth(q, k, v):
-        return compressed_truth(q, k, v, cfg, kept_blocks(k, v, cfg, KEY) if cfg.keep else None)
+        return compressed_truth(q, k, v, cfg, kept_blocks(k, v, cfg) if cfg.keep else None)
 
     tensors = draw(tokens)
     assert_close(
         gradients(lambda *x: lighthouse_attention(*x, cfg, key=KEY), tensors), gradients(truth, tensors), 1e-11
     )
+
+
+def kept_blocks(k, v, cfg, key=KEY):
+    """The keys and values that `compressed` keeps as they are."""
+    shape = cfg.keep, cfg.score_block
+    chosen = drawn_blocks(key, k, *shape) if cfg.draws else largest_blocks(k, *shape)
+    return take_blocks(k, v, chosen, *shape)
 
 
 def test_the_block_with_the_largest_key_is_kept():
@@ -266,19 +276,25 @@ def test_a_compiled_layer_takes_other_windows(cfg):
         return graph
 
     torch._dynamo.reset()
-    layers = torch.nn.ModuleList(LighthouseAttention(LighthouseConfig(**cfg), layer) for layer in range(2))
+    layers = torch.nn.ModuleList(LighthouseAttention(LighthouseConfig(**cfg)) for layer in range(2))
     for layer in layers:
         layer.compile(backend=backend, fullgraph=True)
-    q, k, v = (x.transpose(1, 2) for x in draw())
-    for window in (24, 32, 48):
-        use_settings(layers, LighthouseConfig(**cfg | {"window": window}))
-        for layer in layers:
-            out = layer(q, k, v)
-            assert torch.equal(out, layer(q, k, v))
-            assert_close([out], [layer.forward(q, k, v)], 1e-10)
-    # A shape that is not known would cost time in every call.
-    assert torch.SymInt not in itertools.chain(*seen) and int not in itertools.chain(*seen)
-    assert len(seen) in (3, 6)
+    q, k, v = draw()
+    for number, window in enumerate((24, 32, 48, 56, 64)):
+        settings = LighthouseConfig(**cfg | {"window": window})
+        for sample, layer in enumerate(layers):
+            # Another step, and another window.
+            context = AttentionContext(torch.tensor((1, number, sample, 3)), settings)
+            out = layer(q, k, v, context)
+            assert torch.equal(out, layer(q, k, v, context))
+            assert_close([out], [layer.forward(q, k, v, context)], 1e-10)
+    if settings.rule.window_is_a_shape:
+        # A shape that is not known would cost time in every call.
+        assert torch.SymInt not in itertools.chain(*seen) and int not in itertools.chain(*seen)
+        assert len(seen) in (5, 10)
+    else:
+        # As a constant, and then as a number that may vary.
+        assert len(seen) == 2
 
 
 @pytest.mark.parametrize("tokens", [500, 7000, 16384])
@@ -314,6 +330,39 @@ def test_keys_are_those_seen(cfg, tokens):
     assert cfg.keys(tokens) == pytest.approx(counted.mean().item(), rel=0.005)
 
 
+def test_every_method_of_the_list_is_tested_here():
+    assert {LighthouseConfig(**cfg).method for cfg in METHODS} == set(registry)
+
+
+def test_the_fields_stay_where_they_are():
+    """They may be given by position."""
+    fields = [field.name for field in dataclasses.fields(LighthouseConfig)]
+    assert fields[:9] == [
+        *("pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "backend"),
+        "dense_backend",
+    ]
+    assert fields[9:13] == ["method", "window", "compression", "keep"]
+
+
+@pytest.mark.parametrize("asked", [{"documents": torch.tensor([0, 100])}, {"first_position": 5}])
+def test_what_a_context_asks_for_is_not_passed_over(asked):
+    """By no method, nor by a dense layer, or one that is dense for a step."""
+    tensors, context = draw(), AttentionContext(KEY, **asked)
+    for cfg in METHODS:
+        for dense in (False, True):
+            with pytest.raises(ValueError, match=r"knows no (documents|group)"):
+                LighthouseAttention(LighthouseConfig(**cfg))(*tensors, dataclasses.replace(context, dense=dense))
+    with pytest.raises(ValueError, match="knows no"):
+        DenseAttention()(*tensors, context)
+
+
+def test_a_compiled_call_has_all_settings():
+    """Every field, of any type."""
+    cfg = LighthouseConfig(method="sliding", window=8, rotate="before", cover_prefix=False, scorer="gla")
+    settings = cfg.constant()
+    assert all(getattr(settings, one.name) == getattr(cfg, one.name) for one in dataclasses.fields(cfg))
+
+
 def test_what_leaks_and_what_draws():
     assert LighthouseConfig().leaks and LighthouseConfig(window=64).leaks
     assert not LighthouseConfig(scorer="block").leaks
@@ -341,10 +390,11 @@ def test_settings_that_make_no_sense(settings, words):
 
 
 def test_parts_want_a_fused_kernel_on_a_gpu():
-    assert not fused("auto", "cpu", torch.bfloat16, 64) and not fused("math", "cuda", torch.float64, 64)
+    assert parts_kernel("auto", "cpu", torch.bfloat16, 64).name == "math"
+    assert parts_kernel("math", "cuda", torch.float64, 64).name == "math"
     for backend, device in (("fa4", "cpu"), ("auto", "cuda")):
-        with pytest.raises(ValueError, match="need FlashAttention-4"):
-            fused(backend, device, torch.float64, 64)
+        with pytest.raises(ValueError, match="need a kernel for them: FlashAttention-4"):
+            parts_kernel(backend, device, torch.float64, 64)
 
 
 @pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
@@ -352,7 +402,7 @@ def test_what_a_method_does_not_take(cfg):
     cfg = LighthouseConfig(**cfg)
     q, k, v = draw()
     for given in ({"indices": torch.zeros(1)}, {"scores": (q, k)}):
-        with pytest.raises(ValueError, match="neither indices nor scores"):
+        with pytest.raises(ValueError, match=r"takes no (indices|scores)"):
             lighthouse_attention(q, k, v, cfg, **given)
     for call in (lambda: select_indices(q, k, cfg), lambda: gathered_length(100, cfg)):
         with pytest.raises(ValueError, match="has no pyramid"):
@@ -430,7 +480,7 @@ def stub(monkeypatch):
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
-    monkeypatch.setattr(flash, "obstacle", lambda *_: None)
+    monkeypatch.setitem(KERNELS, "fa4", dataclasses.replace(fa4.KERNEL, obstacle=lambda *_: None))
     return calls
 
 
@@ -469,7 +519,7 @@ def test_operations_with_a_window(stub):
 
 
 on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or flash.obstacle("cuda", torch.bfloat16, 64) is not None,
+    not torch.cuda.is_available() or fa4.obstacle("cuda", torch.bfloat16, 64) is not None,
     reason="needs FlashAttention-4 and a GPU that it has kernels for",
 )
 

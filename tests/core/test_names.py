@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention, select_indices
-from lighthouse_core.attention.call import choose
-from lighthouse_core.attention.dense import check_backends, log_choices
-from lighthouse_core.attention.methods import kept_blocks
-from lighthouse_core.attention.parts import far, fused, near
-from lighthouse_core.backends import geometry, kernels
+from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.call import check_backends, log_choices
+from lighthouse_core.attention.context import AttentionContext
+from lighthouse_core.attention.methods import method_of
+from lighthouse_core.attention.parts import far, near, parts_kernel, windowed, windowed_kernel
+from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.stages import selected
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 
@@ -26,7 +28,7 @@ METHODS = [
     {"method": "compressed", "window": 8, "compression": 4, "keep": 2, "score_block": 4},
 ]
 # Near to a name, of another kind, and no string.
-UNKNOWN = ["", "Norm", "norms", "norm ", "sliding-window", "triton2", "fa3", "gla", None, 0, True]
+UNKNOWN = ["", "Norm", "norms", "norm ", "sliding-window", "triton2", "fa5", "glas", None, 0, True]
 
 
 def draw(heads, tokens=37):
@@ -61,15 +63,19 @@ def test_what_the_call_is_made_of_refuses_them_too(name):
     q, k, v = draw(2), draw(1), draw(1)
     kept = forced(METHODS[-1], scorer=name)
     with pytest.raises(ValueError, match="scorer"):
-        kept_blocks(k, v, kept, KEY)
+        kept.rule.run(q, k, v, kept, AttentionContext(KEY), scale=None)
     cfg = forced(PYRAMID, scorer=name)
     with pytest.raises(ValueError, match="scorer"):
-        choose(kernels("reference", "cpu"), q, 1, cfg, geometry(37, cfg), None, KEY)
+        selected(q, k, v, cfg, AttentionContext(KEY), cfg.geometry(37), kernels("reference", "cpu"))
     for call in (
+        lambda: method_of(name),
+        lambda: selector_of(name),
         lambda: dense_attention(q, k, v, backend=name),
         lambda: near(q, k, v, 4, backend=name),
         lambda: far(q, k, v, 2, 1, backend=name),
-        lambda: fused(name, "cpu", q.dtype, 4),
+        lambda: windowed(q, k, v, 4, backend=name),
+        lambda: parts_kernel(name, "cpu", q.dtype, 4),
+        lambda: windowed_kernel(name, "cpu", q.dtype, 4),
         lambda: kernels(name, "cpu"),
         lambda: kernels(name, "cuda"),
         lambda: check_backends(forced(PYRAMID, backend=name), "cpu"),
@@ -79,13 +85,6 @@ def test_what_the_call_is_made_of_refuses_them_too(name):
     ):
         with pytest.raises(ValueError, match=r"must be one of|selects nothing"):
             call()
-
-
-def test_the_scorer_norm_never_draws():
-    """Not even where its scores are missing."""
-    q, cfg = draw(2), LighthouseConfig(**PYRAMID)
-    with pytest.raises(ValueError, match="scorer that draws must be one of random, block, not 'norm'"):
-        choose(kernels("reference", "cpu"), q, 1, cfg, geometry(37, cfg), None, KEY)
 
 
 @pytest.mark.parametrize("key", ["method", "scorer", "backend", "dense_backend"])

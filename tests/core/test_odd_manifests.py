@@ -8,8 +8,8 @@ import random
 import pytest
 
 from lighthouse_core import seal
-from lighthouse_core.listing import checkpoint_steps, summarize
-from lighthouse_core.runs import split_checkpoint
+from lighthouse_core.runs.find import split_checkpoint
+from lighthouse_core.runs.listing import checkpoint_steps, summarize
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig
+from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.config import load_recipe
+from lighthouse_core.models.decoder import Decoder, DecoderArgs, attention_layers, use_lighthouse
 from lighthouse_core.titan import build_job
-from lighthouse_core.titan.model import Transformer, attention_layers, model_args, use_lighthouse
 from lighthouse_core.titan.parallelize import kept_results, parallelize, use_plain_sums
 
 from torchtitan.distributed import ParallelDims  # isort: skip
@@ -19,6 +20,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 # On a GPU all of it is the GPU's.
 pytestmark = [pytest.mark.gpu] if CUDA else []
 TOKENS = 64
+CONTEXT = AttentionContext(selection_keys(seed=1, step=2, sample=4, layers=2).to(DEVICE))
 # The interpreter takes seconds a call; a few are enough there.
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.gpu)]
 SIZE = ["model.dim=32", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.ffn_dim=48"]
@@ -33,14 +35,12 @@ def recipe(*settings):
 
 
 def model(cfg):
-    args = model_args(recipe().model, TOKENS, seed=3)
+    args = DecoderArgs.of(recipe().model, TOKENS, seed=3)
     with torch.device(DEVICE):
-        built = Transformer(args)
+        built = Decoder(args)
     use_lighthouse(built, cfg, [0])
     with torch.no_grad():
         built.init_weights()
-    for block in list(built.layers.values())[1:]:
-        block.attention.inner_attention.key.copy_(torch.tensor((1, 2, 3, 4)))
     return built
 
 
@@ -57,7 +57,9 @@ def tokens():
 
 def results(built, batch=None):
     batch = tokens() if batch is None else batch
-    loss = torch.nn.functional.cross_entropy(built(batch).float().flatten(0, 1), batch.flatten().roll(-1))
+    loss = torch.nn.functional.cross_entropy(
+        built(batch, context=CONTEXT).float().flatten(0, 1), batch.flatten().roll(-1)
+    )
     loss.backward()
     return loss.detach(), [parameter.grad for parameter in built.parameters()]
 
@@ -116,7 +118,7 @@ def test_a_selection_is_made_once(tmp_path, mode, gathered):
 def test_what_is_kept():
     ops = torch.ops.lighthouse
     full = kept_results("full", config(backend="triton"), DEVICE)
-    assert full == {ops.select.default, ops.select_drawn.default, ops.largest_block.default}
+    assert full == {ops.select.default, ops.select_drawn.default}
     selective = kept_results("selective", config(backend="triton"), DEVICE)
     aten = torch.ops.aten
     assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}
@@ -144,19 +146,19 @@ def test_one_process_computes_in_the_type_of_the_recipe(tmp_path, process_group,
     rotated_by = []
     for layer in attention_layers(built):
         layer.register_forward_pre_hook(lambda layer, inputs: rotated_by.append(inputs[1]))
-    loss = built(tokens(), labels=labels)
+    loss = built(tokens(), labels=labels, context=CONTEXT)
     loss.backward()
     # Cosines and sines keep their precision.
     assert all(torch.equal(turns.view(torch.float32), built.freqs_cis) for turns in rotated_by)
     assert len(rotated_by) == 2
     plain = as_type(model(cfg), dtype)
-    logits = plain(tokens()).float().flatten(0, 1)
+    logits = plain(tokens(), context=CONTEXT).float().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-2 if sharded else 1e-5, atol=0)
     assert loss.dtype == torch.float32
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in built.parameters())
     with torch.no_grad():
-        assert built(tokens()).dtype == getattr(torch, dtype)
+        assert built(tokens(), context=CONTEXT).dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

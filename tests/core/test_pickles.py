@@ -25,16 +25,18 @@ from torch.distributed.checkpoint import metadata as titles
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
-from lighthouse_core import launch
 from lighthouse_core.checkpoint import _whole, check_contents, read_contents
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.config.load import loads_recipe
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.export import strip
-from lighthouse_core.export.llama import entries
+from lighthouse_core.job import launch
+from lighthouse_core.models.llama import entries
 from lighthouse_core.profile.selection import selection_view
-from lighthouse_core.runs import Run, create_run, plan_recovery
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage, seal
 from lighthouse_core.unpickle import Refused, loads
 
@@ -234,7 +236,7 @@ WAYS = {
     "eval": lambda run: load_checkpoint(run, attention="trained"),
     "selection": lambda run: selection_view(run, sequences=1),
     "recover": lambda run: plan_recovery(Run(run)),
-    "resume": lambda run: Run(run).newest_step(),
+    "resume": lambda run: Run(run).newest_checkpoint().step,
 }
 
 
@@ -315,8 +317,8 @@ COMMANDS = [
     f"strip {STEP} out --allow-unrecovered",
     "eval tiny",
     f"eval {STEP} --attention dense",
-    "profile --selection tiny",
-    f"profile --selection {STEP}",
+    "profile selection tiny",
+    f"profile selection {STEP}",
 ]
 
 

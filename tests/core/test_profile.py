@@ -6,14 +6,19 @@ import math
 import re
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 import torch
 from fake_gpu import FakeGpu
 
-from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.attention import LighthouseConfig, gathered_length
+from lighthouse_core.attention.dense import BACKENDS, Facts
+from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.methods import METHODS
+from lighthouse_core.attention.methods.chunked import growing_windows
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.profile import attention, check, dense, machine, plots, report, run, sweep, timing, tune
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass, Stage, check_size
@@ -198,18 +203,25 @@ def test_amdahl():
     assert again.stage_1_step_ms(2.0, 6.0, "fa4") == 370 + 2 * (4 * 139 + 26 * 8)
 
 
+def pyramids_of(tokens, floor):
+    """The pyramids that are proposed, and their settings."""
+    found = [one for one in tune.candidates(tokens, LighthouseConfig(), floor) if one.gathered is not None]
+    return found, [replace(LighthouseConfig(), **one.calls[0]) for one in found]
+
+
 @pytest.mark.parametrize("tokens", [8192, 98304, 100_000])
 def test_candidates_keep_the_floor_with_the_fewest_parents(tokens):
-    found = list(tune.candidates(tokens, LighthouseConfig(), 0.0625))
+    proposals, found = pyramids_of(tokens, 0.0625)
     assert found and len(set(found)) == len(found)
-    for cfg in found:
-        assert cfg.pooling * cfg.topk >= 0.0625 * tokens
+    for one, cfg in zip(proposals, found, strict=True):
+        assert one.share == cfg.pooling * cfg.topk / tokens >= 0.0625
         assert cfg.pooling * (cfg.topk - 128) < 0.0625 * tokens or cfg.topk == 128
-        assert cfg.pooling ** (cfg.levels - 1) <= tune.COARSEST
+        assert one.coarsest == cfg.pooling ** (cfg.levels - 1) <= tune.COARSEST
+        assert one.gathered == gathered_length(tokens, cfg) and one.dense_layers
     if tokens == 98304:
         assert LighthouseConfig(pooling=4, levels=3, topk=1536) in found
     assert not any(cfg.pooling == 16 and cfg.levels == 4 for cfg in found)
-    assert not list(tune.candidates(tokens, LighthouseConfig(), 0.98))
+    assert not pyramids_of(tokens, 0.98)[0]
 
 
 @pytest.mark.parametrize(
@@ -217,18 +229,19 @@ def test_candidates_keep_the_floor_with_the_fewest_parents(tokens):
     [(98304, (2048, 8192, 49152)), (16384, (2048, 4096, 8192)), (2048, (256, 512, 1024)), (3, (1,))],
 )
 def test_chunks_grow_as_in_the_evidence(tokens, windows):
-    assert tune.chunk_windows(tokens) == windows
+    assert growing_windows(tokens) == windows
 
 
 def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
-    pyramids = list(tune.candidates(98304, LighthouseConfig(), 0.0625))
+    proposals = tune.candidates(98304, LighthouseConfig(), 0.0625)
+    _, pyramids = pyramids_of(98304, 0.0625)
 
     def time(cfg):
         # cuDNN is the faster one in the call, and the slower one in dense layers and the recovery.
-        size = cfg.window / 1e4 if cfg.method == "chunked" else float(cfg.pooling * cfg.levels)
+        size = float(cfg.pooling * cfg.levels) if cfg.pools else cfg.window / 1e4
         return size / 3, size - 0.1 * (cfg.dense_backend == "cudnn")
 
-    found = tune.timed(98304, pyramids, ["cudnn", "fa4"], time)
+    found = tune.timed(LighthouseConfig(), proposals, ["cudnn", "fa4"], time)
     assert len(found) == 2 * (len(pyramids) + 1)
     assert [one.both_ms for one in found] == sorted(one.both_ms for one in found)
     ranked = tune.ranked(PLAN, found)
@@ -236,13 +249,15 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     assert all(one.settings["dense_backend"] == "fa4" for one, _ in ranked)
     assert [one.both_ms for one, _ in ranked[:-1]] == sorted(float(cfg.pooling * cfg.levels) for cfg in pyramids)
     chunks, prediction = ranked[-1]
-    assert chunks.settings["windows"] == [2048, 8192, 49152]
+    assert chunks.settings["windows"] == [2048, 8192, 49152] and not chunks.dense_layers
     assert chunks.both_ms == pytest.approx((2048 + 8192 + 49152) / 3e4)
     assert prediction == tune.predict(replace(PLAN, dense_layers=0), chunks.forward_ms, chunks.both_ms, "fa4")
 
 
 def advice() -> tune.Advice:
-    ranked = tune.ranked(PLAN, tune.timed(98304, [LighthouseConfig()], ["fa4"], lambda cfg: (2.0, 6.0)))
+    proposals = [METHODS["pyramid"].proposal(LighthouseConfig(), 98304)]
+    proposals += METHODS["chunked"].proposals(LighthouseConfig(), 98304, 0.0625, 256)
+    ranked = tune.ranked(PLAN, tune.timed(LighthouseConfig(), proposals, ["fa4"], lambda cfg: (2.0, 6.0)))
     found, predictions = map(list, zip(*ranked, strict=True))
     bound = tune.amdahl(PLAN)
     return tune.Advice("530m_98k", 98304, 0.0625, 256, PLAN, found, predictions, bound, 1020.0, found[0].settings)
@@ -254,7 +269,7 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
 
     from lighthouse_core.config import load_recipe
     from lighthouse_core.config.dump import toml_value
-    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.shelf import shipped_recipes
 
     found = advice()
     for number in range(len(found.timed)):
@@ -501,7 +516,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
 )
 def test_a_step_far_too_large_is_refused_before_it_starts(monkeypatch, tmp_path, kind, nproc, message):
     from lighthouse_core.config import load_recipe
-    from lighthouse_core.listing import shipped_recipes
+    from lighthouse_core.shelf import shipped_recipes
 
     monkeypatch.setattr(run, "device", lambda: torch.device(kind))
     monkeypatch.setattr(run, "memory", lambda where: 30 * 2**30)
@@ -600,7 +615,7 @@ def test_the_stages_make_the_call(monkeypatch, pooling, levels, scorer, kv_heads
     # What the gather gives the tokens themselves, and the pyramid by its windows.
     parts = zip(seen[2][1][:3], seen[3][1], strict=True)
     gradients = [sum(x for x in both if x is not None) for both in parts]
-    for got, wanted in zip([seen[0][0], *gradients], expected, strict=True):
+    for got, wanted in zip([*seen[0][0], *gradients], expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -652,48 +667,48 @@ def test_nor_a_call_that_scores_or_draws_otherwise_than_it_says(monkeypatch, sco
     assert calls
 
 
-def packaged(monkeypatch, call) -> None:
-    module = ModuleType("flash_attn")
-    if call:
-        module.flash_attn_func = call
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setitem(dense._KNOWN, "cpu", [kernel for kernel in dense._KNOWN["cuda"] if kernel[0] in ("fa2", "fa3")])
-
-
 SHAPE = Shape(4096, 4, 2, 16, "float32")
 
 
-def test_a_dense_kernel_counts_if_it_is_there_and_right(monkeypatch):
-    exact = dense._forced("math")
-    packaged(monkeypatch, lambda q, k, v, causal: (exact(q, k, v), None))
-    there, absent = dense.dense_kernels(CPU, SHAPE)
-    assert [kernel.name for kernel in there] == ["fa2"] and absent == {"fa3": "is not installed"}
-    assert there[0].error < 1e-6 and not there[0].trains
-    packaged(monkeypatch, lambda q, k, v, causal: 1.01 * exact(q, k, v))
-    there, absent = dense.dense_kernels(CPU, SHAPE)
-    assert not there and absent["fa2"].startswith("differs from plain PyTorch by 1.0e-02")
+def alone(monkeypatch, forward, why_not=None) -> None:
+    """A kernel of that name is all there is but plain matrix products."""
+    one = DenseKernel("mine", "Mine", lambda device: None, lambda *_: why_not, forward)
+    for name in set(KERNELS) - {"math"}:
+        monkeypatch.delitem(KERNELS, name)
+    monkeypatch.setitem(KERNELS, "mine", one)
+    monkeypatch.setitem(BACKENDS, "mine", Facts(lse=False, window=False))
 
-    def refuse(q, k, v, causal):
+
+def test_a_dense_kernel_counts_if_it_is_there_and_right(monkeypatch):
+    exact = KERNELS["math"].forward
+    with monkeypatch.context() as patch:
+        alone(patch, exact)
+        there, absent = dense.dense_kernels(CPU, SHAPE)
+        assert [kernel.name for kernel in there] == ["mine"] and not absent
+        assert there[0].error < 1e-6 and there[0].trains and there[0].label == "Mine"
+    with monkeypatch.context() as patch:
+        alone(patch, lambda *x: 1.01 * exact(*x))
+        there, absent = dense.dense_kernels(CPU, SHAPE)
+        assert not there and absent["mine"].startswith("differs from plain PyTorch by 1.0e-02")
+
+    def refuse(*_):
         raise KeyError("FlashAttention only supports fp16 and bf16 data type\nand more")
 
-    packaged(monkeypatch, refuse)
-    assert "only supports fp16" in dense.dense_kernels(CPU, SHAPE)[1]["fa2"]
-    # The folder that FlashAttention-4 leaves.
-    packaged(monkeypatch, None)
-    assert dense.dense_kernels(CPU, SHAPE)[1]["fa2"] == "is not installed"
-
-    def broken(module):
-        raise ImportError("undefined symbol: _ZN3c10")
-
-    monkeypatch.setattr(dense.importlib, "import_module", broken)
-    assert dense.dense_kernels(CPU, SHAPE)[1]["fa2"] == "does not load: undefined symbol: _ZN3c10"
+    with monkeypatch.context() as patch:
+        alone(patch, refuse)
+        assert "only supports fp16" in dense.dense_kernels(CPU, SHAPE)[1]["mine"]
 
 
-def test_every_kernel_of_a_gpu_says_why_it_takes_no_tensors_of_a_cpu(monkeypatch):
-    monkeypatch.setitem(dense._KNOWN, "cpu", dense._KNOWN["cuda"])
+def test_every_kernel_of_a_gpu_says_why_it_is_not_there(monkeypatch):
+    names = {"fa4", "fa3", "fa2", "varlen", "cudnn"}
+    assert {name for name, kernel in KERNELS.items() if kernel.absence("cpu")} == names
     there, absent = dense.dense_kernels(CPU, SHAPE)
-    assert [kernel.name for kernel in there] == ["flash"]
-    assert absent.keys() == {"fa4", "fa3", "fa2", "cudnn", "efficient"} and all(absent.values())
+    assert [kernel.name for kernel in there] == ["flash"] and not absent
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (7, 0))
+    found = {name: why for name, _, why in dense._candidates(gpu, SHAPE)}
+    assert set(found) == names | {"flash", "efficient"}
+    assert all(isinstance(found[name], str) for name in ("fa4", "fa3", "fa2", "varlen"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -758,8 +773,8 @@ def test_the_roof_of_this_machine(monkeypatch):
 
 def test_advice_for_a_recipe(monkeypatch):
     from lighthouse_core.config import load_recipe
-    from lighthouse_core.listing import shipped_recipes
     from lighthouse_core.profile import advise
+    from lighthouse_core.shelf import shipped_recipes
 
     tiny = ["model.heads=2", "model.kv_heads=1", "model.head_dim=16", "training.seq_len=1024"]
     # A dense recipe, and a pyramid that does not suit its length, are no hindrance.
@@ -808,9 +823,9 @@ def test_advice_for_a_recipe(monkeypatch):
 @pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])
 def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, name):
     from lighthouse_core.config import load_recipe
-    from lighthouse_core.listing import shipped_recipes
     from lighthouse_core.profile.step import StepProfile
     from lighthouse_core.profile.trace import COMMUNICATION, Breakdown, Cost
+    from lighthouse_core.shelf import shipped_recipes
 
     made, path, seconds = [], shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
 

@@ -8,14 +8,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lighthouse_core import LighthouseConfig, select_indices
-from lighthouse_core.backends import geometry, window_scores
+from lighthouse_core.attention.backends import window_scores
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
-from lighthouse_core.export.llama import entries
+from lighthouse_core.models.llama import entries
 from lighthouse_core.profile import selection
 from lighthouse_core.profile.selection import finest_levels, kept_by_both, parent_overlap, selection_view
 from lighthouse_core.profile.selection_figure import draw
-from lighthouse_core.runs import create_run
+from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 
 EXAMPLE = LighthouseConfig(pooling=4, levels=3, topk=2, tile_parents=2, cover_prefix=False, backend="reference")
@@ -57,7 +57,7 @@ def drawn(cfg, tokens, seed, heads=2):
     """A selection by independent scores of the tokens, and these by window."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.rand(2, 1, tokens, heads, generator=generator)
-    g = geometry(tokens, cfg)
+    g = cfg.geometry(tokens)
     scores = window_scores((q, k), (1, tokens, heads), heads, g)
     return select_indices(q[..., None], k[..., None], cfg, scores=(q, k)), scores, g
 
@@ -67,7 +67,7 @@ def test_the_worked_example():
     q = torch.zeros(1, 64, 1, 2)
     scores = one_hot([5]), one_hot([21])
     indices = select_indices(q, q, EXAMPLE, scores=scores)
-    finest = finest_levels(indices, geometry(64, EXAMPLE))
+    finest = finest_levels(indices, EXAMPLE.geometry(64))
     expected = [1] * 4 + [0] * 4 + [1] * 12 + [0] * 4 + [1] * 8 + [2] * 32
     assert finest.tolist() == [[expected]]
 
@@ -106,7 +106,7 @@ def test_overlap_counts_what_both_would_choose():
     # Windows of two tokens: 4 of 32 by each.
     scores = one_hot([0, 10, 20, 30]), one_hot([1, 10, 21, 40])
     indices = select_indices(q, q, cfg, scores=scores)
-    share, chance = parent_overlap(indices, window_scores(scores, (1, 64, 1), 1, geometry(64, cfg)), geometry(64, cfg))
+    share, chance = parent_overlap(indices, window_scores(scores, (1, 64, 1), 1, cfg.geometry(64)), cfg.geometry(64))
     assert (share.item(), chance.item()) == (0.75, 4 / 32)
 
 
@@ -253,9 +253,9 @@ def test_the_text_is_that_of_eval(make, monkeypatch):
 
 
 def remember(seen, hidden):
-    def remembering(self, tokens):
+    def remembering(self, tokens, context):
         seen.append(tokens)
-        return hidden(self, tokens)
+        return hidden(self, tokens, context)
 
     return remembering
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lighthouse_core.train.progress import Progress, Tail, clock, progress_line, validation_line
+from lighthouse_core.runs.rows import Progress, Tail, clock, progress_line, validation_line
 
 
 def row(step: int, **values) -> dict:

@@ -1,16 +1,21 @@
 """Run directories: how they are made, found, and what a recovery may do with them."""
 
+import fcntl
 import json
 import os
 import re
 import subprocess
+import threading
 import tomllib
 
 import pytest
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
-from lighthouse_core.runs import Run, create_run, find_checkpoint, find_run, git_commit, plan_recovery, run_path
+from lighthouse_core.runs.create import create_run, git_commit, run_path
+from lighthouse_core.runs.find import find_checkpoint, find_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run, in_use
 from lighthouse_core.seal import seal
 
 RECIPE = """
@@ -122,13 +127,13 @@ def test_names_that_are_no_directory(recipe, name):
 def test_only_complete_checkpoints_count_and_in_numeric_order(recipe):
     run = create_run(recipe, "tiny", "a")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        run.newest_step()
+        run.newest_checkpoint()
     save(run, 90, 100)
     for odd in (".step-110.saving", "step-120.damaged", "old-step-130", "step-", "step-x"):
         (run.path / "checkpoints" / odd).mkdir()
         seal(run.path / "checkpoints" / odd)
     assert run.checkpoint_steps() == [90, 100]
-    assert run.newest_step() == 100
+    assert run.newest_checkpoint().step == 100
 
 
 def test_a_damaged_checkpoint_is_named_passed_over_and_set_aside(recipe):
@@ -138,12 +143,12 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_set_aside(recipe):
     (run.checkpoint_dir(90) / "manifest.json").write_text("{}")
     refused_words = "step-100 is damaged: extra does not belong to it"
     with pytest.raises(CheckpointError, match=refused_words):
-        run.newest_step(strict=True)
-    assert run.newest_step() == 80
-    assert list(run.damaged) == [100, 90] and refused_words in run.damaged[100]
-    assert "manifest.json is damaged" in run.damaged[90]
-    run.set_aside()
-    assert run.checkpoint_steps() == [80] and run.newest_step() == 80
+        run.newest_checkpoint(strict=True)
+    step, damaged = run.newest_checkpoint()
+    assert step == 80 and list(damaged) == [100, 90] and refused_words in damaged[100]
+    assert "manifest.json is damaged" in damaged[90]
+    run.set_aside(damaged)
+    assert run.checkpoint_steps() == [80] and run.newest_checkpoint().step == 80
     assert (run.path / "checkpoints/step-100.damaged/extra").exists()
 
 
@@ -152,9 +157,10 @@ def test_a_checkpoint_without_its_manifest_is_damaged_and_out_of_the_way(recipe)
     save(run, 80, 90)
     (run.checkpoint_dir(90) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-90 is damaged: manifest.json is missing"):
-        run.newest_step(strict=True)
-    assert run.newest_step() == 80
-    run.set_aside()
+        run.newest_checkpoint(strict=True)
+    step, damaged = run.newest_checkpoint()
+    assert step == 80
+    run.set_aside(damaged)
     assert run.checkpoint_steps() == [80] and not run.checkpoint_dir(90).exists()
 
 
@@ -164,19 +170,19 @@ def test_checkpoints_that_changed_places_are_damaged(recipe):
     run.checkpoint_dir(80).rename(run.path / "other")
     run.checkpoint_dir(90).rename(run.checkpoint_dir(80))
     (run.path / "other").rename(run.checkpoint_dir(90))
-    assert run.newest_step() == 70
-    assert "step-90 is damaged: manifest.json is that of step-80" in run.damaged[90]
+    step, damaged = run.newest_checkpoint()
+    assert step == 70 and "step-90 is damaged: manifest.json is that of step-80" in damaged[90]
 
 
 def test_a_checkpoint_verified_ahead_is_the_newest_of_then(recipe):
     run = create_run(recipe, "tiny", "a")
     save(run, 70, 80)
     (run.checkpoint_dir(80) / "extra").touch()
-    run.verify_ahead()
-    assert run.newest_step() == 70 and list(run.damaged) == [80]
-    run.verify_ahead()
+    step, damaged = run.newest_checkpoint(ahead=run.verify_ahead())
+    assert step == 70 and list(damaged) == [80]
+    ahead = run.verify_ahead()
     save(run, 90)
-    assert run.newest_step() == 90 and not run.damaged
+    assert run.newest_checkpoint(ahead=ahead) == (90, {})
 
 
 def test_nothing_to_fall_back_to_is_an_error_that_names_the_newest(recipe):
@@ -185,7 +191,7 @@ def test_nothing_to_fall_back_to_is_an_error_that_names_the_newest(recipe):
     for step in (90, 100):
         (run.checkpoint_dir(step) / "extra").touch()
     with pytest.raises(CheckpointError, match=r"every checkpoint .*step-100 is damaged: extra"):
-        run.newest_step()
+        run.newest_checkpoint()
 
 
 def test_finding_runs(recipe, tmp_path, monkeypatch):
@@ -241,6 +247,33 @@ def test_a_run_is_held_by_one_process_at_a_time(recipe):
         pass
     with Run(run.path).lock():
         pass
+
+
+def test_a_run_that_another_process_looks_at_can_be_held(recipe):
+    run = create_run(recipe, "tiny", "a")
+    looked = os.open(run.path, os.O_RDONLY)
+    fcntl.flock(looked, fcntl.LOCK_SH)
+    # Longer than a look takes.
+    timer = threading.Timer(0.02, os.close, [looked])
+    timer.start()
+    with run.lock():
+        assert in_use(run.path)
+    timer.join()
+
+
+def test_a_run_of_another_user_counts_as_held(recipe, monkeypatch):
+    run = create_run(recipe, "tiny", "a")
+    assert not in_use(run.path)
+    opened = os.open
+
+    def refuse(path, *others, **options):
+        # Whoever runs the tests may be allowed to open everything.
+        if path == run.path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *others, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert in_use(run.path)
 
 
 def test_a_recovery_from_plan_to_end(recipe):

@@ -5,8 +5,8 @@ import torch
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
+from lighthouse_core.runs.schedule import lr_factor
 from lighthouse_core.titan.trainer import _build_schedulers
-from lighthouse_core.train.schedule import lr_factor
 
 
 def test_warm_up_is_linear_then_constant():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lighthouse_core.train.spikes import Spikes
+from lighthouse_core.titan.spikes import Spikes
 
 
 def falling(steps: int) -> list[float]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from children import start, wait_until
 from lighthouse_core.config import load_recipe
 from lighthouse_core.config.sweep import Sweep, load_sweep
 from lighthouse_core.errors import RecipeError, RunError
-from lighthouse_core.runs import Run, create_run, plan_recovery
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage, seal
 from lighthouse_core.sweep import Runner, branch, check, claim, clear, collect, lock, next_command, places, waits
 from lighthouse_core.sweep import runner as running
@@ -225,6 +228,35 @@ def test_what_was_cut_off_before_its_first_checkpoint_is_removed(sweep, tmp_path
     run = begin(sweep, tmp_path, "random")
     save(run, 4)
     assert not clear(path) and run.checkpoint_steps() == [4]
+
+
+def test_what_is_added_until_the_run_is_held_is_not_removed(sweep, tmp_path, monkeypatch):
+    path = tmp_path / "runs/random"
+    claim(path)
+    begin(sweep, tmp_path, "random")
+    lock = Run.lock
+
+    @contextmanager
+    def late(run):
+        (path / "thesis.tex").touch()
+        with lock(run):
+            yield
+
+    monkeypatch.setattr(Run, "lock", late)
+    with pytest.raises(RunError, match="holds thesis"):
+        clear(path)
+    assert (path / "thesis.tex").exists()
+
+
+def test_links_of_weights_and_biases_are_removed_and_what_they_lead_to_stays(sweep, tmp_path):
+    path = tmp_path / "runs/random"
+    claim(path)
+    begin(sweep, tmp_path, "random")
+    (path / "wandb/run-1").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/kept.txt").touch()
+    (path / "wandb/latest-run").symlink_to(tmp_path / "outside")
+    assert clear(path) and not path.exists() and (tmp_path / "outside/kept.txt").exists()
 
 
 def test_what_is_no_run_is_not_removed(tmp_path):
@@ -639,12 +671,12 @@ def test_what_was_measured_is_collected(sweep, tmp_path):
 
 
 def test_places_are_gpus(monkeypatch):
-    monkeypatch.setattr("lighthouse_core.launch.local_gpus", lambda: 2)
+    monkeypatch.setattr("lighthouse_core.job.launch.local_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert places() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places()] == ["3", "5"]
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(per_gpu=2)] == ["3", "5", "3", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr("lighthouse_core.launch.local_gpus", lambda: 0)
+    monkeypatch.setattr("lighthouse_core.job.launch.local_gpus", lambda: 0)
     assert places() == [{}]

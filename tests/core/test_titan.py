@@ -14,11 +14,11 @@ from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import flops_per_token, parameters
-from lighthouse_core.titan import build_dense_model, build_job, check_overrides
+from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
+from lighthouse_core.titan import build_job, check_overrides, trainer
 from lighthouse_core.titan import metrics as metrics_module
+from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.metrics import Metrics
-from lighthouse_core.titan.model import use_lighthouse
-from lighthouse_core.titan.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_widths_are_exact():
 def test_initial_weights_depend_on_the_seed_alone(recipe):
     def weights(seed):
         model = build_dense_model(recipe.model, 32)
-        model.model_args.seed = seed
+        model.args.seed = seed
         with torch.no_grad():
             model.init_weights()
         return torch.cat([p.flatten() for p in model.parameters()])
@@ -92,7 +92,7 @@ def test_initial_embeddings(settings, std):
     with torch.no_grad():
         model.init_weights()
     assert model.tok_embeddings.weight.std().item() == pytest.approx(std, rel=0.05)
-    assert model.output.weight.std().item() == pytest.approx(model.model_args.dim**-0.5, rel=0.05)
+    assert model.output.weight.std().item() == pytest.approx(model.args.dim**-0.5, rel=0.05)
 
 
 def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
@@ -104,28 +104,25 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
     assert set(model.state_dict()) == before
 
 
-def test_selection_keys_name_the_step_and_the_row(recipe, monkeypatch):
-    """Rank 1 of 2, second micro-batch of 3 rows: its first row is number 9 of the global batch."""
-    from lighthouse_core.titan import trainer
-
-    model = build_dense_model(recipe.model, 32)
-    use_lighthouse(model, recipe.lighthouse.attention(), list(recipe.model.dense_layers))
-    seen = []
-
-    def forward_backward_step(self, **inputs):
-        seen.extend(model.layers[name].attention.inner_attention.key.tolist() for name in ("1", "2"))
-        return 0.0
-
-    monkeypatch.setattr(trainer.titan_train.Trainer, "forward_backward_step", forward_backward_step)
+def micro_batch(recipe, monkeypatch, stage="lighthouse", step=7):
+    """The context of rank 1 of 2, in its second micro-batch of 3 rows."""
+    monkeypatch.setattr(
+        trainer.titan_train.Trainer, "post_dataloading_process", lambda self, inputs, labels: inputs["context"]
+    )
     one = trainer.Trainer.__new__(trainer.Trainer)
-    one.__dict__ |= dict(needs_keys=True, micro_batch=1, ranks=2, rank=1, step=7, model_parts=[model])
-    one.stage = SimpleNamespace(recipe=recipe)
-    one.guard = SimpleNamespace(see=lambda loss: None)
-    one.parallel_dims = SimpleNamespace(fsdp_enabled=True)
-    one.forward_backward_step(input_dict={}, labels=torch.zeros(3, 32), global_valid_tokens=1.0)
-    seed = recipe.training.seed
-    assert seen == [[seed, 7, 1, 9], [seed, 7, 2, 9]]
+    one.__dict__ |= dict(micro_batch=1, ranks=2, rank=1, step=step, device=torch.device("cpu"), effects=Effects("cpu"))
+    one.stage = trainer.Stage(None, recipe, stage, 0, 100, False)
+    context = one.post_dataloading_process({"input": None}, torch.zeros(3, 32))
     assert one.micro_batch == 2
+    return context
+
+
+def test_selection_keys_name_the_step_the_layer_and_the_row(recipe, monkeypatch):
+    """Its first row is number 9 of the global batch."""
+    context, seed = micro_batch(recipe, monkeypatch), recipe.training.seed
+    assert context.key.tolist() == [[seed, 7, layer, 9] for layer in range(recipe.model.layers)]
+    assert context.of_layer(2).key.tolist() == [seed, 7, 2, 9]
+    assert micro_batch(recipe, monkeypatch, "dense").key is None
 
 
 def writing(file, log) -> Metrics:
@@ -193,21 +190,12 @@ def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
 
 
-def test_windows_take_turns_over_stage_1():
+def test_windows_take_turns_over_stage_1(monkeypatch):
     settings = ['lighthouse.method="chunked"', "training.steps=7"]
     recipe = load_recipe("recipes/quickstart.toml", [*settings, "lighthouse.windows=[64, 128, 512]"])
-    model = build_dense_model(recipe.model, 64)
-    use_lighthouse(model, recipe.lighthouse.attention(), recipe.model.dense_layers)
-    layers = [module for module in model.modules() if isinstance(module, LighthouseAttention)]
-    assert {layer.cfg.window for layer in layers} == {512}
-
-    def window(step, stage="lighthouse"):
-        trainer = SimpleNamespace(stage=SimpleNamespace(recipe=recipe, name=stage), model_parts=[model])
-        Trainer._set_window(trainer, step)
-        return {layer.cfg.window for layer in layers}
-
-    assert [window(step) for step in range(1, 8)] == [{64}, {64}, {64}, {128}, {128}, {512}, {512}]
-    assert window(1, "dense") == {512}
+    windows = [micro_batch(recipe, monkeypatch, step=step).settings.window for step in range(1, 8)]
+    assert windows == [64, 64, 64, 128, 128, 512, 512] and recipe.lighthouse.attention().window == 512
+    assert micro_batch(recipe, monkeypatch, "dense").settings is None
     each = [load_recipe("recipes/quickstart.toml", [*settings, f"lighthouse.window={n}"]) for n in (64, 128, 512)]
     costs = [flops_per_token(one, "lighthouse") for one in each]
     share = sum(cost * steps for cost, steps in zip(costs, (3, 2, 2), strict=True)) / 7
@@ -216,21 +204,11 @@ def test_windows_take_turns_over_stage_1():
     assert flops_per_token(recipe, "lighthouse", (3, 4)) == pytest.approx((costs[0] + costs[1]) / 2)
 
 
-def test_which_steps_of_stage_1_are_dense():
+def test_which_steps_of_stage_1_are_dense(monkeypatch):
     recipe = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=3"])
-    model = build_dense_model(recipe.model, 64)
-    use_lighthouse(model, recipe.lighthouse.attention(), recipe.model.dense_layers)
-    layers = [module for module in model.modules() if isinstance(module, LighthouseAttention)]
-
-    def dense_in(stage, step):
-        trainer = SimpleNamespace(stage=SimpleNamespace(recipe=recipe, name=stage), step=step, model_parts=[model])
-        with Trainer._dense_step(trainer):
-            found = {layer.dense for layer in layers}
-        assert not any(layer.dense for layer in layers)
-        return found
-
-    assert [dense_in("lighthouse", step) for step in range(1, 7)] == [{False}, {False}, {True}] * 2
-    assert dense_in("dense", 3) == {False}
+    dense = [micro_batch(recipe, monkeypatch, step=step).dense for step in range(1, 7)]
+    assert dense == [False, False, True] * 2
+    assert not micro_batch(recipe, monkeypatch, "dense", step=3).dense
     every = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=1"])
     assert flops_per_token(every, "lighthouse") == pytest.approx(flops_per_token(every, "dense"))
     plain = load_recipe("recipes/quickstart.toml")

@@ -105,8 +105,9 @@ def test_all_others_are_refused_with_a_reason(key, tmp_path):
             continue
         given = recipe(f"titan.{key}={toml_value(value)}")
         for check in (check_overrides, lambda given: build_job(given, tmp_path, steps=1)):
-            with pytest.raises(RecipeError, match=rf"^titan\.{re.escape(key)} cannot be set: [\w\[]"):
+            with pytest.raises(RecipeError, match=rf"^titan\.{re.escape(key)} cannot be set: [\w\[]") as error:
                 check(given)
+            assert error.value.hint and "\n" not in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,6 @@ def test_all_others_are_refused_with_a_reason(key, tmp_path):
         ("titan.profiling.profile_freq=3", "is below profiler_warmup"),
         ("titan.profiling.enable_profiling=true", "needs a GPU"),
         ("titan.profiling.enable_memory_snapshot=true", "needs a GPU"),
-        ("titan.comm=3", "must be a table"),
         ("titan.quantize.linear=3", "no effect"),
         ("titan.comm.init_timeout_seconds.x=1", "is not a setting"),
         ("titan.nothing={}", "is not a setting"),
@@ -132,8 +132,14 @@ def test_all_others_are_refused_with_a_reason(key, tmp_path):
 )
 def test_values_that_cannot_work_are_refused(setting, words, monkeypatch):
     monkeypatch.setattr(ours, "HAS_ACCELERATOR", False)
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(RecipeError, match=words) as error:
         check_overrides(recipe(*SETTINGS[:3], setting))
+    assert error.value.hint and "\n" not in error.value.hint
+
+
+def test_a_table_of_torchtitan_that_is_a_value_is_refused():
+    with pytest.raises(RecipeError, match="must be a table"):
+        recipe("titan.comm=3")
 
 
 @pytest.mark.parametrize(
@@ -155,8 +161,9 @@ def test_a_key_of_another_torchtitan_is_refused_until_it_is_looked_into(monkeypa
         comm: Comm = dataclasses.field(default_factory=Comm)
 
     monkeypatch.setattr(ours, "JobConfig", Later)
-    with pytest.raises(RecipeError, match=r"titan\.comm\.new_key cannot be set: .* has not been looked into"):
+    with pytest.raises(RecipeError, match=r"titan\.comm\.new_key cannot be set: .* has not been looked into") as error:
         check_overrides(recipe('titan.comm.new_key="x"'))
+    assert error.value.hint
 
 
 def test_empty_tables_say_nothing(tmp_path):

@@ -393,3 +393,37 @@ def test_a_piece_of_ordinary_text_ends_no_document(tmp_path, kind, key):
         with pytest.raises(DataError, match=f"as its {key}, which ordinary text holds") as error:
             build_tokenizer(str(tmp_path / "tokenizer.json"))
         assert error.value.hint
+
+
+def add_tokens(path, **tokens):
+    """Add tokens to a tokenizer.json, special or not."""
+    made = Tokenizer.from_file(str(path))
+    for content, special in tokens.items():
+        (made.add_special_tokens if special else made.add_tokens)([content])
+    made.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize(("eos", "special"), [(".", True), (".", False), ("</s>", False)])
+def test_an_added_token_that_text_becomes_ends_no_document(hf, eos, special):
+    path = hf(added=("<s>",), config={"bos_token": "<s>", "eos_token": eos})
+    error = refused(add_tokens(path, **{eos: special}))
+    assert f"{eos!r} as its eos_token, which ordinary text holds" in str(error) and error.hint
+
+
+def test_a_special_token_of_its_own_is_never_what_a_text_becomes(hf):
+    tokenizer = build_tokenizer(str(hf()))
+    assert not {256, 257} & set(tokenizer.encode("a</s>b<s>").tolist())
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces of words", "unigram"])
+def test_a_special_token_of_the_vocabulary_is_found_in_no_text(tmp_path, kind):
+    made, _ = letters(kind)
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if kind != "unigram" else made.pre_tokenizer
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(str(tmp_path / "tokenizer.json"))
+    ends = {tokenizer.bos_id, tokenizer.eos_id}
+    assert ends == {made.token_to_id("<s>"), made.token_to_id("</s>")}
+    assert not ends & set(tokenizer.encode("a </s> a<s> a").tolist())
+    assert tokenizer.encode("a a").tolist() == made.encode("a a", add_special_tokens=False).ids

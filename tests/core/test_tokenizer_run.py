@@ -11,9 +11,13 @@ import torch.distributed.checkpoint as dcp
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import RunError, UserError
-from lighthouse_core.export import llama, strip
+from lighthouse_core.export import strip
 from lighthouse_core.export.tokenizer import write_tokenizer
-from lighthouse_core.runs import Run, create_run, find_run, plan_recovery
+from lighthouse_core.models import llama
+from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.find import find_run
+from lighthouse_core.runs.recovery import plan_recovery
+from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 
 RECIPE = """

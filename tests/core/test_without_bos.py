@@ -24,8 +24,9 @@ from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError
 from lighthouse_core.evaluate.needle import answer, prompt
 from lighthouse_core.evaluate.subject import Subject
-from lighthouse_core.export import llama, strip
-from lighthouse_core.runs import create_run
+from lighthouse_core.export import strip
+from lighthouse_core.models import llama
+from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 
 SEQ, EOS = 40, 256

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lighthouse_core.train.worker import _log_torch
+from lighthouse_core.worker import _log_torch
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_unless_it_is_asked_to_speak_elsewhere(loggers, monkeypatch):
 def test_the_arithmetic_of_a_deterministic_run_is_fixed_before_torch_is_there():
     # MKL says what it reads; that it is early enough is what this shows.
     code = (
-        "import sys; from lighthouse_core.train.worker import _fix_arithmetic; _fix_arithmetic();"
+        "import sys; from lighthouse_core.worker import _fix_arithmetic; _fix_arithmetic();"
         "assert 'torch' not in sys.modules; import torch; torch.ones(64, 64) @ torch.ones(64, 64)"
     )
     environment = {**os.environ, "MKL_VERBOSE": "1"}

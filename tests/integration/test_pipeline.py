@@ -20,12 +20,12 @@ from jobs import options
 
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
-from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
-from lighthouse_core.launch import MEETING
-from lighthouse_core.listing import checkpoint_steps
-from lighthouse_core.train.schedule import lr_factor
+from lighthouse_core.job.launch import MEETING
+from lighthouse_core.models.decoder import lighthouse_layers
+from lighthouse_core.runs.listing import checkpoint_steps
+from lighthouse_core.runs.schedule import lr_factor
 
 ROOT = Path(__file__).parents[2]
 TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=2", "checkpoint.keep=3", "recover.steps=4"]
@@ -347,7 +347,7 @@ def test_windows_grow_also_after_an_interruption(workspace):
     assert [row["window"] for row in rows(run).values()] == [64] * 3 + [256] * 3
     for step, window in ((2, 64), (4, 256), (6, 256)):
         subject, _ = load_checkpoint(run, attention="trained", step=step)
-        assert {m.cfg.window for m in subject.model.modules() if isinstance(m, LighthouseAttention)} == {window}
+        assert {layer.cfg.window for layer in lighthouse_layers(subject.model).values()} == {window}
         assert subject.name == f"growing step {step}, Lighthouse attention (chunked, window {window})"
     # As if it had been interrupted before the second window.
     for step in (4, 6):

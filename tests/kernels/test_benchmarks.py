@@ -1,54 +1,39 @@
-"""What the benchmark's clock does, on a GPU that is none."""
+"""The benchmarks' arithmetic; their checks and their clock are those of `lighthouse profile`."""
 
-import gc
 import importlib.util
-import itertools
-import weakref
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from fake_gpu import FakeGpu
 
-FILE = Path(__file__).parents[2] / "kernels/benchmarks/attention_call.py"
+from lighthouse_core.attention.methods import METHODS
+
+FOLDER = Path(__file__).parents[2] / "kernels/benchmarks"
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("attention_call", FILE)
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "torch", FakeGpu())
     return module
 
 
-def host(benchmark, monkeypatch, seconds):
-    """A host that takes so long to make the calls of one round after another."""
-    readings = itertools.chain.from_iterable((0.0, took) for took in seconds)
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: next(readings)))
+@pytest.mark.parametrize("tokens", [8192, 16384, 65536, 98304])
+def test_every_method_has_an_example_that_leaves_something_out(tokens):
+    found = load("methods").examples(tokens, "fa4")
+    assert {cfg.method for cfg in found.values()} == set(METHODS)
+    assert all(cfg.keys(tokens) < tokens / 2 for cfg in found.values())
 
 
-def test_the_call_alone_is_timed_with_the_host_ahead(benchmark, monkeypatch):
-    gpu = benchmark.torch
-    host(benchmark, monkeypatch, [3.0, 0.01, 0.2, 0.3])
-    assert benchmark.milliseconds(gpu.run, lambda: (gpu.run(5.0), (2.0,))[1]) == 2.0
-    # The first compiles; the host was late with twenty, and had twice the time it had taken for the next.
-    assert [cycles / 3e9 for cycles in gpu.slept] == pytest.approx([0.05, 0.05, 0.05, 0.4])
-    host(benchmark, monkeypatch, [0.01, 0.01, 0.2, 0.8, 2.0])
-    with pytest.raises(SystemExit, match=r"the host took 2\.0 s"):
-        benchmark.milliseconds(lambda: gpu.run(2.0))
-
-
-def test_what_was_timed_is_let_go(benchmark, monkeypatch):
-    host(benchmark, monkeypatch, [0.0, 0.0, 0.2, 0.1])
-    held = torch.ones(1)
-    gone = weakref.ref(held)
-    # Else the memory measured next would hold it: a cycle waits for the collector.
-    gc.disable()
-    try:
-        benchmark.milliseconds(lambda x: benchmark.torch.run(2.0), lambda held=held: (held,))
-        del held
-        assert gone() is None
-    finally:
-        gc.enable()
+def test_the_floor_is_traffic_over_the_rate():
+    module = load("attention_call")
+    for tokens, (levels, topk) in module.SHAPES.items():
+        cfg = replace(module.LighthouseConfig(), levels=levels, topk=topk)
+        floor = module.floors(tokens, cfg, 4e12)
+        assert floor == pytest.approx(2 * module.floors(tokens, cfg, 8e12))
+        # At least reading q, k and v, writing the output, and the same backward.
+        assert floor > 8 * tokens * 2 * 8 * 128 / 4e12 * 1e3
+    row = {"N": 98304, "S": 18432, "topk": 1536, "outside_ms": 1.5, "floor_ms": 1.0}
+    row["cudnn"] = {"forward_ms": 1.4, "both_ms": 5.0, "dense_call_ms": 3.0, "peak_gib": 1.6, "dense_both_ms": 120.0}
+    line = module.table([row]).splitlines()[-1]
+    assert line == "| 98304 | 18432 | 6.2% | cudnn | 1.40 | 5.00 | 3.00 | 120.0 | 24.0x | 1.60 | 1.50 | 1.00 |"

@@ -10,7 +10,7 @@ from against import CUDA, DEVICE, DTYPES, SHAPES, assert_as_good, inputs
 from hypothesis import given
 
 from lighthouse_core import select_indices
-from lighthouse_core.backends import geometry, kernels
+from lighthouse_core.attention.backends import kernels
 
 gpu = [pytest.mark.gpu] if CUDA else []
 NAMES = ("out", "dx", "dlse", "drows", "drow_lse")
@@ -41,7 +41,7 @@ def case(shape):
     """A selection in a pyramid, and float32 parts of it."""
     q, k, _, cfg = inputs(shape)
     indices = select_indices(q, k, replace(cfg, backend="reference"))
-    return q, indices, geometry(q.shape[1], cfg), parts(q, indices.shape[2], torch.float32)
+    return q, indices, cfg.geometry(q.shape[1]), parts(q, indices.shape[2], torch.float32)
 
 
 def assert_like_plain(tensors, indices, g, grad):
@@ -56,7 +56,7 @@ def assert_like_plain(tensors, indices, g, grad):
 @given(draws.calls())
 def test_parts_are_those_of_the_rule(call):
     q, k, _, cfg, scores = call
-    g, group = geometry(q.shape[1], cfg), q.shape[2] // k.shape[2]
+    g, group = cfg.geometry(q.shape[1]), q.shape[2] // k.shape[2]
     indices = select_indices(q, k, cfg, scores=scores)
     x, lse, rows, row_lse = parts(q.cpu(), indices.shape[2], torch.float64)
     total, mass = x * lse.exp()[..., None], lse.exp()
@@ -76,7 +76,7 @@ def test_parts_are_those_of_the_rule(call):
 @pytest.mark.usefixtures("poison")
 def test_values_and_gradients(shape, dtype):
     q, k, _, cfg = inputs(shape)
-    g = geometry(q.shape[1], cfg)
+    g = cfg.geometry(q.shape[1])
     scores = tuple(x.to(DEVICE) for x in draws.token_scores(q.cpu(), k.cpu(), seed=3))
     indices = select_indices(q, k, replace(cfg, backend="reference"), scores=scores)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)

@@ -1,11 +1,13 @@
 """How the packages depend on each other, what the wheel holds, and what the README promises."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,16 +22,55 @@ PACKAGES = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Every module a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
+# Every room of the core imports those before it in this order, and none after it.
+ROOMS = (
+    *("shown", "errors", "shelf", "reading", "text", "files", "figures", "python", "cache", "measures", "annotations"),
+    *("attention", "config", "unpickle", "checkpoint", "checkpoint_reader", "seal", "data", "models", "estimate"),
+    *("runs", "export", "evaluate", "job", "titan", "profile", "sweep", "worker"),
+)
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every module by its name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def imports(path: Path, *, for_types: bool = True) -> set[str]:
+    """Every module a file imports, wherever in it, and every name that may be one.
+
+    Args:
+        path: of the file.
+        for_types: also what it imports for the checker of types alone.
+    """
+    found, known = set(), modules()
+
+    def walk(node: ast.AST) -> None:
+        for part in ast.iter_child_nodes(node):
+            if not for_types and isinstance(part, ast.If) and ast.unparse(part.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(part, ast.Import):
+                found.update(alias.name for alias in part.names)
+            elif isinstance(part, ast.ImportFrom):
+                assert part.level == 0, f"{path}: relative import"
+                names = {f"{part.module}.{alias.name}" for alias in part.names}
+                # Of a package's modules, each is meant alone.
+                found.update(names if names <= set(known) else names | {part.module})
+            walk(part)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def edges() -> dict[str, set[str]]:
+    """Which of our modules each of them imports, in functions, too, but for types alone."""
+    known = modules()
+    return {name: imports(path, for_types=False) & set(known) for name, path in known.items()}
 
 
 def importers(package: str, target: str) -> list[str]:
@@ -39,6 +80,34 @@ def importers(package: str, target: str) -> list[str]:
         for path in PACKAGES[package].rglob("*.py")
         if any(name == target or name.startswith(target + ".") for name in imports(path))
     )
+
+
+def test_no_files_import_each_other():
+    found, done = edges(), set()
+
+    def follow(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " imports ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in found[name]:
+                follow(other, (*above, name))
+            done.add(name)
+
+    for name in found:
+        follow(name, ())
+
+
+def test_no_import_runs_upward():
+    for name, others in edges().items():
+        parts = name.split(".")
+        if parts[0] != "lighthouse_core" or len(parts) == 1:
+            continue
+        for other in (one.split(".") for one in others):
+            if other[0] == "lighthouse_core" and len(other) > 1 and other[1] != parts[1]:
+                assert ROOMS.index(other[1]) < ROOMS.index(parts[1]), f"{name} imports {'.'.join(other)}"
+
+
+def test_the_list_of_rooms_is_whole():
+    assert {name.split(".")[1] for name in modules() if name.startswith("lighthouse_core.")} == set(ROOMS)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +126,34 @@ def test_data_flows_one_way(package, target):
 
 
 def test_one_place_imports_the_kernels():
-    assert importers("lighthouse_core", "lighthouse_kernels") == ["lighthouse_core/backends.py"]
+    """But for the shape of a pyramid, which is arithmetic."""
+    found = {
+        (name, other)
+        for name, others in edges().items()
+        for other in others
+        if name.startswith("lighthouse_core") and other.startswith("lighthouse_kernels.")
+    }
+    assert {name for name, other in found if other != "lighthouse_kernels.geometry"} == {
+        "lighthouse_core.attention.backends"
+    }
 
 
 def test_one_place_imports_torchtitan():
     files = importers("lighthouse_core", "torchtitan")
     assert files and all(file.startswith("lighthouse_core/titan/") for file in files)
+
+
+def test_a_hint_that_many_errors_of_a_file_have_is_written_once():
+    written = Counter(
+        (path.name, keyword.value.value)
+        for path in modules().values()
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "hint" and isinstance(keyword.value, ast.Constant) and keyword.value.value
+    )
+    # Fewer lines that are alike read better than a name.
+    assert len(written) > 100 and not {hint: count for hint, count in written.items() if count > 3}
 
 
 def test_importing_the_core_does_not_import_torch():

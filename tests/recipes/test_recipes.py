@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse_core import listing
+from lighthouse_core import shelf
 from lighthouse_core.config import Recipe, dump_recipe, find_recipe, load_recipe, loads_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import estimate, flops_per_token, parameters
@@ -109,7 +109,7 @@ def test_a_recipe_is_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 def test_a_wheel_carries_the_recipes_inside_the_package(tmp_path, monkeypatch):
     (tmp_path / "installed.toml").touch()
-    monkeypatch.setattr(listing, "SHELVES", (tmp_path, tmp_path / "absent"))
+    monkeypatch.setattr(shelf, "SHELVES", (tmp_path, tmp_path / "absent"))
     assert find_recipe("installed") == tmp_path / "installed.toml"
     with pytest.raises(RecipeError) as caught:
         find_recipe("quickstart")

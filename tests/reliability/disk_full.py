@@ -25,7 +25,7 @@ from jobs import RECIPE, TINY, Job, newest, options
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import estimate
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import damage
 
 INSIDE = "LIGHTHOUSE_TEST_INSIDE"

@@ -22,7 +22,7 @@ from jobs import RECIPE, TINY, Job, differences, load, newest, options, rows, su
 
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data.loader import build_loader
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 
 STEPS, RECOVERY, EVERY = 40, 20, 10
 SETTINGS = options(

@@ -199,7 +199,7 @@ class Tested:
     def facts(self) -> dict[str, Any]:
         code = """
 import json, platform, torch, transformers
-from lighthouse_core.runs import git_commit
+from lighthouse_core.runs.create import git_commit
 print(json.dumps({"commit": git_commit(), "python": platform.python_version(), "torch": torch.__version__,
                   "transformers": transformers.__version__}))
 """
@@ -390,7 +390,7 @@ def replace_entry(place: Place, name: str, content: bytes) -> None:
 
 STRIP = ("strip", "tiny", "out", "--allow-unrecovered")
 EVAL = ("eval", "tiny", "--tokens", "256", "--sequences", "2", "--only", "loss")
-SELECTION = ("profile", "--selection", "tiny", "--sequences", "1", "--out", "selection")
+SELECTION = ("profile", "selection", "tiny", "--sequences", "1", "--out", "selection")
 RESUME = ("pretrain", "--resume", "tiny", *TRAINS)
 RECOVER = ("recover", "tiny", *TRAINS)
 SWEEP = ("sweep", "s.toml")
@@ -522,7 +522,7 @@ def modules() -> Iterator[Callable[[Make], None]]:
     data = ("data", "prepare", "q.toml", "tokens", "--workers", "2"), ("data", "inspect", "q.toml")
     tokenizer = ("tokenizer", "train", "q.toml", "t.model", "--vocab", "300", "--bytes", "100000")
     attention = (*ATTENTION, "attention")
-    step = ("profile", "--recipe", "q.toml", "--nproc", "1", "--out", "step")
+    step = ("profile", "step", "q.toml", "--nproc", "1", "--out", "step")
     yield functools.partial(case, commands=[*data, tokenizer, attention])
     yield functools.partial(case, commands=[step])
     inner = [("recover", ".", *TRAINS), ("strip", ".", "../../out", "--allow-unrecovered")]
@@ -891,7 +891,7 @@ def into_checkpoints() -> Iterator[Callable[[Make], None]]:
 
     inside = f"runs/tiny/checkpoints/step-{STEP}"
     strip, evaluation = STRIP[:2], EVAL
-    step = ("profile", "--recipe", "q.toml", "--nproc", "1")
+    step = ("profile", "step", "q.toml", "--nproc", "1")
     pretrain = ("pretrain", "q.toml", *TRAINS)
     for commands in (
         [
@@ -955,7 +955,7 @@ def reports() -> Iterator[Callable[[Make], None]]:
         shutil.move(place.folder / "runs", folder / "runs")
         (folder / "pretrain.log").write_text("of mine\n")
         place.watch(folder)
-        command = ("profile", "--recipe", "q.toml", "--nproc", "1", "--out", "project")
+        command = ("profile", "step", "q.toml", "--nproc", "1", "--out", "project")
         place.lighthouse(*command, planted="runs and a pretrain.log of mine")
 
     yield functools.partial(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import damage
 from lighthouse_core.titan import runtime  # before torchtitan
 from lighthouse_core.titan.checkpointer import Checkpointer

@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs import RECIPE, TINY, Job, newest, options, rows, succeed
 
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import damage
 
 EVERY = 5  # steps between two evaluations

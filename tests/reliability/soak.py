@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jobs import RECIPE, Job, lines, newest, options
 
-from lighthouse_core.listing import checkpoint_steps
+from lighthouse_core.runs.listing import checkpoint_steps
 
 SETTINGS = options(
     "model.dim=16",

@@ -32,7 +32,8 @@ LAYERS = 24
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from lighthouse_core import launch, seal
+from lighthouse_core import seal
+from lighthouse_core.job import launch
 begin = time.perf_counter()
 ahead = seal.Verification(Path(sys.argv[1]))
 waited = time.perf_counter() - begin

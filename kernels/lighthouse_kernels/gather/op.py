@@ -30,8 +30,8 @@ def gather_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, slots: Tensor, shape: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `triton.gather_backward`."""
-    grads = (x.contiguous() for x in (grad_q, grad_k, grad_v))
-    return kernel.gather_backward(*grads, slots, layout(shape))
+    grad_q, grad_k, grad_v = (x.contiguous() for x in (grad_q, grad_k, grad_v))
+    return kernel.gather_backward(grad_q, grad_k, grad_v, slots, layout(shape))
 
 
 @register_fake("lighthouse::gather_backward")

@@ -160,15 +160,15 @@ def gather(
     kv_heads, entries = k.shape[2], indices.shape[2]
     blocks = -(-entries // BLOCK_ENTRIES)
     first = g.stored_from
-    outs = tuple(x.new_empty(batch, entries, x.shape[2], dim) for x in (q, k, v))
+    out_q, out_k, out_v = (x.new_empty(batch, entries, x.shape[2], dim) for x in (q, k, v))
     with target(q):
         _gather_kernel[(batch * kv_heads * blocks,)](
-            q, k, v, *stored, indices, *outs, *row_strides(q), *row_strides(k), *row_strides(v),
+            q, k, v, *stored, indices, out_q, out_k, out_v, *row_strides(q), *row_strides(k), *row_strides(v),
             tokens, g.padded, entries, blocks, kv_heads, g.stored_rows,
             GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.log_p, LEVELS=g.levels,
             STORED=first, FLY=g.pooling ** (first - 1), BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
-    return outs
+    return out_q, out_k, out_v
 
 
 def gather_backward(
@@ -186,12 +186,12 @@ def gather_backward(
     batch, entries, heads, dim = grad_q.shape
     kv_heads = grad_k.shape[2]
     blocks = -(-g.tokens // BLOCK_TOKENS)
-    outs = tuple(x.new_empty(batch, g.tokens, x.shape[2], dim) for x in (grad_q, grad_k, grad_v))
+    out_q, out_k, out_v = (x.new_empty(batch, g.tokens, x.shape[2], dim) for x in (grad_q, grad_k, grad_v))
     with target(grad_q):
         _gather_backward_kernel[(batch * kv_heads * blocks,)](
-            grad_q, grad_k, grad_v, slots, *outs,
+            grad_q, grad_k, grad_v, slots, out_q, out_k, out_v,
             g.tokens, g.padded, entries, blocks, kv_heads, slots.shape[2],
             GROUP=heads // kv_heads, D=dim, D2=padded_dim(dim), LOG_P=g.log_p, LEVELS=g.levels,
             BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
-    return outs
+    return out_q, out_k, out_v

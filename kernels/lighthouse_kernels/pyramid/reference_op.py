@@ -20,11 +20,16 @@ def norm_scores(q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("lighthouse::norm_scores", mutates_args=())
 def _norm_scores(q: Tensor, k: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    return reference.norm_scores(q, k, Geometry(q.shape[1], *shape))
+    return reference.norm_scores(q, k, _geometry(q, shape))
 
 
 @_norm_scores.register_fake
 def _(q: Tensor, k: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    windows = Geometry(q.shape[1], *shape).pyramid_length
+    windows = _geometry(q, shape).pyramid_length
     scores = q.new_empty(q.shape[0], k.shape[2], windows, dtype=torch.float32)
     return scores, torch.empty_like(scores)
+
+
+def _geometry(q: Tensor, shape: list[int]) -> Geometry:
+    pooling, levels, topk, tile_parents = shape
+    return Geometry(q.shape[1], pooling, levels, topk, tile_parents)

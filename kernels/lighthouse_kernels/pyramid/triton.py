@@ -160,7 +160,7 @@ def pyramid(
     outs = [x.new_empty(batch, length, x.shape[2], dim) for x in (q, k, v)]
     scores = [x.new_empty(batch, x.shape[2], above, dtype=torch.float32) for x in (q, k)]
     block = max(BLOCK_ROWS, p)
-    sources = q, k, v
+    sources = [q, k, v]
     base, rows, highest = 0, tokens, g.levels - 1 if length or scored else 0
     while base < highest:
         # All levels whose windows fit in a block of rows; the next launch goes on from the last of them.
@@ -180,4 +180,6 @@ def pyramid(
         if length and base < highest:
             start = sum(g.windows[first:base])
             sources = [x[:, start : start + rows] for x in outs]
-    return *outs, *scores
+    pooled_q, pooled_k, pooled_v = outs
+    by_query, by_key = scores
+    return pooled_q, pooled_k, pooled_v, by_query, by_key

@@ -24,7 +24,7 @@ def select(by_query: Tensor, by_key: Tensor, shape: list[int]) -> tuple[Tensor, 
 
 @register_fake("lighthouse::select")
 def _(by_query, by_key, shape):
-    return _selection(by_query, *by_key.shape[:2], symbolic_layout(shape))
+    return _selection(by_query, by_key.shape[0], by_key.shape[1], symbolic_layout(shape))
 
 
 @operation

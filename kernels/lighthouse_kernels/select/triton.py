@@ -220,7 +220,8 @@ def select(
     entries = g.entries
     windows = g.pyramid_length
     coarse = g.windows[-1] // g.tiles
-    by = scores[0] if scores is not None else key
+    by = key if scores is None else scores[0]
+    assert by is not None
     indices = by.new_empty(batch, kv_heads, entries, dtype=torch.int32)
     slots = by.new_full((batch, kv_heads, windows), -1, dtype=torch.int32)
     scratch = by.new_empty(4, batch * kv_heads * entries, dtype=torch.int32)

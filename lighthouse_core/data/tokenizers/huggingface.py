@@ -55,17 +55,17 @@ class HuggingFaceTokenizer:
             raise DataError(
                 f"{path} is not a tokenizer.json: {error}", hint="copy it anew, or name another data.tokenizer"
             ) from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A document that spells a special token must not end or begin one.
-        self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.bos, self.eos = _special_tokens(path, content)
         self.bos_id = None if self.bos is None else self._id(self.bos)
         self.eos_id = self._id(self.eos)
-        added = {token.get("content") for token in content.get("added_tokens") or ()}
+        self._encoder = Tokenizer.from_str(json.dumps(_without_pieces(content, {self.bos, self.eos})))
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        # A document that spells a special token must not end or begin one.
+        self._encoder.encode_special_tokens = True
         for key, token in (("bos_token", self.bos), ("eos_token", self.eos)):
-            if token is not None and token not in added and self._from_text(token, content):
+            if token is not None and self._from_text(token, content):
                 raise DataError(
                     f"{path} has {token!r} as its {key}, which ordinary text holds, too: a document would end or begin "
                     "in its middle",
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer:
         Raises:
             DataError: `text` is not UTF-8.
         """
-        return np.array(self._tokenizer.encode(to_text(text), add_special_tokens=False).ids, dtype=np.int32)
+        return np.array(self._encoder.encode(to_text(text), add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of `ids`. Special tokens, BOS, EOS and ids that are no row of the vocabulary stand for nothing."""
@@ -94,18 +94,18 @@ class HuggingFaceTokenizer:
         found = bytes_by_rules(json.loads(self._tokenizer.to_str()), self._tokenizer.get_vocab())
         if found is None:
             return None
-        found |= dict.fromkeys((self.bos_id, self.eos_id), b"")
+        found |= {end: b"" for end in (self.bos_id, self.eos_id) if end is not None}
         return [found.get(i, b"") for i in range(self.vocab_size)]
 
     def _from_text(self, token: str, content: dict[str, Any]) -> bool:
-        """Whether some text becomes a token of the vocabulary that is no added one."""
+        """Whether some text becomes this token. A special one does not, unless the vocabulary's rules make it, too."""
         found = self._id(token)
         spelt = self._tokenizer.decode([found], skip_special_tokens=False)
         # A piece may need a beginning or an end of a word before or after it.
         marks = [content["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")]
         words = {token, spelt, spelt.strip(), token.removeprefix(marks[0]).removesuffix(marks[1])} - {""}
         texts = (text for word in words for text in (word, f" {word}", f"a{word}", f"{word}a", f"{word} a"))
-        return any(found in self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+        return any(found in self._encoder.encode(text, add_special_tokens=False).ids for text in texts)
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
@@ -115,6 +115,27 @@ class HuggingFaceTokenizer:
                 hint=f"name tokens of its vocabulary in a {self.path.with_name(NAMING[0])}",
             )
         return found
+
+
+def _without_pieces(content: dict[str, Any], tokens: set[str | None]) -> dict[str, Any]:
+    """A tokenizer.json in which no text becomes these special tokens.
+
+    A model that looks whole pieces up finds in a text whatever its vocabulary holds, special tokens among them. BPE
+    finds what its merges make, and needs no change. A token of one character is ordinary text, and stays.
+    """
+    added = content.get("added_tokens") or ()
+    model = content.get("model") or {}
+    spelt = {token["content"] for token in added if token.get("special") and len(token["content"]) > 1} & tokens
+    spelt.discard(model.get("unk_token"))
+    if not spelt or model.get("type") not in ("Unigram", "WordLevel", "WordPiece"):
+        return content
+    if model["type"] == "Unigram":
+        # The place in the list is the id; an empty piece is in no text.
+        vocab: Any = [["" if piece in spelt else piece, score] for piece, score in model["vocab"]]
+    else:
+        vocab = {piece: found for piece, found in model["vocab"].items() if piece not in spelt}
+    kept = [token for token in added if token["content"] not in spelt]
+    return content | {"model": model | {"vocab": vocab}, "added_tokens": kept}
 
 
 def _special_tokens(path: Path, content: dict[str, Any]) -> tuple[str | None, str]:
@@ -171,7 +192,8 @@ def _around(post_processor: dict[str, Any]) -> dict[str, str]:
     if kind != "TemplateProcessing":
         return {}
     special = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in post_processor["single"]]
-    return {key: special[at] for key, at in (("bos_token", 0), ("eos_token", -1)) if special and special[at]}
+    ends = (("bos_token", 0), ("eos_token", -1))
+    return {key: token for key, at in ends if special and (token := special[at])}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class SentencePieceTokenizer:
         # Fields given again override: this is the same model without the space that some put before a text, so that a
         # text can be cut.
         self._plain = SentencePieceProcessor(model_proto=self.content + _NO_DUMMY_PREFIX)
-        byte_ids = {byte_of(piece.text): i for i, piece in enumerate(self.model.pieces) if piece.kind == BYTE}
+        spelled = [byte_of(piece.text) if piece.kind == BYTE else None for piece in self.model.pieces]
+        byte_ids = {byte: i for i, byte in enumerate(spelled) if byte is not None}
         self._byte_ids = np.array([byte_ids[byte] for byte in sorted(byte_ids)], dtype=np.int32)
         self._joined = _joined(self.model)
 
@@ -104,7 +105,7 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; see the protocol. A space that the model puts before a text is one of
         them. The unknown piece stands for none: what it took the place of is lost."""
-        texts = {NORMAL: lambda text: text.replace(SPACE, " ").encode(), BYTE: lambda text: bytes([byte_of(text)])}
+        texts = {NORMAL: lambda text: text.replace(SPACE, " ").encode(), BYTE: _byte}
         return [texts[piece.kind](piece.text) if piece.kind in texts else b"" for piece in self.model.pieces]
 
     def _encode_bytes(self, data: bytes) -> Iterator[np.ndarray]:
@@ -129,13 +130,18 @@ class SentencePieceTokenizer:
             start = end
 
 
+def _byte(text: str) -> bytes:
+    byte = byte_of(text)
+    return b"" if byte is None else bytes([byte])
+
+
 def _joined(model: ModelFile) -> frozenset[str]:
     """Every two characters of text that stand side by side in a piece; U+2581 in a text is a space to the model."""
-    pairs = set()
+    pairs: set[str] = set()
     for piece in model.pieces:
         if piece.kind == NORMAL:
             pairs.update(piece.text[i : i + 2] for i in range(len(piece.text) - 1))
-    for a, b in list(pairs):
+    for a, b in map(tuple, list(pairs)):
         if SPACE in (a, b):
             pairs.update(x + y for x in (a, " " if a == SPACE else a) for y in (b, " " if b == SPACE else b))
     return frozenset(pairs)

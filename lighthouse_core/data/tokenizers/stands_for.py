@@ -82,12 +82,16 @@ def _rules(content: Mapping[str, Any]) -> tuple[list[Step], bool] | None:
         elif kind == "Fuse":
             joined = True
         elif kind == "Metaspace":
-            steps.append(lambda text, mark=part["replacement"]: text.replace(mark, " "))
+            steps.append(_spaces(part["replacement"]))
         elif kind == "Replace":
             steps.append(_replacement(part["pattern"], part["content"]))
         elif kind != "ByteFallback" and not (kind == "Strip" and joined):
             return None
     return steps, byte_level
+
+
+def _spaces(mark: str) -> Step:
+    return lambda text: text.replace(mark, " ")
 
 
 def _replacement(pattern: Mapping[str, str], content: str) -> Step:

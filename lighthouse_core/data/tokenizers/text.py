@@ -28,7 +28,7 @@ def to_text(text: str | bytes) -> str:
         ) from None
     except UnicodeEncodeError as error:
         raise DataError(
-            f"text has half a surrogate pair, U+{ord(text[error.start]):04X}, at character {error.start}",
+            f"text has half a surrogate pair, U+{ord(error.object[error.start]):04X}, at character {error.start}",
             hint="it comes from a broken escape such as \\ud800 in JSON; repair or drop the document",
         ) from None
 
@@ -58,7 +58,7 @@ def vocabulary_texts(tokens: Iterable[bytes], leave_out: Collection[str] = (), b
     Returns:
         Every text once.
     """
-    found = {}
+    found: dict[str, None] = {}
     for token in tokens:
         try:
             found[token.decode()] = None

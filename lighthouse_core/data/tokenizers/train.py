@@ -10,14 +10,18 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lighthouse_core.data.build import DataSettings, build_source
+from lighthouse_core.data.build import build_source
 from lighthouse_core.data.documents import Place, Split, epoch_order, keeper
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.data.tokenizers.model_file import add_pieces, parse, rename_pieces
 from lighthouse_core.data.tokenizers.sentencepiece import SPACE
 from lighthouse_core.errors import DataError, LighthouseError, UserError, refusal
 from lighthouse_core.files import check_output
+
+if TYPE_CHECKING:
+    from lighthouse_core.config.data import DataSection
 
 TRAINING_BYTES = 100_000_000
 _HELD_OUT_BYTES = 1_000_000
@@ -60,7 +64,7 @@ class TrainingReport:
     seconds: float
 
 
-def texts_of(data: DataSettings, split: Split, limit: int) -> Iterator[str]:
+def texts_of(data: "DataSection", split: Split, limit: int) -> Iterator[str]:
     """Text of one split of a recipe's `[data]` section, about `limit` bytes if there is as much: the same every time.
 
     Files, folders or parts of a data set come in a shuffled order; one that holds more than its share of the text gives
@@ -90,7 +94,7 @@ def texts_of(data: DataSettings, split: Split, limit: int) -> Iterator[str]:
 
 
 def train_tokenizer(
-    data: DataSettings, out: Path, vocab_size: int, training_bytes: int = TRAINING_BYTES
+    data: "DataSection", out: Path, vocab_size: int, training_bytes: int = TRAINING_BYTES
 ) -> TrainingReport:
     """Train BPE with byte fallback on a recipe's training text, and write it to `out`.
 
@@ -258,7 +262,7 @@ def _blocks(text: str) -> Iterator[str]:
         start = end
 
 
-def _measure(model: Path, data: DataSettings) -> tuple[float, int, bool]:
+def _measure(model: Path, data: "DataSection") -> tuple[float, int, bool]:
     """(bytes per token, bytes of text, whether it was held out) of a model; its round trip is checked on the way."""
     tokenizer = build_tokenizer(str(model))
     texts = list(texts_of(data, "validation", _HELD_OUT_BYTES)) if data.validation else []

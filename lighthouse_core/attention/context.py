@@ -1,0 +1,92 @@
+"""What changes from batch to batch, as one argument: model -> block -> attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from lighthouse_core.attention.config import LighthouseConfig
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """One batch's facts for the attention of every layer. Nothing of it is written into a module.
+
+    Attributes:
+        key: what selectors draw from: int64 (seed, step, layer[, sample]) of one call, or [layers, 3 or 4] of a model;
+            being a tensor, a new step compiles nothing anew.
+        settings: of this part of training; None for those that a layer was built with.
+        dense: attend densely in every layer.
+        documents: int32 [documents + 1], where each document of a packed sequence begins, and its end; None where all
+            tokens see each other.
+        group: processes that share the sequence; None for one process.
+        first_position: position of the first token within the sequence.
+    """
+
+    key: Tensor | None = None
+    settings: LighthouseConfig | None = None
+    dense: bool = False
+    documents: Tensor | None = None
+    group: ProcessGroup | None = None
+    first_position: int = 0
+
+    def of_layer(self, number: int) -> AttentionContext:
+        """The context of one layer's call, whose key is a row of the model's."""
+        return self if self.key is None or self.key.dim() == 1 else replace(self, key=self.key[number])
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What it asks for that not every method can do: "documents", "group"."""
+        asked = {"documents": self.documents is not None, "group": self.group is not None or self.first_position > 0}
+        return frozenset(name for name, there in asked.items() if there)
+
+
+def check_context(context: AttentionContext, can: frozenset[str], what: str) -> None:
+    """Refuse a context that asks for what an attention cannot do: nothing of it is passed over.
+
+    Args:
+        context: of the batch.
+        can: what the attention can do of "documents" and "group".
+        what: the attention, for the message.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    for asked in ("documents", "group"):
+        if asked in context.asks and asked not in can:
+            raise ValueError(f"the attention {what!r} knows no {asked}")
+
+
+def selection_keys(seed: int, step: int, sample: int, layers: int) -> Tensor:
+    """Keys of all layers, int64 [layers, 4]: (seed, step, layer, sample), on the CPU.
+
+    Args:
+        seed: of the run.
+        step: number of the training step.
+        sample: number of the micro-batch's first row within the global batch.
+        layers: of the model.
+    """
+    import torch
+
+    return torch.tensor([(seed, step, layer, sample) for layer in range(layers)])
+
+
+def checked_key(key: Tensor | None, scorer: str) -> Tensor:
+    """The key that a scorer draws from.
+
+    Raises:
+        ValueError: there is none, or it is no int64 (seed, step, layer) or (seed, step, layer, sample).
+    """
+    import torch
+
+    if key is None:
+        raise ValueError(f"scorer {scorer!r} draws its scores from `key`, an int64 tensor (seed, step, layer)")
+    if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4):
+        raise ValueError(
+            f"key must be int64 (seed, step, layer) or (seed, step, layer, sample); got {key.dtype} {tuple(key.shape)}"
+        )
+    return key

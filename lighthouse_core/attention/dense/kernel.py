@@ -1,0 +1,34 @@
+"""What a dense kernel is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """A stock kernel of causal attention: q [B, N, H, D], k and v [B, N, Hkv, D] -> [B, N, H, D].
+
+    Attributes:
+        name: as recipes have it.
+        label: for reports.
+        absence: device type -> why it is not there for any tensor on such a device; None if it is. Touches no GPU.
+        obstacle: device type, dtype, D -> why it cannot take such tensors; None if it can.
+        forward: q, k, v, scale (None for 1/sqrt(D)) -> output; differentiable.
+        part: q, k, v, scale, window (0 for all tokens) -> output and its log-sum-exp [B, N, H], float32 or wider, both
+            differentiable; None for a kernel that has none.
+        windowed: q, k, v, scale, window -> output; None for a kernel without windows.
+        kept: operations of its forward pass, whose results selective checkpointing keeps.
+    """
+
+    name: str
+    label: str
+    absence: Callable[[str], str | None]
+    obstacle: Callable[[str, torch.dtype, int], str | None]
+    forward: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    part: Callable[[Tensor, Tensor, Tensor, float | None, int], tuple[Tensor, Tensor]] | None = None
+    windowed: Callable[[Tensor, Tensor, Tensor, float | None, int], Tensor] | None = None
+    kept: tuple[OpOverload, ...] = ()

@@ -1,0 +1,73 @@
+"""Dense causal attention within each chunk of `window` tokens: training on short sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lighthouse_core.attention.methods.method import Method, Proposal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from lighthouse_core.attention.context import AttentionContext
+    from lighthouse_core.attention.settings import Settings
+
+
+class Chunked(Method):
+    """Windows that grow in stage 1 are SkyLadder's idea (arXiv 2503.15450). A window is a shape: each compiles anew."""
+
+    name = "chunked"
+
+    def keys(self, settings: Settings, tokens: int) -> float:
+        if settings.window >= tokens:
+            return tokens / 2
+        whole, rest = divmod(tokens, settings.window)
+        return (whole * settings.window**2 + rest**2) / (2 * tokens)
+
+    def lean(self, settings: Settings) -> bool:
+        return True
+
+    def proposals(self, settings: Settings, tokens: int, floor: float, coarsest: int) -> Iterator[Proposal]:
+        """Chunks that grow, in all layers, as recipes/evidence/REPORT.md recommends them."""
+        windows = growing_windows(tokens)
+        chosen = {"method": self.name, "windows": list(windows), "window": 0}
+        yield Proposal(chosen, [{"method": self.name, "window": window} for window in windows], dense_layers=False)
+
+    def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
+        return {"chunked": {"window": 2048}}
+
+    def summary(self, settings: Mapping[str, Any]) -> str:
+        windows = settings.get("windows") or [settings["window"]]
+        return f"chunks of {', '.join(map(str, windows))}" + " in turn" * (len(windows) > 1)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, context: AttentionContext, *, scale: float | None
+    ) -> Tensor:
+        from torch.nn.functional import pad
+
+        from lighthouse_core.attention.dense.call import dense_attention
+
+        tokens = q.shape[1]
+        size = min(settings.window, tokens)
+        chunks = -(-tokens // size)
+        short = (
+            pad(x, (0, 0, 0, 0, 0, chunks * size - tokens)).unflatten(1, (chunks, size)).flatten(0, 1)
+            for x in (q, k, v)
+        )
+        out = dense_attention(*short, scale=scale, backend=settings.dense_backend)
+        return out.unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
+
+
+def growing_windows(tokens: int) -> tuple[int, ...]:
+    """Windows that take turns in stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
+    530m_98k_growing at 98304, and something like them at other lengths."""
+    first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
+    second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))
+    return tuple(sorted({window for window in (first, second, tokens // 2) if window}))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to a number; 0 for 0."""
+    return 1 << (number.bit_length() - 1) if number else 0

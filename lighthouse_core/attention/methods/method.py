@@ -1,0 +1,152 @@
+"""What a method is: one way to attend in stage 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+    from torch import Tensor
+    from torch._ops import OpOverload
+
+    from lighthouse_core.attention.context import AttentionContext
+    from lighthouse_core.attention.settings import Settings
+    from lighthouse_kernels.geometry import Geometry
+
+
+class Proposal(NamedTuple):
+    """Settings of stage 1 that are worth a try.
+
+    Attributes:
+        settings: as [lighthouse] takes them, the dense kernel left open.
+        calls: what the calls have in place of it, where several take equal turns.
+        share: of the tokens that are gathered as they are, at level 0; 1 where every token is a key somewhere.
+        coarsest: tokens of the coarsest window; 1 without a pyramid.
+        gathered: S; None without a pyramid.
+        dense_layers: whether the model's dense layers stay.
+    """
+
+    settings: dict[str, Any]
+    calls: list[dict[str, Any]]
+    share: float = 1.0
+    coarsest: int = 1
+    gathered: int | None = None
+    dense_layers: bool = True
+
+
+class Method:
+    """One way to attend in stage 1. Its file owns all that is known of it, and imports torch only where it runs.
+
+    Attributes:
+        name: as recipes have it.
+        pools: whether it has a pyramid.
+        keeps_blocks: whether it reads `keep`.
+        needs_window: whether `window` must be at least 1.
+        window_is_a_shape: whether tensors within a call have sizes that follow from the window.
+        windows: whether a call is attention over the last `window` tokens, which not every dense kernel has.
+        takes: arguments of the call beyond q, k and v that it reads: "indices", "scores", "rotary".
+        can: of what a context may ask for ("documents", "group"), what it does.
+        shown: settings that a report names beside those of the method.
+    """
+
+    name: ClassVar[str]
+    pools: ClassVar[bool] = False
+    keeps_blocks: ClassVar[bool] = False
+    needs_window: ClassVar[bool] = True
+    window_is_a_shape: ClassVar[bool] = True
+    windows: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str]] = frozenset()
+    can: ClassVar[frozenset[str]] = frozenset()
+    shown: ClassVar[tuple[str, ...]] = ("method",)
+
+    def check(self, settings: Settings) -> None:
+        """Raise SettingError unless it can run with these settings."""
+
+    def geometry(self, settings: Settings, tokens: int) -> Geometry:
+        """The pyramid of a sequence.
+
+        Raises:
+            ValueError: the method has none.
+        """
+        raise ValueError(f"the method {self.name!r} selects nothing: it has no pyramid")
+
+    def leaks(self, settings: Settings) -> bool:
+        """Whether later tokens take part in what a query sees."""
+        return False
+
+    def draws(self, settings: Settings) -> bool:
+        """Whether a call draws random numbers, and so takes a key."""
+        return False
+
+    def adds_parts(self, settings: Settings) -> bool:
+        """Whether a call adds up parts of a softmax by their log-sum-exp, with its gradient."""
+        return False
+
+    def keys(self, settings: Settings, tokens: int) -> float:
+        """Keys that a query sees, on average over a causal sequence; dense attention has tokens / 2."""
+        raise NotImplementedError
+
+    def extra_rows(self, settings: Settings) -> int:
+        """Rows of the queries that autograd keeps of a layer, beyond those of a dense one."""
+        return 0
+
+    def words(self, settings: Settings) -> str:
+        """Which attention that is, in a report."""
+        return f"{self.name}, window {settings.window}"
+
+    def enough_tokens(self, settings: Settings) -> int:
+        """Tokens enough for a call to leave something out."""
+        return 3 * settings.window
+
+    def lean(self, settings: Settings) -> bool:
+        """Whether plain PyTorch computes a call without the scores of all pairs, so that a long one can be checked."""
+        return False
+
+    def proposals(self, settings: Settings, tokens: int, floor: float, coarsest: int) -> Iterator[Proposal]:
+        """What is worth a try in stage 1 at this length.
+
+        Args:
+            settings: give what a proposal does not name.
+            tokens: N.
+            floor: the least share of the tokens at level 0 of a pyramid, between 0 and 1.
+            coarsest: tokens of the widest window of a pyramid.
+        """
+        return iter(())
+
+    def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
+        """Settings to compare at this length, by a short name each, beside those of the other methods."""
+        return {}
+
+    def summary(self, settings: Mapping[str, Any]) -> str:
+        """A proposal, or what a recipe chooses, in a few words."""
+        return f"{self.name}, window {settings['window']}"
+
+    def check_backends(self, settings: Settings, device_type: str, dtype: torch.dtype | None, dim: int | None) -> None:
+        """Raise ValueError unless its operations are there on a device of this type, for tensors of this dtype and
+        head dimension where these are known. What `auto` stands for is logged."""
+
+    def kept(self, settings: Settings, mode: str, device_type: str) -> set[OpOverload]:
+        """Operations whose results activation checkpointing keeps, beside those of the dense kernels: what decides a
+        selection always, and under "selective" what is better kept than made again."""
+        return set()
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, context: AttentionContext, *, scale: float | None
+    ) -> Tensor:
+        """Attend: q [B, N, H, D], k and v [B, N, Hkv, D] -> [B, N, H, D] in the dtype of q.
+
+        Args:
+            q, k, v: after RoPE, unless a method takes "rotary" and it was given.
+            settings: of the call.
+            context: of the batch.
+            scale: factor on the attention scores; 1/sqrt(D) by default.
+        """
+        raise NotImplementedError
+
+
+def last(tokens: int, window: int) -> float:
+    """Keys that a query sees of the last `window` tokens, on average over a causal sequence."""
+    window = min(window, tokens)
+    return window * (1 - window / (2 * tokens))

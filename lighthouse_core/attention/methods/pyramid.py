@@ -1,0 +1,172 @@
+"""The paper's (arXiv 2605.06554): pool, score, select, gather, attend, scatter; kernels/README.md has the rule.
+
+With a `window`, the last tokens before each query are merged into the same softmax at full resolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lighthouse_core.attention.methods.method import Method, Proposal, last
+from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.settings import SettingError
+from lighthouse_kernels.geometry import Geometry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+    from torch import Tensor
+    from torch._ops import OpOverload
+
+    from lighthouse_core.attention.context import AttentionContext
+    from lighthouse_core.attention.settings import Settings
+
+
+# What is tried, and the settings that a proposal names.
+_POOLINGS, _LEVELS = (2, 4, 8, 16), (2, 3, 4, 5)
+_PROPOSED = (
+    *("method", "pooling", "levels", "topk", "tile_parents", "cover_prefix", "scorer", "score_block", "window"),
+    "backend",
+)
+
+
+class Pyramid(Method):
+    """See the module."""
+
+    name = "pyramid"
+    pools = True
+    needs_window = False
+    window_is_a_shape = False
+    takes = frozenset(("indices", "scores", "rotary"))
+    shown = ("pooling", "levels", "topk", "scorer")
+
+    def geometry(self, settings: Settings, tokens: int) -> Geometry:
+        s = settings
+        return Geometry(tokens, s.pooling, s.levels, s.topk, s.tile_parents, s.cover_prefix)
+
+    def check(self, settings: Settings) -> None:
+        selector = selector_of(settings.scorer)
+        if settings.rotate == "after" and selector.attends:
+            problem = f"must be 'before' for the scorer {settings.scorer}, which attends after RoPE"
+            raise SettingError("rotate", problem)
+
+    def leaks(self, settings: Settings) -> bool:
+        return selector_of(settings.scorer).leaks
+
+    def draws(self, settings: Settings) -> bool:
+        return selector_of(settings.scorer).draws
+
+    def adds_parts(self, settings: Settings) -> bool:
+        return settings.window > 0
+
+    def keys(self, settings: Settings, tokens: int) -> float:
+        """The gathered queries are fewer than the tokens, which is counted here: S^2 / (2 N)."""
+        gathered = self.geometry(settings, tokens).gathered_length
+        return gathered**2 / (2 * tokens) + (last(tokens, settings.window) if gathered < tokens else 0.0)
+
+    def extra_rows(self, settings: Settings) -> int:
+        return 2 if settings.window else 0
+
+    def words(self, settings: Settings) -> str:
+        return f"{self.name}, window {settings.window}" if settings.window else ""
+
+    def enough_tokens(self, settings: Settings) -> int:
+        entries = (settings.levels - 1) * settings.pooling + settings.pooling ** (settings.levels - 1)
+        return max(3 * settings.window, 2 * settings.topk * entries)
+
+    def lean(self, settings: Settings) -> bool:
+        return not settings.window
+
+    def proposals(self, settings: Settings, tokens: int, floor: float, coarsest: int) -> Iterator[Proposal]:
+        """Those that gather at least the floor at level 0, with the fewest parents that do.
+
+        For each pooling factor p and number of levels L, k is the smallest multiple of `tile_parents` with
+        p k >= floor N; windows are at most `coarsest` tokens wide, and the sequence needs no padding for k parents.
+        """
+        for pooling in _POOLINGS:
+            unit = settings.tile_parents
+            topk = max(unit, -(-round(floor * tokens) // pooling // unit) * unit)
+            while pooling * topk < floor * tokens:
+                topk += unit
+            for levels in _LEVELS:
+                window = pooling ** (levels - 1)
+                if window > coarsest or window * topk > tokens:
+                    continue
+                found = self.proposal(replace(settings, pooling=pooling, levels=levels, topk=topk), tokens)
+                if found is not None:
+                    yield found
+
+    def proposal(self, settings: Settings, tokens: int) -> Proposal | None:
+        """The proposal of these settings, without a window; None where the call would be dense."""
+        g = self.geometry(settings, tokens)
+        if g.dense:
+            return None
+        chosen = {name: getattr(settings, name) for name in _PROPOSED} | {"method": self.name, "window": 0}
+        share = min(1.0, settings.pooling * settings.topk / tokens)
+        return Proposal(chosen, [chosen], share, g.window(g.levels - 1), g.gathered_length)
+
+    def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
+        """At the ratio of recipes/evidence: k = N / 64, about 1000 keys a query at 16384 tokens."""
+        topk = tokens // 64
+        return {
+            "norm": {"topk": topk},
+            "block": {"topk": topk, "scorer": "block"},
+            "block-window": {"topk": topk, "scorer": "block", "window": 512},
+        }
+
+    def summary(self, settings: Mapping[str, Any]) -> str:
+        return f"p {settings['pooling']}, L {settings['levels']}, k {settings['topk']}"
+
+    def check_backends(self, settings: Settings, device_type: str, dtype: torch.dtype | None, dim: int | None) -> None:
+        from lighthouse_core.attention.backends import kernels
+        from lighthouse_core.attention.parts import check_parts
+
+        kernels(settings.backend, device_type, dtype)
+        if settings.window:
+            check_parts(settings.dense_backend, device_type, dtype, dim)
+
+    def kept(self, settings: Settings, mode: str, device_type: str) -> set[OpOverload]:
+        from lighthouse_core.attention.backends import kernels
+
+        ops = kernels(settings.backend, device_type)
+        # Kept, the gathered rows spare a compiled block the pyramid and, for the call, the tokens' q, k and v.
+        return {*ops.SELECTING, *(ops.GATHERING if mode == "selective" else ())}
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        settings: Settings,
+        context: AttentionContext,
+        *,
+        scale: float | None,
+        indices: Tensor | None = None,
+        scores: tuple[Tensor, Tensor] | None = None,
+        rotary: Tensor | None = None,
+    ) -> Tensor:
+        import torch
+
+        from lighthouse_core.attention.backends import kernels, log_once
+        from lighthouse_core.attention.dense.call import dense_attention
+        from lighthouse_core.attention.rotary import rotate
+        from lighthouse_core.attention.stages import run, stages
+
+        g = self.geometry(settings, q.shape[1])
+        # Also for a call that turns out dense: a backend that is not there is refused.
+        kernels(settings.backend, q.device.type, q.dtype)
+        if g.dense:
+            if not torch.compiler.is_compiling():
+                # A compiler would take what is written out for a constant.
+                why = "one level" if g.levels == 1 else f"the selection would hold {g.selected_length} entries"
+                log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
+            return dense_attention(q, k, v, scale=scale, backend=settings.dense_backend)
+        values = {"q": q, "k": k, "v": v}
+        given: dict[str, Any] = {"scale": scale, "indices": indices, "scores": scores, "rotary": rotary}
+        for stage in stages(q, k.shape[2], settings, context, g, **given):
+            run(stage, values)
+        return values["out"]

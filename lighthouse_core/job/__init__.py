@@ -1,0 +1,1 @@
+"""The processes of a training job: starting, watching and ending them."""

@@ -1,0 +1,1 @@
+"""Families of models: one file a family, and the modules that they share. Importing this package imports no torch."""

@@ -1,0 +1,69 @@
+"""The run, or the checkpoint of one, that a user means. Nothing here imports torch."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from lighthouse_core.errors import RunError
+from lighthouse_core.runs.listing import run_dirs
+from lighthouse_core.runs.run import Run
+
+
+def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
+    """The run that a user means.
+
+    Args:
+        spec: a run directory, or the name of one under `output_dir`; None or "latest" is the newest one there by
+            the modification time of its directory.
+        output_dir: where runs live.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    output_dir = Path(output_dir)
+    runs = run_dirs(output_dir)
+    if spec is None or (str(spec) == "latest" and output_dir / "latest" not in runs):
+        if not runs:
+            raise RunError(f"there is no run under {output_dir}", hint="lighthouse pretrain RECIPE makes one")
+        return Run(runs[0])
+    for path in (Path(spec), output_dir / spec):
+        if (path / "recipe.toml").is_file():
+            return Run(path)
+    if Path(spec).is_dir():
+        raise RunError(
+            f"{spec} is not a run: it has no recipe.toml",
+            hint="give a folder that lighthouse pretrain made, or its name",
+        )
+    near = difflib.get_close_matches(str(spec), [path.name for path in runs], n=1)
+    raise RunError(
+        f"no run {spec}, here or under {output_dir}",
+        hint=f"did you mean {near[0]}?" if near else f"give a run directory, or the name of one under {output_dir}",
+    )
+
+
+def split_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """The run and N of a RUN/checkpoints/step-N; any other path itself, and None."""
+    match = re.fullmatch(r"step-(0|[1-9][0-9]{0,15})", path.name)
+    return (path.parents[1], int(match[1])) if match and path.parent.name == "checkpoints" else (path, None)
+
+
+def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:
+    """The run, or the checkpoint of one, that a user means; whether the checkpoint is there is not looked at.
+
+    Args:
+        spec: as in `find_run`, or that and /checkpoints/step-N.
+        output_dir: where runs live.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    # Path.resolve raises for a link that leads to itself.
+    path = Path(os.path.realpath(spec))
+    _, step = split_checkpoint(path)
+    if step is None:
+        return find_run(spec, output_dir).path
+    parents = Path(spec).parents
+    if path.exists() or len(parents) < 2:
+        return path
+    return find_run(parents[1], output_dir).path / "checkpoints" / path.name
