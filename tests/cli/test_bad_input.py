@@ -274,7 +274,7 @@ beyond = (
 )
 # Letters, signs, and what a terminal would obey or not show.
 words = st.characters(categories=["L", "N", "P", "S", "Cc"]) | st.sampled_from("\xad\u200b\u202e\U0001d173")
-draws = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+draws = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_every_parameter_has_its_hostile_values():
@@ -386,7 +386,7 @@ def legal(kind: type, limits: dict) -> st.SearchStrategy:
     return (st.sampled_from([low, high, *powers]) | st.integers(low, high)).map(str)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries({}, optional={k: legal(*KEYS[k]) for k in KEYS if KEYS[k][0] in (int, float)}))
 def test_numbers_within_all_limits_together(lighthouse, trainer, place, given):
     # Of this process, however busy the machine is; the first call imports torch.

@@ -137,7 +137,7 @@ def test_a_copy_in_any_form(tmp_path, form, measured):
     assert "held out: none of the 10 texts" in str(other)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=20)
 @given(
     st.sampled_from(list(FORMS)),
     st.sampled_from(list(FORMS)),

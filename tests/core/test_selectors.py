@@ -96,7 +96,9 @@ def test_every_selector_makes_a_call(name):
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("dilated", "gla") else pytest.param(name, marks=pytest.mark.slow) for name in SELECTORS]
+)
 def test_a_selector_is_compiled_once_for_all_lengths(name):
     graphs = []
 
@@ -108,7 +110,7 @@ def test_a_selector_is_compiled_once_for_all_lengths(name):
     cfg = LighthouseConfig(**PYRAMID, scorer=name)
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend=backend, dynamic=True)
     # None fills its last window.
-    for tokens in (150, 202, 270):
+    for tokens in (150, 202):
         inputs = draw(tokens, dtype=torch.float32)
         torch.testing.assert_close(compiled(*inputs, cfg, key=KEY), lighthouse_attention(*inputs, cfg, key=KEY))
     assert len(graphs) == 1
