@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.backends import is_selection, kernels, window_scores
+from lighthouse_core.attention.backends import is_selection, window_scores
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.dense.call import dense_attention
 from lighthouse_core.attention.parts import near
@@ -46,6 +46,7 @@ def stages(
     settings: Settings,
     context: AttentionContext,
     g: Geometry,
+    ops: Any,
     *,
     scale: float | None = None,
     indices: Tensor | None = None,
@@ -59,15 +60,15 @@ def stages(
         kv_heads: Hkv.
         settings, context: of the call.
         g: its pyramid, not `dense`.
+        ops: the pyramid's operations.
         scale: factor on the attention scores; 1/sqrt(D) by default.
         indices: [B, Hkv, S] that fix the selection.
         scores: (s_Q, s_K) that take the place of the selector's; see `Selector.select`.
         rotary: rotates the gathered rows, and the tokens of the window; see lighthouse_core.attention.rotary.
 
     Raises:
-        ValueError: indices or scores of another shape, or a backend that is not there.
+        ValueError: indices or scores of another shape.
     """
-    ops = kernels(settings.backend, q.device.type, q.dtype)
     selector = selector_of(settings.scorer)
     expected = [q.shape[0], kv_heads, g.gathered_length]
     if indices is not None and (indices.dtype not in (torch.int32, torch.int64) or list(indices.shape) != expected):

@@ -331,7 +331,8 @@ def _one_by_one(
     """What `lighthouse_attention` and its backward pass do, a stage a step; yields its name and its direction."""
     values: dict[str, Any] = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
     done = []
-    for stage in stages(q, k.shape[2], cfg, AttentionContext(key=key), cfg.geometry(q.shape[1])):
+    ops = kernels(cfg.backend, q.device.type, q.dtype)
+    for stage in stages(q, k.shape[2], cfg, AttentionContext(key=key), cfg.geometry(q.shape[1]), ops):
         # Each stage begins with tensors of its own, so that its backward pass ends there.
         inputs = {name: _leaves(values[name]) for name in stage.reads}
         values[stage.writes] = stage.run(*inputs.values())

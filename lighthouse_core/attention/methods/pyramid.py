@@ -156,7 +156,7 @@ class Pyramid(Method):
 
         g = self.geometry(settings, q.shape[1])
         # Also for a call that turns out dense: a backend that is not there is refused.
-        kernels(settings.backend, q.device.type, q.dtype)
+        ops = kernels(settings.backend, q.device.type, q.dtype)
         if g.dense:
             if not torch.compiler.is_compiling():
                 # A compiler would take what is written out for a constant.
@@ -167,6 +167,6 @@ class Pyramid(Method):
             return dense_attention(q, k, v, scale=scale, backend=settings.dense_backend)
         values = {"q": q, "k": k, "v": v}
         given: dict[str, Any] = {"scale": scale, "indices": indices, "scores": scores, "rotary": rotary}
-        for stage in stages(q, k.shape[2], settings, context, g, **given):
+        for stage in stages(q, k.shape[2], settings, context, g, ops, **given):
             run(stage, values)
         return values["out"]

@@ -1,48 +1,29 @@
 """The paper's second scorer: the L2 norm of what a token gets from causal attention among every fourth token.
 
-It is taken twice, of (Q, K, V) for the queries and of (K, Q, V) for the keys. A window takes the largest of its tokens.
+A window takes the largest of its tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lighthouse_core.attention.selectors.selector import Selector
+from lighthouse_core.attention.selectors.attending import Attending
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lighthouse_core.attention.context import AttentionContext
-    from lighthouse_core.attention.selectors.selector import Scores
     from lighthouse_core.attention.settings import Settings
-    from lighthouse_kernels.geometry import Geometry
-    from lighthouse_kernels.types import Selection
 
 _STRIDE = 4
 
 
-class Dilated(Selector):
-    """See the module. A score is causal; that windows of a tile are compared by their scores is not, and leaks."""
+class Dilated(Attending):
+    """See the module."""
 
     name = "dilated"
-    leaks = True
-    attends = True
 
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: AttentionContext,
-        geometry: Geometry,
-        *,
-        settings: Settings,
-        ops: Any,
-        norms: Any = None,
-    ) -> Selection | Scores:
-        from lighthouse_core.attention.selectors.outputs import twice
-
-        return twice(lambda q, k, v: _among_every_fourth(q, k, v, settings.dense_backend), q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+        return _among_every_fourth(q, k, v, settings.dense_backend)
 
 
 def _among_every_fourth(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
