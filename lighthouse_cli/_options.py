@@ -24,7 +24,7 @@ Nproc = Annotated[
 MOST = 10**9
 MOST_TOKENS = 2**30
 Nnodes = Annotated[
-    int, typer.Option("--nnodes", metavar="N", max=10**5, help="Machines; run the same command on each.")
+    int, typer.Option("--nnodes", metavar="N", min=1, max=10**5, help="Machines; run the same command on each.")
 ]
 NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="Number of this machine, from 0.")]
 RdzvEndpoint = Annotated[

@@ -14,6 +14,9 @@ _waits = False
 
 def main() -> None:
     """Run the command line, whose own imports take a while, too."""
+    # Where whoever started this process ignores SIGCHLD, the system forgets the exit codes of what this process starts,
+    # and Python takes them for 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         # Whoever started this process may have it ignore Ctrl-C, as a script's shell does for its background.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

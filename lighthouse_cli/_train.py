@@ -12,7 +12,7 @@ from lighthouse_cli import _output, _watch
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
-    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Run
     from lighthouse_core.seal import Verification
 
@@ -143,7 +143,7 @@ def _settle(run: "Run") -> None:
 
 def verify_ahead(run: "Run") -> "Verification | None":
     """Have the run's newest checkpoint read while this process imports torch, which it needs for its GPUs."""
-    from lighthouse_core.job.launch import local_gpus
+    from lighthouse_core.job.plan import local_gpus
 
     ahead = run.verify_ahead()
     local_gpus()
@@ -200,7 +200,7 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     """
     from lighthouse_core.attention import check_backends
     from lighthouse_core.errors import UserError
-    from lighthouse_core.job.launch import check_loggers, check_world, local_gpus
+    from lighthouse_core.job.plan import check_loggers, check_world, local_gpus
 
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
@@ -208,7 +208,7 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
         pooled = recipe.lighthouse.enabled and not dense
         check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)
     except ValueError as error:
-        raise UserError(f"lighthouse: {error}") from None
+        raise UserError(str(error), hint=getattr(error, "hint", None)) from None
 
 
 def check_memory(recipe: "Recipe", plan: "Plan", *, dry_run: bool) -> None:
@@ -220,7 +220,7 @@ def check_memory(recipe: "Recipe", plan: "Plan", *, dry_run: bool) -> None:
     """
     from lighthouse_core.errors import UserError
     from lighthouse_core.estimate import estimate
-    from lighthouse_core.job.launch import local_gpus
+    from lighthouse_core.job.plan import local_gpus
 
     if local_gpus():
         # An accelerator says itself what does not fit.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lighthouse_cli import _output, _view
 
 if TYPE_CHECKING:
-    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Run
 
 # The clock of the view goes on between two rows; a checkpoint is looked for as often.

@@ -105,18 +105,49 @@ def _explain(error: Any) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else " ".join(["lighthouse", *sys.argv[1:2]])
         hint = f"{shortened(command, 60)} --help lists what it takes"
-        if type(error).__name__ == "NoSuchOption" and context is not None and (commands := _usages(context)):
-            hint = f"commands of {command}: {commands}; --help lists what each takes"
+        if context is not None:
+            hint = _hint(error, context) or hint
         _output.error(shortened(error.format_message(), 500).rstrip("."), hint)
     return error.exit_code
 
 
-def _usages(context: "typer.Context") -> str:
-    """The commands of a group, each with its arguments, as "show NAME and copy NAME [DEST]". Empty for a command, and
-    for `lighthouse` itself, whose commands fill more than a line."""
-    commands = getattr(context.command, "commands", {}) if context.parent is not None else {}
-    usages = []
-    for name, command in commands.items():
-        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-        usages.append(" ".join([name, *(argument.metavar or argument.name.upper() for argument in arguments)]))
-    return " and ".join(filter(None, [", ".join(usages[:-1]), *usages[-1:]]))
+# Commands that a hint names; more of them would say nothing.
+_FEW = 3
+
+
+def _hint(error: Any, context: "typer.Context") -> str | None:
+    """Which command takes the option that this one has not, or which commands a group has; None where neither helps."""
+    option = getattr(error, "option_name", None)
+    unknown_command = option is None and error.message.startswith("No such command")
+    if option is None and not unknown_command:
+        return None
+    path, command, own = context.command_path, context.command, _commands(context.command)
+    if option is not None and option.lstrip("-") in own:
+        usage = _usage(option.lstrip("-"), own[option.lstrip("-")])
+        return f"{option.lstrip('-')} is a command: {path} {usage}"
+    if option is not None and context.parent is not None:
+        group, above = (context.parent.command, context.parent.command_path) if not own else (command, path)
+        near = {above: group} | {f"{above} {name}": one for name, one in _commands(group).items()}
+        takers = [name for name, one in near.items() if any(option in parameter.opts for parameter in one.params)]
+        if 0 < len(takers) <= _FEW:
+            return f"{option} is an option of {_listed(takers)}; {path} --help lists what it takes"
+    if own and context.parent is not None:
+        # Those of `lighthouse` itself fill more than a line.
+        usages = [_usage(name, one) for name, one in own.items()]
+        return f"commands of {path}: {_listed(usages)}; --help lists what each takes"
+    return None
+
+
+def _commands(command: Any) -> dict[str, Any]:
+    """Of a group; none of a command."""
+    return getattr(command, "commands", {})
+
+
+def _usage(name: str, command: Any) -> str:
+    """A command with its arguments, as "copy NAME [DEST]"."""
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    return " ".join([name, *(argument.metavar or argument.name.upper() for argument in arguments)])
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

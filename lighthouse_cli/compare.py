@@ -34,7 +34,7 @@ def compare(
         run = find_run(name)
         curve = core.read(run)
         if not curve.points:
-            raise RunError(f"run {name} has no logged step yet")
+            raise RunError(f"run {name} has no logged step in {run.path / 'metrics.jsonl'}")
         curves.append(curve)
         texts[run.path] = curve.name, run.ledger["stages"][0].get("data")
     if unlike := core.unlike_texts(texts.values()):

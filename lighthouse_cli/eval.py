@@ -37,16 +37,18 @@ def evaluate(
         typer.Option(
             "--tokens",
             metavar="N",
+            min=4,
             max=_options.MOST_TOKENS,
             help="Length of a sequence; that of training by default.",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", metavar="B", max=10**6, help="How many.")] = 8,
+    sequences: Annotated[int, typer.Option("--sequences", metavar="B", min=1, max=10**6, help="How many.")] = 8,
     context: Annotated[
-        int, typer.Option("--context", metavar="C", max=_options.MOST_TOKENS, help="Tokens of the short context.")
+        int,
+        typer.Option("--context", metavar="C", min=2, max=_options.MOST_TOKENS, help="Tokens of the short context."),
     ] = 2048,
     trials: Annotated[
-        int, typer.Option("--trials", metavar="T", max=10**6, help="Needles of one length and depth.")
+        int, typer.Option("--trials", metavar="T", min=1, max=10**6, help="Needles of one length and depth.")
     ] = 10,
     only: Annotated[
         str,
@@ -193,9 +195,10 @@ def _held_out(path: Path, other: "Recipe | None", name: str) -> "Overlap":
         _output.say(f"comparing the text with the run's training text, for up to {3 * SECONDS / 60:.0f} minutes")
     seen = overlap(own, other, trained) if other else own_split(own, trained)
     if other is not None and seen.trained_on and seen.texts is None:
+        seen_of_it = f"all but {own.data.validation:.2%}" if own.data.validation else "all"
         raise UserError(
-            f"the run was trained on this text but for {own.data.validation:.2%} of the documents, and "
-            f"{other.data.validation:.2%} were to be measured",
+            f"the run was trained on this text, on {seen_of_it} of its documents, and {other.data.validation:.2%} of "
+            "them were to be measured",
             hint="--recipe RECIPE with other paths",
         )
     if seen.trained_on:

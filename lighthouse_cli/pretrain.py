@@ -10,7 +10,7 @@ import typer
 from lighthouse_cli import _caches, _complete, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.job.launch import Plan
+    from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Newest, Run
 
 
@@ -58,7 +58,7 @@ def pretrain(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import UserError
-    from lighthouse_core.job.launch import plan
+    from lighthouse_core.job.plan import check_plan, plan
     from lighthouse_core.runs.create import check_free, create_run, run_path
     from lighthouse_core.runs.find import find_run
     from lighthouse_core.runs.unfinished import foreign
@@ -75,6 +75,8 @@ def pretrain(
     if resume:
         if name is not None:
             raise UserError("--name is for a new run, --resume for an existing one")
+        # Before a checkpoint is read, which can take minutes.
+        check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
         run = find_run(resume)
         run.change(settings or ())
         _train.check_titan(run.recipe)

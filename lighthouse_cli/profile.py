@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,8 +46,13 @@ def attention(
     levels: Annotated[int | None, typer.Option("--levels", metavar="L", help="Pyramid levels.")] = None,
     topk: Annotated[int | None, typer.Option("--topk", metavar="K", help="Parents expanded per level.")] = None,
     tile_parents: Annotated[
-        int, typer.Option("--tile-parents", metavar="M", help="Parents chosen in each tile.")
-    ] = Settings.tile_parents,
+        int | None,
+        typer.Option(
+            "--tile-parents",
+            metavar="M",
+            help=f"Parents chosen in each tile; {Settings.tile_parents} by default, fewer for a short N.",
+        ),
+    ] = None,
     scorer: Annotated[
         str, typer.Option("--scorer", help=f"How parents are chosen: {_either('scorer')}.")
     ] = Settings.scorer,
@@ -60,11 +66,11 @@ def attention(
     dense_backend: Annotated[
         str, typer.Option("--dense-backend", help=f"Inside the call: {_either('dense_backend')}.")
     ] = Settings.dense_backend,
-    heads: Annotated[int, typer.Option("--heads", max=2**16, help="Query heads.")] = 8,
+    heads: Annotated[int, typer.Option("--heads", min=1, max=2**16, help="Query heads.")] = 8,
     kv_heads: Annotated[
-        int | None, typer.Option("--kv-heads", max=2**16, help="Key/value heads; as many as heads by default.")
+        int | None, typer.Option("--kv-heads", min=1, max=2**16, help="Key/value heads; as many as heads by default.")
     ] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", max=2**16, help="Width of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, max=2**16, help="Width of a head.")] = 128,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="bfloat16 on a GPU, else float32."),
@@ -89,9 +95,8 @@ def attention(
         )
     lengths = _lengths(seq)
     _begin(quiet)
-    given = {"pooling": pooling, "levels": levels, "topk": topk}
+    given = {"pooling": pooling, "levels": levels, "topk": topk, "tile_parents": tile_parents}
     fixed = {
-        "tile_parents": tile_parents,
         "scorer": scorer,
         "method": method,
         "window": window,
@@ -231,7 +236,7 @@ def _refuse_options_before(context: typer.Context, command: str) -> None:
 
 def _processes(recipe: "Recipe", nproc: str) -> int:
     """How many processes train a step of a recipe, which has been checked against them."""
-    from lighthouse_core.job.launch import check_world, plan
+    from lighthouse_core.job.plan import check_world, plan
 
     _train.check_titan(recipe)
     processes = plan(nproc).nproc
@@ -260,7 +265,7 @@ def _config(tokens: int, given: dict[str, int | None], fixed: dict[str, Any]) ->
     from lighthouse_core.errors import UserError
     from lighthouse_core.estimate import profile_defaults
 
-    defaults = dict(zip(given, profile_defaults(tokens), strict=True))
+    defaults = dict(zip(given, (*profile_defaults(tokens), Settings.tile_parents), strict=True))
     chosen: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in given.items()}
     try:
         config = LighthouseConfig(**chosen, **fixed)
@@ -271,10 +276,25 @@ def _config(tokens: int, given: dict[str, int | None], fixed: dict[str, Any]) ->
             "compression": "use a --window that is a multiple of it",
         }
         raise UserError(str(error), hint=hints.get(option, f"see --{option}")) from None
-    what = "pooling {pooling}, levels {levels}, topk {topk}".format(**chosen)
+    if given["topk"] is None and given["tile_parents"] is None:
+        config = _selecting(config, tokens)
+    what = f"pooling {config.pooling}, levels {config.levels}, topk {config.topk}"
+    if config.tile_parents != Settings.tile_parents:
+        what += f", tile_parents {config.tile_parents}"
     if not config.pools:
         what = f"{config.method}, window {config.window}"
     _output.say(f"N = {tokens}: {what}")
+    return config
+
+
+def _selecting(config: LighthouseConfig, tokens: int) -> LighthouseConfig:
+    """The settings with so few parents that at least a third of the tokens is saved; unchanged where no number does."""
+    smaller = config
+    # What no pyramid can be is refused with the reason, later.
+    with contextlib.suppress(ValueError):
+        while smaller.pools and 3 * smaller.geometry(tokens).gathered_length > 2 * tokens:
+            smaller = replace(smaller, topk=smaller.topk // 2, tile_parents=smaller.tile_parents // 2)
+        return smaller
     return config
 
 

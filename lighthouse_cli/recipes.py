@@ -56,15 +56,12 @@ def copy(
 
 
 def _find(name: str) -> Path:
-    import difflib
-
-    from lighthouse_core.errors import UserError
+    from lighthouse_core.errors import UserError, did_you_mean
     from lighthouse_core.shelf import shipped_recipes
 
     shipped = shipped_recipes()
     found = shipped.get(name.removesuffix(".toml"))
     if found is None:
-        near = difflib.get_close_matches(name, shipped, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(shipped))}"
+        hint = did_you_mean(name, shipped, before="") or f"there are {', '.join(sorted(shipped))}"
         raise UserError(f"no recipe {name} comes with the package", hint=hint)
     return found

@@ -46,7 +46,7 @@ def recover(
     Repeated after an interruption, it finishes the steps that were begun.
     """
     from lighthouse_core.errors import UserError
-    from lighthouse_core.job.launch import plan
+    from lighthouse_core.job.plan import check_plan, plan
     from lighthouse_core.runs.find import find_run
     from lighthouse_core.runs.recovery import plan_recovery
 
@@ -55,6 +55,8 @@ def recover(
         _caches.use_own()
     if run is None and nnodes > 1:
         raise UserError("name the RUN when several machines recover it")
+    # Before a checkpoint is read, which can take minutes.
+    check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
     found = find_run(run)
     if run is None:
         if found.stage == "dense" and not found.recovering:

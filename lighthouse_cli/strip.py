@@ -27,6 +27,7 @@ def strip(
         typer.Option(
             "--verify-length",
             metavar="N",
+            min=1,
             max=_options.MOST_TOKENS,
             help="One more length, in tokens, at which logits are compared.",
         ),

@@ -35,7 +35,7 @@ def sweep(
     from lighthouse_core.files import check_output, check_replaceable, write_atomically
     from lighthouse_core.job.launch import stop_signals
     from lighthouse_core.runs.rows import clock
-    from lighthouse_core.sweep import Runner, check, collect, lock, next_command, places, waits
+    from lighthouse_core.sweep import Runner, check, collect, left_over, lock, next_command, places, waits
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be above 0, not {minutes:g}")
@@ -53,6 +53,8 @@ def sweep(
             if waits(plan, name, output):
                 _output.data(f"{name}: waits for {plan.runs[name].stage_1}")
             else:
+                # The sweep itself refuses to write over what lies there.
+                left_over(output / name)
                 arguments = next_command(plan, base, name, output)
                 _output.data(f"{name}: " + (shlex.join(["lighthouse", *arguments]) if arguments else "done"))
         return

@@ -26,9 +26,12 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The file to write.")],
-    vocab: Annotated[int, typer.Option("--vocab", metavar="N", max=2**24, help="Pieces in the vocabulary.")] = 32000,
+    vocab: Annotated[
+        int, typer.Option("--vocab", metavar="N", min=1, max=2**24, help="Pieces in the vocabulary.")
+    ] = 32000,
     size: Annotated[
-        int, typer.Option("--bytes", metavar="N", max=10**13, help="Text to train on; a sample where there is more.")
+        int,
+        typer.Option("--bytes", metavar="N", min=1, max=10**13, help="Text to train on; a sample where there is more."),
     ] = 100_000_000,
     settings: _options.Settings = None,
 ) -> None:

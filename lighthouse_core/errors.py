@@ -1,8 +1,10 @@
 """The exceptions a user can meet. Each carries the exit code of the process and, where one helps, a hint."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 from lighthouse_core.shown import shortened
 
@@ -103,6 +105,25 @@ _HINTS = {
 }
 
 
+def nearest(name: object, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The one of `names` that somebody may have meant by an unknown name, whatever the case of its letters.
+
+    Args:
+        name: what was given; only a string is near to anything.
+        names: that there are.
+        cutoff: the least likeness, 0 to 1; with 0 the nearest name, however far.
+    """
+    by_lower = {one.lower(): one for one in reversed(list(names))}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff) if isinstance(name, str) else []
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(name: object, names: Iterable[str], before: str = "; ") -> str:
+    """The question that a refusal of an unknown name ends with, after `before`; empty where no name is near."""
+    near = nearest(name, names)
+    return f"{before}did you mean {near}?" if near else ""
+
+
 def memory_fault(error: Exception) -> SystemFault | None:
     """What an exception says of an allocation that failed, of Python, NumPy or torch; None for any other exception.
 
@@ -137,5 +158,7 @@ def refusal(
         hint = "the working directory is gone: change to another one"
     reason = error.strerror or str(error) or type(error).__name__
     about = shortened(doing, 300) or (shortened(error.filename) if isinstance(error.filename, str | bytes) else "")
-    kind = SystemFault if error.errno in _FAULTS else kind
-    return kind(f"{about}: {reason}" if about else reason, hint=hint or _HINTS.get(error.errno or 0))
+    # A buffered writer whose stream would block raises with whatever errno the call before left behind.
+    number = errno.EAGAIN if isinstance(error, BlockingIOError) else error.errno or 0
+    kind = SystemFault if number in _FAULTS else kind
+    return kind(f"{about}: {reason}" if about else reason, hint=hint or _HINTS.get(number))

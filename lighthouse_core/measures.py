@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from lighthouse_core.errors import did_you_mean
+
 MEASURES = ("loss", "context", "leak", "switch", "needles")
 
 
@@ -36,5 +38,5 @@ def parse_measures(names: str) -> tuple[str, ...]:
     chosen = tuple(name.strip() for name in names.split(",")) if names else MEASURES
     for name in chosen:
         if name not in MEASURES:
-            raise ValueError(f"knows {', '.join(MEASURES)}, not {name!r}")
+            raise ValueError(f"knows {', '.join(MEASURES)}, not {name!r}{did_you_mean(name, MEASURES)}")
     return chosen

@@ -66,8 +66,9 @@ def main(run_dir: str) -> int:
         checkpoint.
     """
     from lighthouse_core.errors import LighthouseError
+    from lighthouse_core.job.environment import JOB_FOLDER, QUIET
+    from lighthouse_core.job.exits import follow_parent, report_exit
     from lighthouse_core.job.heartbeat import beat, end_beat
-    from lighthouse_core.job.launch import JOB_FOLDER, QUIET, follow_parent, report_exit
     from lighthouse_core.runs.run import Run
 
     rank = int(os.environ.get("RANK", 0))
@@ -106,6 +107,6 @@ def main(run_dir: str) -> int:
 if __name__ == "__main__":
     # Before what takes time to import: until then a signal ends this process in its own way.
     listen_for_stop()
-    from lighthouse_core.job.launch import end_with
+    from lighthouse_core.job.exits import end_with
 
     end_with(lambda: main(sys.argv[1]))

@@ -6,7 +6,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lighthouse_core.attention.settings import known
+from lighthouse_core.attention.settings import BackendError, known
 from lighthouse_kernels.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def kernels(name: str, device_type: str, dtype: "torch.dtype | None" = None) -> 
     # Triton's interpreter runs the kernels on a CPU, but so slowly that nobody gets it unasked.
     obstacle = _triton_obstacle(device_type, dtype, interpreter=_INTERPRETED and name == "triton")
     if name == "triton" and obstacle:
-        raise ValueError(f"backend 'triton' {obstacle}; use 'reference' or 'auto'")
+        raise BackendError(f"backend 'triton' {obstacle}", 'the backend "auto" takes what runs here')
     if name == "reference" or obstacle:
         if name == "auto":
             log_once(f"attention backend: reference, because triton {obstacle}")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.backends import kernels, log_once
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, check_context
-from lighthouse_core.attention.dense.call import check_backend, check_inputs, choose, dense_attention
+from lighthouse_core.attention.dense.call import KERNELS, check_backend, check_inputs, choose, dense_attention
 from lighthouse_core.attention.rotary import rotate
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.stages import selected
@@ -166,3 +166,6 @@ def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim
     if pooled:
         cfg.rule.check_backends(cfg, device_type, dtype, dim)
     choose(cfg.dense_backend, device_type, dtype, dim)
+    if cfg.dense_backend in KERNELS:
+        # Which `choose` says of "auto" alone.
+        log_once(f"dense attention on {device_type}: {KERNELS[cfg.dense_backend].label}")

@@ -14,7 +14,7 @@ from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.dense.call import KERNELS
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.math import wide
-from lighthouse_core.attention.settings import SettingError, known
+from lighthouse_core.attention.settings import BackendError, SettingError, known
 
 _WITH_LSE = tuple(name for name, facts in BACKENDS.items() if facts.lse)
 # What `auto` takes, the first that can; matrix products on a CPU.
@@ -105,7 +105,8 @@ def _kernel(
         why.append(f"{kernel.label} {why_not}")
     if name == "auto" and device_type != "cuda":
         return KERNELS["math"]
-    raise ValueError(f"{what} need a kernel for them: {'; '.join(why)}; 'math' is for short sequences")
+    hint = 'the dense_backend "math" runs everywhere, for short sequences'
+    raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)
 
 
 def check_parts(name: str, device_type: str, dtype: torch.dtype | None, dim: int | None) -> None:

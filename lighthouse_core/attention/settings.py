@@ -1,6 +1,8 @@
-"""The settings of one attention call, and the error that names one. Imports nothing heavier than dataclasses."""
+"""The settings of one attention call, and the error that names one. Imports no torch."""
 
 from dataclasses import dataclass
+
+from lighthouse_core.errors import did_you_mean
 
 
 class SettingError(ValueError):
@@ -15,6 +17,18 @@ class SettingError(ValueError):
         super().__init__(f"{field} {problem}")
         self.field = field
         self.problem = problem
+
+
+class BackendError(ValueError):
+    """A backend that cannot run here, or not on such tensors.
+
+    Attributes:
+        hint: which setting does.
+    """
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ def known(field: str, name: str, names: tuple[str, ...]) -> str:
         SettingError: it is not; an unknown name stands for nothing else.
     """
     if name not in names:
-        raise SettingError(field, f"must be one of {', '.join(names)}, not {name!r}")
+        raise SettingError(field, f"must be one of {', '.join(names)}, not {name!r}{did_you_mean(name, names)}")
     return name
 
 

@@ -27,6 +27,15 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
         settings = {field.name: getattr(self, field.name) for field in fields(Settings)}
         return LighthouseConfig(**settings | {"window": window})
 
+    def described(self) -> str:
+        """The attention of stage 1 in a few words: method, settings, windows, dense steps."""
+        cfg = self.attention()
+        windows = [window for window in self.windows or (self.window,) if window]
+        said = [cfg.rule.described(cfg), *([f"window {', then '.join(map(str, windows))}"] if windows else [])]
+        if self.dense_every:
+            said.append(f"one step in {self.dense_every} dense")
+        return ", ".join(said)
+
     def turns(self, steps: int) -> dict[int, int]:
         """Every window of a stage 1 of so many steps, with the step that its turn begins with."""
         windows = self.windows or (self.window,)

@@ -1,6 +1,5 @@
 """Reading recipes. Every error is one RecipeError that names the place: `file:line` or `--set key`."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
-from lighthouse_core.errors import RecipeError, refusal
+from lighthouse_core.errors import RecipeError, did_you_mean, nearest, refusal
 from lighthouse_core.reading import RECIPE_BYTES, parse_toml, read_regular
 from lighthouse_core.shelf import shipped_recipes
 from lighthouse_core.shown import shortened
@@ -52,7 +51,8 @@ def find_recipe(spec: str | Path) -> Path:
         return shipped[path.name.removesuffix(".toml")]
     if path.is_dir():
         raise RecipeError(f"{spec} is a directory, not a recipe", hint="pretrain --resume RUN goes on with a run")
-    raise RecipeError(f"no recipe {spec}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
+    meant = did_you_mean(path.name.removesuffix(".toml"), shipped)
+    raise RecipeError(f"no recipe {spec}{meant}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -200,7 +200,9 @@ def _describe(problem: Any, path: KeyPath) -> str:
     if kind in _EXPECTED:
         return f"{key} must be {_EXPECTED[kind]}, not {_given(given)}"
     if kind == "literal_error":
-        return f"{key} must be {context['expected'].replace(chr(39), chr(34))}, not {_value(given)}"
+        names = re.findall(r"'([^']*)'", context["expected"])
+        expected = context["expected"].replace("'", '"')
+        return f"{key} must be {expected}, not {_value(given)}{did_you_mean(given, names)}"
     limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in limits:
         words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[limits[kind]]
@@ -226,15 +228,14 @@ def _unknown(path: KeyPath, given: Any) -> str:
     sections = known_keys()
     if len(path) == 1:
         if isinstance(given, dict):
-            near = difflib.get_close_matches(path[0], sections, n=1, cutoff=0)
-            return f"unknown section [{path[0]}]; did you mean [{near[0]}]?"
-        near = [f"{name}.{key}" for name, keys in sections.items() for key in keys if key == path[0]]
-        return f"unknown key {path[0]} outside of any section{f'; did you mean {near[0]}?' if near else ''}"
+            return f"unknown section [{path[0]}]; did you mean [{nearest(path[0], sections, cutoff=0)}]?"
+        places = {key: f"{name}.{key}" for name, keys in reversed(sections.items()) for key in keys}
+        near = nearest(path[0], places)
+        return f"unknown key {path[0]} outside of any section" + (f"; did you mean {places[near]}?" if near else "")
     section, key = path[0], path[1]
-    near = difflib.get_close_matches(key, sections[section], n=1, cutoff=0.6)
+    near = nearest(key, sections[section])
     if near:
-        return f"unknown key {section}.{key}; did you mean {section}.{near[0]}?"
+        return f"unknown key {section}.{key}; did you mean {section}.{near}?"
     elsewhere = [f"{name}.{key}" for name, keys in sections.items() if key in keys]
     everywhere = elsewhere or [f"{name}.{other}" for name, keys in sections.items() for other in keys]
-    near = difflib.get_close_matches(f"{section}.{key}", everywhere, n=1, cutoff=0)
-    return f"unknown key {section}.{key}; did you mean {near[0]}?"
+    return f"unknown key {section}.{key}; did you mean {nearest(f'{section}.{key}', everywhere, cutoff=0)}?"

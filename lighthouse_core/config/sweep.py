@@ -1,6 +1,5 @@
 """A sweep: several runs of one recipe, each with settings of its own."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from lighthouse_core.config.section import (
     Strings,
     conflict,
 )
-from lighthouse_core.errors import RecipeError
+from lighthouse_core.errors import RecipeError, did_you_mean, nearest
 from lighthouse_core.measures import parse_measures
 from lighthouse_core.reading import parse_toml
 
@@ -112,7 +111,8 @@ def load_sweep(path: Path) -> Sweep:
     for name, run in sweep.runs.items():
         parent = sweep.runs.get(run.stage_1) if run.stage_1 else None
         if run.stage_1 and parent is None:
-            raise RecipeError(f"{path}: run {name}: stage_1 names {run.stage_1!r}, which is no run of the sweep")
+            meant = did_you_mean(run.stage_1, sweep.runs)
+            raise RecipeError(f"{path}: run {name}: stage_1 names {run.stage_1!r}, which is no run of the sweep{meant}")
         if parent and parent.stage_1:
             raise RecipeError(
                 f"{path}: run {name}: the stage 1 of {run.stage_1} is that of {parent.stage_1}: name that"
@@ -170,5 +170,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
     # At the top, in [evaluate], and in a [runs.NAME].
     section = (Sweep, EvaluateSection, RunSection)[len(table)]
-    near = difflib.get_close_matches(key, section.model_fields, n=1)
-    return f"unknown key {where}" + (f"; did you mean {'.'.join([*table, *near])}?" if near else "")
+    near = nearest(key, section.model_fields)
+    return f"unknown key {where}" + (f"; did you mean {'.'.join([*table, near])}?" if near else "")

@@ -71,9 +71,9 @@ class Overlap(NamedTuple):
         return self.same_files or (self.shared > 0 and self.share >= MOST_SHARED)
 
     def __str__(self) -> str:
-        found = f"{self.shared} of {self.texts} texts ({self.share:.2%}) are in the run's training text"
+        found = f"{self.shared} of {self.texts} texts, {self.share:.2%} of their length, are in the run's training text"
         if self.texts is None:
-            found = f"{self.share:.2%} of the text is in the run's training text"
+            found = f"{self.share:.2%} of the documents are in the run's training text"
         if self.unknown and self.shared:
             return f"{found}; whether the rest is, too, is not known: {self.unknown}"
         if self.unknown:

@@ -177,7 +177,9 @@ def _check_ours(out: Path) -> None:
     if not names or (names == ["progress"] and not _read_plan(state) and all(map(_is_partial, _names(state)))):
         return
     if not _read_plan(state):
-        raise DataError(f"{out} is not empty: it holds {names[0]}", hint="choose a new directory for OUT")
+        odd = os.path.lexists(state / _PLAN)
+        what = f"{state / _PLAN} is no plan that can be read" if odd else f"it holds {names[0]}"
+        raise DataError(f"{out} is not empty: {what}", hint="choose a new directory for OUT")
     foreign = [out / name for name in names if name != "progress" and not _is_ours(name)]
     foreign += [state / name for name in _names(state) if not _is_ours(name)]
     if foreign:

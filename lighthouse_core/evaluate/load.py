@@ -9,8 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lighthouse_core import vml
+from lighthouse_core.attention.call import check_backends
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
+from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -20,6 +23,8 @@ from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
 from lighthouse_core.models.llama import entries
+
+_ELSEWHERE = "measure it on such a machine, or its export, which lighthouse strip makes, on this one"
 
 
 def load_checkpoint(
@@ -40,15 +45,21 @@ def load_checkpoint(
 
     Raises:
         RunError, CheckpointError: there is no such checkpoint, or it is damaged.
+        UserError: a backend that the recipe names cannot run here.
     """
+    vml.settle()
     device = device or _device()
     source = find_source(path if step is None else path / "checkpoints" / f"step-{step}")
     recipe = source.run.recipe
-    model = build_dense_model(recipe.model, recipe.training.seq_len)
-    model.load_state_dict(load_weights(source, entries(recipe.model)), assign=True)
     pooled = attention == "trained" and _in_stage_1(source)
     step = min(source.step, recipe.training.steps)
     cfg = recipe.lighthouse.attention(recipe.lighthouse.window_at(step, recipe.training.steps))
+    try:
+        check_backends(cfg, device.type, pooled=pooled)
+    except BackendError as error:
+        raise UserError(f"the run's recipe names a backend that cannot run here: {error}", hint=_ELSEWHERE) from None
+    model = build_dense_model(recipe.model, recipe.training.seq_len)
+    model.load_state_dict(load_weights(source, entries(recipe.model)), assign=True)
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, recipe.model.dense_layers)
@@ -100,6 +111,7 @@ def load_directory(
         UserError: transformers is missing, or cannot load it; it needs code of its own; its weights are pickled, or not
             those of its model; or there is no tokenizer that Lighthouse reads.
     """
+    vml.settle()
     device = device or _device()
     config = read_config(path)
     file, tokenizer = _tokenizer(path, say)

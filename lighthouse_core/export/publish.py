@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lighthouse_core import vml
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import verify
@@ -80,6 +81,7 @@ def strip(
         raise UserError(f'unknown dtype "{dtype}"', hint='use "bfloat16" or "float32"')
     if verify_length is not None and verify_length < 1:
         raise UserError(f"verify length {verify_length} is not positive")
+    vml.settle()
     source, out = find_source(Path(checkpoint)), Path(os.path.realpath(out))
     recipe = source.run.recipe
     if verify_length is not None and verify_length > (most := max(recipe.training.seq_len, _LONGEST)):

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lighthouse_core.job.clock import RunningClock
+
 BEAT_SECONDS = 1.0
 # Process id, beats, step in progress, seconds without a beat after which the process is given up.
 _RECORD = struct.Struct("<qqqq")
@@ -90,9 +92,9 @@ class Listener:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # Rank: beats when last looked at, and the seconds since they changed.
-        self._silence: dict[int, tuple[int, float]] = {}
-        self._looked = time.monotonic()
+        # Rank: the beats when they last changed, and the clock's seconds then.
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._clock = RunningClock()
 
     def pulses(self) -> list[Pulse]:
         """Of every process that lives, by rank."""
@@ -109,15 +111,13 @@ class Listener:
 
     def silent(self) -> list[Pulse]:
         """Processes that have not answered for longer than their patience. To be called several times a second."""
-        now = time.monotonic()
-        # If the launcher itself did not run meanwhile, the whole job was held up, and no one is to blame.
-        passed, self._looked = min(now - self._looked, BEAT_SECONDS), now
+        now = self._clock()
         given_up = []
         for pulse in self.pulses():
-            beats, silence = self._silence.get(pulse.rank, (None, 0.0))
-            silence = silence + passed if beats == pulse.beats else 0.0
-            self._silence[pulse.rank] = (pulse.beats, silence)
-            if silence > pulse.patience:
+            beats, since = self._heard.get(pulse.rank, (None, now))
+            if beats != pulse.beats:
+                self._heard[pulse.rank] = pulse.beats, now
+            elif now - since > pulse.patience:
                 given_up.append(pulse)
         return given_up
 

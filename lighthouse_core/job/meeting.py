@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lighthouse_core.errors import LighthouseError, PatchError, UserError
-from lighthouse_core.job.launch import MEETING
+from lighthouse_core.job.environment import MEETING
 from lighthouse_core.job.network import endpoint, own_address
 
 

@@ -1,13 +1,17 @@
 """Stopping early: a signal asks for it, the trainer saves a checkpoint at the end of its step and ends."""
 
 import os
+import select
 import signal
 import threading
-import time
+
+from lighthouse_core.job.clock import RunningClock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A batch system signals every process of a job, and the launcher sends its own on: that is one request.
 SAME_REQUEST_SECONDS = 1.0
+# Between two looks at the clock, once a request has come.
+_LOOK_SECONDS = 0.2
 # Not events: their lock could be held by the very thread that a signal interrupts.
 _requested = _training = False
 
@@ -36,12 +40,14 @@ def _request(number: int, frame: object) -> None:
 
 
 def _listen(heard: int) -> None:
-    first = None
+    clock, first = RunningClock(), None
     while True:
-        for number in os.read(heard, 64):
+        # If the whole job is held after a first signal, the launcher's own may come long afterwards.
+        ready = select.select([heard], [], [], None if first is None else _LOOK_SECONDS)[0]
+        now = clock()
+        for number in os.read(heard, 64) if ready else b"":
             if number not in SIGNALS:
                 continue
-            now = time.monotonic()
             first = now if first is None else first
             _request(number, None)
             if now - first > SAME_REQUEST_SECONDS or not _training:

@@ -108,6 +108,7 @@ def advise(
         bound=amdahl(plan),
         measured_step_ms=step.seconds * 1e3,
         measured_settings=fastest.settings,
+        dense_layers=tuple(model.dense_layers),
         own=own,
     )
 

@@ -278,7 +278,10 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
         parts.append(_PRODUCTS)
     noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]
     if noisy:
-        parts.append(f"Noisy, p90 above {_NOISY} times p10, on a machine that did something else: {'; '.join(noisy)}.")
+        parts.append(
+            f"Noisy (p90 above {_NOISY} times p10): {'; '.join(noisy)}. Something else was at work on this machine. "
+            "Profile again when it is idle, before you use these times."
+        )
     odd = [call.label for call in calls if call.forward_ms.median > call.both_ms.median]
     if odd:
         parts.append(f"Not to be used, as slower forward than both ways: {'; '.join(odd)}.")

@@ -102,7 +102,7 @@ def attention(
             check_backends(cfg, where.type)
             log_choices(cfg, where.type, number, shape.head_dim, pooled=True)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), hint=getattr(error, "hint", None)) from None
 
     machine = describe(where)
 

@@ -15,7 +15,8 @@ from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.files import open_to_append, refuse_links, write_atomically
-from lighthouse_core.job.launch import TRACE_FOLDER, follow_parent
+from lighthouse_core.job.environment import TRACE_FOLDER
+from lighthouse_core.job.exits import follow_parent
 from lighthouse_core.profile.trace import Breakdown, StepShapes, breakdown, folded, read_trace
 from lighthouse_core.python import run_module
 from lighthouse_core.runs.rows import read_rows

@@ -162,6 +162,7 @@ class Advice:
         bound: Amdahl's: of Lighthouse calls that take no time.
         measured_step_ms: of the stage 1 that `plan.rest_ms` was taken from, and
         measured_settings: its settings.
+        dense_layers: of the model, which stay where a candidate keeps them.
         own: pooling, levels and topk of the recipe, where it has a pyramid that keeps the floor.
     """
 
@@ -175,6 +176,7 @@ class Advice:
     bound: Prediction
     measured_step_ms: float
     measured_settings: dict[str, Any]
+    dense_layers: tuple[int, ...]
     own: tuple[int, int, int] | None = None
 
     def fragment(self, number: int) -> str:
@@ -186,7 +188,9 @@ class Advice:
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
             f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
             f"{bound.stage_1:.2f} and {bound.total:.2f} if its attention took no time.",
-            *(["# In [model]: dense_layers = []"] if not one.dense_layers and self.plan.dense_layers else []),
+            "# Measured with the two settings below, which the recipe has to have, too:",
+            f"# In [training]: seq_len = {self.tokens}",
+            f"# In [model]: dense_layers = {toml_value(list(self.dense_layers) if one.dense_layers else [])}",
             "[lighthouse]  # in place of the recipe's",
         ]
         lines += [f"{key} = {toml_value(value)}" for key, value in settings.items()]

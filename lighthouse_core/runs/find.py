@@ -1,11 +1,10 @@
 """The run, or the checkpoint of one, that a user means. Nothing here imports torch."""
 
-import difflib
 import os
 import re
 from pathlib import Path
 
-from lighthouse_core.errors import RunError
+from lighthouse_core.errors import RunError, did_you_mean
 from lighthouse_core.runs.listing import run_dirs
 from lighthouse_core.runs.run import Run
 
@@ -30,15 +29,17 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
     for path in (Path(spec), output_dir / spec):
         if (path / "recipe.toml").is_file():
             return Run(path)
-    if Path(spec).is_dir():
-        raise RunError(
-            f"{spec} is not a run: it has no recipe.toml",
-            hint="give a folder that lighthouse pretrain made, or its name",
-        )
-    near = difflib.get_close_matches(str(spec), [path.name for path in runs], n=1)
+    for path in (Path(spec), output_dir / spec):
+        if path.is_dir():
+            odd = os.path.lexists(path / "recipe.toml")
+            raise RunError(
+                f"{path} is not a run: {'its recipe.toml is no file' if odd else 'it has no recipe.toml'}",
+                hint="give a folder that lighthouse pretrain made, or its name",
+            )
+    meant = did_you_mean(str(spec), (path.name for path in runs), before="")
     raise RunError(
         f"no run {spec}, here or under {output_dir}",
-        hint=f"did you mean {near[0]}?" if near else f"give a run directory, or the name of one under {output_dir}",
+        hint=meant or f"give a run directory, or the name of one under {output_dir}",
     )
 
 

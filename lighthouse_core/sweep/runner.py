@@ -14,7 +14,8 @@ from pathlib import Path
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RunError, refusal
 from lighthouse_core.files import check_writable, open_to_append, remove_empty
-from lighthouse_core.job.launch import follow_parent
+from lighthouse_core.job.clock import RunningClock
+from lighthouse_core.job.exits import follow_parent
 from lighthouse_core.job.stop import SAME_REQUEST_SECONDS
 from lighthouse_core.python import run_module
 from lighthouse_core.runs.run import Run
@@ -85,6 +86,7 @@ class Runner:
         self.failed: list[str] = []
         self.stuck: list[str] = []
         self.asked = 0
+        self._clock = RunningClock()
         self._since = math.inf
         self._at_once = False
         self._last: dict[str, list[str]] = {}
@@ -114,7 +116,7 @@ class Runner:
 
     def interrupt(self, number: int, frame: object = None) -> None:
         """A handler of signals. Upon the first one `run` has all commands save, upon a second one it kills them."""
-        now = time.monotonic()
+        now = self._clock()
         self._at_once = now - self._since > SAME_REQUEST_SECONDS
         self._since = min(self._since, now)
         self.asked = self.asked or number
@@ -195,6 +197,8 @@ class Runner:
         self.say(f"{name}: failed: {why}")
 
     def _reap(self) -> None:
+        # To be looked at several times a second.
+        self._clock()
         for name, (child, place) in list(self._busy.items()):
             code = child.poll()
             if code is None:
@@ -208,7 +212,7 @@ class Runner:
 
 def places(per_gpu: int = 1) -> list[dict[str, str]]:
     """So many for each GPU that this process sees; without any, as for one."""
-    from lighthouse_core.job.launch import local_gpus
+    from lighthouse_core.job.plan import local_gpus
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(local_gpus())]

@@ -81,6 +81,24 @@ def _claimed(path: Path) -> bool:
     return not note or note == str(path.stat().st_ino)
 
 
+def left_over(path: Path) -> bool:
+    """Whether there is something at the place of a run that `clear` removes: from it nothing can go on.
+
+    Raises:
+        RunError: no sweep began it, or it holds something else.
+    """
+    if begun(path) or not os.path.lexists(path):
+        return False
+    hint = "move it, or choose another --output"
+    # A run whose recipe.toml was lost has its checkpoints still.
+    lacks = f"{path} has no {'checkpoint' if (path / 'recipe.toml').is_file() else 'recipe.toml'} to go on from"
+    if path.is_symlink() or not path.is_dir() or not _claimed(path):
+        raise RunError(f"{lacks}, and is not of this sweep", hint=hint)
+    if other := foreign(path):
+        raise RunError(f"{lacks}, and holds {other}", hint=hint)
+    return True
+
+
 def clear(path: Path) -> bool:
     """Remove what a sweep began and what was cut off before its first checkpoint, from which nothing can go on.
 
@@ -90,15 +108,12 @@ def clear(path: Path) -> bool:
     Raises:
         RunError: another process trains it, no sweep began it, or it holds something else.
     """
-    if begun(path) or not os.path.lexists(path):
+    if not left_over(path):
         return False
-    hint = "move it, or choose another --output"
-    if path.is_symlink() or not path.is_dir() or not _claimed(path):
-        raise RunError(f"{path} is there already, has no checkpoint to go on from, and is not of this sweep", hint=hint)
     with Run(path).lock() if (path / "recipe.toml").is_file() else contextlib.nullcontext():
         # Only now does nobody add to it.
-        if other := foreign(path):
-            raise RunError(f"{path} has no checkpoint to go on from, and holds {other}", hint=hint)
+        if not left_over(path):
+            return False
         shutil.rmtree(path)
     _claim(path).unlink()
     return True

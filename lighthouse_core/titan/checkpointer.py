@@ -19,6 +19,7 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from lighthouse_core.checkpoint import Contents
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import PatchError, StorageError
+from lighthouse_core.job.clock import RunningClock
 from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
 
@@ -59,9 +60,9 @@ class Checkpointer(CheckpointManager):
         self.path.mkdir(parents=True, exist_ok=True)
         # Never closed. The launcher's lock is not enough: its processes outlive one that is killed, and save.
         held = os.open(self.path, os.O_RDONLY)
-        begun = time.monotonic()
+        clock = RunningClock()
         while not _lock(held):
-            waited = time.monotonic() - begun
+            waited = clock()
             if waited > _PATIENCE_SECONDS:
                 return f"another process still holds {self.path} after {_PATIENCE_SECONDS} s"
             if waited < _POLL_SECONDS:

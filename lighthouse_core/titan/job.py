@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 from torchtitan.config import JobConfig
 
-from lighthouse_core.errors import RecipeError
+from lighthouse_core.errors import RecipeError, did_you_mean
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
 
 if TYPE_CHECKING:
@@ -260,7 +260,10 @@ def _apply(job: JobConfig, recipe: "Recipe") -> None:
             if name not in names:
                 parent = ".".join(path[:n])
                 known = f"it knows {', '.join(names)}" if names else f"titan.{parent} is a value, and no table"
-                raise RecipeError(f"titan.{'.'.join(path[: n + 1])} is not a setting of torchtitan", hint=known)
+                # Of what can be set.
+                near = {one.split(".")[n] for one in ALLOWED if one.split(".")[:n] == path[:n] and one.count(".") >= n}
+                meant = did_you_mean(name, sorted(near))
+                raise RecipeError(f"titan.{'.'.join(path[: n + 1])} is not a setting of torchtitan{meant}", hint=known)
             section, target = target, getattr(target, name)
         if dataclasses.is_dataclass(target):
             if value != {}:

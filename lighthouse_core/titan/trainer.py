@@ -20,17 +20,19 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.components.validate import Validator as TitanValidator
 from torchtitan.distributed import utils as dist_utils
 
+from lighthouse_core import vml
 from lighthouse_core.attention.call import log_choices
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
+from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Split
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import PatchError, TrainingError, memory_fault
+from lighthouse_core.errors import PatchError, TrainingError, UserError, memory_fault
+from lighthouse_core.job.environment import TRACE_FOLDER
 from lighthouse_core.job.heartbeat import note_step
-from lighthouse_core.job.launch import TRACE_FOLDER
 from lighthouse_core.job.meeting import meeting
 from lighthouse_core.job.stop import Interrupted, is_training, stop_requested, training_begins
 from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_lighthouse
@@ -105,11 +107,28 @@ def _build_model(stage: Stage, args: Args) -> Decoder:
     """The decoder with the attention of a stage in every layer."""
     model, recipe = Decoder(args), stage.recipe
     cfg, pooled = recipe.lighthouse.attention(), stage.name == "lighthouse"
-    log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim, pooled=pooled)
+    if pooled:
+        logger.info(f"stage 1: {recipe.lighthouse.described()}, {_layers(recipe)}")
+    try:
+        log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim, pooled=pooled)
+    except BackendError as error:
+        raise UserError(str(error), hint=error.hint) from None
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, recipe.model.dense_layers)
     return model
+
+
+def _layers(recipe: Recipe) -> str:
+    """Which layers are not dense, counted from 0, as "layers 2-27 of 0-29, the others dense"."""
+    count, dense = recipe.model.layers, recipe.model.dense_layers
+    if not dense:
+        return "every layer"
+    pooled = [layer for layer in range(count) if layer not in dense]
+    begins = [layer for layer in pooled if layer - 1 not in pooled]
+    ends = [layer for layer in pooled if layer + 1 not in pooled]
+    spans = (f"{begin}-{end}" if begin < end else f"{begin}" for begin, end in zip(begins, ends, strict=True))
+    return f"layers {', '.join(spans) or 'none'} of 0-{count - 1}, the others dense"
 
 
 class _Schedulers(LRSchedulersContainer):
@@ -486,6 +505,7 @@ def train(run: Run) -> None:
         UserError: for data or settings that cannot be used.
         TrainingError: a number is not finite, or the memory is full.
     """
+    vml.settle()
     stages = run.ledger["stages"]
     last = stages[-1]
     stage = Stage(run, run.recipe, last["stage"], last["start"], last["end"], recovery=len(stages) > 1)

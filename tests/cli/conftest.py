@@ -14,7 +14,7 @@ from tiny_recipe import RECIPE
 from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core.attention import backends
-from lighthouse_core.job import launch
+from lighthouse_core.job import launch, plan
 from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 
@@ -99,5 +99,5 @@ class Trainer:
 def trainer(monkeypatch) -> Trainer:
     trainer = Trainer()
     monkeypatch.setattr(launch, "launch", trainer)
-    monkeypatch.setattr(launch, "local_gpus", lambda: 0)
+    monkeypatch.setattr(plan, "local_gpus", lambda: 0)
     return trainer

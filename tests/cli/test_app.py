@@ -171,3 +171,23 @@ def test_an_interrupt_within_an_import_waits_for_its_end_and_a_second_does_not(t
             process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert (process.returncode, out, err) == (code, "ended\n" if presses == 1 else "", "")
+
+
+CHILD = """
+import subprocess, sys, types
+app = types.ModuleType("lighthouse_cli.app")
+app.main = lambda: print(subprocess.run([sys.executable, "-c", "raise SystemExit(7)"]).returncode)
+sys.modules["lighthouse_cli.app"] = app
+from lighthouse_cli._start import main
+main()
+"""
+
+
+def test_what_is_started_has_its_exit_code_whoever_started_us():
+    """With SIGCHLD ignored, the system keeps none, and Python takes a process that failed for one that did not."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    with start([*PYTHON, "-c", CHILD], preexec_fn=ignore, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0] == "7\n"

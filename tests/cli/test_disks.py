@@ -398,9 +398,9 @@ def test_a_disk_that_takes_nothing(lighthouse, trainer, place, a_run, disk, comm
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     before = tree(place)
-    where = "disk/t.model" if command == "tokenizer" else "disk/x"
-    answer = lighthouse(*(part.replace("{}", where) for part in WRITTEN[command]))
+    answer = lighthouse(*(part.replace("{}", "disk/x") for part in WRITTEN[command]))
     error = check_refused(answer, 1 if fault == "full" else 2)
+    assert "disk/x" in error
     assert error.endswith("No space left on device" if fault == "full" else "Read-only file system")
     assert tree(place) == before and not trainer.launches
 
@@ -413,4 +413,5 @@ def test_a_folder_that_is_deleted_under_a_job(lighthouse, trainer, place, monkey
 
     monkeypatch.setattr(launch, "launch", delete)
     answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
-    assert answer.code in (0, 1, 2) and "Traceback" not in answer.err
+    # The job itself went well; what it cost can be written nowhere.
+    assert answer.code == 0 and "the costs in runs/a/ledger.json are not up to date" in answer.err

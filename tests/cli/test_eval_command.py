@@ -92,7 +92,7 @@ def test_numbers_go_to_stdout_and_into_the_run(lighthouse, run, measured):
 
 def test_text_that_was_trained_on_is_refused(lighthouse, here, run, measured):
     wrong = lighthouse("eval", "one", "--recipe", "tiny.toml", "--set", "data.validation=0.5")
-    assert "but for 2.00% of the documents" in wrong.error
+    assert "trained on this text, on all but 2.00% of its documents, and 50.00% of them" in wrong.error
     (here / "other").mkdir()
     for number in range(20):
         (here / f"other/{number}").mkdir()

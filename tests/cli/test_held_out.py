@@ -151,7 +151,7 @@ def test_any_part_of_it(tmp_path_factory, form, measured, ours, theirs):
     assert (found.texts, found.shared, found.unknown) == (len(theirs), len(ours & theirs), None)
     assert found.trained_on == (found.share >= 0.5) and (found.share > 0) == bool(ours & theirs)
     if found.shared:
-        assert f"{found.shared} of {found.texts} texts" in str(found)
+        assert f"{found.shared} of {found.texts} texts, {found.share:.2%} of their length, are in" in str(found)
     assert ("held out" in str(found)) == (not found.shared)
 
 

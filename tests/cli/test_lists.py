@@ -66,6 +66,8 @@ def test_a_recipe_is_shown_as_it_is(lighthouse):
     assert lighthouse("recipes", "show", "quickstart.toml").out == text
     answer = lighthouse("recipes", "show", "quickstar")
     assert answer.error and "did you mean quickstart?" in answer.err
+    for command in (["pretrain"], ["profile", "step"], ["data", "inspect"]):
+        assert "no recipe Quickstrt.toml; did you mean quickstart?" in lighthouse(*command, "Quickstrt.toml").error
 
 
 @pytest.mark.parametrize("dest", [None, "mine.toml", "folder", "folder/mine.toml"])

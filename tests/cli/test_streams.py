@@ -128,7 +128,7 @@ BROKEN = {
 }
 
 
-FEW = [("closed", (1, 2)), ("full", (1,)), ("no reader after a byte", (1,)), ("hung up", (2,))]
+FEW = [("closed", (1, 2)), ("full", (1,)), ("not blocking", (1,)), ("no reader after a byte", (1,)), ("hung up", (2,))]
 EVERY = [(name, which) for name in BROKEN for which in ((1,), (2,), (1, 2))]
 # Those of them that take no second.
 QUICK = {*READING, *OTHERS, "runs --json", "compare --json", "recipes copy", "eval --json"}

@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -141,7 +142,13 @@ def test_profile_prints_json_when_asked(lighthouse, profiler, here):
         (["--seq", "8192"], (4, 3, 256)),
         (["--seq", "12287"], (4, 3, 256)),
         (["--seq", "12288"], (4, 3, 384)),
-        (["--seq", "100"], (4, 3, 128)),
+        (["--seq", "2048"], (4, 3, 128)),
+        (["--seq", "1024"], (4, 3, 64)),
+        (["--seq", "100"], (4, 3, 4)),
+        (["--seq", "1"], (4, 3, 128)),
+        (["--seq", "1024", "--topk", "128"], (4, 3, 128)),
+        (["--seq", "1024", "--levels", "2", "--pooling", "8"], (8, 2, 64)),
+        (["--seq", "1024", "--levels", "1"], (4, 1, 128)),
         (["--seq", "98304", "--levels", "4", "--pooling", "2"], (2, 4, 1536)),
         (["--seq", "98304", "--topk", "256"], (4, 3, 256)),
     ],
@@ -151,6 +158,10 @@ def test_profile_defaults_follow_the_length(lighthouse, profiler, here, argument
     ((_, cfg),) = profiler[0][1][0]
     assert (cfg.pooling, cfg.levels, cfg.topk) == expected
     assert "pooling {}, levels {}, topk {}".format(*expected) in answer.err
+    assert cfg.tile_parents == min(128, cfg.topk)
+    (tokens,) = (int(value) for option, value in pairwise(arguments) if option == "--seq")
+    # What a short sequence is given by default selects something, but for the shortest.
+    assert cfg.geometry(tokens).dense == (tokens == 1 or cfg.levels == 1 or "128" in arguments)
 
 
 def test_a_failed_profile_leaves_no_folder_but_those_of_others(lighthouse, fake, here):
@@ -244,18 +255,39 @@ def test_each_kind_of_profile_has_options_of_its_own(lighthouse, profiler, argum
     ("arguments", "unknown"),
     [
         (["--recipe", "quickstart", "--set", "training.steps=9"], "--recipe"),
-        (["--tune", "--recipe", "quickstart", "--seq", "4096"], "--tune"),
-        (["--selection", "a"], "--selection"),
-        (["--seq", "4096", "--selection", "a"], "--selection"),
+        (["quickstart"], "No such command 'quickstart'"),
     ],
 )
-def test_an_option_that_profile_has_not_is_answered_with_its_commands(lighthouse, profiler, arguments, unknown):
+def test_what_profile_has_not_is_answered_with_its_commands(lighthouse, profiler, arguments, unknown):
     answer = lighthouse("profile", *arguments)
-    assert "No such option" in answer.error and unknown in answer.error
+    assert answer.code == 2 and "No such" in answer.error and unknown in answer.error
     assert answer.err.splitlines()[1] == (
         "hint: commands of lighthouse profile: step RECIPE, tune [RECIPE] and selection RUN; "
         "--help lists what each takes"
     )
+    assert not profiler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--tune", "quickstart"], "tune is a command: lighthouse profile tune [RECIPE]"),
+        (["--seq", "4096", "--selection", "a"], "selection is a command: lighthouse profile selection RUN"),
+        (
+            ["step", "quickstart", "--seq", "4096"],
+            "--seq is an option of lighthouse profile and lighthouse profile tune; "
+            "lighthouse profile step --help lists what it takes",
+        ),
+        (
+            ["--floor", "0.1"],
+            "--floor is an option of lighthouse profile tune; lighthouse profile --help lists what it takes",
+        ),
+    ],
+)
+def test_an_option_of_another_command_is_answered_with_that_one(lighthouse, profiler, arguments, hint):
+    answer = lighthouse("profile", *arguments)
+    assert answer.code == 2 and "No such option" in answer.error
+    assert answer.err.splitlines()[1] == f"hint: {hint}"
     assert not profiler
 
 

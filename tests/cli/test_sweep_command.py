@@ -13,7 +13,7 @@ import pytest
 from children import wait_until
 
 from lighthouse_core import sweep as sweep_module
-from lighthouse_core.job import launch
+from lighthouse_core.job import plan
 from lighthouse_core.sweep import lock
 
 SWEEP = """
@@ -74,7 +74,7 @@ def mode(here, monkeypatch):
     runner = functools.partial(sweep_module.Runner, command=(sys.executable, str(here / "child.py")))
     monkeypatch.setattr(sweep_module, "Runner", runner)
     monkeypatch.setattr(sweep_module.runner, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(launch, "local_gpus", lambda: 0)
+    monkeypatch.setattr(plan, "local_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def to(name):

@@ -12,7 +12,7 @@ from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.job import launch
-from lighthouse_core.job.launch import Plan
+from lighthouse_core.job.plan import Plan
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.run import Run
 
@@ -93,14 +93,13 @@ def test_a_dry_run_reads_no_checksums(lighthouse, here):
 
 def test_dry_runs_of_what_was_begun(lighthouse, trainer):
     lighthouse("pretrain", "tiny.toml", "--name", "a")
-    for arguments in (
-        ("pretrain", "--resume", "a"),
-        ("recover", "a", "--nproc", "3"),
-        ("recover", "a", "--nproc", "x"),
-    ):
+    for arguments in (("pretrain", "--resume", "a"), ("recover", "a", "--nproc", "3")):
         error = lighthouse(*arguments).error
         answer = lighthouse(*arguments, "--dry-run")
         assert answer.code == 2 and error in answer.err and "# memory (estimate)" in answer.out
+    # A command line that is wrong whatever the run is refused before the run is read.
+    answer = lighthouse("recover", "a", "--nproc", "x", "--dry-run")
+    assert "--nproc must be" in answer.error
     several = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
     assert lighthouse("recover", "a", "--dry-run", *several).code == 0
     trainer.stop, trainer.code = 40, 130
@@ -340,7 +339,10 @@ def test_environment_is_recorded(lighthouse, trainer, here):
     [('lighthouse.backend="triton"', "'triton'"), ('lighthouse.dense_backend="fa4"', "'fa4'")],
 )
 def test_a_backend_that_is_not_there_is_met_before_the_launch(lighthouse, trainer, here, setting, words):
-    assert words in lighthouse("pretrain", "tiny.toml", "--set", setting).error
+    answer = lighthouse("pretrain", "tiny.toml", "--set", setting)
+    # As every other refusal begins, and what to do.
+    assert words in answer.error and answer.error.startswith(f"error: {'dense ' * ('fa4' in words)}backend '")
+    assert '"auto" takes' in answer.err.splitlines()[-1]
     assert not trainer.launches and not (here / "runs").exists()
 
 

@@ -52,7 +52,8 @@ def test_the_processes_of_prepare(trapped, tmp_path):
 
 
 def test_what_pythonpath_names_is_imported(tmp_path, monkeypatch):
-    from lighthouse_core.job.launch import Plan, launch
+    from lighthouse_core.job.launch import launch
+    from lighthouse_core.job.plan import Plan
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/my_module.py").write_text("found = 'yes'")

@@ -11,7 +11,8 @@ import pytest
 
 from lighthouse_core import cache
 from lighthouse_core.cache import compile_caches
-from lighthouse_core.job.launch import Plan, environment
+from lighthouse_core.job.environment import environment
+from lighthouse_core.job.plan import Plan
 
 HEADERS = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 NAMES = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"}

@@ -42,6 +42,9 @@ lr = 1e-3
 """
 
 
+SCORERS = f"must be one of {', '.join(NAMES['scorer'])}"
+
+
 def problem(text: str, *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
         loads_recipe(text, overrides, source="r.toml")
@@ -62,6 +65,28 @@ def test_the_lighthouse_section_is_the_attention_config():
     own = ("enabled", "dense_every", "windows")
     ours = {name: field.default for name, field in LighthouseSection.model_fields.items() if name not in own}
     assert ours == {field.name: field.default for field in dataclasses.fields(LighthouseConfig)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "pyramid (pooling 4, levels 3, topk 1536, scorer norm)"),
+        (
+            {"scorer": "block", "window": 512, "rotate": "after", "dense_every": 10},
+            "pyramid (pooling 4, levels 3, topk 1536, scorer block), rotated after pooling, window 512, one step in 10 "
+            "dense",
+        ),
+        ({"method": "chunked", "windows": (2048, 4096)}, "chunked, window 2048, then 4096"),
+        ({"method": "sliding", "window": 64}, "sliding, window 64"),
+        ({"method": "compressed", "window": 64}, "compressed (compression 16), window 64"),
+        (
+            {"method": "compressed", "window": 64, "keep": 4, "scorer": "random"},
+            "compressed (compression 16, keep 4, scorer random), window 64",
+        ),
+    ],
+)
+def test_the_lighthouse_section_says_its_attention(settings, words):
+    assert LighthouseSection(**settings).described() == words
 
 
 def test_an_integer_is_a_float_and_nothing_else_is_converted():
@@ -98,6 +123,17 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
         ("topk = 16", "topk = 20", "r.toml:14: lighthouse.topk must be a positive multiple of tile_parents (8)"),
         ("topk = 16", "pooling = 3", "r.toml:14: lighthouse.pooling must be a power of two"),
         ("topk = 16", "scorer = 'best'", "r.toml:14: lighthouse.scorer must be one of norm, random, block"),
+        (
+            "topk = 16",
+            "scorer = 'blok'",
+            f"r.toml:14: lighthouse.scorer {SCORERS}, not 'blok'; did you mean block?",
+        ),
+        (
+            "[training]",
+            "[data]\nsource = 'filez'\n[training]",
+            'r.toml:18: data.source must be "python-sources", "files", "hf" or "tokens", not "filez"; did you mean '
+            "files?",
+        ),
         ("topk = 16", "topk = 128", "r.toml:14: the gathered sequence (S = 1152) is not shorter than training.seq_len"),
         ("steps = 10", "steps = -1", "r.toml:20: training.steps must be above 0, not -1"),
         ("steps = 10", "local_batch_size = 3\nsteps = 10", "r.toml:19: training.global_batch_size (4) must be a mult"),

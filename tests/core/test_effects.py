@@ -14,7 +14,7 @@ import torch
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import PatchError
 from lighthouse_core.job import stop
-from lighthouse_core.job.launch import MEETING
+from lighthouse_core.job.environment import MEETING
 from lighthouse_core.job.meeting import meeting
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.run import Run

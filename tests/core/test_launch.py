@@ -1,8 +1,7 @@
-"""Starting training processes: numbers, argv, environment, and what becomes of signals and exit codes."""
+"""Whole jobs of small workers: what becomes of signals, failures and exit codes."""
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -14,171 +13,21 @@ import children
 import pytest
 from children import ends, wait_for, wait_until
 
-from lighthouse_core.config import loads_recipe
-from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.job import heartbeat, launch
-from lighthouse_core.job.heartbeat import Listener
-from lighthouse_core.job.launch import Plan, check_world, command, environment, plan
-
-RECIPE = """
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-[lighthouse]
-topk = 16
-tile_parents = 8
-[training]
-seq_len = 1024
-local_batch_size = 2
-global_batch_size = 12
-steps = 10
-[optimizer]
-lr = 1e-3
-"""
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    return lambda number: monkeypatch.setattr(launch, "local_gpus", lambda: number)
-
-
-def test_auto_is_every_gpu_or_one_process(gpus):
-    gpus(0)
-    assert plan() == Plan(1)
-    gpus(8)
-    assert plan() == Plan(8)
-    assert plan("2", 3, 1, "host:29500") == Plan(2, 3, 1, "host:29500")
-    assert plan("2", 3, 1, "host:29500").world_size == 6
-
-
-def test_any_number_of_processes_without_gpus(gpus):
-    gpus(0)
-    assert plan("5").nproc == 5
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("0",),
-        ("-1",),
-        ("two",),
-        ("1.5",),
-        ("",),
-        ("4",),
-        ("1", 0),
-        ("1", 2, 2, "host:1"),
-        ("1", 2, -1, "host:1"),
-        ("1", 2, 0, ""),
-        ("1", 2, 0, "host"),
-    ],
-)
-def test_numbers_out_of_range(gpus, arguments):
-    gpus(2)
-    with pytest.raises(UserError, match="--"):
-        plan(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("world", "settings", "fits"),
-    [
-        (1, [], True),
-        (2, [], True),
-        (3, [], True),
-        (4, [], False),
-        (6, [], True),
-        (2, ["parallel.shard=2"], True),
-        (2, ["parallel.shard=1"], False),
-        (6, ["parallel.shard=3", "parallel.replicate=2"], True),
-        (6, ["parallel.replicate=2"], True),
-        (3, ["parallel.replicate=2"], False),
-    ],
-)
-def test_batch_and_processes_must_fit(world, settings, fits):
-    recipe = loads_recipe(RECIPE, settings)
-    if fits:
-        check_world(recipe, world)
-    else:
-        with pytest.raises(UserError, match=r"multiple of|does not make"):
-            check_world(recipe, world)
-
-
-def test_argv():
-    assert command(Path("runs/a")) == [sys.executable, "-P", "-m", "lighthouse_core.worker", "runs/a"]
-
-
-def test_every_process_has_its_ranks():
-    assert launch.ranks(Plan(2)) == [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"}]
-    many = Plan(2, 3, 2, "host:29500")
-    assert [own["RANK"] for own in launch.ranks(many)] == ["4", "5"]
-    shared = environment(many, {"RANK": "9"}, Path("/e"))
-    assert (shared["WORLD_SIZE"], shared["LOCAL_WORLD_SIZE"], shared[launch.MEETING]) == ("6", "2", "host:29500")
-
-
-def test_environment(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    found = environment(Plan(3), {"PYTHONPATH": "a:b", "X": "1"}, Path("/e"))
-    assert found["OMP_NUM_THREADS"] == "2" and found["MKL_DYNAMIC"] == "FALSE"
-    assert (found["PYTHONPATH"], found["X"], found["LIGHTHOUSE_JOB"], found["TMPDIR"]) == ("a:b", "1", "/e", "/e")
-    assert environment(Plan(30), {}, Path("/e"))["OMP_NUM_THREADS"] == "1"
-    assert environment(Plan(3), {"OMP_NUM_THREADS": "7"}, Path("/e"))["OMP_NUM_THREADS"] == "7"
-
-
-def test_the_first_report_of_an_exit_stands(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIGHTHOUSE_JOB", str(tmp_path))
-    launch.report_exit(2)
-    launch.report_exit(143)
-    assert (tmp_path / "exit").read_text() == "2"
-    monkeypatch.delenv("LIGHTHOUSE_JOB")
-    launch.report_exit(1)
-
-
-@pytest.mark.parametrize(
-    ("status", "reported", "received", "code"),
-    [
-        (0, None, [], 0),
-        (0, None, [signal.SIGINT], 0),
-        (2, 2, [], 2),
-        (1, 2, [], 2),
-        (1, None, [], 1),
-        (1, 143, [], 1),  # a rank crashed, and the others were told to stop
-        (-signal.SIGUSR1, None, [], 143),  # a worker that did not take signals yet
-        (-signal.SIGINT, None, [], 130),
-        (143, 143, [], 143),  # a scheduler stopped everything itself
-        (143, None, [signal.SIGINT], 130),
-        (143, 143, [signal.SIGINT], 130),
-        (143, 130, [signal.SIGTERM], 143),
-        (143, 143, [signal.SIGHUP], 143),
-        (1, 1, [signal.SIGINT], 1),  # the checkpoint could not be written
-        (-signal.SIGTERM, None, [signal.SIGTERM], 143),
-        (-signal.SIGKILL, None, [signal.SIGINT], 130),  # by a second signal
-    ],
-)
-def test_what_the_end_of_a_job_means(status, reported, received, code):
-    assert launch._exit_code(status, reported, received, 0) == code
-
-
-def test_a_killed_worker_is_a_fault_with_a_reason():
-    with pytest.raises(LighthouseError, match="process of rank 3 was killed by SIGKILL") as caught:
-        launch._exit_code(-signal.SIGKILL, 143, [], 3)
-    assert caught.value.exit_code == 1 and "memory" in caught.value.hint
-
 
 @pytest.fixture
 def job(tmp_path):
     """Run a small worker through the real launcher; the result has code and stderr."""
 
-    def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300):
+    def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300, patch: str = ""):
         (tmp_path / "worker.py").write_text(
-            "import os, signal, sys, time\nfrom lighthouse_core.job.launch import report_exit\n" + textwrap.dedent(body)
+            "import os, signal, sys, time\nfrom lighthouse_core.job.exits import report_exit\n" + textwrap.dedent(body)
         )
         script = f"""
             import sys
             from pathlib import Path
-            from lighthouse_core.job import launch
-            launch._SHUTDOWN_SECONDS = {patience}
+            from lighthouse_core.job import launch, processes
+            processes._SHUTDOWN_SECONDS, processes._KILL_SECONDS = {patience}, {min(patience, 20)}
+            {patch}
             launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
             sys.exit(launch.launch(Path({str(tmp_path)!r}), launch.Plan({nproc})))
         """
@@ -214,7 +63,7 @@ def test_a_fault_shows_its_own_traceback_only(job):
 
 WORKER = """
     from pathlib import Path
-    from lighthouse_core.job.launch import follow_parent
+    from lighthouse_core.job.exits import follow_parent
     from lighthouse_core.job.heartbeat import beat, note_step
     from lighthouse_core.job.stop import listen_for_stop, stop_requested, training_begins
     here = Path(__file__).parent
@@ -228,7 +77,9 @@ WORKER = """
     while not stop_requested():
         time.sleep(0.05)
     (here / "saving").touch()
-    time.sleep({saving})
+    # In parts, as work is: one sleep would end within a hold.
+    for _ in range(20):
+        time.sleep({saving} / 20)
     (here / "saved").touch()
     report_exit(143)
     os._exit(143)
@@ -317,71 +168,6 @@ def test_a_process_that_does_not_answer_is_named_and_ends_the_job(job, tmp_path)
     assert all(ends(pid) for pid in pids)
 
 
-def test_a_job_that_is_held_up_as_a_whole_goes_on(tmp_path, monkeypatch):
-    """As by a batch system that suspends it: then the launcher, too, has seen no time pass."""
-    record = struct.Struct("<qqqq")
-    (tmp_path / "rank3").write_bytes(record.pack(os.getpid(), 5, 0, 10))
-    now = 0.0
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
-    listener = Listener(tmp_path)
-    for now in (0.2, 0.4, 3600.0, 3600.2):  # noqa: B007  (the clock reads it)
-        assert listener.silent() == []
-    for i in range(60):
-        now = 3600.2 + 0.2 * i
-        silent = listener.silent()
-    assert [str(pulse) for pulse in silent] == [f"rank 3 (process {os.getpid()}), before its first step,"]
-    (tmp_path / "rank3").write_bytes(record.pack(os.getpid(), 6, 0, 10))
-    assert listener.silent() == []
-
-
-def test_a_process_that_has_ended_is_not_silent(tmp_path):
-    """Not even while its parent has yet to hear of it."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        children.wait_until(lambda: children.state(process.pid) == "Z")
-        (tmp_path / "rank0").write_bytes(struct.pack("<qqqq", process.pid, 5, 3, 10))
-        assert Listener(tmp_path).pulses() == []
-    beat = heartbeat.Heartbeat(tmp_path, 1, 10)
-    assert [pulse.rank for pulse in Listener(tmp_path).pulses()] == [1]
-    beat.ended = True
-    beat.write()
-    assert Listener(tmp_path).pulses() == []
-
-
-def test_a_second_signal_ends_a_process_that_never_returns_to_python(tmp_path):
-    script = """
-        import ctypes, sys
-        from lighthouse_core.job.stop import listen_for_stop, training_begins
-        listen_for_stop()
-        training_begins()
-        print("ready", flush=True)
-        # The second call never returns, whatever signals come.
-        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-        libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)
-    """
-    process = children.start([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 143
-
-
-def test_a_signal_before_training_ends_a_process_at_once(tmp_path):
-    script = """
-        import time
-        from lighthouse_core.job.stop import listen_for_stop
-        listen_for_stop()
-        print("ready", flush=True)
-        time.sleep(60)
-    """
-    process = children.start([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
-
-
 STUBBORN = """
     import subprocess
     from pathlib import Path
@@ -421,42 +207,59 @@ def test_workers_save_and_end_with_a_launcher_that_was_killed(job, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def _send(number, *pids):
+    for pid in pids:
+        os.kill(pid, number)
+
+
+@pytest.mark.parametrize("order", ["asked, then held", "held, then asked", "all asked, then held"])
+def test_a_job_that_is_held_as_a_whole_saves_once_it_goes_on(job, tmp_path, order):
+    """As by a batch system that suspends it, or in a virtual machine that is paused."""
+
+    def hold(process, folder):
+        worker = int(wait_for(folder / "ready", process))
+        if order == "asked, then held":
+            process.send_signal(signal.SIGTERM)
+            wait_until((folder / "saving").exists)
+            _send(signal.SIGSTOP, process.pid, worker)
+        elif order == "held, then asked":
+            _send(signal.SIGSTOP, process.pid, worker)
+            _send(signal.SIGTERM, process.pid, worker)
+        else:
+            # The launcher sends its own on only after the hold.
+            _send(signal.SIGSTOP, process.pid)
+            _send(signal.SIGTERM, process.pid, worker)
+            wait_until((folder / "saving").exists)
+            _send(signal.SIGSTOP, worker)
+        time.sleep(4)
+        _send(signal.SIGCONT, worker, process.pid)
+
+    assert job(WORKER.format(saving=1), after=hold, patience=1.8) == (143, "")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_process_that_cannot_be_killed_is_named_and_is_no_success(job, tmp_path):
+    """As one that waits in the kernel for a disk that does not answer: here SIGKILL is not sent."""
+
+    def interrupt(process, folder):
+        pids.append(int(wait_for(folder / "ready", process).split()[0]))
+        process.send_signal(signal.SIGTERM)
+
+    pids: list[int] = []
+    body = """
+        from pathlib import Path
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(__file__).with_name("ready").write_text(str(os.getpid()))
+        # Not to hold the test's end of the pipe open.
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        time.sleep(60)
+    """
+    code, stderr = job(body, after=interrupt, patience=1, patch="processes.os.killpg = lambda pid, number: None")
+    os.kill(pids[0], signal.SIGKILL)
+    assert code == 1 and f"LighthouseError: rank 0 (process {pids[0]}) was killed and has not ended" in stderr
+    assert ends(pids[0])
+
+
 def test_a_job_that_ends_well(job):
     assert job("pass") == (0, "")
-
-
-# A thread that returns from native code while the interpreter goes down.
-LATE_THREAD = """
-import os, sys, threading, time
-from datetime import timedelta
-from torch.distributed import TCPStore
-from lighthouse_core.job.launch import end_with
-
-class Slow:
-    def __del__(self, sleep=time.sleep):
-        sleep(3)
-
-def main(last):
-    global slow, store
-    slow = Slow()
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
-    threading.Thread(target=store.get, args=["never"], daemon=True).start()
-    time.sleep(0.2)
-    print("done")
-    if isinstance(last, Exception):
-        raise last
-    return last
-
-# Each in a process of its own; torch is imported once.
-for last in (7, 0, OSError("no")):
-    if not os.fork():
-        end_with(lambda: main(last))
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-def test_a_process_ends_with_its_own_code_whatever_threads_there_are():
-    """With `sys.exit(main())` the process is aborted by the late thread (Python 3.11)."""
-    ended = subprocess.run([sys.executable, "-c", LATE_THREAD], capture_output=True, text=True, timeout=100)
-    assert (ended.returncode, ended.stdout) == (0, "done\n7\ndone\n0\ndone\n1\n")
-    assert ended.stderr.count("Traceback") == ended.stderr.count("OSError: no") == 1

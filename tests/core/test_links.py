@@ -609,6 +609,15 @@ def test_a_sweep_replaces_only_its_own_collection(tmp_path, lighthouse):
     assert code == 2 and "s.json" in said and tree(tmp_path) == before
 
 
+def test_a_dry_run_of_a_sweep_refuses_what_the_sweep_would(run, lighthouse):
+    Path("s.toml").write_text(f'recipe = "{RECIPE}"\n[runs.one]\n')
+    (run.path / "recipe.toml").rename("aside")
+    before = tree(run.path)
+    code, said = lighthouse("sweep", "s.toml", "--dry-run")
+    assert code == 2 and "runs/one has no recipe.toml to go on from, and is not of this sweep" in said
+    assert tree(run.path) == before
+
+
 def test_a_worker_says_so_in_one_line(run, canaries):
     (run.path / "logs").symlink_to(canaries)
     command = [sys.executable, "-m", "lighthouse_core.worker", str(run.path)]
@@ -618,16 +627,23 @@ def test_a_worker_says_so_in_one_line(run, canaries):
 
 # What a sitecustomize does in every process of a command: note each name that is made or opened for writing.
 TRACE = """
-import json, os, sys
+import json, os, stat, sys
 log = os.open(os.environ["LIGHTHOUSE_TEST_WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 places = {"os.mkdir": 0, "os.rename": 1, "os.symlink": 1, "os.link": 1, "os.truncate": 0, "os.chmod": 0, "os.chown": 0}
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+def is_folder(path):
+    # No folder is opened for writing. The tempfile module names one, and makes a file without a name there.
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 def note(event, arguments):
     flags = arguments[2] if event == "open" else 0
     if event in places or (event == "open" and isinstance(flags, int) and flags & writing):
         path = arguments[places.get(event, 0)]
-        if not isinstance(path, int):
+        if not isinstance(path, int) and not (event == "open" and is_folder(path)):
             line = json.dumps([event, os.path.abspath(os.fsdecode(path)), flags])
             os.write(log, line.encode() + b"\\n")
 
@@ -642,7 +658,10 @@ TRAINING = re.compile(
     rf"|checkpoints|{_FOLDER}(/(__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|manifest\.json|\.manifest\.json{_RANDOM}))?"
 )
 _PLOTS = r"(by_position|needles)\.(png|svg)"
-EVALUATION = re.compile(rf"eval(/[^/]+(/(results\.json|{_PLOTS}|\.(results\.json|{_PLOTS}){_RANDOM}))?)?")
+# Files that belong together are made, and those that they replace are kept, in a folder whose name nobody can guess.
+_STAGING = r"\.writing-[0-9a-f]{16}(/\.earlier)?"
+_REPORT = rf"(results\.json|{_PLOTS}|\.(results\.json|{_PLOTS}){_RANDOM})"
+EVALUATION = re.compile(rf"eval(/[^/]+(/({_STAGING}|({_STAGING}/)?{_REPORT}))?)?")
 SMALL = [
     "model.dim=32", "model.layers=1", "model.dense_layers=[]", "model.heads=2", "model.head_dim=16", "model.ffn_dim=48",
     "lighthouse.topk=16", "training.seq_len=512", "training.global_batch_size=1", "training.steps=2", "recover.steps=1",
@@ -733,6 +752,8 @@ def test_other_commands_write_into_a_run_what_is_listed(traced):
     for command, names in (
         (["pretrain", "--resume", "a", "--nproc", "1", "--quiet", "--set", "checkpoint.keep=3"], TRAINING),
         (["recover", "a", "--nproc", "1", "--quiet"], TRAINING),
+        (["eval", "a", *measured], EVALUATION),
+        # Once more, which replaces a report.
         (["eval", "a", *measured], EVALUATION),
         (["compare", "a"], nothing),
         (["strip", "a", "out"], nothing),

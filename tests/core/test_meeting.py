@@ -9,9 +9,10 @@ from pathlib import Path
 import children
 import pytest
 
-from lighthouse_core.errors import UserError
-from lighthouse_core.job import launch, network
-from lighthouse_core.job.launch import Plan, environment, plan
+from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.job import network
+from lighthouse_core.job.environment import environment
+from lighthouse_core.job.plan import Plan, plan
 
 WORKER = """
 import os, sys, time
@@ -159,5 +160,5 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
             meeting._store(f"127.0.0.1:{port}", 0, 2, datetime.timedelta(seconds=1))
-    with pytest.raises(launch.LighthouseError, match=f"machine 0 does not answer at 127.0.0.1, port {port}"):
+    with pytest.raises(LighthouseError, match=f"machine 0 does not answer at 127.0.0.1, port {port}"):
         meeting._store(f"127.0.0.1:{port}", 1, 2, datetime.timedelta(seconds=1))

@@ -1,5 +1,7 @@
 """An unknown name raises wherever it is read: it never stands for another one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -85,6 +87,21 @@ def test_what_the_call_is_made_of_refuses_them_too(name):
     ):
         with pytest.raises(ValueError, match=r"must be one of|selects nothing"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("nrom", "norm"), ("NORM", "norm"), ("diluted", "dilated"), ("", None), ("zzz", None), (None, None), (0, None)],
+)
+def test_the_nearest_name_is_asked_for(name, near):
+    with pytest.raises(ValueError, match="must be one of") as refused:
+        selector_of(name)
+    assert str(refused.value).endswith(f"not {name!r}; did you mean {near}?" if near else f"not {name!r}")
+
+
+def test_only_one_place_looks_for_the_nearest_name():
+    users = [path for folder in ("lighthouse_cli", "lighthouse_core") for path in Path(folder).rglob("*.py")]
+    assert [path.name for path in users if "difflib" in path.read_text(encoding="utf-8")] == ["errors.py"]
 
 
 @pytest.mark.parametrize("key", ["method", "scorer", "backend", "dense_backend"])

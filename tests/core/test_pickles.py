@@ -92,8 +92,11 @@ def save(state: dict, folder: Path) -> None:
 def sound(tmp_path_factory) -> Path:
     """A run with one sound checkpoint, of the middle of its stage 1."""
     folder = tmp_path_factory.mktemp("sound")
-    (folder / "a.txt").write_text("some text " * 400)
-    run = create_run(loads_recipe(RECIPE, [f'data.paths=["{folder}/*.txt"]', f'output.dir="{folder}"']), "tiny", "tiny")
+    # Of so many, some are held out.
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"some text {number} " * 40)
+    text = ['data.source="files"', f'data.paths=["{folder}/*.txt"]', f'output.dir="{folder}"']
+    run = create_run(loads_recipe(RECIPE, text), "tiny", "tiny")
     save(state_of(run.recipe.model), run.checkpoint_dir(10))
     return run.path
 
@@ -338,7 +341,8 @@ def test_commands_end_with_2_and_one_line(command, kind, run, canary, extension,
         main()
     said = capsys.readouterr()
     assert end.value.code == 2 and not canary.exists()
-    assert len([line for line in said.err.splitlines() if line.startswith("error: ")]) == 1
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert "step-10" in error and (name if kind == "a value" else ".metadata") in error
     assert "Traceback" not in said.err and not Path("out").exists()
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -455,7 +459,15 @@ def test_many_parts_are_looked_through_in_time():
 def test_metadata_of_the_wrong_shape(kind, run, canary):
     edited(run / "checkpoints/step-10", WRONG[kind])
     for way in ("strip", "resume"):
-        check_refused(way, run, canary)
+        words = check_refused(way, run, canary)
+        assert ".metadata" in words or "__9_0.distcp" in words
+
+
+def test_metadata_that_is_written_anew_is_taken(run):
+    """Unchanged: what the tests above refuse is the change."""
+    edited(run / "checkpoints/step-10", lambda metadata: None)
+    for way in WAYS:
+        WAYS[way](run)
 
 
 def test_a_file_that_is_a_link_is_not_read(run, canary, tmp_path):

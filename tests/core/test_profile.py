@@ -260,7 +260,8 @@ def advice() -> tune.Advice:
     ranked = tune.ranked(PLAN, tune.timed(LighthouseConfig(), proposals, ["fa4"], lambda cfg: (2.0, 6.0)))
     found, predictions = map(list, zip(*ranked, strict=True))
     bound = tune.amdahl(PLAN)
-    return tune.Advice("530m_98k", 98304, 0.0625, 256, PLAN, found, predictions, bound, 1020.0, found[0].settings)
+    measured = 1020.0, found[0].settings, (0, 1, 28, 29)
+    return tune.Advice("530m_98k", 98304, 0.0625, 256, PLAN, found, predictions, bound, *measured)
 
 
 @pytest.mark.parametrize("name", ["530m_98k", "530m_98k_growing", "530m_98k_dense"])
@@ -295,7 +296,9 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
     rest = found.plan.rest_ms
     assert found.predictions[1].stage_1 == pytest.approx((rest + 30 * 110.0) / (rest + 30 * found.timed[1].both_ms))
     assert f"at most {(rest + 30 * 110.0) / rest:.2f} and" in found.fragment(1)
-    assert "# In [model]: dense_layers = []" in found.fragment(1) and "dense_layers" not in found.fragment(0)
+    assert "# In [model]: dense_layers = []" in found.fragment(1)
+    assert "# In [model]: dense_layers = [0, 1, 28, 29]" in found.fragment(0)
+    assert all("# In [training]: seq_len = 98304" in found.fragment(number) for number in range(2))
     json.dumps(found.as_json())
 
 
@@ -437,7 +440,7 @@ def test_a_report_has_its_schema_its_machine_and_its_tables(tmp_path):
     assert report._PRODUCTS in report._profile_parts(sliding)
     loud = profile_of(4096)
     loud = replace_call(loud, both_ms=Sample(1.0, 0.5, 3.0, 9))
-    assert "Noisy, p90 above 1.5 times p10" in report._profile_parts(loud)[-2]
+    assert "Noisy (p90 above 1.5 times p10)" in report._profile_parts(loud)[-2]
     odd = replace_call(profile_of(4096), forward_ms=Sample(2.0, 2.0, 2.0, 1), both_ms=Sample(1.0, 1.0, 1.0, 1))
     assert "Not to be used, as slower forward than both ways: Lighthouse" in report._profile_parts(odd)[-2]
     assert report._call_cells(odd.lighthouse)[2:6] == ("1.00", "-", "-", "1")

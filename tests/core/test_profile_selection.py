@@ -252,6 +252,20 @@ def test_the_text_is_that_of_eval(make, monkeypatch):
     assert len(seen) == 3 and all(torch.equal(a, b) for a, b in zip(looked_at, seen, strict=True))
 
 
+def test_a_run_whose_backend_is_not_here_is_refused_in_words(make):
+    from lighthouse_core.evaluate.load import load_checkpoint
+
+    run, cpu = make({10: "QK"}, 'lighthouse.dense_backend="varlen"'), torch.device("cpu")
+    for read in (
+        lambda: selection_view(run.path, device=cpu),
+        lambda: load_checkpoint(run.path, attention="trained", device=cpu),
+        lambda: load_checkpoint(run.path, attention="dense", device=cpu),
+    ):
+        with pytest.raises(UserError, match="names a backend that cannot run here: dense backend 'varlen'") as found:
+            read()
+        assert "lighthouse strip" in found.value.hint
+
+
 def remember(seen, hidden):
     def remembering(self, tokens, context):
         seen.append(tokens)

@@ -671,12 +671,12 @@ def test_what_was_measured_is_collected(sweep, tmp_path):
 
 
 def test_places_are_gpus(monkeypatch):
-    monkeypatch.setattr("lighthouse_core.job.launch.local_gpus", lambda: 2)
+    monkeypatch.setattr("lighthouse_core.job.plan.local_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert places() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places()] == ["3", "5"]
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(per_gpu=2)] == ["3", "5", "3", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr("lighthouse_core.job.launch.local_gpus", lambda: 0)
+    monkeypatch.setattr("lighthouse_core.job.plan.local_gpus", lambda: 0)
     assert places() == [{}]

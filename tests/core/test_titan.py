@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lighthouse_core.attention import backends
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
-from lighthouse_core.errors import RecipeError
+from lighthouse_core.errors import RecipeError, UserError
 from lighthouse_core.estimate import flops_per_token, parameters
 from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 from lighthouse_core.titan import build_job, check_overrides, trainer
@@ -42,7 +43,8 @@ def test_titan_tables_reach_torchtitan(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("titan.comm.init_timeout=1", "not a setting of torchtitan"),
+        ("titan.comm.init_timeout=1", r"not a setting of torchtitan; did you mean init_timeout_seconds\?"),
+        ("titan.com.init_timeout_seconds=1", r"titan.com is not a setting of torchtitan; did you mean comm\?"),
         ('titan.comm.init_timeout_seconds="long"', "valid integer"),
         ("titan.nothing.at_all=1", "not a setting of torchtitan"),
         ("titan.training.seq_len=64", "recipe's own sections"),
@@ -102,6 +104,41 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
     lighthouse = [n for n, b in model.layers.items() if isinstance(b.attention.inner_attention, LighthouseAttention)]
     assert lighthouse == ["1", "2"]
     assert set(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "words"),
+    [
+        (
+            [],
+            "lighthouse",
+            ["(pooling 4, levels 3, topk 64, scorer random), layers 1-2 of 0-3, the others dense"],
+        ),
+        (['lighthouse.dense_backend="math"'], "dense", ["dense attention on cpu: plain matrix products"]),
+        (
+            ["model.layers=9", "model.dense_layers=[2,3,5]", 'lighthouse={method="chunked",windows=[256,512]}'],
+            "lighthouse",
+            ["chunked, window 256, then 512, layers 0-1, 4, 6-8 of 0-8, the others dense", "dense attention on cpu: "],
+        ),
+        (["model.dense_layers=[]"], "lighthouse", ["scorer random), every layer"]),
+    ],
+)
+def test_a_run_begins_with_the_words_of_its_attention(settings, name, words, monkeypatch, caplog):
+    recipe = load_recipe("recipes/quickstart.toml", settings)
+    # What another test made this process say counts as unsaid.
+    monkeypatch.setattr(backends, "_logged", set())
+    with caplog.at_level("INFO"):
+        trainer._build_model(trainer.Stage(None, recipe, name, 0, 1, False), trainer.Args.of(recipe.model, 32))
+    said = [record.getMessage() for record in caplog.records]
+    assert all(any(one in line for line in said) for one in words)
+    assert sum(line.startswith("stage 1: ") for line in said) == (name == "lighthouse")
+
+
+def test_a_kernel_that_cannot_take_the_tensors_is_the_users_mistake():
+    recipe = load_recipe("recipes/quickstart.toml", ['lighthouse.dense_backend="varlen"'])
+    with pytest.raises(UserError, match="dense backend 'varlen' needs an NVIDIA GPU") as refused:
+        trainer._build_model(trainer.Stage(None, recipe, "dense", 0, 1, False), trainer.Args.of(recipe.model, 32))
+    assert '"auto" takes' in refused.value.hint
 
 
 def micro_batch(recipe, monkeypatch, stage="lighthouse", step=7):

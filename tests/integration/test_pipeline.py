@@ -22,7 +22,7 @@ from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
-from lighthouse_core.job.launch import MEETING
+from lighthouse_core.job.environment import MEETING
 from lighthouse_core.models.decoder import lighthouse_layers
 from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.runs.schedule import lr_factor

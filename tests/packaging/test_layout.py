@@ -24,7 +24,20 @@ PACKAGES = {
 
 # Every room of the core imports those before it in this order, and none after it.
 ROOMS = (
-    *("shown", "errors", "shelf", "reading", "text", "files", "figures", "python", "cache", "measures", "annotations"),
+    *(
+        "shown",
+        "errors",
+        "shelf",
+        "reading",
+        "text",
+        "files",
+        "figures",
+        "python",
+        "cache",
+        "measures",
+        "annotations",
+        "vml",
+    ),
     *("attention", "config", "unpickle", "checkpoint", "checkpoint_reader", "seal", "data", "models", "estimate"),
     *("runs", "export", "evaluate", "job", "titan", "profile", "sweep", "worker"),
 )

@@ -33,11 +33,11 @@ LAUNCHER = """
 import sys, time
 from pathlib import Path
 from lighthouse_core import seal
-from lighthouse_core.job import launch
+from lighthouse_core.job import plan
 begin = time.perf_counter()
 ahead = seal.Verification(Path(sys.argv[1]))
 waited = time.perf_counter() - begin
-launch.local_gpus()
+plan.local_gpus()
 begin = time.perf_counter()
 assert ahead.result() is None
 print(waited + time.perf_counter() - begin)

@@ -12,7 +12,7 @@ from lighthouse_core.attention.backends import log_once
 from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.sdpa import attend
-from lighthouse_core.attention.settings import known
+from lighthouse_core.attention.settings import BackendError, known
 
 KERNELS: dict[str, DenseKernel] = {
     name: import_module(f"lighthouse_core.attention.dense.{name}").KERNEL for name in BACKENDS if name != "auto"
@@ -24,6 +24,7 @@ _TORCH = {
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
 }
+_OTHER = 'the dense_backend "auto" takes a kernel that runs here'
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -65,7 +66,7 @@ def choose(
     if known("dense_backend", name, tuple(BACKENDS)) != "auto":
         kernel = KERNELS[name]
         if why_not := kernel.obstacle(device_type, dtype, dim):
-            raise ValueError(f"dense backend {name!r} {why_not}")
+            raise BackendError(f"dense backend {name!r} {why_not}", _OTHER)
         return kernel.forward
     why = []
     for preferred in _PREFERRED:
@@ -85,7 +86,7 @@ def choose(
 def check_backend(name: str, device_type: str) -> None:
     """Raise ValueError unless a dense backend is there on a device of this type. Touches no GPU."""
     if known("dense_backend", name, tuple(BACKENDS)) != "auto" and (why_not := KERNELS[name].absence(device_type)):
-        raise ValueError(f"dense backend {name!r} {why_not}")
+        raise BackendError(f"dense backend {name!r} {why_not}", _OTHER)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -36,6 +36,7 @@ class Compressed(Method):
 
     name = "compressed"
     keeps_blocks = True
+    shown = ("method", "compression")
 
     def check(self, settings: Settings) -> None:
         if settings.compression < 2 or settings.window % settings.compression:
@@ -63,6 +64,10 @@ class Compressed(Method):
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         return {"kept": {"window": 512, "compression": 32, "keep": 32}, "compressed": {"window": 512}}
+
+    def described(self, settings: Settings) -> str:
+        kept = f", keep {settings.keep}, scorer {settings.scorer}" if settings.keep else ""
+        return f"{self.name} (compression {settings.compression}{kept})"
 
     def extra_rows(self, settings: Settings) -> int:
         return 11 if settings.keep else 6

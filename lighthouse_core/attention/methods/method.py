@@ -96,6 +96,11 @@ class Method:
         """Which attention that is, in a report."""
         return f"{self.name}, window {settings.window}"
 
+    def described(self, settings: Settings) -> str:
+        """The method and the settings that it reads, but for its window, where a run begins."""
+        read = [f"{key} {getattr(settings, key)}" for key in self.shown if key != "method"]
+        return " ".join([self.name, *([f"({', '.join(read)})"] if read else [])])
+
     def enough_tokens(self, settings: Settings) -> int:
         """Tokens enough for a call to leave something out."""
         return 3 * settings.window

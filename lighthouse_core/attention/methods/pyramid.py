@@ -72,6 +72,9 @@ class Pyramid(Method):
     def words(self, settings: Settings) -> str:
         return f"{self.name}, window {settings.window}" if settings.window else ""
 
+    def described(self, settings: Settings) -> str:
+        return super().described(settings) + ", rotated after pooling" * (settings.rotate == "after")
+
     def enough_tokens(self, settings: Settings) -> int:
         entries = (settings.levels - 1) * settings.pooling + settings.pooling ** (settings.levels - 1)
         return max(3 * settings.window, 2 * settings.topk * entries)

@@ -284,7 +284,9 @@ def _check_out(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists", hint="give another name; runs may depend on this one")
     if not out.parent.is_dir():
-        raise UserError(f"there is no directory {out.parent}", hint="make it, or choose another OUT")
+        raise UserError(
+            f"cannot write {out}: there is no directory {out.parent}", hint="make it, or choose another OUT"
+        )
     try:
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:

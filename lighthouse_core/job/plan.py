@@ -1,0 +1,98 @@
+"""How many processes a job has and where, and whether a recipe fits them."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+
+from lighthouse_core.config import Recipe
+from lighthouse_core.errors import UserError
+from lighthouse_core.job import network
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of a job.
+
+    Attributes:
+        nproc: processes on this machine.
+        nnodes: machines; each runs its own launcher.
+        node_rank: of this machine; 0 makes the run and keeps its ledger.
+        rdzv_endpoint: host:port of machine 0, where nnodes > 1.
+    """
+
+    nproc: int
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = ""
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nnodes
+
+
+def check_plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> None:
+    """Check the command line's numbers as far as no GPU is asked, so that torch is not imported.
+
+    Raises:
+        UserError: a number out of range, or no endpoint for several machines.
+    """
+    if nnodes < 1:
+        raise UserError(f"--nnodes must be at least 1, not {nnodes}")
+    if not 0 <= node_rank < nnodes:
+        raise UserError(f"--node-rank must be between 0 and {nnodes - 1}, not {node_rank}")
+    if nnodes > 1:
+        host, port = network.endpoint(rdzv_endpoint)
+        if node_rank == 0:
+            network.own_address(host, port)
+    if nproc != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", nproc):
+        raise UserError(f'--nproc must be "auto" or a positive number, not {nproc!r}')
+
+
+def plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> Plan:
+    """Resolve the command line's numbers; "auto" is every local GPU, or one process where there is none.
+
+    Raises:
+        UserError: as check_plan, or this machine has fewer GPUs.
+    """
+    check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
+    if nproc == "auto":
+        return Plan(local_gpus() or 1, nnodes, node_rank, rdzv_endpoint)
+    gpus = local_gpus()
+    if gpus and int(nproc) > gpus:
+        raise UserError(f"--nproc {nproc}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+    return Plan(int(nproc), nnodes, node_rank, rdzv_endpoint)
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raise UserError unless the recipe's batch and its [parallel] section fit this number of processes."""
+    training, parallel = recipe.training, recipe.parallel
+    if training.global_batch_size % (training.local_batch_size * world_size):
+        raise UserError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.local_batch_size ({training.local_batch_size}) x {world_size} processes",
+            hint="use another --nproc or batch size",
+        )
+    groups = parallel.replicate * max(parallel.shard, 1)
+    if world_size % groups or (parallel.shard > 0 and groups != world_size):
+        raise UserError(
+            f"parallel.shard ({parallel.shard}) x parallel.replicate ({parallel.replicate}) does not make "
+            f"{world_size} processes"
+        )
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """Raise UserError if [metrics] asks for a package that is not installed."""
+    # Its folder of runs, in the working directory, looks like a package to Python, but has no file to import.
+    spec = importlib.util.find_spec("wandb") if recipe.metrics.wandb else None
+    if recipe.metrics.wandb and (spec is None or spec.origin is None):
+        raise UserError(
+            "metrics.wandb needs the package wandb, which is not installed",
+            hint="pip install 'lighthouse-pretrain[wandb]', or --set metrics.wandb=false",
+        )
+
+
+def local_gpus() -> int:
+    """GPUs that the worker processes can see."""
+    import torch
+
+    return torch.cuda.device_count()
