@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from lighthouse_cli import _output, _watch
+from lighthouse_cli._source import size_of_source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lighthouse_core.config import Recipe
     from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Run
@@ -24,6 +27,8 @@ _HOW = {
 }
 # Times the memory that a step is tried with: its estimate is rough.
 _MARGIN = 1.5
+# Seconds that a dry run reads for, where documents must be read to know their lengths.
+_LOOK = 3.0
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -37,36 +42,92 @@ def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
     processes = nnodes * (int(nproc) if nproc.isdigit() else 1)
     _output.data(dump_recipe(recipe))
 
-    def line(name: str, text: str) -> None:
-        _output.data(f"# {name:<21} {text}")
-
-    line(
+    _line(
         "parameters",
         f"{_short(counts.total)} (embedding {_short(counts.embedding)}, body {_short(counts.body)}, "
         f"head {_short(counts.head)})",
     )
     if cost.lighthouse_flops is not None:
         if cost.gathered is not None:
-            line("S", f"{cost.gathered} of {training.seq_len} tokens")
+            _line("S", f"{cost.gathered} of {training.seq_len} tokens")
         turns = recipe.lighthouse.turns(training.steps)
         if recipe.lighthouse.windows:
-            line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
-        seen = (f"{recipe.lighthouse.attention(window).keys(training.seq_len):.0f}" for window in turns)
-        line("keys a query (mean)", f"{', then '.join(seen)}; dense {training.seq_len / 2:.0f}")
-        line("FLOPs per token", f"{_short(cost.lighthouse_flops)} in stage 1, {_short(cost.dense_flops)} dense")
-    else:
-        line("FLOPs per token", f"{_short(cost.dense_flops)}")
-    line("tokens per step", f"{cost.tokens_per_step}")
+            _line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
+    if recipe.data.packing == "concat":
+        _describe_attention(recipe, None)
+    _line("tokens per step", f"{cost.tokens_per_step}")
     for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
         if steps:
-            line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
+            _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
     sharded = processes if recipe.parallel.shard == -1 else recipe.parallel.shard
     state = cost.state_bytes / sharded
-    line(
+    _line(
         "memory (estimate)",
         f"{_gib(state + cost.activation_bytes)} a process over {processes}: weights, gradients and optimizer "
         f"{_gib(state)}, activations about {_gib(cost.activation_bytes)} in the stage that takes more",
     )
+
+
+def _describe_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> None:
+    """Print what attention costs; `lengths` are those of `estimate.mean_keys`."""
+    from lighthouse_core.estimate import DENSE, estimate, mean_keys
+
+    cost, seen = estimate(recipe, lengths), mean_keys(recipe, lengths)
+    flops, dense = f"{_short(cost.dense_flops)}", f"{seen.pop(DENSE):.0f}"
+    if cost.lighthouse_flops is not None:
+        _line("keys a query (mean)", f"{', then '.join(f'{keys:.0f}' for keys in seen.values())}; dense {dense}")
+        flops = f"{_short(cost.lighthouse_flops)} in stage 1, {flops} dense"
+    elif lengths:
+        _line("keys a query (mean)", dense)
+    _line("FLOPs per token", flops)
+
+
+def _line(name: str, text: str) -> None:
+    _output.data(f"# {name:<21} {text}")
+
+
+def describe_data(recipe: "Recipe") -> None:
+    """Print each source of a mixture, and how long documents are and what keeping them apart costs, in comments as
+    `describe` does.
+
+    Raises:
+        DataError: the data is not there.
+    """
+    from lighthouse_core.data.survey import sizes
+
+    for one in sizes(recipe) if recipe.data.sources else ():
+        share, size, tokens, epochs = size_of_source(one.share, one.size, one.tokens, one.epochs)
+        known = {"bytes": size, "tokens": tokens, "epochs in the run": epochs}
+        facts = ", ".join(f"{value} {what}" for what, value in known.items() if value != "?")
+        _line(f"source {one.source}", f"{share} of the sequences; {facts or 'its size is not known'}")
+    if recipe.alignment is not None:
+        _describe_documents(recipe)
+
+
+def _describe_documents(recipe: "Recipe") -> None:
+    """How long documents are, of each source; their padding and what attention costs, of all by their shares of the
+    sequences."""
+    from lighthouse_core.data.survey import mixed_ignored, mixed_padding, mixed_pieces, quantiles, survey
+
+    found = survey(recipe, "train", seconds=_LOOK, samples=0)
+    for one in found:
+        of = f" of {one.source}" if recipe.data.sources else ""
+        count = f"{len(one.lengths)}{'' if one.complete else f' in the first {_LOOK:g} seconds of reading'}"
+        if len(one.lengths):
+            tokens = quantiles(one.lengths)
+            count += f"; tokens: median {tokens.median}, mean {one.lengths.mean():.0f}, 90% {tokens.p90}"
+            count += f", longest {tokens.longest}"
+            count += f"; {one.longer} longer than training.seq_len"
+            if of:
+                count += f"; padding {one.padding:.2%}"
+        _line(f"documents{of}", count)
+    if not all(len(one.lengths) for one in found):
+        _line("attention", "lengths are not known: one document a sequence is counted")
+        _describe_attention(recipe, None)
+        return
+    text = f"{mixed_padding(found):.2%} of the tokens, each document to a multiple of {recipe.alignment}"
+    _line("padding", f"{text}; {mixed_ignored(found):.2%} of the labels are ignored")
+    _describe_attention(recipe, mixed_pieces(found))
 
 
 def train(
@@ -139,6 +200,14 @@ def _settle(run: "Run") -> None:
         line += f"; as many dense ones {clock(dense['seconds'])} ({how}), {_short(dense['flops'])} FLOPs: "
         line += f"{dense['seconds'] / seconds:.2f}x"
     _output.say(line)
+    drawn = run.ledger["stages"][-1].get("sources", {})
+    total = sum(one["samples"] for one in drawn.values())
+    if len(drawn) > 1 or any(one["epochs"] for one in drawn.values()):
+        parts = (
+            f"{name} {one['samples']:,} ({one['samples'] / max(total, 1):.1%}), in its epoch {one['epochs'] + 1}"
+            for name, one in drawn.items()
+        )
+        _output.say(f"sequences by source: {'; '.join(parts)}")
 
 
 def verify_ahead(run: "Run") -> "Verification | None":

@@ -125,6 +125,8 @@ def evaluate(
     assert other is not None
     _output.say(f"evaluating {subject.name}")
     length = min(subject.tokens, other.training.seq_len) if tokens is None else tokens
+    if tokens is None and other.alignment:
+        length -= length % other.alignment
     if not only:
         # Dense attention cannot leak; --only leak measures it all the same.
         absent = {"leak", "switch"} if subject.model is None else set()
@@ -147,6 +149,7 @@ def evaluate(
         context=context,
         trials=trials,
         measures=measures,
+        align=other.alignment,
         say=_output.say,
     )
     report["held_out"] = _as_report(seen)
@@ -232,7 +235,9 @@ def _show(report: dict[str, Any]) -> None:
         spans = (f"{p['first']}-{p['last']}" if p["first"] < p["last"] else str(p["first"]) for p in bins)
         rows: list[tuple[str, ...]] = [(span, of(p["loss"])) for span, p in zip(spans, bins, strict=True)]
         _output.table("", ("tokens before", f"nats per token{note}"), rows)
-    if "context" in report:
+    if "left_out" in report.get("context", {}):
+        _output.warn(f"the short context is left out: {report['context']['left_out']}")
+    elif "context" in report:
         context = report["context"]
         _output.data(
             f"beyond {context['context']} tokens: {of(context['full'])} with all of them, {of(context['short'])} with "
@@ -244,6 +249,11 @@ def _show(report: dict[str, Any]) -> None:
             for r in report["leak"]
         ]
         _output.table("", ("leak: tokens before the cut", "nats", "largest"), rows)
+    if across := report.get("leak_across"):
+        rows = [(r["replaced"], f"{r['mean']:+.4f} ± {r['standard_error']:.4f}", f"{r['largest']:.4f}") for r in across]
+        _output.table("", ("leak across documents: the one replaced is", "nats", "largest"), rows)
+    elif across is not None:
+        _output.warn("the leak across documents is left out: no sequence has two")
     if "switch" in report:
         switch = report["switch"]
         errors = [e["relative_error"] for e in switch["attention_errors"]]

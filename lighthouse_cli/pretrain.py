@@ -89,6 +89,7 @@ def pretrain(
             processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
             _train.check(run.recipe, processes)
             if dry_run:
+                _train.describe_data(run.recipe)
                 return
             if not node_rank:
                 run.set_aside(damaged)
@@ -111,6 +112,7 @@ def pretrain(
     _train.check(resolved, processes)
     _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
+        _train.describe_data(resolved)
         check_free(resolved, name or "")
         return
     if node_rank:

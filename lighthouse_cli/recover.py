@@ -90,6 +90,7 @@ def recover(
         _train.check_data(recovery.recipe, checksums=not dry_run)
         _train.check(recovery.recipe, processes, dense=True)
         if dry_run:
+            _train.describe_data(recovery.recipe)
             return
         found.set_aside(recovery.damaged)
         found.write_recovery(recovery)

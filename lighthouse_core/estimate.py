@@ -1,7 +1,10 @@
 """What a recipe costs, by arithmetic alone: parameters, gathered length, FLOPs, memory. Nothing here imports torch."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from math import inf
 
 from lighthouse_core.config import Recipe
@@ -15,6 +18,8 @@ _MEASURED = {
     524288: (4, 4, 2048),
     1048576: (4, 5, 2048),
 }
+# Takes the place of a window.
+DENSE = -1
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,15 @@ class Estimate:
     activation_bytes: int
 
 
-def estimate(recipe: Recipe) -> Estimate:
-    """All numbers of a recipe."""
+def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
+    """All numbers of a recipe; `lengths` are those of `flops_per_token`."""
     counts = parameters(recipe.model)
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
         gathered=gathered(recipe) if lighthouse and recipe.lighthouse.attention().pools else None,
-        lighthouse_flops=flops_per_token(recipe, "lighthouse") if lighthouse else None,
-        dense_flops=flops_per_token(recipe, "dense"),
+        lighthouse_flops=flops_per_token(recipe, "lighthouse", lengths=lengths) if lighthouse else None,
+        dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
         state_bytes=16 * counts.total,
         activation_bytes=_activation_bytes(recipe),
@@ -60,7 +65,33 @@ def gathered(recipe: Recipe) -> int:
     return recipe.lighthouse.attention().geometry(recipe.training.seq_len).gathered_length
 
 
-def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = None) -> float:
+def mean_keys(recipe: Recipe, lengths: Sequence[int] | None = None) -> dict[int, float]:
+    """Keys that a query sees, on average: by each window of stage 1, and by -1 with dense attention.
+
+    Args:
+        recipe: gives the attention and N.
+        lengths: tokens of each document of such sequences, one behind another, where documents are kept apart; a
+            document a sequence by default.
+    """
+    tokens = recipe.training.seq_len
+    lengths = lengths or [tokens]
+    total = sum(lengths)
+    # How many documents are alike in their length and place: in short ones there are many.
+    found = Counter(zip(lengths, (end % tokens for end in accumulate(lengths, initial=0)), strict=False))
+
+    def mean(keys: Callable[[int, int], float]) -> float:
+        return sum(length * number / total * keys(length, first) for (length, first), number in found.items())
+
+    seen = {DENSE: mean(lambda length, first: length / 2)}
+    if recipe.lighthouse.enabled:
+        for window in recipe.lighthouse.turns(recipe.training.steps):
+            seen[window] = mean(partial(recipe.lighthouse.attention(window).keys, tokens))
+    return seen
+
+
+def flops_per_token(
+    recipe: Recipe, stage: str, steps: tuple[int, int] | None = None, lengths: Sequence[int] | None = None
+) -> float:
     """Forward and backward, causal work counted once.
 
     6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim; or 12 d
@@ -70,20 +101,21 @@ def flops_per_token(recipe: Recipe, stage: str, steps: tuple[int, int] | None = 
         recipe: gives the model and N.
         stage: "lighthouse" or "dense".
         steps: the first and the last one that it is the mean over; all of stage 1 by default.
+        lengths: as in `mean_keys`.
     """
-    model, tokens = recipe.model, recipe.training.seq_len
+    model, seen = recipe.model, mean_keys(recipe, lengths)
     counts = parameters(model)
     dense = model.layers if stage == "dense" else len(model.dense_layers)
-    flops: float = 6 * (counts.body + counts.head) + 6 * model.heads * model.head_dim * tokens * dense
+    flops: float = 6 * (counts.body + counts.head) + 12 * model.heads * model.head_dim * seen[DENSE] * dense
     if dense < model.layers:
         first, last = steps or (1, recipe.training.steps)
         turns = recipe.lighthouse.turns(recipe.training.steps)
         keys = 0.0
         for window, (begin, end) in zip(turns, pairwise([*turns.values(), inf]), strict=True):
             share = (min(last + 1, end) - max(first, begin)) / (last + 1 - first)
-            keys += recipe.lighthouse.attention(window).keys(tokens) * max(0.0, share)
+            keys += seen[window] * max(0.0, share)
         if every := recipe.lighthouse.dense_every:
-            keys += (tokens / 2 - keys) / every
+            keys += (seen[DENSE] - keys) / every
         flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)
     return float(flops)
 

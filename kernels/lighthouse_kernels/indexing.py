@@ -19,6 +19,22 @@ def ended_last(p_slots, o_level, o_n, m_n, LOG_P: tl.constexpr, level: tl.conste
 
 
 @triton.jit
+def ended_first(o_n, LOG_P: tl.constexpr, level: tl.constexpr):
+    """The first token of that window; negative where there is none."""
+    return (((o_n + 1) >> (LOG_P * level)) - 1) << (LOG_P * level)
+
+
+@triton.jit
+def begun(p_begins, o_n, m_n, LOG_P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The first token of the document at each position, of which the windows of the coarsest level know it; 0 where a
+    sequence is one document."""
+    begin = tl.zeros_like(o_n)
+    if DOCUMENTS:
+        begin = tl.load(p_begins + (o_n >> (LOG_P * (LEVELS - 1))), mask=m_n, other=0).to(o_n.dtype)
+    return begin
+
+
+@triton.jit
 def located(index, padded, LOG_P: tl.constexpr, LEVELS: tl.constexpr):
     """The logarithm of the width of the windows of flat pyramid indices, and their places within their levels."""
     log_window = tl.zeros_like(index)

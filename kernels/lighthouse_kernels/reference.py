@@ -59,7 +59,16 @@ def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
     return scatter_rows(rows, selection.indices, g)
 
 
-def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, selection: Selection, g: Geometry) -> Tensor:
+def merge(
+    out: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    row_lse: Tensor,
+    selection: Selection,
+    g: Geometry,
+    begins: Tensor | None = None,
+) -> Tensor:
     """[B, N, H, D] from a window's attention [B, N, H, D] and the dense call's rows [B, S, H, D], with the log-sum-exps
-    [B, N, H] and [B, S, H] of both."""
-    return merge_parts(out, lse, rows, row_lse, selection.indices, g)
+    [B, N, H] and [B, S, H] of both. `begins`, [B, N'/c_(L-1)] int32: for each window of the coarsest level the first
+    token of its document; None where a sequence is one document."""
+    return merge_parts(out, lse, rows, row_lse, selection.indices, g, begins)

@@ -60,8 +60,17 @@ def scatter(rows: Tensor, selection: Selection, g: Geometry) -> Tensor:
     return scatter_op.scatter(rows, *selection, g.shape)
 
 
-def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, selection: Selection, g: Geometry) -> Tensor:
+def merge(
+    out: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    row_lse: Tensor,
+    selection: Selection,
+    g: Geometry,
+    begins: Tensor | None = None,
+) -> Tensor:
     """[B, N, H, D] from a window's attention [B, N, H, D] and the dense call's rows [B, S, H, D], with the log-sum-exps
-    [B, N, H] and [B, S, H] of both. Differentiable in these four."""
+    [B, N, H] and [B, S, H] of both. Differentiable in these four. `begins`, [B, N'/c_(L-1)] int32: for each window of
+    the coarsest level the first token of its document; None where a sequence is one document."""
     sums = lse.transpose(1, 2), row_lse.transpose(1, 2)
-    return merge_op.merge(out, sums[0], rows, sums[1], *selection, g.shape)[0]
+    return merge_op.merge(out, sums[0], rows, sums[1], *selection, begins, g.shape)[0]

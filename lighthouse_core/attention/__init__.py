@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from lighthouse_core.attention.config import LighthouseConfig, gathered_length
-from lighthouse_core.attention.context import AttentionContext
+from lighthouse_core.attention.context import AttentionContext, Documents
 
 _WHERE = {
     "check_backends": "lighthouse_core.attention.call",
@@ -16,6 +16,7 @@ _WHERE = {
 
 __all__ = [
     "AttentionContext",
+    "Documents",
     "LighthouseAttention",
     "LighthouseConfig",
     "check_backends",

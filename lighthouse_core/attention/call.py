@@ -10,8 +10,16 @@ from torch import Tensor
 
 from lighthouse_core.attention.backends import kernels, log_once
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.context import AttentionContext, check_context
-from lighthouse_core.attention.dense.call import KERNELS, check_backend, check_inputs, choose, dense_attention
+from lighthouse_core.attention.context import DENSE_CAN, AttentionContext, Documents, check_context
+from lighthouse_core.attention.dense.call import (
+    KERNELS,
+    check_backend,
+    check_inputs,
+    choose,
+    dense_attention,
+    documents_kernel,
+)
+from lighthouse_core.attention.documents import check_documents
 from lighthouse_core.attention.rotary import rotate
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.stages import selected
@@ -73,6 +81,7 @@ def lighthouse_attention(
     scale: float | None = None,
     key: Tensor | None = None,
     rotary: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Lighthouse attention (arXiv 2605.06554; kernels/README.md has the rule), or what `cfg.method` names.
     Differentiable in q, k and v, by the Triton kernels once.
@@ -89,8 +98,10 @@ def lighthouse_attention(
         indices: [B, Hkv, S] int32 or int64 that fix the selection, as `select_indices` returns them; no window twice.
         scores, key: see `select_indices`.
         scale: factor on the attention scores; 1/sqrt(D) by default.
-        rotary: float32 [at least N, D/2, 2], cosine and sine of every position, where `cfg.rotate` is "after"; it turns
-            neighbouring pairs of D.
+        rotary: float32, cosine and sine of every position, [at least N, D/2, 2], or of every token, [B, N, D/2, 2],
+            where `cfg.rotate` is "after"; it turns neighbouring pairs of D.
+        documents: that the sequences are packed from: attention stays within each. In a pyramid each begins at a
+            multiple of the coarsest window, `cfg.alignment`.
 
     Returns:
         [B, N, H, D] in the dtype of `q`. A position without a contributor (possible only with
@@ -100,7 +111,7 @@ def lighthouse_attention(
         ValueError: for shapes that do not fit, a missing key, or a backend that is not there.
     """
     given = {"indices": indices, "scores": scores, "rotary": rotary}
-    return attend(q, k, v, cfg, AttentionContext(key=key), scale=scale, **given)
+    return attend(q, k, v, cfg, AttentionContext(key=key, documents=documents), scale=scale, **given)
 
 
 def attend(
@@ -131,11 +142,14 @@ def attend(
     if cfg.rotates != ("rotary" in given):
         raise ValueError(f"rotate {cfg.rotate!r} {'needs the' if cfg.rotates else 'takes no'} rotary table")
     method = cfg.rule
-    check_context(context, frozenset() if context.dense else method.can, "dense" if context.dense else cfg.method)
+    can, what = (DENSE_CAN, "dense") if context.dense else (method.can(cfg), cfg.method)
+    check_context(context, can, what)
+    if context.documents is not None:
+        check_documents(context.documents, q.shape[0], q.shape[1], 1 if context.dense else cfg.alignment)
     if context.dense:
         if cfg.rotates:
             q, k = (rotate(x, given["rotary"]) for x in (q, k))
-        return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend)
+        return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend, documents=context.documents)
     for name in given:
         if name not in method.takes:
             raise ValueError(f"the method {cfg.method!r} takes no {name}")
@@ -152,20 +166,26 @@ def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = Tr
     check_backend(cfg.dense_backend, device_type)
 
 
-def log_choices(cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int, *, pooled: bool) -> None:
+def log_choices(
+    cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int, *, pooled: bool, documents: bool = False
+) -> None:
     """Say in the log which backends such calls take, and why: a compiled call cannot.
 
     Args:
         cfg: settings of the calls.
         device_type, dtype, dim: of their inputs; dim is D.
         pooled: whether any of them is a Lighthouse call.
+        documents: whether they keep documents apart.
 
     Raises:
         ValueError: for a backend that is not there.
     """
     if pooled:
         cfg.rule.check_backends(cfg, device_type, dtype, dim)
-    choose(cfg.dense_backend, device_type, dtype, dim)
+    if documents:
+        documents_kernel(cfg.dense_backend, device_type, dtype, dim)
+    else:
+        choose(cfg.dense_backend, device_type, dtype, dim)
     if cfg.dense_backend in KERNELS:
         # Which `choose` says of "auto" alone.
         log_once(f"dense attention on {device_type}: {KERNELS[cfg.dense_backend].label}")

@@ -129,13 +129,19 @@ class LighthouseConfig(Settings):
         return self.rule.leaks(self)
 
     @property
+    def alignment(self) -> int:
+        """Tokens of which each document of a packed sequence has to take a whole multiple."""
+        return self.rule.alignment(self)
+
+    @property
     def draws(self) -> bool:
         """Whether the call draws random numbers, and so takes a key."""
         return self.rule.draws(self)
 
-    def keys(self, tokens: int) -> float:
-        """Keys that a query sees, on average over a causal sequence of `tokens`; dense attention has tokens / 2."""
-        return self.rule.keys(self, tokens)
+    def keys(self, tokens: int, length: int | None = None, first: int = 0) -> float:
+        """Keys that a query sees, on average over a causal sequence of `tokens`, or over a document of `length` tokens
+        that begins with token `first` of such a sequence; dense attention has half of that."""
+        return self.rule.keys(self, tokens, length, first)
 
 
 def gathered_length(N: int, cfg: LighthouseConfig) -> int:

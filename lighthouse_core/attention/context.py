@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from lighthouse_core.attention.config import LighthouseConfig
+
+
+class Documents(NamedTuple):
+    """The documents that a batch of sequences is packed from: no token sees one of another document.
+
+    The tokens of the batch are numbered through, B sequences of N tokens. Every sequence begins a document.
+
+    Attributes:
+        starts: int32 [documents + 1] on the device of the batch: the first token of each, ascending, and B N at last.
+            Repeated entries are documents without a token.
+        longest: tokens of the longest document, or more.
+    """
+
+    starts: Tensor
+    longest: int
+
+    def to(self, device: torch.device | str) -> Documents:
+        """The same for a batch on another device."""
+        return self._replace(starts=self.starts.to(device))
 
 
 @dataclass(frozen=True)
@@ -21,8 +41,9 @@ class AttentionContext:
             being a tensor, a new step compiles nothing anew.
         settings: of this part of training; None for those that a layer was built with.
         dense: attend densely in every layer.
-        documents: int32 [documents + 1], where each document of a packed sequence begins, and its end; None where all
-            tokens see each other.
+        documents: that the sequences are packed from; None where all tokens of a sequence see each other.
+        positions: int32 [B, N], the place of each token within its document, by which RoPE turns it; None for its place
+            within the sequence.
         group: processes that share the sequence; None for one process.
         first_position: position of the first token within the sequence.
     """
@@ -30,7 +51,8 @@ class AttentionContext:
     key: Tensor | None = None
     settings: LighthouseConfig | None = None
     dense: bool = False
-    documents: Tensor | None = None
+    documents: Documents | None = None
+    positions: Tensor | None = None
     group: ProcessGroup | None = None
     first_position: int = 0
 
@@ -45,6 +67,11 @@ class AttentionContext:
         return frozenset(name for name, there in asked.items() if there)
 
 
+_CANNOT = {"documents": "keeps no documents apart", "group": "is not for sequences that processes share"}
+# What dense attention does of what a context may ask for.
+DENSE_CAN = frozenset(("documents",))
+
+
 def check_context(context: AttentionContext, can: frozenset[str], what: str) -> None:
     """Refuse a context that asks for what an attention cannot do: nothing of it is passed over.
 
@@ -56,9 +83,8 @@ def check_context(context: AttentionContext, can: frozenset[str], what: str) -> 
     Raises:
         ValueError: it asks for something else.
     """
-    for asked in ("documents", "group"):
-        if asked in context.asks and asked not in can:
-            raise ValueError(f"the attention {what!r} knows no {asked}")
+    for asked in sorted(context.asks - can):
+        raise ValueError(f"the attention {what!r} {_CANNOT[asked]}")
 
 
 def selection_keys(seed: int, step: int, sample: int, layers: int) -> Tensor:

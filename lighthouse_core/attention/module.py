@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from lighthouse_core.attention.call import attend
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.context import AttentionContext, check_context
+from lighthouse_core.attention.context import DENSE_CAN, AttentionContext, check_context
 from lighthouse_core.attention.dense.call import dense_attention
 
 
@@ -60,8 +60,8 @@ class DenseAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """See `LighthouseAttention.forward`."""
-        check_context(context, frozenset(), "dense")
-        return dense_attention(q, k, v, backend=self.backend)
+        check_context(context, DENSE_CAN, "dense")
+        return dense_attention(q, k, v, backend=self.backend, documents=context.documents)
 
     def extra_repr(self) -> str:
         return self.backend

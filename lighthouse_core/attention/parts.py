@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lighthouse_core.attention.backends import log_once
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense import BACKENDS
-from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.attention.dense.call import kernel_beyond, packed
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.math import wide
-from lighthouse_core.attention.settings import BackendError, SettingError, known
+from lighthouse_core.attention.documents import of_entries
+from lighthouse_kernels.geometry import Geometry
 
 _WITH_LSE = tuple(name for name, facts in BACKENDS.items() if facts.lse)
-# What `auto` takes, the first that can; matrix products on a CPU.
-_PREFERRED = ("fa4", "varlen")
 _WITH_WINDOW = tuple(name for name, facts in BACKENDS.items() if facts.window)
 
 
@@ -44,7 +43,16 @@ def merge(parts: list[Part]) -> Tensor:
     return total.to(parts[0].out.dtype)
 
 
-def near(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, backend: str = "auto") -> Part:
+def near(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    documents: Documents | None = None,
+) -> Part:
     """Every query over the `window` tokens that end with its own; over all before it for 0.
 
     Args:
@@ -53,60 +61,75 @@ def near(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = 
         window: tokens.
         scale: factor on the scores; 1/sqrt(D) by default.
         backend: `auto`, or a dense kernel that gives its log-sum-exp; see `parts_kernel`.
+        documents: that the tokens are packed from, which then see no other one's.
 
     Raises:
         ValueError: for a backend that is not there.
     """
     kernel = parts_kernel(backend, q.device.type, q.dtype, q.shape[3])
+    window = 0 if window >= q.shape[1] else window
+    if documents is not None:
+        return Part(*packed(kernel, q, k, v, scale, window, documents))
     assert kernel.part is not None
-    return Part(*kernel.part(q, k, v, scale, 0 if window >= q.shape[1] else window))
+    return Part(*kernel.part(q, k, v, scale, window))
+
+
+def near_entries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    documents: Documents,
+    g: Geometry,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Part:
+    """Every gathered row over those before it that are of its document.
+
+    Args:
+        q: [B, S, H, D].
+        k, v: [B, S, Hkv, D].
+        indices: [B, Hkv, S] flat pyramid indices of the rows, in causal order.
+        documents: of the tokens.
+        g: the pyramid.
+        scale, backend: see `near`.
+    """
+    batch, heads, _ = indices.shape
+    # Where a document ends among the rows differs from KV head to KV head: each is a sequence of its own.
+    q, k, v = (x.unflatten(2, (heads, -1)).movedim(2, 0).flatten(1, 2) for x in (q, k, v))
+    found = near(q, k, v, 0, scale=scale, backend=backend, documents=of_entries(documents, indices, g))
+    out, lse = (x.unflatten(1, (batch, -1)).movedim(0, 2).flatten(2, 3) for x in found)
+    return Part(out, lse)
 
 
 def windowed(
-    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    documents: Documents | None = None,
 ) -> Tensor:
     """`near` without its log-sum-exp, [B, N, H, D], which more kernels can do."""
     kernel = windowed_kernel(backend, q.device.type, q.dtype, q.shape[3])
+    window = 0 if window >= q.shape[1] else window
+    if documents is not None:
+        return packed(kernel, q, k, v, scale, window, documents)[0]
     assert kernel.windowed is not None
-    return kernel.windowed(q, k, v, scale, 0 if window >= q.shape[1] else window)
+    return kernel.windowed(q, k, v, scale, window)
 
 
 def parts_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
-    """The kernel that makes the parts of a softmax: for `auto` the first fused one, and plain matrix products on a CPU.
-
-    Args:
-        name: of the backend.
-        device_type, dtype, dim: of the inputs; dim is D.
-
-    Raises:
-        ValueError: an unknown backend, one that is not there, or one that gives no log-sum-exp.
-    """
-    return _kernel("parts of a softmax", _WITH_LSE, name, device_type, dtype, dim)
+    """The kernel that makes the parts of a softmax; see `kernel_beyond`."""
+    return kernel_beyond("parts of a softmax", _WITH_LSE, name, device_type, dtype, dim)
 
 
 def windowed_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
-    """The kernel of attention over the last tokens alone; see `parts_kernel`."""
-    return _kernel("windows", _WITH_WINDOW, name, device_type, dtype, dim)
-
-
-def _kernel(
-    what: str, names: tuple[str, ...], name: str, device_type: str, dtype: torch.dtype, dim: int
-) -> DenseKernel:
-    if known("dense_backend", name, tuple(BACKENDS)) not in names:
-        raise SettingError("dense_backend", f"must be one of {', '.join(names)} for {what}, not {name!r}")
-    if name == "math":
-        return KERNELS["math"]
-    why: list[str] = []
-    for kernel in (KERNELS[one] for one in (_PREFERRED if name == "auto" else (name,))):
-        why_not = kernel.obstacle(device_type, dtype, dim)
-        if why_not is None:
-            log_once(f"{what} on {device_type}: {'; '.join([kernel.label, *why])}")
-            return kernel
-        why.append(f"{kernel.label} {why_not}")
-    if name == "auto" and device_type != "cuda":
-        return KERNELS["math"]
-    hint = 'the dense_backend "math" runs everywhere, for short sequences'
-    raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)
+    """The kernel of attention over the last tokens alone; see `kernel_beyond`."""
+    return kernel_beyond("windows", _WITH_WINDOW, name, device_type, dtype, dim)
 
 
 def check_parts(name: str, device_type: str, dtype: torch.dtype | None, dim: int | None) -> None:

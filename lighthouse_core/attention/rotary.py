@@ -14,12 +14,13 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
     Args:
         x: [B, N, H, D].
-        rotary: float32 [at least N, D/2, 2], the cosine and sine of each position's angles.
+        rotary: float32, the cosine and sine of the angles of each position, [at least N, D/2, 2], or of each token,
+            [B, N, D/2, 2].
 
     Returns:
         [B, N, H, D] in the dtype of `x`.
     """
-    return _turned(x, rotary[: x.shape[1], None])
+    return _turned(x, rotary[: x.shape[1], None] if rotary.dim() == 3 else rotary[:, :, None])
 
 
 def rotate_entries(x: Tensor, indices: Tensor, rotary: Tensor, g: Geometry) -> Tensor:
@@ -35,7 +36,11 @@ def rotate_entries(x: Tensor, indices: Tensor, rotary: Tensor, g: Geometry) -> T
         [B, S, H, D] in the dtype of `x`.
     """
     # A window that ends in padding serves no position.
-    turns = rotary[last_tokens(indices, g).clamp(max=g.tokens - 1)].transpose(1, 2)
+    last = last_tokens(indices, g).clamp(max=g.tokens - 1)
+    if rotary.dim() == 3:
+        turns = rotary[last].transpose(1, 2)
+    else:
+        turns = rotary[torch.arange(len(last), device=last.device)[:, None, None], last].transpose(1, 2)
     return _turned(x, turns.repeat_interleave(x.shape[2] // indices.shape[1], 2))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lighthouse_core.attention.backends import is_selection, window_scores
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.dense.call import dense_attention
-from lighthouse_core.attention.parts import near
+from lighthouse_core.attention.documents import of_windows
+from lighthouse_core.attention.parts import near, near_entries
 from lighthouse_core.attention.rotary import rotate, rotate_entries
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.settings import Settings
@@ -76,6 +77,7 @@ def stages(
             f"indices must be int32 or int64 [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
         )
     how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
+    documents = context.documents
     in_pass = selector.in_pass and indices is None and scores is None
 
     def pyramid(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -100,16 +102,19 @@ def stages(
     def scatter(rows: Tensor, selection: Any) -> Tensor:
         return ops.scatter(rows, selection, g)
 
-    def part(gathered: tuple[Tensor, Tensor, Tensor]) -> Any:
-        return near(*gathered, 0, **how)
+    def part(gathered: tuple[Tensor, Tensor, Tensor], selection: Any) -> Any:
+        if documents is None:
+            return near(*gathered, 0, **how)
+        return near_entries(*gathered, selection.indices, documents, g, **how)
 
     def merge(near: Any, rows: Any, selection: Any) -> Tensor:
-        return ops.merge(*near, *rows, selection, g)
+        begins = None if documents is None else of_windows(documents, len(rows.out), g)
+        return ops.merge(*near, *rows, selection, g, begins)
 
     def window(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return near(q, k, v, settings.window, **how)
+        return near(q, k, v, settings.window, **how, documents=documents)
 
     found = [
         Stage("pyramid + score", ("q", "k", "v"), "pyramid", pyramid),
@@ -120,7 +125,7 @@ def stages(
         found.append(Stage("rotate", ("gathered", "selection"), "gathered", turn))
     if settings.window:
         found.append(Stage("window", ("q", "k", "v"), "near", window))
-        found.append(Stage("dense call", ("gathered",), "rows", part))
+        found.append(Stage("dense call", ("gathered", "selection"), "rows", part))
         found.append(Stage("merge", ("near", "rows", "selection"), "out", merge))
     else:
         found.append(Stage("dense call", ("gathered",), "rows", attend))

@@ -32,9 +32,21 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
-def _table(path: tuple[str, ...], table: dict[str, Any]) -> str:
+def _table(path: tuple[str, ...], table: dict[str, Any], *, many: bool = False) -> str:
     """A table with its header, its tables after its values: TOML has no way back to the outer one."""
-    lines = [f"[{'.'.join(map(_key, path))}]"]
-    lines += [f"{_key(key)} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    tables = [_table((*path, key), value) for key, value in table.items() if isinstance(value, dict)]
+    header = ".".join(map(_key, path))
+    lines = [f"[[{header}]]" if many else f"[{header}]"]
+    lines += [f"{_key(key)} = {toml_value(value)}" for key, value in table.items() if not _tables(value)]
+    tables = [
+        _table((*path, key), one, many=not isinstance(value, dict))
+        for key, value in table.items()
+        for one in _tables(value)
+    ]
     return "\n".join([*lines, *tables]) + ("" if tables else "\n")
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    """The tables that a value is, or is a list of; none for any other value."""
+    if isinstance(value, list | tuple) and all(isinstance(one, dict) for one in value):
+        return list(value)
+    return [value] if isinstance(value, dict) else []

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
@@ -102,7 +103,11 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        lines = {path: f"{source}:{line}" for path, line in line_numbers(text).items()}
+        lines = {
+            path: f"{source}:{line}"
+            for path, line in line_numbers(text).items()
+            if not any(path[:n] in flags for n in range(1, len(path)))
+        }
         # A flag replaces the file's value, but a table that both write to begins in the file.
         raise RecipeError(_first_problem(error, headers | lines, flags, source)) from None
 
@@ -124,6 +129,10 @@ def parse_override(override: str) -> dict[str, Any]:
         return parse_toml(f"{key} = {value}")
     except ValueError:
         wanted = _wanted(key)
+        if "[" in key:
+            raise RecipeError(
+                f"{label} names an entry of a list", hint="a list is set as a whole: data.sources=[...]"
+            ) from None
         if value[:1] in ("[", "{") or wanted == "a list":
             hint = 'a list is written ["a", "b"]'
         elif wanted == "a string" or value.lower() in ("true", "false"):
@@ -176,7 +185,7 @@ def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: di
     """
     rank = {"extra_forbidden": 0, "missing": 2}
     problem = min(error.errors(include_url=False), key=lambda problem: rank.get(problem["type"], 1))
-    path = tuple(part for part in problem["loc"] if isinstance(part, str))
+    path = tuple(map(str, problem["loc"]))
     if problem["type"] == "conflict":
         path += tuple(problem["ctx"]["key"].split("."))
         words = re.findall(r"[\w.]*\w", problem["ctx"]["message"])
@@ -189,7 +198,7 @@ def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: di
 
 
 def _describe(problem: Any, path: KeyPath) -> str:
-    key = ".".join(path) + "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(path))
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
         return _unknown(path, given)
@@ -224,6 +233,13 @@ def _value(value: Any) -> str:
     return shortened(toml_value(value), 100)
 
 
+def _unknown_of_source(key: str) -> str:
+    if key in DataSection.model_fields:
+        return f"data.{key} is for all sources together: set it in [data], not in [[data.sources]]"
+    near = nearest(key, SourceSection.model_fields, cutoff=0)
+    return f"unknown key data.sources.{key}; did you mean data.sources.{near}?"
+
+
 def _unknown(path: KeyPath, given: Any) -> str:
     sections = known_keys()
     if len(path) == 1:
@@ -233,6 +249,8 @@ def _unknown(path: KeyPath, given: Any) -> str:
         near = nearest(path[0], places)
         return f"unknown key {path[0]} outside of any section" + (f"; did you mean {places[near]}?" if near else "")
     section, key = path[0], path[1]
+    if path[:2] == ("data", "sources"):
+        return _unknown_of_source(path[-1])
     near = nearest(key, sections[section])
     if near:
         return f"unknown key {section}.{key}; did you mean {section}.{near}?"

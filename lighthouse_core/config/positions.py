@@ -8,10 +8,12 @@ _MOST_LINES = 1000
 
 
 def flatten(table: dict[str, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
-    """Every key of a nested table with its value, tables and their keys alike."""
+    """Every key of a nested table with its value, tables and their keys alike; tables in a list have their number."""
     found: dict[KeyPath, Any] = {}
     for key, value in table.items():
         found[(*above, key)] = value
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
         if isinstance(value, dict):
             found |= flatten(value, (*above, key))
     return found

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.config.checkpoint import CheckpointSection
 from lighthouse_core.config.data import DataSection
 from lighthouse_core.config.lighthouse import LighthouseSection
@@ -14,7 +15,7 @@ from lighthouse_core.config.output import OutputSection
 from lighthouse_core.config.parallel import ParallelSection
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.config.schedule import ScheduleSection
-from lighthouse_core.config.section import Section, conflict
+from lighthouse_core.config.section import MOST_TOKENS, Section, conflict
 from lighthouse_core.config.training import TrainingSection
 
 # 256 bytes, BOS and EOS.
@@ -36,6 +37,17 @@ class Recipe(Section):
     metrics: MetricsSection = Field(default_factory=MetricsSection)
     output: OutputSection = Field(default_factory=OutputSection)
     titan: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @property
+    def alignment(self) -> int | None:
+        """Tokens of which every document takes a whole multiple, in both stages; None with `data.packing` "concat"."""
+        if self.data.packing == "concat":
+            return None
+        return self.data.align or self._needed_alignment
+
+    @property
+    def _needed_alignment(self) -> int:
+        return self.lighthouse.attention().alignment if self.lighthouse.enabled else 1
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -60,7 +72,40 @@ class Recipe(Section):
             raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
         if self.lighthouse.enabled:
             self._check_that_stage_1_is_not_dense()
+        if self.data.packing == "documents":
+            self._check_documents()
         return self
+
+    def _check_documents(self) -> None:
+        """Of documents that are kept apart."""
+        attention = self.lighthouse.attention()
+        if self.lighthouse.enabled and "documents" not in attention.rule.can(attention):
+            without = "" if attention.window else " without a lighthouse.window"
+            raise conflict(
+                "data.packing",
+                f'data.packing "documents", the default, is not for lighthouse.method "{attention.method}"{without}: '
+                'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
+            )
+        if not BACKENDS[attention.dense_backend].documents:
+            others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
+            raise conflict(
+                "lighthouse.dense_backend",
+                f'lighthouse.dense_backend "{attention.dense_backend}" is not for data.packing "documents": write '
+                f'data.packing = "concat", or choose one of {others}',
+            )
+        tokens, align = self.training.seq_len, self.alignment or 1
+        if align % self._needed_alignment:
+            raise conflict(
+                "data.align",
+                f"data.align ({align}) must be a multiple of the coarsest window's {self._needed_alignment} tokens",
+            )
+        if tokens % align:
+            near = [n for n in (tokens // align * align, tokens // align * align + align) if 0 < n <= MOST_TOKENS]
+            raise conflict(
+                "training.seq_len",
+                f"training.seq_len ({tokens}) must be a multiple of the {align} tokens that documents are padded to"
+                + f"; the nearest is {' or '.join(map(str, near))}" * bool(near),
+            )
 
     def _check_that_stage_1_is_not_dense(self) -> None:
         tokens, cfg = self.training.seq_len, self.lighthouse.attention()

@@ -1,16 +1,19 @@
 """From a recipe's `[data]` section to the stream of one split."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lighthouse_core.data.documents import Source, Split, Tokenizer, keeper, stable_hash, without_end
+from lighthouse_core.data.documents import Source, Split, Tokenizer, checked, keeper, stable_hash, without_end
 from lighthouse_core.data.files import FilesSource
-from lighthouse_core.data.hub import HubSource
-from lighthouse_core.data.shards import PreparedTokens
+from lighthouse_core.data.hub import HubSource, is_remote
+from lighthouse_core.data.shards import PreparedTokens, origin
 from lighthouse_core.data.sources import PythonSource
 from lighthouse_core.data.stream import BytesUnit, TokenStream, WalkingStream, no_documents
 from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.errors import DataError
+from lighthouse_core.reading import home_expanded
 
 if TYPE_CHECKING:
     from lighthouse_core.config.data import DataSection
@@ -19,7 +22,7 @@ Stream = TokenStream | WalkingStream
 
 
 def build_source(data: "DataSection", check: Callable[[], None] = without_end) -> Source:
-    """The text that `[data]` names; not for prepared tokens.
+    """The text that `[data]` names; not for prepared tokens, nor for several sources.
 
     Args:
         data: the section.
@@ -41,12 +44,27 @@ def build_source(data: "DataSection", check: Callable[[], None] = without_end) -
 
 
 def build_stream(
-    data: "DataSection", tokenizer: Tokenizer, seed: int, split: Split, check: Callable[[], None] = without_end
+    data: "DataSection",
+    tokenizer: Tokenizer,
+    seed: int,
+    split: Split,
+    check: Callable[[], None] = without_end,
+    *,
+    align: int | None = None,
 ) -> tuple[Stream, int]:
-    """The stream of a split, and a fingerprint of it: 63 bits of the listing, the split and the tokenizer.
+    """The stream of a split of one source, and a fingerprint of it: 63 bits of the listing, the split, the tokenizer,
+    and `align`.
 
     The validation order does not depend on `seed`, so runs with different seeds are measured on the same tokens.
-    `check` is that of `build_source`.
+
+    Args:
+        data: the section.
+        tokenizer: its tokenizer.
+        seed: of the order of training.
+        split: which.
+        check: that of `build_source`.
+        align: `Recipe.alignment`: tokens of which every document takes a whole multiple. None for documents that are
+            not kept apart, and not padded.
 
     Raises:
         DataError: as `build_source`; prepared tokens that do not fit; no documents in this split, where that is known
@@ -58,10 +76,10 @@ def build_stream(
     if data.source == "tokens":
         prepared = open_tokens(data, tokenizer)
         # The listing has sizes alone; the checksums tell the content.
-        units, listing = prepared.units(split), stable_hash(prepared.fingerprint, *prepared.checksums)
+        units, listing = prepared.units(split, align or 1), stable_hash(prepared.fingerprint, *prepared.checksums)
         if not units:
             raise no_documents(split, data.validation)
-        stream = TokenStream(units, seed)
+        stream = TokenStream(units, seed, align or 1)
     else:
         source = build_source(data, check)
         listing = source.fingerprint
@@ -72,9 +90,9 @@ def build_stream(
             if not documents:
                 raise no_documents(split, data.validation)
         if isinstance(source, PythonSource) and isinstance(tokenizer, BytesTokenizer):
-            stream = TokenStream([BytesUnit(document, tokenizer) for document in documents], seed)
+            stream = TokenStream([BytesUnit(one, tokenizer, align or 1) for one in documents], seed, align or 1)
         else:
-            stream = WalkingStream(source, tokenizer, seed, split, data.validation)
+            stream = WalkingStream(source, tokenizer, seed, split, data.validation, align or 1)
     if data.shuffle == "samples" and not shuffles(data, stream):
         raise DataError(
             f'data.shuffle = "samples" needs token counts, which data.source "{data.source}" with the tokenizer '
@@ -83,7 +101,95 @@ def build_stream(
         )
     kind = data.source == "tokens"
     parts = kind, listing, tokenizer.fingerprint, split, float(data.validation), shuffles(data, stream)
-    return stream, stable_hash("stream", *parts)
+    return stream, stable_hash("stream", *parts, *(() if align is None else ("documents", align)))
+
+
+def build_streams(
+    data: "DataSection",
+    tokenizer: Tokenizer,
+    seed: int,
+    split: Split,
+    check: Callable[[], None] = without_end,
+    *,
+    align: int | None = None,
+) -> tuple[list[Stream], int]:
+    """The stream of a split of each source, and a fingerprint of them all: that of `build_stream` for one source.
+
+    The arguments are those of `build_stream`.
+
+    Raises:
+        DataError: as `build_stream`, with the name of the source; two sources that read the same text.
+    """
+    if not data.sources:
+        stream, fingerprint = build_stream(data, tokenizer, seed, split, check, align=align)
+        return [stream], fingerprint
+    if split == "train":
+        check_apart(data, check)
+    streams, fingerprints = [], []
+    for name, part in zip(data.names, data.parts, strict=True):
+        with of_source(data, name):
+            stream, fingerprint = build_stream(part, tokenizer, seed, split, check, align=align)
+        streams.append(stream)
+        fingerprints.append(fingerprint)
+    return streams, stable_hash("mixture", *data.weights, *fingerprints)
+
+
+@contextmanager
+def of_source(data: "DataSection", name: str) -> Iterator[None]:
+    """Have a DataError say of which source of a mixture it is."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"source {name}: {error}" if data.sources else str(error), hint=error.hint) from None
+
+
+def check_apart(data: "DataSection", check: Callable[[], None] = without_end) -> None:
+    """Raise DataError where two sources of a mixture read the same file, data set or prepared directory, or one was
+    prepared from all that another one reads; or where one cannot be listed.
+
+    `check` is that of `build_source`.
+    """
+    if not data.sources:
+        return
+    readers: dict[object, str] = {}
+    prepared = any(part.source == "tokens" for part in data.parts)
+    for name, part in zip(data.names, data.parts, strict=True):
+        with of_source(data, name):
+            places = _places(part, prepared, check)
+        for place, what in places.items():
+            if other := readers.get(place):
+                raise DataError(
+                    f"the sources {other} and {name} both read {what}",
+                    hint="name each text once, and raise its weight to see more of it: a copy of a held-out document "
+                    "could be trained on",
+                )
+        readers |= dict.fromkeys(places, name)
+
+
+def _places(data: "DataSection", prepared: bool, check: Callable[[], None]) -> dict[object, str]:
+    """What a source reads, whatever its kind, and in words: files and prepared directories by their paths on this
+    machine, data sets of the hub by all that names them. With `prepared`, also its listing, by which prepared tokens
+    name what they are of."""
+    if data.source == "tokens":
+        path = home_expanded(data.paths[0])
+        return {os.path.realpath(path): str(path), origin(path): f"the text that {path} was prepared from"}
+    places: dict[object, str] = {}
+    if is_remote(data):
+        places[data.paths[0], data.hf_config, data.hf_split] = data.paths[0]
+        if not prepared:
+            return places
+    source = build_source(data, check)
+    if prepared:
+        places[source.fingerprint] = f"the text of {', '.join(data.paths)}"
+    if isinstance(source, FilesSource):
+        files = [file.path for file in source.files]
+    elif isinstance(source, PythonSource):
+        files = [os.path.join(one.folder, file.name) for one in source.documents for file in one.files]
+    else:
+        files = source.local_files() if isinstance(source, HubSource) else []
+    for file in checked(files, check):
+        places[os.path.realpath(file)] = file
+    return places
 
 
 def shuffles(data: "DataSection", stream: Stream) -> bool:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lighthouse_core.data.build import build_stream, open_tokens
+from lighthouse_core.data.build import build_streams, of_source, open_tokens
 from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
 from lighthouse_core.data.stream import WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -33,15 +33,22 @@ def check(recipe: "Recipe", say: Callable[[str], None] | None = None, *, checksu
     """
     tokenizer = checked_tokenizer(recipe)
     notes = []
-    if recipe.data.source == "tokens":
-        tokens = open_tokens(recipe.data, tokenizer)
-        if checksums:
-            tokens.verify(say, remember=True)
+    for part in recipe.data.parts:
+        if part.source == "tokens":
+            tokens = open_tokens(part, tokenizer)
+            if checksums:
+                tokens.verify(say, remember=True)
     splits: tuple[Split, ...] = ("train", "validation") if recipe.data.validation else ("train",)
     for split in splits:
-        stream, _ = build_stream(recipe.data, tokenizer, recipe.training.seed, split)
-        if isinstance(stream, WalkingStream) and not _has_document(stream):
-            notes.append(f"no document for {split} found in {_SECONDS:.0f} seconds; the first batch may take long")
+        streams, _ = build_streams(recipe.data, tokenizer, recipe.training.seed, split, align=recipe.alignment)
+        for name, stream in zip(recipe.data.names, streams, strict=True):
+            with of_source(recipe.data, name):
+                found = not isinstance(stream, WalkingStream) or _has_document(stream)
+            if not found:
+                of = f" of source {name}" if recipe.data.sources else ""
+                notes.append(
+                    f"no document{of} for {split} found in {_SECONDS:.0f} seconds; the first batch may take long"
+                )
     return notes
 
 

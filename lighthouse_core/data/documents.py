@@ -22,7 +22,8 @@ class Place(NamedTuple):
 
     Attributes:
         row: records before it, those that are empty or held out counted: line, parquet row, or example number.
-        byte: offset in a line file; 0 where the row is enough to seek.
+        byte: offset of that row in its file, or in a compressed file a number of `compressed.to_byte`; 0 where the row
+            is enough to seek.
     """
 
     row: int = 0
@@ -54,6 +55,7 @@ class Source(Protocol):
         identities: of the units, the same on every machine.
         sizes: of the units in bytes; 0 where unknown.
         fingerprint: 63 bits that change with the listing and with what is read of it.
+        nulls: rows that this object has passed over so far, as their text is null or empty.
     """
 
     @property
@@ -65,8 +67,12 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> int: ...
 
-    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
-        """The records of a unit from a place on whose identity is kept; others are passed over unparsed.
+    @property
+    def nulls(self) -> int: ...
+
+    def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
+        """The records of a unit from a place on whose identity is kept; others are passed over unparsed. With an `end`,
+        which is the row of one of the unit's cuts, those of the rows before it.
 
         Raises:
             DataError: naming file and line, what cannot be read.

@@ -1,26 +1,28 @@
-"""The source "files": .txt and .md (a file is a document), .jsonl (a line), .parquet (a row); read as a stream.
+"""The source "files": .txt and .md (a file is a document), and rows of .jsonl, .json, .csv and .parquet, of which all
+but the last may be compressed (.gz, .zst). All are read as a stream.
 
-A line or a row is held whole, a file that is a document in parts.
+A row is held whole, a file that is a document in parts. Going on from a place costs a seek in plain .jsonl, .json and
+.csv, the rest of a row group in .parquet, and in a compressed file the part of it (a gzip member or a zstd frame) that
+the place is in: that is decompressed again up to the place. Rows are counted, and parsed again, from the beginning only
+where the file is too large for a place to name the part and the byte in it: about 2^62 bytes, size times bytes.
 """
 
 import glob
-import json
 import os
 import re
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, BinaryIO
+from dataclasses import replace
+from typing import Any
 
 from lighthouse_core.data.documents import CHANGED_HINT, Keep, Place, Record, checked, mark, stable_hash, without_end
+from lighthouse_core.data.forms import BUFFER, OTHER_HINT, SUFFIXES, WHOLE, TextFile, form_of, open_file
+from lighthouse_core.data.rows import Row, checked_text, read_rows, row_identity
 from lighthouse_core.errors import DataError
-from lighthouse_core.text import BOM, why_not_utf8
+from lighthouse_core.text import why_not_utf8
 
-_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-_BUFFER = 1 << 20
 # Of text that is held and encoded at once.
 _PART = 4 << 20
 # Rows decoded at a time; long documents make a batch of any number of rows large.
@@ -29,29 +31,12 @@ _BATCH_ROWS = 64
 _GROUP_PIECES = 8
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """A file.
+class FilesSource:
+    """Files found by globs; each is a unit. Rows without text are passed over and counted, blank lines passed over.
 
     Attributes:
-        identity: see `list_files`.
-        size: in bytes, the byte-order mark counted.
-        path: where it is on this machine; no part of what it is.
-        skip: bytes of the mark where the whole file is one document; a line file has its mark removed on the way.
+        nulls: rows passed over so far, by this object, as their text is null or empty.
     """
-
-    identity: str
-    size: int
-    path: str = field(compare=False)
-    skip: int = 0
-
-    @property
-    def fingerprint(self) -> tuple[object, ...]:
-        return (self.identity, self.size, self.skip) if self.skip else (self.identity, self.size)
-
-
-class FilesSource:
-    """Files found by globs; each is a unit. Empty documents and blank lines are passed over."""
 
     def __init__(self, paths: Sequence[str], text_key: str, check: Callable[[], None] = without_end):
         self.files = list_files(paths, check)
@@ -59,23 +44,35 @@ class FilesSource:
         self.identities = [file.identity for file in self.files]
         self.sizes = [file.size for file in self.files]
         self.fingerprint = stable_hash("files", text_key, *(file.fingerprint for file in self.files))
+        self.nulls = 0
 
-    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+    def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
         file = self.files[unit]
-        if file.path.endswith(".jsonl"):
-            return _lines(file, place, keep, self.text_key)
-        if file.path.endswith(".parquet"):
-            return _rows(file, place, keep, self.text_key)
-        return _text(file, place, keep)
+        form = form_of(file)
+        if form.kind == "text":
+            yield from _text(file, place, keep)
+            return
+        if form.kind == "parquet":
+            rows = _rows(file, place, keep, self.text_key)
+        else:
+            rows = read_rows(file, form, place, keep, self.text_key)
+        for row in rows:
+            if end is not None and row.number >= end:
+                return
+            if row.text is None:
+                self.nulls += 1
+            else:
+                yield Record(row_identity(file, row.number), row.text, row.start, row.end)
 
     def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
+        """See the protocol. Only lines and parquet, and of these only what is not compressed, can be cut."""
         file = self.files[unit]
-        if file.size <= size:
-            return [(Place(), file.size)]
-        if file.path.endswith(".jsonl"):
-            return _cut_lines(file, size)
-        if file.path.endswith(".parquet"):
-            return _cut_rows(file, size, self.text_key)
+        if file.size > size and not file.is_document:
+            form = form_of(file)
+            if form == ("lines", ""):
+                return _cut_lines(file, size)
+            if form.kind == "parquet":
+                return _cut_rows(file, size, self.text_key)
         return [(Place(), file.size)]
 
 
@@ -119,9 +116,10 @@ def list_files(paths: Sequence[str], check: Callable[[], None] = without_end) ->
                 raise DataError(f"data.paths: {entry} is no ordinary file", hint="pipes and devices are not read")
             raise DataError(f"data.paths: no files match {entry}", hint=_folder_hint(pattern))
         for path in checked(matched, check):
-            if not path.endswith(_SUFFIXES):
+            if not path.endswith(SUFFIXES):
                 raise DataError(
-                    f"data.paths: {path} is not one of {', '.join(_SUFFIXES)}", hint="name the suffix in the glob"
+                    f"data.paths: {path} is not one of {', '.join(SUFFIXES)}",
+                    hint=f"name one of these in the glob. {OTHER_HINT}",
                 )
             real = os.path.realpath(path)
             if real in files:
@@ -130,8 +128,8 @@ def list_files(paths: Sequence[str], check: Callable[[], None] = without_end) ->
                     hint="match each file once: a copy of a held-out document could be trained on",
                 )
             below = os.path.relpath(path, folder).replace(os.sep, "/")
-            skip = 0 if path.endswith((".jsonl", ".parquet")) else mark(real)
-            files[real] = TextFile(f"{label}/{below}", os.path.getsize(path), real, skip)
+            file = TextFile(f"{label}/{below}", os.path.getsize(path), real)
+            files[real] = replace(file, skip=mark(real)) if path.endswith(WHOLE) else file
     listed = sorted((file for file in files.values() if file.size > file.skip), key=lambda file: file.identity)
     if not listed:
         raise DataError(
@@ -227,29 +225,11 @@ def _folder_hint(pattern: str) -> str:
     return 'for example "corpus/**/*.jsonl"; relative paths begin where the command runs'
 
 
-def _open(file: TextFile) -> BinaryIO:
-    """The open file.
-
-    Raises:
-        DataError: it cannot be read, or is gone or has another size than when it was listed.
-    """
-    try:
-        opened = open(file.path, "rb", buffering=_BUFFER)  # noqa: SIM115 (the callers close it)
-    except OSError as error:
-        hint = CHANGED_HINT if isinstance(error, FileNotFoundError) else None
-        raise DataError(f"cannot read {file.path}: {error.strerror}", hint=hint) from error
-    size = os.fstat(opened.fileno()).st_size
-    if size != file.size:
-        opened.close()
-        raise DataError(f"{file.path} changed from {file.size} to {size} bytes since it was listed", hint=CHANGED_HINT)
-    return opened
-
-
 def _text(file: TextFile, place: Place, keep: Keep) -> Iterator[Record]:
     """The file as one document, in parts of at most _PART bytes that end after a line where they can."""
     if place.row or not keep(file.identity):
         return
-    with _open(file) as opened:
+    with open_file(file) as opened:
         opened.seek(file.skip)
         rest, byte, lines = b"", file.skip, 0
         while byte < file.size and keep(file.identity):
@@ -276,79 +256,11 @@ def _last_character(part: bytes) -> int:
     return next((at for at in range(len(part) - 1, len(part) - 5, -1) if part[at] & 0xC0 != 0x80), len(part) - 1)
 
 
-def _lines(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:
-    row, byte = place
-    with _open(file) as opened:
-        opened.seek(byte)
-        for line in opened:
-            start = Place(row, byte)
-            row, byte = row + 1, byte + len(line)
-            if not start.byte:
-                line = line.removeprefix(BOM)
-            identity = f"{file.identity}:{start.row}"
-            if keep(identity) and (text := _text_of_line(line, text_key, partial("{}:{}".format, file.path, row))):
-                yield Record(identity, text, start, Place(row, byte))
-
-
-def _text_of_line(line: bytes, text_key: str, where: Callable[[], str]) -> str:
-    """The text of a JSON line; "" for a blank one."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        problem, hint = why_not_utf8(line, f"byte {error.start} of the line")
-        raise DataError(f"{where()}: {problem}", hint=hint) from None
-    except RecursionError:
-        raise DataError(
-            f"{where()}: not valid JSON: nested too deeply", hint="mend the line, or leave the file out of data.paths"
-        ) from None
-    except ValueError as error:
-        if not line.strip():
-            return ""
-        raise DataError(
-            f"{where()}: not valid JSON: {error}", hint="mend the line, or leave the file out of data.paths"
-        ) from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where()}: not a JSON object", hint="each line is an object with the text in data.text_key")
-    # Only an escape can bring half a surrogate pair, which is no text.
-    return checked_text(value, text_key, where, maybe_surrogates=b"\\u" in line)
-
-
-def checked_text(
-    row: dict[str, Any], text_key: str, where: Callable[[], str], *, maybe_surrogates: bool = False
-) -> str:
-    """The text of a row.
-
-    Raises:
-        DataError: no such key, or no text in it.
-    """
-    if text_key not in row:
-        keys = ", ".join(sorted(row)[:10]) or "none"
-        raise DataError(
-            f'{where()}: no key "{text_key}" (data.text_key); there are: {keys}',
-            hint="set data.text_key to the one that holds the text",
-        )
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise DataError(
-            f'{where()}: "{text_key}" is not a string but {type(text).__name__}',
-            hint="set data.text_key to one that holds text",
-        )
-    if maybe_surrogates:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f'{where()}: "{text_key}" has half a surrogate pair, which is no text',
-                hint="write the text as UTF-8, or leave the file out of data.paths",
-            ) from None
-    return text
-
-
 def _cut_lines(file: TextFile, size: int) -> list[tuple[Place, int]]:
     """Reads the whole file once, to count lines: a place needs both its row and its byte."""
     places = [Place()]
     row = byte = 0
-    with _open(file) as opened:
+    with open_file(file) as opened:
         while block := opened.read(size):
             row, byte = row + block.count(b"\n"), byte + len(block)
             if not block.endswith(b"\n"):
@@ -370,10 +282,10 @@ def _parquet(file: TextFile, text_key: str) -> Any:
         import pyarrow.parquet as pq
     except ImportError:
         raise DataError(f"{file.path} needs pyarrow", hint="pip install pyarrow") from None
-    _open(file).close()
+    open_file(file).close()
     try:
         # Without pre_buffer a row group's column is read page by page.
-        opened = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER)
+        opened = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=BUFFER)
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise DataError(
@@ -394,7 +306,7 @@ def _parquet(file: TextFile, text_key: str) -> Any:
     return opened
 
 
-def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Record]:
+def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[Row]:
     import pyarrow as pa
 
     with _parquet(file, text_key) as opened:
@@ -407,9 +319,9 @@ def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[R
                     for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_key]):
                         column = batch.column(0)
                         for i in range(max(place.row - row, 0), len(column)):
-                            identity = f"{file.identity}:{row + i}"
-                            if keep(identity) and (text := _text_of_cell(column[i], file, row + i, text_key)):
-                                yield Record(identity, text, Place(row + i), Place(row + i + 1))
+                            if keep(row_identity(file, row + i)):
+                                text = _text_of_cell(column[i], file, row + i, text_key)
+                                yield Row(row + i, text, Place(row + i), Place(row + i + 1))
                         row += len(column)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
@@ -419,7 +331,7 @@ def _rows(file: TextFile, place: Place, keep: Keep, text_key: str) -> Iterator[R
             first += count
 
 
-def _text_of_cell(cell: Any, file: TextFile, row: int, text_key: str) -> str:
+def _text_of_cell(cell: Any, file: TextFile, row: int, text_key: str) -> str | None:
     try:
         return checked_text({text_key: cell.as_py()}, text_key, lambda: f"{file.path}: row {row + 1}")
     except UnicodeDecodeError:

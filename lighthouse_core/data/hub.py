@@ -4,15 +4,16 @@ import os
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lighthouse_core.data.documents import Keep, Place, Record, stable_hash
-from lighthouse_core.data.files import checked_text
+from lighthouse_core.data.forms import SUFFIXES
+from lighthouse_core.data.rows import checked_text
 from lighthouse_core.errors import DataError, LighthouseError
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
-    from lighthouse_core.config.data import DataSection
+    from lighthouse_core.config.data import Origin
 
 
 class HubSource:
@@ -26,6 +27,9 @@ class HubSource:
         path: name on the hub, or a directory: of data files, or of save_to_disk.
         config, split, revision: of the data set; "" is its default.
         text_key: the column with the text.
+
+    Attributes:
+        nulls: as of `FilesSource`.
     """
 
     def __init__(self, path: str, config: str, split: str, revision: str, text_key: str):
@@ -34,6 +38,7 @@ class HubSource:
         self.config, self.split, self.text_key = config, split, text_key
         self.revision, content = _pin(self.path, config, revision)
         self._dataset: Any = None
+        self.nulls = 0
         columns = self._open().column_names
         if columns is not None and text_key not in columns:
             raise DataError(
@@ -48,7 +53,7 @@ class HubSource:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_dataset": None}
 
-    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+    def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
         examples = self._open().shard(num_shards=len(self.identities), index=unit)
         row = place.row
         iterator = iter(examples.skip(row) if row else examples)
@@ -61,12 +66,25 @@ class HubSource:
             if example is None:
                 return
             identity = f"{self.identities[unit]}:{row}"
-            if keep(identity) and (text := checked_text(example, self.text_key, partial(str, where))):
-                yield Record(identity, text, Place(row), Place(row + 1))
+            if keep(identity):
+                text = checked_text(example, self.text_key, partial(str, where))
+                if text is None:
+                    self.nulls += 1
+                else:
+                    yield Record(identity, text, Place(row), Place(row + 1))
             row += 1
 
     def cuts(self, unit: int, size: int) -> list[tuple[Place, int]]:
         return [(Place(), 0)]
+
+    def local_files(self) -> list[str]:
+        """The files on this machine that its split is read from; none of a data set of the hub."""
+        if not os.path.isdir(self.path):
+            return []
+        if _is_saved(self.path):
+            return [one["filename"] for one in _saved(self.path, self.config, self.split).cache_files]
+        listed = _builder(self.path, self.config, self.revision).config.data_files or {}
+        return [str(file) for split, files in listed.items() if str(split) == self.split for file in files]
 
     def _open(self) -> Any:
         if self._dataset is None:
@@ -75,20 +93,29 @@ class HubSource:
 
 
 def pinned(recipe: "Recipe") -> "Recipe":
-    """The recipe with the commit that its data set has now as the revision; the same one if its data is not the hub's.
+    """The recipe with the commits that its data sets of the hub have now as their revisions.
 
     Raises:
         DataError: there is no such data set or revision, or the hub cannot be asked.
     """
     data = recipe.data
+    if data.sources:
+        data = data.model_copy(update={"sources": tuple(map(_pinned, data.sources))})
+    return recipe.model_copy(update={"data": _pinned(data)})
+
+
+_Origin = TypeVar("_Origin", bound="Origin")
+
+
+def _pinned(data: _Origin) -> _Origin:
     if not is_remote(data):
-        return recipe
+        return data
     revision, _ = _pin(_placed(data.paths[0]), data.hf_config, data.hf_revision)
-    return recipe.model_copy(update={"data": data.model_copy(update={"hf_revision": revision})})
+    return data.model_copy(update={"hf_revision": revision})
 
 
-def is_remote(data: "DataSection") -> bool:
-    """Whether data is a data set of the hub, which is not on this machine as files that can be told."""
+def is_remote(data: "Origin") -> bool:
+    """Whether one source is a data set of the hub, which is not on this machine as files that can be told."""
     return data.source == "hf" and not os.path.exists(_placed(data.paths[0]))
 
 
@@ -107,7 +134,7 @@ def _placed(path: str) -> str:
     if path in _formats():
         raise DataError(
             f'data.paths: "{path}" is a format of the datasets library and no data set',
-            hint='name a directory, or a data set of the hub as "owner/name"; single files are for data.source "files"',
+            hint='name a directory, or a data set of the hub as "owner/name"',
         )
     return path
 
@@ -143,7 +170,7 @@ def _pin(path: str, config: str, revision: str) -> tuple[str, str]:
                 listing.append((os.path.relpath(file, path), os.path.getsize(file)))
         return "", str(stable_hash(*listing))
     if os.path.exists(path):
-        raise DataError(f"data.paths: {path} is not a directory", hint='single files are for data.source "files"')
+        raise DataError(f"data.paths: {path} is not a directory", hint=_single_file(path))
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision, revision
     from huggingface_hub import HfApi
@@ -163,9 +190,18 @@ def _pin(path: str, config: str, revision: str) -> tuple[str, str]:
     return commit, commit
 
 
+def _single_file(path: str) -> str:
+    """What reads a file that is no directory of files."""
+    if path.endswith(SUFFIXES):
+        return 'data.source = "files" reads it'
+    return f"a folder of files of one kind is read: data.paths = [{os.path.dirname(path)!r}]"
+
+
 def _load(path: str, config: str, split: str, revision: str) -> Any:
-    if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
-        return _load_saved(path, config, split)
+    if _is_saved(path):
+        data = _saved(path, config, split)
+        # In as many shards as it has files; a shard holds a row at least.
+        return data.to_iterable_dataset(num_shards=max(1, min(len(data.cache_files), len(data))))
     builder = _builder(path, config, revision)
     try:
         return builder.as_streaming_dataset(split=split)
@@ -173,8 +209,13 @@ def _load(path: str, config: str, split: str, revision: str) -> Any:
         raise _cannot_load(path, error) from error
 
 
-def _load_saved(path: str, config: str, split: str) -> Any:
-    """What save_to_disk wrote, in as many shards as it has files."""
+def _is_saved(path: str) -> bool:
+    """Whether save_to_disk wrote it."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(path: str, config: str, split: str) -> Any:
+    """A split of what save_to_disk wrote."""
     try:
         data = _datasets().load_from_disk(path)
     except Exception as error:
@@ -195,8 +236,7 @@ def _load_saved(path: str, config: str, split: str) -> Any:
             f'data set {path} has no configuration "{config}" (data.hf_config)',
             hint="leave data.hf_config out, or name the one that it has",
         )
-    # A shard holds a row at least.
-    return data.to_iterable_dataset(num_shards=max(1, min(len(data.cache_files), len(data))))
+    return data
 
 
 def _builder(path: str, config: str, revision: str) -> Any:

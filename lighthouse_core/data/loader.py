@@ -4,15 +4,17 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from lighthouse_core.data.build import Stream, build_stream, shuffles
+from lighthouse_core.data.build import Stream, build_streams, shuffles
 from lighthouse_core.data.documents import Split
+from lighthouse_core.data.mixture import MixtureStream
+from lighthouse_core.data.packing import apart
 from lighthouse_core.data.shuffle import ShuffledStream
 from lighthouse_core.data.stream import TokenStream, WalkingStream
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -28,10 +30,22 @@ _log = logging.getLogger(__name__)
 class _Batch(NamedTuple):
     """A batch, and the data position after it."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     labels: torch.Tensor
     samples: int
     position: tuple[int, ...]
+
+
+class Drawn(NamedTuple):
+    """What was taken of a source.
+
+    Attributes:
+        samples: sequences, by all ranks together.
+        epochs: times that the source was passed as a whole.
+    """
+
+    samples: int
+    epochs: int
 
 
 class TokenLoader:
@@ -42,43 +56,53 @@ class TokenLoader:
     has the r-th run of local_batch_size.
 
     The data position is global: `samples` handed out so far by all ranks together, and the stream's own position at
-    which the next one begins (`Position`: epoch, document, offset; `SamplePosition`: epoch, sample; or `WalkPosition`:
-    epoch, file, row, byte, offset). No rank or batch size is in it, so any of them may change on resume, and seeking
-    passes over no text.
+    which the next one begins (`Position`: epoch, document, offset; `SamplePosition`: epoch, sample; `WalkPosition`:
+    epoch, file, row, byte, offset; of a mixture, the samples and the position of each source). No rank or batch size is
+    in it, so any of them may change on resume, and seeking passes over no text.
 
     Attributes:
+        names: of the sources, for reports.
+        documents: whether documents are kept apart, see `__iter__`.
         prefetch: batches that a thread makes ahead; 0 for none, and no thread.
     """
 
     def __init__(
         self,
-        stream: Stream | ShuffledStream,
+        stream: Stream | ShuffledStream | MixtureStream,
         *,
+        names: Sequence[str],
         seq_len: int,
         local_batch_size: int,
         rank: int,
         world_size: int,
         fingerprint: int,
         restart: bool,
+        documents: bool = False,
         prefetch: int = 2,
     ):
         assert seq_len > 0 and local_batch_size > 0 and 0 <= rank < world_size
         self.stream = stream
+        self.names = names
         self.seq_len = seq_len
         self.local_batch_size = local_batch_size
         self.rank = rank
         self.world_size = world_size
         self.fingerprint = fingerprint
         self.restart = restart
+        self.documents = documents
         self.prefetch = prefetch
         self._samples = 0
         self._position: tuple[int, ...] = stream.start
+        self._told: set[str] = set()
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """Yields ({"input": int64 [B, N], "positions": int32 [B, N]}, labels int64 [B, N]), for ever.
 
         B is local_batch_size, N is seq_len. `positions` is the index of each token within its document, from 0; a
         document that began in an earlier sample goes on counting, so documents begin where it is 0.
+
+        Where documents are kept apart there are also "documents"; labels are -100 where the next token is of no
+        document or of another one, and positions stay below N. `packing.apart` has each of them.
 
         Training goes on from the data position; validation begins anew with each iterator.
 
@@ -89,11 +113,41 @@ class TokenLoader:
             self._samples, self._position = 0, self.stream.start
         return self._batches()
 
-    def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def _batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         with closing(_ahead(self._cut(self._samples, self._position), self.prefetch)) as batches:
             for batch in batches:
+                self._tell_of_nulls()
+                before = self.drawn()
                 self._samples, self._position = batch.samples, batch.position
+                if not self.restart and self.rank == 0:
+                    self._tell_of_epochs(before)
                 yield batch.inputs, batch.labels
+
+    def drawn(self) -> dict[str, Drawn]:
+        """What was taken so far of each source, by its name."""
+        if isinstance(self.stream, MixtureStream):
+            parts = self.stream.split(self._position)
+        else:
+            parts = [(self._samples, self._position)]
+        # Every position begins with its epoch.
+        return {name: Drawn(samples, own[0]) for name, (samples, own) in zip(self.names, parts, strict=True)}
+
+    def _tell_of_epochs(self, before: dict[str, Drawn]) -> None:
+        for name, drawn in self.drawn().items():
+            # Of text that is passed many times, not every line.
+            if drawn.epochs > before[name].epochs and (drawn.epochs < 10 or drawn.epochs % 10 == 0):
+                _log.info("source %s: epoch %d begins", name, drawn.epochs + 1)
+
+    def _tell_of_nulls(self) -> None:
+        """Log once a source, on the first rank, that rows have no text."""
+        if self.rank or self.restart:
+            return
+        streams = self.stream.streams if isinstance(self.stream, MixtureStream) else [self.stream]
+        for name, stream in zip(self.names, streams, strict=True):
+            if name not in self._told and isinstance(stream, WalkingStream) and (count := stream.source.nulls):
+                self._told.add(name)
+                of = f"source {name}: " if isinstance(self.stream, MixtureStream) else ""
+                _log.warning("%srows whose text is null or empty are passed over: %d so far", of, count)
 
     def _cut(self, samples: int, position: tuple[int, ...]) -> Generator[_Batch, None, None]:
         local_tokens = self.local_batch_size * self.seq_len
@@ -101,11 +155,16 @@ class TokenLoader:
         while True:
             cursor.skip(self.rank * local_tokens)
             taken = [cursor.take(self.seq_len) for _ in range(self.local_batch_size)]
-            ids, places = (torch.from_numpy(np.stack(rows)) for rows in zip(*taken, strict=True))
+            ids, places = (np.stack(rows) for rows in zip(*taken, strict=True))
             cursor.skip((self.world_size - self.rank - 1) * local_tokens)
             samples += self.world_size * self.local_batch_size
-            inputs = {"input": ids[:, :-1].contiguous(), "positions": places}
-            yield _Batch(inputs, ids[:, 1:].contiguous(), samples, cursor.position)
+            if self.documents:
+                inputs, labels = apart(ids, places)
+            else:
+                ids, labels, places = (np.ascontiguousarray(x) for x in (ids[:, :-1], ids[:, 1:], places[:, :-1]))
+                inputs = {"input": ids, "positions": places}
+            arrays = {key: torch.from_numpy(x) for key, x in inputs.items() if isinstance(x, np.ndarray)}
+            yield _Batch(inputs | arrays, torch.from_numpy(labels), samples, cursor.position)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the batch last yielded, and what it holds for; plain integers, equal on every rank."""
@@ -196,13 +255,20 @@ def _mismatch(key: str, there: int, here: int) -> tuple[str, str]:
     if key == "fingerprint":
         return (
             "the training data changed since the checkpoint was written "
-            "(files, sizes, shards, tokenizer, split, data.shuffle)",
+            "(files, sizes, shards, tokenizer, split, data.shuffle, data.packing)",
             "restore the files (or the Python installation) that the run started with, or start a new run",
         )
     return (
         f"the checkpoint's place in the data was taken with training.{key} = {there}, not {here}",
         f"resume with training.{key} = {there}, or start a new run",
     )
+
+
+def _shuffled(data: "DataSection", stream: Stream, seq_len: int) -> Stream | ShuffledStream:
+    if not shuffles(data, stream):
+        return stream
+    assert isinstance(stream, TokenStream)
+    return ShuffledStream(stream, seq_len)
 
 
 def build_loader(
@@ -214,33 +280,36 @@ def build_loader(
     seed: int,
     split: Split = "train",
     *,
+    align: int | None = None,
     prefetch: int = 2,
 ) -> TokenLoader:
     """The loader of one rank for the `[data]` section of a recipe.
 
     `rank` and `world_size` count data-parallel ranks. The validation order does not depend on `seed`, so runs with
-    different seeds are measured on the same tokens.
+    different seeds are measured on the same tokens. `align` is `Recipe.alignment`: with a number, documents are kept
+    apart, and `seq_len` is a multiple of it.
 
     Raises:
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
-    stream: Stream | ShuffledStream
-    stream, fingerprint = build_stream(data, build_tokenizer(data.tokenizer), seed, split)
-    if shuffles(data, stream):
-        assert isinstance(stream, TokenStream)
-        stream = ShuffledStream(stream, seq_len)
-    if isinstance(stream, WalkingStream) and split == "train" and world_size > 1 and rank == 0:
+    assert seq_len % (align or 1) == 0
+    found, fingerprint = build_streams(data, build_tokenizer(data.tokenizer), seed, split, align=align)
+    streams = [_shuffled(data, stream, seq_len) for stream in found]
+    walks = any(isinstance(stream, WalkingStream) for stream in streams)
+    if walks and split == "train" and world_size > 1 and rank == 0:
         _log.warning(
             "each of the %d processes tokenizes all of the text; lighthouse data prepare does it once, beforehand",
             world_size,
         )
     return TokenLoader(
-        stream,
+        MixtureStream(streams, data.weights, seq_len) if data.sources else streams[0],
+        names=data.names,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
         rank=rank,
         world_size=world_size,
         fingerprint=fingerprint,
         restart=split == "validation",
+        documents=align is not None,
         prefetch=prefetch,
     )

@@ -8,11 +8,12 @@ longer one.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from lighthouse_core.data.build import build_source, build_stream, open_tokens
+from lighthouse_core.data.build import build_source, build_streams, open_tokens
 from lighthouse_core.data.documents import (
     Keep,
     Place,
@@ -57,6 +58,7 @@ class Overlap(NamedTuple):
         same_files: whether one of these is a file, or a row of a file, that the run was trained on, rather than a copy.
             A row that stands twice in a file, on either side of a split, is a copy.
         unknown: why more could be in it; None where all is known.
+        source: name of the source that this is of, rather than of all of a mixture.
     """
 
     texts: int | None
@@ -64,6 +66,7 @@ class Overlap(NamedTuple):
     share: float
     same_files: bool
     unknown: str | None
+    source: str = ""
 
     @property
     def trained_on(self) -> bool:
@@ -71,6 +74,9 @@ class Overlap(NamedTuple):
         return self.same_files or (self.shared > 0 and self.share >= MOST_SHARED)
 
     def __str__(self) -> str:
+        return (f"source {self.source}: " if self.source else "") + self._words()
+
+    def _words(self) -> str:
         found = f"{self.shared} of {self.texts} texts, {self.share:.2%} of their length, are in the run's training text"
         if self.texts is None:
             found = f"{self.share:.2%} of the documents are in the run's training text"
@@ -100,28 +106,61 @@ def overlap(own: "Recipe", other: "Recipe", trained: str | None, *, seconds: flo
     """
     check = until(time.monotonic() + seconds)
     changed = _changed(own, trained, check)
-    ours, theirs = own.data, pinned(other).data
-    if is_remote(ours) or is_remote(theirs):
-        if _same_dataset(ours, theirs) and theirs.validation <= ours.validation:
-            return Overlap(None, 0, 0.0, False, changed)
-        if _same_dataset(ours, theirs):
-            return _by_split(ours, theirs, changed)
-        return Overlap(None, 0, 0.0, False, "data sets of the hub are not read to be compared")
-    tokenizer = build_tokenizer(ours.tokenizer)
-    measured = _open(theirs, tokenizer)
-    try:
-        known = _open(ours, tokenizer, check)
-    except TimeIsUp:
-        return Overlap(None, 0, 0.0, False, changed or _ENDLESS)
-    except LighthouseError as error:
-        return Overlap(None, 0, 0.0, False, f"the run's training text is not there: {error}")
-    if _same_listing(known, measured):
-        if theirs.validation <= ours.validation:
-            return Overlap(None, 0, 0.0, False, changed)
-        return _by_split(ours, theirs, changed)
-    ids = PreparedTokens in (type(known), type(measured))
-    look = _Look(tokenizer if ids else None, seconds)
-    return look.compare(known, ours, measured, theirs, changed)
+    data = pinned(other).data
+    found = []
+    for name, theirs in zip(data.names, data.parts, strict=True):
+        seen = _of_source(own.data, theirs, changed, seconds, check)
+        found.append(seen._replace(source=name) if data.sources else seen)
+    return _together(found, data.shares)
+
+
+def _of_source(
+    own: "DataSection", theirs: "DataSection", changed: str | None, seconds: float, check: Callable[[], None]
+) -> Overlap:
+    """What of the text of one source is in the training text of any source of a run."""
+    found = []
+    apart: dict[bool, list[tuple[Source | PreparedTokens, DataSection]]] = {False: [], True: []}
+    tokenizer = None if is_remote(theirs) else build_tokenizer(own.tokenizer)
+    measured = None if tokenizer is None else _open(theirs, tokenizer)
+    for ours in own.parts:
+        if is_remote(ours) or tokenizer is None or measured is None:
+            if _same_dataset(ours, theirs):
+                found.append(_by_split(ours, theirs, changed))
+            else:
+                found.append(Overlap(None, 0, 0.0, False, "data sets of the hub are not read to be compared"))
+            continue
+        try:
+            known = _open(ours, tokenizer, check)
+        except TimeIsUp:
+            found.append(Overlap(None, 0, 0.0, False, changed or _ENDLESS))
+            continue
+        except LighthouseError as error:
+            found.append(Overlap(None, 0, 0.0, False, f"the run's training text is not there: {error}"))
+            continue
+        if _same_listing(known, measured):
+            found.append(_by_split(ours, theirs, changed))
+        else:
+            apart[PreparedTokens in (type(known), type(measured))].append((known, ours))
+    for ids, sides in apart.items():
+        if sides and measured is not None:
+            found.append(_Look(tokenizer if ids else None, seconds).compare(sides, measured, theirs, changed))
+    worst = max(found, key=lambda seen: (seen.trained_on, seen.share, seen.texts is not None))
+    return worst._replace(unknown=next((seen.unknown for seen in found if seen.unknown), None))
+
+
+def _together(found: Sequence[Overlap], shares: Sequence[float]) -> Overlap:
+    """Of all sources of a mixture: the one that is no held-out text, else what is in the training text of any."""
+    if len(found) == 1 or any(seen.trained_on for seen in found):
+        return max(found, key=lambda seen: seen.trained_on)
+    counts = [seen.texts for seen in found if seen.texts is not None]
+    unknown = next((f"source {seen.source}: {seen.unknown}" for seen in found if seen.unknown), None)
+    return Overlap(
+        sum(counts) if counts else None,
+        sum(seen.shared for seen in found),
+        sum(share * seen.share for share, seen in zip(shares, found, strict=True)),
+        False,
+        unknown,
+    )
 
 
 def own_split(own: "Recipe", trained: str | None, *, seconds: float = SECONDS) -> Overlap:
@@ -133,11 +172,14 @@ def _changed(own: "Recipe", trained: str | None, check: Callable[[], None]) -> s
     """Why the data that the run's recipe names may not be what it was trained on; None where it is."""
     if trained is None:
         return "the run's ledger does not say which data it was trained on"
-    if is_remote(own.data):
+    if not own.data.sources and is_remote(own.data):
         # Its name has the commit.
         return None
+    if any(map(is_remote, own.data.parts)):
+        return "the run's data has a data set of the hub, and the rest of it is not compared with what it was"
     try:
-        _, found = build_stream(own.data, build_tokenizer(own.data.tokenizer), own.training.seed, "train", check)
+        tokenizer = build_tokenizer(own.data.tokenizer)
+        _, found = build_streams(own.data, tokenizer, own.training.seed, "train", check, align=own.alignment)
     except TimeIsUp:
         return _ENDLESS
     except LighthouseError as error:
@@ -149,6 +191,8 @@ def _changed(own: "Recipe", trained: str | None, check: Callable[[], None]) -> s
 
 def _by_split(ours: "DataSection", theirs: "DataSection", changed: str | None) -> Overlap:
     """Of the same documents: those that one split holds out and the other does not."""
+    if theirs.validation <= ours.validation:
+        return Overlap(None, 0, 0.0, False, changed)
     return Overlap(None, 1, 1 - ours.validation / theirs.validation, True, changed)
 
 
@@ -203,8 +247,7 @@ class _Look:
 
     def compare(
         self,
-        known: Source | PreparedTokens,
-        ours: "DataSection",
+        known: "Sequence[tuple[Source | PreparedTokens, DataSection]]",
         measured: Source | PreparedTokens,
         theirs: "DataSection",
         unknown: str | None,
@@ -231,7 +274,8 @@ class _Look:
         # What has been seen is looked for in any case.
         self.deadline = time.monotonic() + self.seconds
         try:
-            for text in self._texts(known, "train", ours.validation, set(rows)):
+            trained = (self._texts(one, "train", ours.validation, set(rows)) for one, ours in known)
+            for text in chain.from_iterable(trained):
                 # Of another size, it need not be read.
                 if text.size not in sizes or (count := wanted.get(text.digest())) is None:
                     continue
@@ -258,11 +302,7 @@ class _Look:
         paths = [file.path for file in source.files] if isinstance(source, FilesSource) else [None] * len(source.sizes)
         nodes = list(map(_node, paths))
         for unit in sorted(range(len(nodes)), key=lambda unit: nodes[unit] not in first):
-            if (
-                isinstance(source, FilesSource)
-                and self.tokenizer is None
-                and not source.files[unit].path.endswith(_ROWS)
-            ):
+            if isinstance(source, FilesSource) and self.tokenizer is None and source.files[unit].is_document:
                 if keep(source.identities[unit]):
                     file = source.files[unit]
                     yield _Text(file.size - file.skip, _once(partial(self._whole, source, unit, keep)), nodes[unit])
@@ -311,9 +351,6 @@ class _Look:
                 # The splits of one folder are apart, and of another folder it is a copy.
                 yield _Text(4 * length, digest, None)
                 offset += length
-
-
-_ROWS = (".jsonl", ".parquet")
 
 
 def _digest_of_bytes(document: Document, start: int, size: int) -> bytes:

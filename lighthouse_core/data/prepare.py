@@ -20,9 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lighthouse_core.config.data import DataSection
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
-from lighthouse_core.data.documents import Place, Source, Split, held_out, with_ends
+from lighthouse_core.data.documents import Place, Source, Split, Tokenizer, held_out, with_ends
+from lighthouse_core.data.imported import AsIds, Format, TokenFiles
 from lighthouse_core.data.shards import INDEX, ShardWriter, write_index, writing
 from lighthouse_core.data.stream import no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -44,6 +46,8 @@ _SPLITS: tuple[Split, ...] = ("train", "validation")
 # A shard is made from about this many bytes of text, or from a 64th of less: enough pieces to share and to time.
 _LARGEST, _SMALLEST, _PIECES = 64 << 20, 1 << 20, 64
 _REPORT_SECONDS = 1.0
+# What asks a process to end.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Progress(NamedTuple):
@@ -66,10 +70,11 @@ class Piece(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is in a prepared directory, by split."""
+    """What is in a prepared directory, by split; `nulls` rows of the source had no text."""
 
     documents: dict[Split, int]
     tokens: dict[Split, int]
+    nulls: int = 0
 
 
 def prepare(
@@ -92,13 +97,37 @@ def prepare(
         DataError: the data cannot be read; `out` holds something else, or is in use.
     """
     data = recipe.data
+    if data.sources:
+        raise DataError(
+            "a mixture is not prepared as a whole",
+            hint='prepare each source by a recipe of its own, then mix the directories: source = "tokens" in each '
+            "[[data.sources]]",
+        )
     if data.source == "tokens":
         raise DataError(
             'data.source "tokens" is prepared already',
             hint="give the recipe of the text that the tokens are to be made of",
         )
-    tokenizer = checked_tokenizer(recipe)
-    source = build_source(data)
+    return prepare_source(build_source(data), data, checked_tokenizer(recipe), out, workers, progress, say)
+
+
+def prepare_source(
+    source: Source,
+    data: DataSection,
+    tokenizer: Tokenizer,
+    out: Path,
+    workers: int,
+    progress: Callable[[Progress], None],
+    say: Callable[[str], None] | None = None,
+) -> Prepared:
+    """As `prepare`, of a source that is there.
+
+    Args:
+        source: what to read; `TokenFiles` has ids, which are kept as they are.
+        data: its tokenizer, by name, and the share held out.
+        tokenizer: the same.
+        out, workers, progress, say: of `prepare`.
+    """
     work = {
         "listing": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -109,7 +138,7 @@ def prepare(
     with _hold(out):
         refuse_links(out, "progress")
         if (out / INDEX).is_file():
-            _check_same(out, recipe, source, tokenizer, say)
+            _check_same(out, data, source, tokenizer, say)
         else:
             state = out / "progress"
             _check_ours(out)
@@ -123,6 +152,7 @@ def prepare(
                 "tokenizer": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "validation": data.validation,
+                "nulls": sum(_nulls(_read_record(out, number)) for number in range(len(tasks))),
                 "splits": _merge(source, state, len(tasks)),
             }
             if not index["splits"]["train"]["units"]:
@@ -130,11 +160,46 @@ def prepare(
             write_index(out, index)
         with writing(out):
             _remove_progress(out)
-    splits = read_json(out / INDEX)["splits"]
+    index = read_json(out / INDEX)
+    splits = index["splits"]
     return Prepared(
         {split: sum(one[2] for one in splits[split]["shards"]) for split in _SPLITS},
         {split: sum(one[1] for one in splits[split]["shards"]) for split in _SPLITS},
+        _nulls(index),
     )
+
+
+def import_tokens(
+    path: str,
+    out: Path,
+    tokenizer: str,
+    *,
+    format: Format | None,
+    validation: float,
+    workers: int,
+    progress: Callable[[Progress], None],
+    say: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Write token files as a prepared directory; the same call again finishes what was interrupted.
+
+    Args:
+        path: a file, or a folder, of which all files of these kinds are taken.
+        out: as of `prepare`, and workers and progress.
+        tokenizer: as [data] tokenizer names it: the one that the files were made with.
+        format: of the files; None where names and contents tell it.
+        validation: share of documents held out.
+        say: as of `prepare`; called first with the formats, the widths and the number of tokens.
+
+    Raises:
+        DataError: as of `TokenFiles` and `prepare`.
+    """
+    made = build_tokenizer(tokenizer)
+    source = TokenFiles(path, made, format)
+    if say is not None:
+        say(str(source))
+    # Not validated as a recipe's: what is wrong with a path is said where it is used.
+    data = DataSection.model_construct(paths=(str(out),), tokenizer=tokenizer, validation=validation)
+    return prepare_source(source, data, made, out, workers, progress, say)
 
 
 @contextmanager
@@ -158,13 +223,15 @@ def _hold(out: Path) -> Iterator[None]:
         remove_empty(made)
 
 
-def _check_same(out: Path, recipe: "Recipe", source: Source, tokenizer: Any, say: Callable[[str], None] | None) -> None:
+def _check_same(
+    out: Path, data: DataSection, source: Source, tokenizer: Tokenizer, say: Callable[[str], None] | None
+) -> None:
     """A finished directory is left as it is if it is what was asked for, and whole.
 
     Raises:
         DataError: it is damaged, or made of other data; files of other content and the same size are not told apart.
     """
-    finished = open_tokens(recipe.data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
+    finished = open_tokens(data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
     if finished.fingerprint != source.fingerprint:
         raise DataError(f"{out} was prepared from other data", hint="choose another OUT, or remove it")
     finished.verify(say)
@@ -315,7 +382,8 @@ def _run(
     try:
         while True:
             while len(waiting) < 2 * workers and (following := next(queue, None)) is not None:
-                waiting[pool.submit(_run_task, following, tasks[following])] = following
+                with _unbroken():
+                    waiting[pool.submit(_run_task, following, tasks[following])] = following
             if not waiting:
                 break
             for future in wait(waiting, _REPORT_SECONDS, return_when=FIRST_COMPLETED).done:
@@ -345,9 +413,41 @@ def _run(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Within, a signal that would raise an exception waits.
+
+    A pool whose thread has not begun cannot be ended, and a worker that is cut off before it has its work says so with
+    a traceback. The workers that begin within have these signals blocked: Ctrl-C reaches the whole group.
+    """
+    waited: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in _ENDING if ours}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        # A signal to another thread has its handler run here, whatever is blocked here.
+        for number in handlers:
+            signal.signal(number, lambda number, frame: waited.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        # It comes with the others that have waited.
+        if waited:
+            signal.raise_signal(waited[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _total(record: dict[str, Any], what: str) -> int:
     field = {"tokens": 1, "documents": 2}[what]
-    return sum(split["shard"][field] for split in record.values() if split["shard"])
+    return sum(record[split]["shard"][field] for split in _SPLITS if record[split]["shard"])
+
+
+def _nulls(found: dict[str, Any] | None) -> int:
+    """Rows without text, of a record or an index; earlier releases counted none."""
+    count = (found or {}).get("nulls", 0)
+    return count if is_count(count) else 0
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -418,8 +518,12 @@ def _begin_worker(source: Source, tokenizer: str, validation: float, out: str, s
     global _job
     # Ctrl-C reaches the whole group; the parent ends the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _job = _Job(source, build_tokenizer(tokenizer), validation, Path(out), stop, counts)
+    made = build_tokenizer(tokenizer)
+    if isinstance(source, TokenFiles):
+        made = AsIds(made)
+    _job = _Job(source, made, validation, Path(out), stop, counts)
 
 
 def _end_with_parent() -> None:
@@ -437,6 +541,7 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
     writers: dict[Split, ShardWriter] = {}
     units: dict[Split, list[list[int]]] = {split: [] for split in _SPLITS}
     told, time_told = (0, 0), time.monotonic()
+    nulls = job.source.nulls
 
     def tell() -> None:
         nonlocal told, time_told
@@ -451,9 +556,9 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
             writers[split] = ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer)
         for piece in pieces:
             counts = {split: [0, 0] for split in _SPLITS}
-            for record in job.source.records(piece.unit, Place(piece.row, piece.byte), lambda identity: True):
-                if piece.end is not None and record.start.row >= piece.end:
-                    break
+            for record in job.source.records(
+                piece.unit, Place(piece.row, piece.byte), lambda identity: True, piece.end
+            ):
                 if job.stop.is_set():
                     raise LighthouseError("stopped")
                 split = "validation" if held_out(record.identity, job.validation) else "train"
@@ -466,7 +571,7 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
             for split, (documents, total) in counts.items():
                 if documents:
                     units[split].append([piece.unit, documents, total])
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {"nulls": job.source.nulls - nulls}
         for split, writer in writers.items():
             shard = list(writer.publish()) if writer.documents else None
             result[split] = {"shard": shard, "units": units[split]}

@@ -12,12 +12,14 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lighthouse_core.data.documents import Split, Tokenizer
+from lighthouse_core.data.padding import PADDING, padded
 from lighthouse_core.data.verified import Ids, Sealed, verify_files
 from lighthouse_core.errors import DataError, refusal
 from lighthouse_core.files import new_beside, write_atomically
@@ -31,6 +33,10 @@ _HEADER = struct.Struct("<8sIIQQQQ32s")
 _SEAL = 8
 _HEADER_BYTES = _HEADER.size + _SEAL
 _BLOCK = 1 << 22
+# Where one in so many documents begins with padding is kept, for each document would take too much memory.
+_EVERY = 1 << 10
+# Of so many documents the lengths are worked out at a time.
+_DOCUMENTS = _EVERY << 10
 
 
 class Shard(NamedTuple):
@@ -159,11 +165,13 @@ class PreparedTokens:
         self._splits = index["splits"]
         self._itemsize = token_bytes(tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size
+        self._eos_id = tokenizer.eos_id
         for shard in self._all_shards():
             self._verify_header(shard, tokenizer)
 
-    def units(self, split: Split) -> "list[ShardUnit]":
-        """The units of a split that have documents in it, in the order of the source's listing."""
+    def units(self, split: Split, align: int = 1) -> "list[ShardUnit]":
+        """The units of a split that have documents in it, in the order of the source's listing; every document is
+        padded to a whole multiple of `align` tokens."""
         shards = [Shard(*one) for one in self._splits[split]["shards"]]
         maps = _Maps(self.path, shards, self._itemsize, self._vocab_size)
         ends = [0] * len(shards)
@@ -173,7 +181,7 @@ class PreparedTokens:
             for shard, documents, tokens in parts:
                 segments.append(Segment(shard, ends[shard], tokens, documents))
                 ends[shard] += tokens
-            units.append(ShardUnit(identity, tuple(segments), maps))
+            units.append(ShardUnit(identity, tuple(segments), maps, align, self._eos_id))
         return units
 
     @property
@@ -232,13 +240,23 @@ class PreparedTokens:
             raise DataError(f"{path} is damaged: {size} bytes instead of {expected}", hint=again)
 
 
+def origin(path: Path) -> int:
+    """The fingerprint of the source that a directory was prepared from.
+
+    Raises:
+        DataError: it is not a finished directory, or damaged.
+    """
+    fingerprint: int = _read_index(path)["fingerprint"]
+    return fingerprint
+
+
 class _Maps:
     """The memory maps of a split's shards, of which the last few used are kept open."""
 
     _OPEN = 32
 
     def __init__(self, folder: Path, shards: Sequence[Shard], itemsize: int, vocab_size: int):
-        self._folder, self._shards, self._itemsize, self.vocab_size = folder, shards, itemsize, vocab_size
+        self._folder, self._shards, self.itemsize, self.vocab_size = folder, shards, itemsize, vocab_size
         self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,44 +270,72 @@ class _Maps:
                 raise DataError(
                     f"cannot read {self._folder / shard.file}: {error}", hint=_again(self._folder)
                 ) from None
-            end = _HEADER_BYTES + shard.tokens * self._itemsize
-            starts = _HEADER_BYTES + _padded(shard.tokens * self._itemsize)
+            end = _HEADER_BYTES + shard.tokens * self.itemsize
+            starts = _HEADER_BYTES + _aligned(shard.tokens * self.itemsize)
             found = (
-                np.asarray(whole[_HEADER_BYTES:end]).view(f"<u{self._itemsize}"),
-                np.asarray(whole[starts : starts + 8 * shard.documents]).view("<u8"),
+                np.asarray(whole[_HEADER_BYTES:end]).view(f"<u{self.itemsize}"),
+                np.asarray(whole[starts : starts + 8 * shard.documents]).view("<i8"),
             )
-            self._check_starts(shard, found[1])
+            self._check_starts(number, found[1])
             kept = list(self._open.items())[-self._OPEN + 1 :]
             self._open = {**dict(kept), number: found}
         return found
 
-    def _check_starts(self, shard: Shard, starts: np.ndarray) -> None:
+    def _check_starts(self, number: int, starts: np.ndarray) -> None:
         """Raise DataError unless documents begin one after another within the tokens."""
-        if len(starts) and (starts[0] or starts[-1] > shard.tokens or bool((starts[1:] < starts[:-1]).any())):
-            raise self.fault(shard, "documents that do not follow one another")
+        if len(starts) and (
+            starts[0] or starts[-1] > self._shards[number].tokens or bool((starts[1:] < starts[:-1]).any())
+        ):
+            raise self.fault(number, "documents that do not follow one another")
 
     def beyond(self, number: int, found: int) -> DataError:
         """Of an id of a shard that the vocabulary does not have."""
-        return self.fault(self._shards[number], f"the id {found}, and its tokenizer has {self.vocab_size}")
+        return self.fault(number, f"the id {found}, and its tokenizer has {self.vocab_size}")
 
-    def fault(self, shard: Shard, what: str) -> DataError:
-        return DataError(f"{self._folder / shard.file} has {what}", hint=_again(self._folder))
+    def fault(self, number: int, what: str) -> DataError:
+        return DataError(f"{self._folder / self._shards[number].file} has {what}", hint=_again(self._folder))
+
+
+class _Layout(NamedTuple):
+    """A segment whose documents are padded: its length, and the tokens before document 0, _EVERY, 2 * _EVERY ..."""
+
+    tokens: int
+    before: np.ndarray
+
+
+_AT_ONCE = np.zeros(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """The documents of one unit of the source, one after another, as they lie in one or more shards."""
+    """The documents of one unit of the source, one after another, as they lie in one or more shards, each padded with
+    `eos` to a whole multiple of `align` tokens."""
 
     identity: str
     segments: tuple[Segment, ...]
     maps: _Maps
+    align: int = 1
+    eos: int = 0
 
     @property
     def length(self) -> int:
+        if self.align > 1:
+            return sum(layout.tokens for layout in self._layouts)
+        return self.tokens
+
+    @property
+    def tokens(self) -> int:
         return sum(segment.tokens for segment in self.segments)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tokens."""
+        return self.tokens * self.maps.itemsize
 
     def open(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
         """A reader: (first token, count) -> (ids, positions within their documents); at most to a segment's end."""
+        if self.align > 1:
+            return self._open_padded()
         ends = np.cumsum([segment.tokens for segment in self.segments])
 
         def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -297,23 +343,75 @@ class ShardUnit:
             segment = self.segments[number]
             begin = segment.start + offset - int(ends[number]) + segment.tokens
             end = min(begin + count, segment.start + segment.tokens)
-            tokens, starts = self.maps[segment.shard]
-            ids = tokens[begin:end]
-            # A row of the embedding that is not there ends a GPU's process without a word of which.
-            if len(ids) and ids.max() >= self.maps.vocab_size:
-                raise self.maps.beyond(segment.shard, int(ids.max()))
-            return ids, _positions(starts, begin, end)
+            return self._ids(segment, begin, end), _positions(self.maps[segment.shard][1], begin, end)
 
         return read
 
     def document_lengths(self) -> np.ndarray:
-        lengths = []
-        for segment in self.segments:
-            starts = self.maps[segment.shard][1]
-            first = int(np.searchsorted(starts, segment.start))
-            begins = starts[first : first + segment.documents].astype(np.int64)
-            lengths.append(np.diff(begins, append=segment.start + segment.tokens))
-        return np.concatenate(lengths)
+        return np.concatenate([np.diff(self._begins(one, 0, one.documents)) for one in self.segments])
+
+    def _ids(self, segment: Segment, begin: int, end: int) -> np.ndarray:
+        """Tokens of the segment's shard."""
+        ids = self.maps[segment.shard][0][begin:end]
+        # A row of the embedding that is not there ends a GPU's process without a word of which.
+        if len(ids) and ids.max() >= self.maps.vocab_size:
+            raise self.maps.beyond(segment.shard, int(ids.max()))
+        return ids
+
+    def _begins(self, segment: Segment, low: int, high: int) -> np.ndarray:
+        """Where documents low to high - 1 of a segment begin in its shard, and the last one's end; int64."""
+        starts = self.maps[segment.shard][1]
+        first = int(np.searchsorted(starts, segment.start))
+        begins = starts[first + low : first + min(high + 1, segment.documents)]
+        return begins if high < segment.documents else np.append(begins, segment.start + segment.tokens)
+
+    @cached_property
+    def _layouts(self) -> tuple[_Layout, ...]:
+        return tuple(map(self._layout, self.segments))
+
+    def _layout(self, segment: Segment) -> _Layout:
+        if segment.documents == 1:
+            return _Layout(padded(segment.tokens, self.align), _AT_ONCE)
+        sums, documents = [_AT_ONCE], segment.documents
+        for low in range(0, documents, _DOCUMENTS):
+            begins = self._begins(segment, low, min(low + _DOCUMENTS, documents))
+            lengths = np.diff(begins)
+            if len(lengths) != min(_DOCUMENTS, documents - low) or (not low and begins[0] != segment.start):
+                raise self.maps.fault(segment.shard, "documents that are not those of the index")
+            sums.append(np.add.reduceat(padded(lengths, self.align), np.arange(0, len(lengths), _EVERY)))
+        before = np.cumsum(np.concatenate(sums))
+        return _Layout(int(before[-1]), before[:-1].copy())
+
+    def _open_padded(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+        ends = np.cumsum([layout.tokens for layout in self._layouts])
+
+        def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+            number = int(np.searchsorted(ends, offset, side="right"))
+            segment, layout = self.segments[number], self._layouts[number]
+            begin = offset - int(ends[number]) + layout.tokens
+            end = min(begin + count, layout.tokens)
+            # All documents of the blocks that the tokens are in, then those that they are of.
+            block, after = np.searchsorted(layout.before, (begin, end - 1), side="right")
+            begins = self._begins(segment, int(block - 1) * _EVERY, min(int(after) * _EVERY, segment.documents))
+            lengths = np.diff(begins)
+            heads = np.cumsum(np.append(layout.before[block - 1], padded(lengths, self.align)))
+            low, high = np.searchsorted(heads, (begin, end - 1), side="right")
+            begins, lengths = begins[low - 1 : high], lengths[low - 1 : high]
+            # Counted from the first token that is asked for.
+            heads = heads[low - 1 : high + 1] - begin
+            counts = np.diff(heads.clip(0, end - begin))
+            places = np.arange(end - begin, dtype=np.int32) - np.repeat(heads[:-1].astype(np.int32), counts)
+            real = places < np.repeat(lengths.astype(np.int32), counts)
+            first = int(begins[0]) + min(-int(heads[0]), int(lengths[0]))
+            raw = self._ids(segment, first, first + int(np.count_nonzero(real)))
+            if len(raw) == len(real):
+                return raw, places
+            places[~real] = PADDING
+            ids = np.full(len(real), self.eos, dtype=raw.dtype)
+            ids[real] = raw
+            return ids, places
+
+        return read
 
 
 def _positions(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
@@ -328,12 +426,13 @@ def _again(folder: Path) -> str:
     return f"remove {folder} and prepare it again: lighthouse data prepare RECIPE {folder}"
 
 
-def _padded(count: int) -> int:
+def _aligned(count: int) -> int:
+    """Bytes, with those that fill up a shard's tokens to 8."""
     return count + -count % 8
 
 
 def _shard_bytes(shard: Shard, itemsize: int) -> int:
-    return _HEADER_BYTES + _padded(shard.tokens * itemsize) + 8 * shard.documents
+    return _HEADER_BYTES + _aligned(shard.tokens * itemsize) + 8 * shard.documents
 
 
 def _seal(content: bytes) -> bytes:

@@ -25,13 +25,15 @@ class ShuffledStream:
     """The samples that each epoch of `stream` can be cut into, in another order.
 
     What makes no whole sample is passed over, at the beginning and at the end of an epoch: how much of it at which is
-    drawn anew, so every epoch is cut at other places, also where it is one document.
+    drawn anew, so every epoch is cut at other places, also where it is one document. It is a whole multiple of the
+    stream's `align`, and `seq_len` must be one, so that documents begin at multiples of it in the samples, too.
     """
 
     start = SamplePosition()
 
     def __init__(self, stream: TokenStream, seq_len: int):
         self.stream = stream
+        assert seq_len % stream.align == 0
         self.seq_len = seq_len
         self.seed = stream.seed
         # Text shorter than one sample is repeated.
@@ -41,10 +43,11 @@ class ShuffledStream:
         return _Drawer(self, SamplePosition(*position))
 
     def read(self, position: SamplePosition) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at a place and the token after it, int64 [seq_len + 1]; positions within documents, int32."""
-        key = f"{self.seed} {position.epoch}"
+        """The sample at a place and the token after it, int64, and their positions within documents, int32; both
+        [seq_len + 1]."""
+        key, align = f"{self.seed} {position.epoch}", self.stream.align
         left = self.stream.length - self.samples * self.seq_len
-        first = stable_hash("cut", key) % (left + 1 if left >= 0 else self.stream.length)
+        first = stable_hash("cut", key) % (left // align + 1 if left >= 0 else self.stream.length // align) * align
         first += permuted(position.sample, self.samples, key) * self.seq_len
         return self.stream.read(self.stream.advance(Position(position.epoch), first), self.seq_len + 1)
 
@@ -56,9 +59,9 @@ class _Drawer:
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         assert count == self.stream.seq_len
-        ids, places = self.stream.read(self.position)
+        taken = self.stream.read(self.position)
         self.skip(count)
-        return ids, places[:count]
+        return taken
 
     def skip(self, count: int) -> None:
         assert count % self.stream.seq_len == 0

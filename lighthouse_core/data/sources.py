@@ -113,7 +113,9 @@ def _listed(file: File) -> tuple[object, ...]:
 
 
 class PythonSource:
-    """The documents as a source of text: each is a unit with one record."""
+    """The documents as a source of text: each is a unit with one record. It has no rows, and so none without text."""
+
+    nulls = 0
 
     def __init__(self, paths: Sequence[str], check: Callable[[], None] = without_end):
         self.documents = list_documents(paths, check)
@@ -121,7 +123,7 @@ class PythonSource:
         self.sizes = [document.size for document in self.documents]
         self.fingerprint = fingerprint(self.documents)
 
-    def records(self, unit: int, place: Place, keep: Keep) -> Iterator[Record]:
+    def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
         document = self.documents[unit]
         if place.row == 0 and keep(document.identity):
             yield Record(document.identity, document.read(), Place(), Place(1))

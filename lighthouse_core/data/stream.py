@@ -3,6 +3,10 @@ Without the BOS where the tokenizer has none.
 
 Two streams give it. Where token counts are known without reading, `TokenStream` has random access. Elsewhere
 `WalkingStream` tokenizes one document after another, on every process. Both hand out cursors.
+
+With an `align` above 1 every document takes a whole multiple of so many tokens: EOS tokens behind it are padding, whose
+position within the document is -1. Lengths, places and offsets in a stream count them, so that cutting, seeking and
+shuffling know nothing of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lighthouse_core.data.documents import Keep, Place, Source, Split, Tokenizer, epoch_order, keeper, with_ends
+from lighthouse_core.data.padding import PADDING, padded
 from lighthouse_core.data.sources import Document
 from lighthouse_core.errors import DataError
 
@@ -27,8 +32,8 @@ class Cursor(Protocol):
     position: tuple[int, ...]
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens and the one after them, int64 [count + 1], and the index of each but that one within its
-        document (its first token, BOS if there is one, is 0), int32 [count]."""
+        """The next tokens and the one after them, int64 [count + 1], and the index of each within its document (its
+        first token, BOS if there is one, is 0; padding is -1), int32 [count + 1]."""
 
     def skip(self, count: int) -> None:
         """Pass over tokens."""
@@ -40,7 +45,7 @@ class Position(NamedTuple):
     Attributes:
         epoch: times the data was passed before.
         document: index into this epoch's order of units: documents, or in prepared tokens the files that held them.
-        offset: tokens of that unit already passed, BOS and EOS counted; less than its length.
+        offset: tokens of that unit already passed, BOS, EOS and padding counted; less than its length.
     """
 
     epoch: int = 0
@@ -50,13 +55,20 @@ class Position(NamedTuple):
 
 class Unit(Protocol):
     """Tokens that stay together in every epoch; `open` gives a reader (first, count) -> (ids, positions), which may
-    return fewer than count."""
+    return fewer than count. Padding counts in `length`, and neither in `tokens` nor in
+    `document_lengths`. `size` is that of what they are read from, in bytes."""
 
     @property
     def identity(self) -> str: ...
 
     @property
     def length(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def open(self) -> Reader: ...
 
@@ -66,24 +78,38 @@ class Unit(Protocol):
 class BytesUnit:
     """A document of Python files under the bytes tokenizer: one id a byte, so its size is its token count."""
 
-    def __init__(self, document: Document, tokenizer: Tokenizer):
+    def __init__(self, document: Document, tokenizer: Tokenizer, align: int = 1):
         self.document = document
         self.tokenizer = tokenizer
         self.identity = document.identity
-        self.length = document.size + 2
+        self.size = document.size
+        self.tokens = document.size + 2
+        self.length = padded(self.tokens, align)
 
     def open(self) -> Reader:
         def read(offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             end = min(offset + count, self.length)
+            if end > self.tokens:
+                part, within = read(offset, self.tokens - offset) if offset < self.tokens else _NOTHING
+                return padding_behind(part, within, end - offset, self.tokenizer.eos_id)
             # BOS is token 0, byte i is token i + 1.
             content = self.document.read(max(offset - 1, 0), end - 1 - max(offset - 1, 0))
-            part = with_ends(self.tokenizer, content, first=offset == 0, last=end == self.length)
+            part = with_ends(self.tokenizer, content, first=offset == 0, last=end == self.tokens)
             return part, np.arange(offset, end, dtype=np.int32)
 
         return read
 
     def document_lengths(self) -> np.ndarray:
-        return np.array([self.length])
+        return np.array([self.tokens])
+
+
+_NOTHING = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
+
+
+def padding_behind(ids: np.ndarray, places: np.ndarray, count: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their positions, and padding up to `count`."""
+    more = count - len(ids)
+    return np.pad(ids, (0, more), constant_values=eos), np.pad(places, (0, more), constant_values=PADDING)
 
 
 class TokenStream:
@@ -91,13 +117,15 @@ class TokenStream:
 
     Attributes:
         length: tokens of an epoch.
+        align: tokens of which every document has a whole multiple.
     """
 
     start = Position()
 
-    def __init__(self, units: Sequence[Unit], seed: int):
+    def __init__(self, units: Sequence[Unit], seed: int, align: int = 1):
         self.units = units
         self.seed = seed
+        self.align = align
         self._identities = [unit.identity for unit in units]
         self._lengths = np.array([unit.length for unit in units], dtype=np.int64)
         self.length = int(self._lengths.sum())
@@ -160,9 +188,9 @@ class _Seeker:
         self.position = position
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, places = self.stream.read(self.position, count + 1)
+        taken = self.stream.read(self.position, count + 1)
         self.skip(count)
-        return ids, places[:count]
+        return taken
 
     def skip(self, count: int) -> None:
         self.position = self.stream.advance(self.position, count)
@@ -176,8 +204,8 @@ class WalkPosition(NamedTuple):
         file: index into this epoch's order of units (files, or shards of a data set).
         row: records of that unit already passed.
         byte: offset of the next record in a line file, else 0.
-        offset: tokens of the next record already passed, BOS counted. A document in parts is read from its beginning
-            to find them.
+        offset: tokens of the next record already passed, BOS and padding counted. A document in parts is read from its
+            beginning to find them.
     """
 
     epoch: int = 0
@@ -188,17 +216,25 @@ class WalkPosition(NamedTuple):
 
 
 class WalkingStream:
-    """The endless token stream of a source of text, tokenized on the way."""
+    """The endless token stream of a source of text, tokenized on the way.
+
+    Attributes:
+        nulls: rows without text in the first epoch that this object read to its end, None before.
+    """
 
     start = WalkPosition()
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, seed: int, split: Split, validation: float):
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, seed: int, split: Split, validation: float, align: int = 1
+    ):
         self.source = source
         self.tokenizer = tokenizer
         self.seed = seed
         self.split: Split = split
         self.validation = validation
+        self.align = align
         self.keep = keeper(split, validation)
+        self.nulls: int | None = None
 
     def cursor(self, position: Sequence[int]) -> "_Walker":
         return _Walker(self, WalkPosition(*position))
@@ -206,7 +242,8 @@ class WalkingStream:
     def documents(
         self, position: WalkPosition, keep: Keep | None = None
     ) -> Iterator[tuple[WalkPosition, WalkPosition, np.ndarray, bool]]:
-        """(place before, place after, tokens with BOS and EOS, True) of every document from `position` on, for ever.
+        """(place before, place after, tokens with BOS and EOS, True) of every document from `position` on, for ever;
+        without padding.
 
         A document in parts comes as several, of which all but the last have False for True. `keep` takes the place of
         `self.keep`.
@@ -229,6 +266,7 @@ class WalkingStream:
                 place = Place()
             if not found:
                 raise no_documents(self.split, self.validation)
+            self.nulls = self.source.nulls if self.nulls is None else self.nulls
             epoch, first = epoch + 1, 0
 
 
@@ -236,9 +274,12 @@ class _Walker:
     def __init__(self, stream: WalkingStream, position: WalkPosition):
         self.position = position
         self._documents = stream.documents(position)
-        # The part that is held, and the tokens of its document before it.
+        self._align, self._eos = stream.align, stream.tokenizer.eos_id
+        # The part that is held, with the padding behind the last one, and the tokens of its document before it.
         self._tokens = np.empty(0, dtype=np.int32)
         self._passed, self._last = 0, True
+        # Tokens of the document up to this part's end, without padding.
+        self._end = 0
         self._before = self._after = position
         self._bos = stream.tokenizer.bos_id
         # Whether the part that is held is of the document at `position`.
@@ -251,21 +292,24 @@ class _Walker:
             self._hold()
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, places = np.empty(count + 1, dtype=np.int64), np.empty(count, dtype=np.int32)
+        tokens, places = np.empty(count + 1, dtype=np.int64), np.empty(count + 1, dtype=np.int32)
         filled = 0
         for offset, part in self._pass(count):
             end = filled + len(part)
             tokens[filled:end] = part
             places[filled:end] = np.arange(offset, offset + len(part))
+            places[filled + max(0, self._end - offset) : end] = PADDING
             filled = end
-        tokens[count] = self._peek()
+        tokens[count], places[count] = self._peek()
         return tokens, places
 
-    def _peek(self) -> int:
-        if not self.position.offset and self._bos is not None:
-            return self._bos  # of a document that need not be read for it
+    def _peek(self) -> tuple[int, int]:
+        """The next token, and its position."""
+        offset = self.position.offset
+        if not offset and self._bos is not None:
+            return self._bos, 0  # of a document that need not be read for it
         self._hold()
-        return int(self._tokens[self.position.offset - self._passed])
+        return int(self._tokens[offset - self._passed]), offset if offset < self._end else PADDING
 
     def skip(self, count: int) -> None:
         for _ in self._pass(count):
@@ -295,6 +339,9 @@ class _Walker:
     def _next_part(self) -> None:
         self._passed = 0 if self._last else self._passed + len(self._tokens)
         self._before, self._after, self._tokens, self._last = next(self._documents)
+        self._end = self._passed + len(self._tokens)
+        if self._last and (more := -self._end % self._align):
+            self._tokens = np.pad(self._tokens, (0, more), constant_values=self._eos)
 
 
 def _changed() -> DataError:

@@ -54,18 +54,22 @@ class BytesTokenizer:
         return [self.decode_bytes([i]) for i in range(self.vocab_size)]
 
 
-_HINT = '[data] tokenizer can be "bytes", or the path of a sentencepiece .model or a tokenizer.json'
+_HINT = (
+    '[data] tokenizer can be "bytes", or the path of a sentencepiece .model, of a tokenizer.json, or of a directory '
+    "with one"
+)
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `[data] tokenizer` names: "bytes", or the path of a .model or a tokenizer.json.
+    """The tokenizer that `[data] tokenizer` names: "bytes", or the path of a .model, of a tokenizer.json, or of a
+    directory with one of these, as a model's is.
 
     Raises:
-        DataError: the name is neither, or the file cannot be used.
+        DataError: the name is none of these, or the file cannot be used.
     """
     if name == "bytes":
         return BytesTokenizer()
-    path = home_expanded(name)
+    path = _file(name)
     if path.exists() and not path.is_file():
         # A pipe would be waited for, and a device read until memory is full.
         raise DataError(f"the tokenizer {path} is not a file", hint=_HINT)
@@ -83,13 +87,29 @@ def build_tokenizer(name: str) -> Tokenizer:
     )
 
 
+def _file(name: str) -> Path:
+    """The file that a name of a tokenizer leads to.
+
+    Raises:
+        DataError: a directory without one.
+    """
+    path = home_expanded(name)
+    # Not with exists, as a link to nothing is to be told by whoever reads it.
+    for inside in (path / "tokenizer.json", path / "tokenizer.model"):
+        if path.is_dir() and os.path.lexists(inside):
+            return inside
+    if path.is_dir():
+        raise DataError(f"the tokenizer {path} is a directory without a tokenizer.json", hint=_HINT)
+    return path
+
+
 def tokenizer_files(name: str) -> dict[str, Path]:
     """The files that `build_tokenizer(name)` reads, by the names that they have in a run.
 
     Raises:
         DataError: one beside a tokenizer.json is no file.
     """
-    path = home_expanded(name)
+    path = _file(name)
     if path.suffix == ".model":
         return {"tokenizer.model": path}
     if path.suffix == ".json":

@@ -108,7 +108,8 @@ def unlike_texts(texts: Iterable[tuple[str, Any]]) -> str | None:
     for name, data in runs:
         if data != runs[0][1]:
             return (
-                f"the losses of {runs[0][0]} and {name} are of other data, of another order, split or tokenizer of it"
+                f"the losses of {runs[0][0]} and {name} are of other data, or of another order, split, tokenizer or "
+                "padding of it (data.align pads the documents of several runs alike)"
             )
     return None
 

@@ -13,13 +13,15 @@ from lighthouse_core import vml
 from lighthouse_core.attention.call import check_backends
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
+from lighthouse_core.attention.dense import BACKENDS
+from lighthouse_core.attention.dense.call import documents_kernel
 from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
 from lighthouse_core.evaluate.directory import explained, load_model, read_config, words
-from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.evaluate.subject import Subject, hidden_of_documents
 from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
 from lighthouse_core.models.llama import entries
@@ -54,8 +56,11 @@ def load_checkpoint(
     pooled = attention == "trained" and _in_stage_1(source)
     step = min(source.step, recipe.training.steps)
     cfg = recipe.lighthouse.attention(recipe.lighthouse.window_at(step, recipe.training.steps))
+    dtype = getattr(torch, recipe.training.dtype)
     try:
         check_backends(cfg, device.type, pooled=pooled)
+        if recipe.data.packing == "documents":
+            documents_kernel(cfg.dense_backend, device.type, dtype, recipe.model.head_dim)
     except BackendError as error:
         raise UserError(f"the run's recipe names a backend that cannot run here: {error}", hint=_ELSEWHERE) from None
     model = build_dense_model(recipe.model, recipe.training.seq_len)
@@ -64,13 +69,13 @@ def load_checkpoint(
     if pooled:
         use_lighthouse(model, cfg, recipe.model.dense_layers)
     angles = model.freqs_cis
-    model.to(device, getattr(torch, recipe.training.dtype)).eval()
+    model.to(device, dtype).eval()
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)
-    key = selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device)
+    context = AttentionContext(key=selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device))
     subject = Subject(
         name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}",
-        hidden=partial(model.hidden, context=AttentionContext(key=key)),
+        hidden=partial(model.hidden, context=context),
         head=model.output,
         tokenizer=build_tokenizer(recipe.data.tokenizer),
         tokens=recipe.training.seq_len,
@@ -78,8 +83,17 @@ def load_checkpoint(
         tokenizer_name=recipe.data.tokenizer,
         leaky=pooled and cfg.leaks,
         model=model if pooled else None,
+        packed=partial(hidden_of_documents, model, context),
+        alignment=_alignment(cfg, pooled),
     )
     return subject, recipe
+
+
+def _alignment(cfg: LighthouseConfig, pooled: bool) -> int | None:
+    """Of documents, see `Subject`."""
+    if not BACKENDS[cfg.dense_backend].documents or (pooled and "documents" not in cfg.rule.can(cfg)):
+        return None
+    return cfg.alignment if pooled else 1
 
 
 def _words(cfg: LighthouseConfig) -> str:

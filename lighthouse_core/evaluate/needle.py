@@ -1,7 +1,8 @@
 """Single-digit retrieval: a digit hidden in random letters and digits, asked for at the end.
 
 After "Long Context Pre-Training with Lighthouse Attention" (arXiv 2605.06554): the answer is the likeliest of the ten
-digits after the last token, the depth of the needle goes from 0 to 100 %, and a cell has ten trials.
+digits after the last token, the depth of the needle goes from 0 to 100 %, and a cell has ten trials. A prompt is one
+document, so that it is the same whether a model keeps documents apart or not.
 """
 
 import math

@@ -1,9 +1,9 @@
 """All measures of one model as one report: plain numbers for JSON, and plots of them."""
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,22 @@ from lighthouse_core import figures
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.mixture import next_source
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
-from lighthouse_core.evaluate.leak import leak
-from lighthouse_core.evaluate.loss import bits_per_byte, by_position, mean_over, short_context
+from lighthouse_core.evaluate.leak import leak, leak_across
+from lighthouse_core.evaluate.loss import (
+    bits_per_byte,
+    by_position,
+    mean_over,
+    per_sequence,
+    short_context,
+    short_context_of_documents,
+)
 from lighthouse_core.evaluate.needle import DEPTHS, answer, retrieve
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.evaluate.switch import attention_errors
+from lighthouse_core.evaluate.text import PackedSequence, Text
 from lighthouse_core.measures import MEASURES, check_numbers
 
 if TYPE_CHECKING:
@@ -42,18 +51,22 @@ def evaluate(
     context: int = 2048,
     trials: int = 10,
     measures: Sequence[str] = MEASURES,
+    align: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure a model on held-out text.
 
     Args:
         subject: the model.
-        data: where the text comes from; its tokenizer is the subject's.
+        data: where the text comes from; its tokenizer is the subject's. Its packing decides whether the model sees
+            documents apart.
         tokens: length of a sequence, N.
         sequences: how many; the leak test takes two at least.
         context: what the short context is; it is left out where the sequences are no longer.
         trials: of a cell of needles.
         measures: which of MEASURES.
+        align: `Recipe.alignment` of the recipe with `data`, where documents are kept apart; the text is then packed as
+            training packs it. A model whose attention needs wider windows has it packed to these.
         say: told what is being measured.
 
     Returns:
@@ -61,7 +74,8 @@ def evaluate(
 
     Raises:
         DataError: nothing is held out.
-        UserError: an argument is out of range, there is too little text, or the model has nothing of what is asked for.
+        UserError: an argument is out of range, there is too little text, the model has nothing of what is asked for, or
+            keeps no documents apart.
     """
     if not data.validation:
         raise DataError("data.validation holds no text out")
@@ -79,7 +93,7 @@ def evaluate(
             "only a checkpoint of stage 1 has a switch before it",
             hint="leave switch out of --only, or name a checkpoint of stage 1",
         )
-    text = held_out(data, subject, tokens, max(sequences, 2))
+    text = held_out(data, subject, tokens, max(sequences, 2), align)
     try:
         return _measure(subject, data, text, sequences, context, trials, measures, say)
     except torch.OutOfMemoryError as error:
@@ -90,14 +104,15 @@ def evaluate(
 def _measure(
     subject: Subject,
     data: "DataSection",
-    text: torch.Tensor,
+    text: Text,
     sequences: int,
     context: int,
     trials: int,
     measures: Sequence[str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    tokens = text.shape[1]
+    measured, tokens = text[:sequences], text.tokens.shape[1]
+    before = measured.before
     report: dict[str, Any] = {
         "version": VERSION,
         "subject": subject.name,
@@ -105,42 +120,56 @@ def _measure(
         "tokens": tokens,
         "sequences": sequences,
         "data": {
-            "source": data.source,
-            "paths": list(data.paths),
-            "validation": data.validation,
-            "sha256": hashlib.sha256(text[:sequences].numpy().tobytes()).hexdigest(),
+            **data.origin,
+            "packing": data.packing,
+            "sha256": hashlib.sha256(measured.tokens.numpy().tobytes()).hexdigest(),
         },
     }
+    if before is not None:
+        count = sum(len(packed.spans) for packed in measured.packed_sequences)
+        report["data"] |= {"documents": count, "counted": int((before > 0).sum())}
     losses = torch.empty(0)
     if {"loss", "context", "switch"} & set(measures):
-        say(f"loss of {sequences} sequences of {tokens} tokens")
-        losses = torch.cat([subject.losses(row[None]) for row in text[:sequences]])
+        apart = ", documents apart" if text.packed_sequences else ""
+        say(f"loss of {sequences} sequences of {tokens} tokens{apart}")
+        losses = _losses(subject, measured)
     if "loss" in measures:
-        per_byte = bits_per_byte(subject, text[:sequences], losses)
+        per_byte = bits_per_byte(subject, measured.tokens, losses, before)
         report["loss"] = {
-            "nats_per_token": asdict(mean_over(losses.double().mean(1))),
+            "nats_per_token": asdict(mean_over(per_sequence(losses, before))),
             "bits_per_byte": per_byte and asdict(per_byte),
-            "per_sequence": losses.double().mean(1).tolist(),
+            "per_sequence": per_sequence(losses, before).tolist(),
         }
-        report["by_position"] = [asdict(part) for part in by_position(losses)]
+        report["by_position"] = [asdict(part) for part in by_position(losses, before)]
     if "context" in measures:
         say(f"the same with a context of {context}")
-        report["context"] = asdict(short_context(subject, text[:sequences], losses, context))
+        if before is None:
+            report["context"] = asdict(short_context(subject, measured.tokens, losses, context))
+        elif found := short_context_of_documents(subject, measured.tokens, losses, context, measured.packed_sequences):
+            report["context"] = asdict(found)
+        else:
+            report["context"] = {"context": context, "left_out": f"no document has more than {context + 1} tokens"}
     if "leak" in measures:
         say("leak")
         distances = [d for d in (0, 1, 4, 16, 64) if d < tokens // 4]
         # Spread over the sequence, and of no round number.
         cuts = [tokens * (2 * i + 2) // (2 * _CUTS + 2) + i for i in range(_CUTS)]
         cuts = sorted({cut for cut in cuts if max(distances) < cut < tokens})
-        report["leak"] = [asdict(row) for row in leak(_one_by_one(subject), text, text.roll(1, 0), cuts, distances)]
+        losses_of, other = _one_by_one(subject, text.packed_sequences), text.tokens.roll(1, 0)
+        report["leak"] = [asdict(row) for row in leak(losses_of, text.tokens, other, cuts, distances, text.before)]
+        if text.packed_sequences:
+            say("leak across documents")
+            report["leak_across"] = [
+                asdict(row) for row in leak_across(losses_of, text.tokens, other, text.packed_sequences)
+            ]
     if "switch" in measures:
         say("dense attention in every layer")
-        errors = attention_errors(subject, text[:1])
+        errors = attention_errors(subject, *next(iter(text)))
         switched = subject.within(AttentionContext(dense=True))
-        dense = torch.cat([switched.losses(row[None]) for row in text[:sequences]])
+        dense = _losses(switched, measured)
         report["switch"] = {
-            "dense": asdict(mean_over(dense.double().mean(1))),
-            "jump": asdict(mean_over((dense - losses).double().mean(1))),
+            "dense": asdict(mean_over(per_sequence(dense, before))),
+            "jump": asdict(mean_over(per_sequence(dense - losses, before))),
             "attention_errors": [{"layer": layer, "relative_error": error} for layer, error in errors.items()],
         }
     if "needles" in measures:
@@ -155,19 +184,46 @@ def _measure(
     return report
 
 
-def _one_by_one(subject: Subject) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Losses of a batch, a sequence at a time: what fits is not known here."""
+def _losses(subject: Subject, text: Text) -> torch.Tensor:
+    """[B, N - 1] nats, a sequence at a time: what fits is not known here."""
+    return torch.cat([subject.losses(row, packed=packed) for row, packed in text])
+
+
+def _one_by_one(
+    subject: Subject, packed_sequences: tuple[PackedSequence, ...]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Losses of a batch whose documents lie where those of `packed_sequences` do, a sequence at a time."""
 
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        pairs = zip(tokens.split(1), targets.split(1), strict=True)
-        return torch.cat([subject.losses(row, target) for row, target in pairs])
+        rows = zip(Text(tokens, packed_sequences), targets.split(1), strict=True)
+        return torch.cat([subject.losses(row, target, packed) for (row, packed), target in rows])
 
     return losses
 
 
-def held_out(data: "DataSection", subject: Subject, tokens: int, sequences: int) -> torch.Tensor:
-    """[B, N] int64 of the validation split, none twice: every sixteenth sequence, or more of them where these are too
-    few. The same for all models of a tokenizer."""
+def held_out(data: "DataSection", subject: Subject, tokens: int, sequences: int, align: int | None) -> Text:
+    """Sequences of the validation split, none twice: every sixteenth, or more of them where these are too few. The same
+    for all models of a tokenizer, and of an alignment where documents are kept apart; see `evaluate`. Of a mixture each
+    source gives its share."""
+    align = _alignment(subject, tokens, align or 1) if data.packing == "documents" else None
+    counts = [0] * len(data.parts)
+    turns = []
+    for _ in range(sequences):
+        turns.append(next_source(counts, data.weights, 0))
+        counts[turns[-1]] += 1
+    texts = [
+        iter(_held_out(part, name if data.sources else "", subject, tokens, count, align))
+        for part, name, count in zip(data.parts, data.names, counts, strict=True)
+        if count
+    ]
+    used = [source for source, count in enumerate(counts) if count]
+    rows = [next(texts[used.index(source)]) for source in turns]
+    packed_sequences = tuple(packed for _, packed in rows if packed is not None)
+    return Text(torch.cat([row for row, _ in rows]), packed_sequences)
+
+
+def _held_out(data: "DataSection", name: str, subject: Subject, tokens: int, sequences: int, align: int | None) -> Text:
+    """Those of one source, which has a name within a mixture."""
     if data.source == "tokens":
         _check_ids(subject, build_tokenizer(data.tokenizer), data)
     # Not every tokenizer's samples can be shuffled.
@@ -175,16 +231,43 @@ def held_out(data: "DataSection", subject: Subject, tokens: int, sequences: int)
     data = data.model_copy(update=change)
     apart = _APART
     while True:
-        loader = build_loader(data, tokens, 1, 0, apart, 0, split="validation", prefetch=0)
-        text = torch.cat([inputs["input"] for inputs, _ in itertools.islice(loader, sequences)])
+        loader = build_loader(data, tokens, 1, 0, apart, 0, split="validation", align=align, prefetch=0)
+        rows, packed_sequences = [], []
+        for inputs, labels in loader:
+            if align is not None:
+                packed = PackedSequence.of(inputs, labels)
+                if not packed.before.any() and not loader.state_dict()["epoch"]:
+                    continue
+                packed_sequences.append(packed)
+            rows.append(inputs["input"])
+            if len(rows) == sequences:
+                break
         if not loader.state_dict()["epoch"]:
-            return text
+            return Text(torch.cat(rows), tuple(packed_sequences))
         if apart == 1:
             raise UserError(
-                f"the held-out text is shorter than {sequences} sequences of {tokens} tokens",
+                f"the held-out text{name and f' of source {name}'} is shorter than {sequences} sequences of {tokens} "
+                "tokens",
                 hint="use fewer --sequences, or a larger data.validation",
             )
         apart //= 2
+
+
+def _alignment(subject: Subject, tokens: int, align: int) -> int:
+    """Tokens at whose multiples documents begin, for the recipe of the text and for the model's attention."""
+    if subject.alignment is None:
+        raise UserError(
+            f"{subject.name}: this attention keeps no documents apart",
+            hint='measure concatenated text: --recipe RECIPE --set data.packing="concat"',
+        )
+    align = lcm(align, subject.alignment)
+    if tokens % align:
+        near = [str(n) for n in (tokens // align * align, tokens // align * align + align) if n]
+        raise UserError(
+            f"sequences of {tokens} tokens do not hold documents that begin at multiples of {align}",
+            hint=f"use --tokens {' or '.join(near)}",
+        )
+    return align
 
 
 def _check_ids(subject: Subject, tokenizer: Tokenizer, data: "DataSection") -> None:

@@ -93,7 +93,8 @@ class Attention(nn.Module):
 
         Args:
             x: hidden states.
-            turns: [at least N, D/2, 2] int32: the bits of the rotary table.
+            turns: int32, the bits of the rotary table: of each position, [at least N, D/2, 2], or of each token,
+                [B, N, D/2, 2].
             context: of this layer.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -194,6 +195,8 @@ class Decoder(nn.Module):
         hidden = self.tok_embeddings(tokens)
         # As integers: FSDP would cast floating-point inputs of a block to bfloat16.
         turns = self.freqs_cis.float().view(torch.int32)
+        if context.positions is not None:
+            turns = turns[context.positions.long()]
         for number, block in enumerate(self.layers.values()):
             hidden = block(hidden, turns, context.of_layer(number))
         return self.norm(hidden)

@@ -94,7 +94,9 @@ def advise(
         torch.cuda.empty_cache()
     say("training a few steps with the fastest of them")
     settings = {"enabled": True, "dense_every": 0, "windows": [], **fastest.settings}
-    step = run([f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items()])
+    # The pyramids that are searched have no window, and the calls that are timed no documents.
+    packing = 'data.packing="concat"'
+    step = run([packing, *(f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items())])
     plan = _plan(recipe, fastest, dense, step)
     best = ranked(plan, found)
     return Advice(
@@ -110,6 +112,7 @@ def advise(
         measured_settings=fastest.settings,
         dense_layers=tuple(model.dense_layers),
         own=own,
+        documents=recipe.data.packing == "documents",
     )
 
 

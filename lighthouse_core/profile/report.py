@@ -29,6 +29,11 @@ SCHEMA = 4
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
 _LEAK = "The scorer {} lets later tokens decide what is seen, and stage 1 learns from that; block does not."
+_DOCUMENTS = (
+    "The recipe keeps documents apart, but all times here are of one document a sequence: with documents, dense and "
+    "Lighthouse attention both take less. `lighthouse profile step` measures a step with documents. A pyramid without "
+    "a window does not keep them apart."
+)
 _LOSS = "head + loss: its gradients are made in the forward pass."
 _REFERENCE = "GB are what the Triton kernels would move at least; plain PyTorch divides the work otherwise."
 _TRITON = "The gather's backward pass is that of the pyramid, too."
@@ -382,6 +387,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         f"If Lighthouse calls took no time (Amdahl's bound), stage 1, with {plan.dense_layers} dense layers, would be "
         f"{bound.stage_1:.2f} times as fast, and {plan.steps} + {plan.recover_steps} steps {bound.total:.2f} times.",
         *([_LEAK.format(scorer)] if selector_of(scorer).leaks else []),
+        *([_DOCUMENTS] if advice.documents else []),
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
         "Growing chunks in all layers, which the same report recommends by loss; at other lengths than 16384 and 65536 "
         f"their windows are a guess:\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
@@ -437,7 +443,8 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
         mfu = "" if profile.mfu is None else f", MFU {profile.mfu:.1%}"
         parts += [
             f"{profile.tokens} tokens a step on {profile.processes} process{'es' * (profile.processes > 1)}, "
-            f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak.",
+            f"{profile.tokens_per_second:,.0f} tokens/s{mfu}, {profile.memory_gib:.2f} GiB at the peak; packing: "
+            f"{profile.packing}.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
             _LOSS,
             *([_hidden(costs)] if costs.hidden_ms >= 0.005 else []),

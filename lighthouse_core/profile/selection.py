@@ -23,6 +23,7 @@ from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.evaluate.text import Text
 from lighthouse_core.models.decoder import lighthouse_layers
 from lighthouse_core.runs.find import split_checkpoint
 from lighthouse_core.runs.run import Run
@@ -187,8 +188,8 @@ def _see(q: Tensor, k: Tensor, v: Tensor, cfg: LighthouseConfig, key: Tensor | N
 
 
 @torch.no_grad()
-def _look(subject: Subject, text: Tensor, seed: int, step: int, bins: int) -> dict[int, list[_Seen]]:
-    """What each Lighthouse layer receives and selects, one sequence of `text` [B, N] after the other, by layer."""
+def _look(subject: Subject, text: Text, seed: int, step: int, bins: int) -> dict[int, list[_Seen]]:
+    """What each Lighthouse layer receives and selects, one sequence of `text` after the other, by layer."""
     assert subject.model is not None
     layers = lighthouse_layers(subject.model)
     seen: dict[int, list[_Seen]] = {number: [] for number in layers}
@@ -199,12 +200,12 @@ def _look(subject: Subject, text: Tensor, seed: int, step: int, bins: int) -> di
 
     hooks = [layer.register_forward_pre_hook(partial(look, number)) for number, layer in layers.items()]
     try:
-        for number, row in enumerate(text):
+        for number, (row, packed) in enumerate(text):
             key = selection_keys(seed, step, number, len(subject.model.layers)).to(subject.device)
-            subject.within(AttentionContext(key=key)).hidden(row[None].to(subject.device))
+            subject.within(AttentionContext(key=key)).states(row, packed)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
-        raise UserError(f"a sequence of {text.shape[1]} tokens does not fit: {reason}") from None
+        raise UserError(f"a sequence of {text.tokens.shape[1]} tokens does not fit: {reason}") from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,7 +229,7 @@ def _drift(before: dict[int, list[_Seen]], after: dict[int, list[_Seen]], g: Geo
 def selection_view(
     path: Path, *, sequences: int = 4, bins: int = 64, device: torch.device | None = None
 ) -> SelectionView:
-    """Look at what a checkpoint of stage 1 selects, on held-out text of the length of training.
+    """Look at what a checkpoint of stage 1 selects, on held-out text of the length of training, packed as in training.
 
     Args:
         path: a run directory (its newest checkpoint of stage 1, and the drift between all of these that it keeps) or
@@ -256,7 +257,7 @@ def selection_view(
         subject, _ = load_checkpoint(run.checkpoint_dir(step), attention="trained", device=device)
         if text is None:
             # As many as `evaluate` reads at least, for the same text.
-            text = held_out(recipe.data, subject, tokens, max(sequences, 2))[:sequences]
+            text = held_out(recipe.data, subject, tokens, max(sequences, 2), recipe.alignment)[:sequences]
         before, seen = seen, _look(subject, text, recipe.training.seed, step, min(bins, tokens))
         if number:
             drift.append({"first": steps[number - 1], "last": step} | _drift(before, seen, g))

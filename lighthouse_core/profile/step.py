@@ -36,6 +36,7 @@ class StepProfile:
         settings: what was asked for beside the recipe.
         stage: "lighthouse", or "dense" for every layer dense.
         window: of the traced step's Lighthouse layers; 0 for none.
+        packing: the recipe's `data.packing`.
         notes: what of the recipe the step leaves out.
         machine: versions and devices, as the run recorded them.
         processes: that trained.
@@ -55,6 +56,7 @@ class StepProfile:
     settings: list[str]
     stage: str
     window: int
+    packing: str
     notes: list[str]
     machine: dict[str, Any]
     processes: int
@@ -143,6 +145,7 @@ def run_step(
         settings=[*settings],
         stage=stage,
         window=recipe.lighthouse.window if recipe.lighthouse.enabled else 0,
+        packing=recipe.data.packing,
         notes=notes,
         machine=machine,
         processes=machine["devices"],

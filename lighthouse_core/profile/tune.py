@@ -164,6 +164,7 @@ class Advice:
         measured_settings: its settings.
         dense_layers: of the model, which stay where a candidate keeps them.
         own: pooling, levels and topk of the recipe, where it has a pyramid that keeps the floor.
+        documents: whether the recipe keeps documents apart, which nothing that was measured does.
     """
 
     recipe: str
@@ -178,6 +179,7 @@ class Advice:
     measured_settings: dict[str, Any]
     dense_layers: tuple[int, ...]
     own: tuple[int, int, int] | None = None
+    documents: bool = False
 
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""
@@ -188,9 +190,10 @@ class Advice:
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",
             f"# {self.plan.steps} + {self.plan.recover_steps} steps {prediction.total:.2f} times; at most "
             f"{bound.stage_1:.2f} and {bound.total:.2f} if its attention took no time.",
-            "# Measured with the two settings below, which the recipe has to have, too:",
+            "# Measured with the settings below, which the recipe has to have, too:",
             f"# In [training]: seq_len = {self.tokens}",
             f"# In [model]: dense_layers = {toml_value(list(self.dense_layers) if one.dense_layers else [])}",
+            *(['# In [data]: packing = "concat"'] if self.documents else []),
             "[lighthouse]  # in place of the recipe's",
         ]
         lines += [f"{key} = {toml_value(value)}" for key, value in settings.items()]

@@ -106,11 +106,17 @@ def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
     """Copy the files of the recipe's tokenizer into the run; returns the recipe that names the copy."""
     from lighthouse_core.data.tokenizer import tokenizer_files
 
-    for name, file in tokenizer_files(recipe.data.tokenizer).items():
+    files = tokenizer_files(recipe.data.tokenizer)
+    for name, file in files.items():
         try:
             shutil.copyfile(file, path / name)
         except OSError as error:
             raise refusal(error, f"cannot copy the tokenizer {file} into the run", kind=RunError) from None
+    if files:
+        # Of a directory, the file in it: the first.
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"tokenizer": str(next(iter(files.values())))})}
+        )
     return with_own_tokenizer(recipe, path)
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 # Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch; `data` is the
-# fingerprint of its text and of its order: with the same one, seed and seq_len, runs see the same tokens.
-GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense")
+# fingerprint of its text and of its order: with the same one, seed and seq_len, runs see the same tokens. `sources` are
+# the sequences taken of each source of text since the run began, and the epochs that these are, at the newest end.
+GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense", "sources")
 
 
 def account(run: "Run") -> dict[str, Any]:
@@ -46,20 +47,28 @@ def account(run: "Run") -> dict[str, Any]:
             steps = max(timed[-1]["step"], *saved, 0) - stage["start"]
             untimed = steps - sum(row["steps"] for row in timed)
             finished = stage["start"] + 1, stage["start"] + steps
+            flops = _counted(timed, "flops_per_token") or flops_per_token(run.recipe, stage["stage"], finished)
             stage |= {
                 "steps": steps,
                 "tokens": steps * per_step,
                 "seconds": sum(row["steps"] * row["seconds"] for row in timed) + untimed * _typical(timed),
-                "flops": steps * per_step * flops_per_token(run.recipe, stage["stage"], finished),
+                "flops": steps * per_step * flops,
             }
     ledger["stages"] = stages
     if stages[0]["stage"] == "lighthouse" and own[0]:
         steps = sum(stage.get("steps", 0) for stage in stages)
-        flops = per_step * flops_per_token(run.recipe, "dense")
+        counted = _counted([row for timed in own for row in timed], "dense_flops_per_token")
+        flops = per_step * (counted or flops_per_token(run.recipe, "dense"))
         seconds, how = _dense_step(stages, own, flops)
         ledger["dense_step"] = {"seconds": seconds, "how": how}
         ledger["dense"] = {"seconds": steps * seconds, "flops": steps * flops}
     return ledger
+
+
+def _counted(rows: list[Row], key: str) -> float | None:
+    """FLOPs per token as the rows have them, where documents are kept apart; else None."""
+    there = [row for row in rows if key in row]
+    return sum(row["steps"] * row[key] for row in there) / sum(row["steps"] for row in there) if there else None
 
 
 def _dense_step(stages: list[dict[str, Any]], own: list[list[Row]], flops: float) -> tuple[float, str]:

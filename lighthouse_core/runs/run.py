@@ -300,8 +300,15 @@ def _odd_stages(stages: Any) -> str | None:
         measured = stage.get("measured_dense")
         if measured is not None and not (isinstance(measured, dict) and is_number(measured.get("seconds"))):
             return "measured_dense has no seconds"
+        drawn = stage.get("sources", {})
+        if not isinstance(drawn, dict) or not all(map(_is_drawn, drawn.values())):
+            return "its sources have no samples and epochs"
         last = start
     return None
+
+
+def _is_drawn(source: Any) -> bool:
+    return isinstance(source, dict) and all(is_count(source.get(key)) for key in ("samples", "epochs"))
 
 
 def check_resumable(overrides: Sequence[str]) -> None:

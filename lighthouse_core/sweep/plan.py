@@ -123,27 +123,29 @@ def _pairs_of_text(sweep: Sweep, own: Recipe, measured: dict[str, Any], which: s
     evaluate = sweep.evaluate
     assert evaluate is not None
     data = (load_recipe(Path(evaluate.recipe), evaluate.set) if evaluate.recipe else own).data
-    wanted = {"source": data.source, "paths": list(data.paths), "validation": data.validation}
+    was, wanted = _leaves(measured), _leaves(data.origin)
     return {
-        f"evaluate: data.{key} ({which})": (measured.get(key), value)
-        for key, value in wanted.items()
-        if key != "paths" or not same_paths(measured.get(key), value)
+        f"evaluate: data.{key} ({which})": (was.get(key), wanted.get(key))
+        for key in was | wanted
+        if key != "sha256" and not same_paths(was.get(key), wanted.get(key))
     }
 
 
 def _pairs(one: Recipe, other: Recipe, free: frozenset[str]) -> dict[str, tuple[Any, Any]]:
     """The values of every key in both recipes, but for the keys and sections that are free."""
-    first, second = (
-        {".".join(path): value for path, value in flatten(recipe.model_dump(mode="json")).items()}
-        for recipe in (one, other)
-    )
-    if same_paths(first.get("data.paths"), second.get("data.paths")):
-        free |= {"data.paths"}
+    first, second = (_leaves(recipe.model_dump(mode="json")) for recipe in (one, other))
     return {
         key: (first.get(key), second.get(key))
         for key in first | second
-        if not free & {key, key.partition(".")[0]} and not isinstance((first | second)[key], dict)
+        if not free & {key, key.partition(".")[0]}
+        and not (key.startswith("data.") and key.endswith(".paths") and same_paths(first.get(key), second.get(key)))
     }
+
+
+def _leaves(table: dict[str, Any]) -> dict[str, Any]:
+    """Every value that is no table and no list of tables, by its key with dots."""
+    flat = {".".join(path): value for path, value in flatten(table).items()}
+    return {key: value for key, value in flat.items() if not isinstance(value, dict) and f"{key}.0" not in flat}
 
 
 def _also(sweep: Sweep, name: str, recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lighthouse_core.attention.context import AttentionContext
+from lighthouse_core.attention.context import AttentionContext, Documents
 from lighthouse_core.errors import PatchError
 
 # Relative, of one float32 division.
@@ -33,7 +33,7 @@ class Effects:
         self.misscaled: Tensor | None = None
         self._sent: AttentionContext | None = None
         self._output: Tensor | None = None
-        self._tokens: float | None = None
+        self._tokens: float | Tensor | None = None
         # Outside of steps and validations the time of a dense step is measured, which is not followed.
         self._within = False
         self.contexts = self.runs = self.losses = self.gradients = 0
@@ -51,6 +51,10 @@ class Effects:
         """
         self.contexts = self.runs = self.losses = self.gradients = 0
         self._sent, self._output, self._tokens, self._within = None, None, tokens, True
+
+    def scale(self, tokens: Tensor) -> None:
+        """The same of this step's micro-batches, [] on the device, where it is known only then."""
+        self._tokens = tokens
 
     def send(self, context: AttentionContext) -> AttentionContext:
         """Note the context that the model's next run is to have."""
@@ -116,5 +120,12 @@ def _same(received: Any, sent: AttentionContext) -> bool:
         return True
     if type(received) is not type(sent):
         return False
-    pairs = ((getattr(received, field.name), getattr(sent, field.name)) for field in fields(sent))
-    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+    return all(_equal(getattr(received, field.name), getattr(sent, field.name)) for field in fields(sent))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Documents) and isinstance(b, Documents):
+        return all(map(_equal, a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

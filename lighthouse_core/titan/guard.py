@@ -153,8 +153,8 @@ class Guard:
                 raise PatchError(f"the optimizer did not obey the verdict on bad numbers in step {step}")
             if misscaled:
                 raise PatchError(
-                    f"the gradient of the loss of step {step} is not one over the tokens of the global batch: "
-                    "something else divides the loss, or counts other tokens"
+                    f"the gradient of the loss of step {step} is not one over the labels that count in the global "
+                    "batch: something else divides the loss, or counts other labels"
                 )
             if not in_row:
                 continue

@@ -149,7 +149,7 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "lr_scheduler.warmup_steps": recipe.schedule.warmup_steps,
         "lr_scheduler.total_steps": None,
         "lr_scheduler.decay_ratio": 0.0,
-        "training.dataset": recipe.data.source,
+        "training.dataset": "mixture" if recipe.data.sources else recipe.data.source,
         "training.local_batch_size": training.local_batch_size,
         "training.global_batch_size": training.global_batch_size,
         "training.seq_len": training.seq_len,

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -20,7 +21,7 @@ from lighthouse_core.files import open_to_append, replacing
 from lighthouse_core.reading import read_regular
 from lighthouse_core.runs.rows import finite, parse_row
 from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
-from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 from lighthouse_core.titan.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Metrics(MetricsProcessor):
     start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
+    Where documents are kept apart `flops_per_token` and `dense_flops_per_token` count what is attended to.
     `spike` is there where the loss is one: its robust z-score among the last logged losses; `first_of_launch`, true, in
     the row of a launch's first step, which compiles.
     A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
@@ -99,6 +101,10 @@ class Metrics(MetricsProcessor):
         self.last_time = 0.0
         # Of the last validation row.
         self.validated: int | None = None
+        # Tokens of each document of this process since the last row, where documents are kept apart.
+        self.lengths: list[int] = []
+        # Gives the loss of a validation in place of torchtitan's mean over batches.
+        self.validation_loss: Callable[[], float] | None = None
 
     def begin(self, step: int, data: int) -> bool:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
@@ -147,6 +153,10 @@ class Metrics(MetricsProcessor):
             "activation_checkpointing": training.activation_checkpointing,
         }
 
+    def note_documents(self, starts: torch.Tensor) -> None:
+        """Count the work of a batch whose documents are kept apart: `Documents.starts`, on the CPU."""
+        self.lengths += [length for length in starts.diff().tolist() if length]
+
     @contextlib.contextmanager
     def left_out(self):
         """Leave what is done within out of the time of training steps."""
@@ -158,6 +168,12 @@ class Metrics(MetricsProcessor):
             yield
         finally:
             self.last_time += time.perf_counter() - began
+
+    def _over_ranks(self, *numbers: float) -> list[float]:
+        """Means over the processes, whose documents differ. All of them log the same steps."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=DEVICE_TYPE)
+        torch.distributed.all_reduce(total)
+        return (total / torch.distributed.get_world_size()).tolist()
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.stage.end or step == self.start_step + 1
@@ -178,9 +194,14 @@ class Metrics(MetricsProcessor):
             "data_seconds": sum(self.data_loading_times) / steps,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
+        of_steps = (self.last_step + 1, step), self.lengths or None
+        flops = flops_per_token(self.stage.recipe, self.stage.name, *of_steps)
+        if self.lengths:
+            flops, dense = self._over_ranks(flops, flops_per_token(self.stage.recipe, "dense", *of_steps))
+            row |= {"flops_per_token": flops, "dense_flops_per_token": dense}
+        self.lengths.clear()
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
-            flops = flops_per_token(self.stage.recipe, self.stage.name, (self.last_step + 1, step))
             row["mfu"] = flops * per_device / self.gpu_peak_flops
         if self.stage.name == "lighthouse" and self.stage.recipe.lighthouse.windows:
             row["window"] = self.stage.recipe.lighthouse.window_at(step, training.steps)
@@ -197,7 +218,7 @@ class Metrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        self._write(step, {"val_loss": float(loss)})
+        self._write(step, {"val_loss": float(loss) if self.validation_loss is None else self.validation_loss()})
         self.validated = step
 
     def _write(self, step: int, row: dict[str, Any]) -> None:

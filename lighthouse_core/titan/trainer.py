@@ -24,11 +24,13 @@ from lighthouse_core import vml
 from lighthouse_core.attention.call import log_choices
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
+from lighthouse_core.attention.documents import check_documents
 from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Split
-from lighthouse_core.data.loader import build_loader
+from lighthouse_core.data.loader import TokenLoader, build_loader
+from lighthouse_core.data.packing import IGNORED
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import PatchError, TrainingError, UserError, memory_fault
 from lighthouse_core.job.environment import TRACE_FOLDER
@@ -110,7 +112,8 @@ def _build_model(stage: Stage, args: Args) -> Decoder:
     if pooled:
         logger.info(f"stage 1: {recipe.lighthouse.described()}, {_layers(recipe)}")
     try:
-        log_choices(cfg, DEVICE_TYPE, getattr(torch, recipe.training.dtype), recipe.model.head_dim, pooled=pooled)
+        dtype, documents = getattr(torch, recipe.training.dtype), recipe.data.packing == "documents"
+        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled, documents=documents)
     except BackendError as error:
         raise UserError(str(error), hint=error.hint) from None
     use_dense(model, cfg.dense_backend)
@@ -170,7 +173,9 @@ def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSch
     return _Schedulers(optimizers, factor)
 
 
-def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: Split = "train", **unused):
+def _build_loader(
+    stage: Stage, dp_world_size: int, dp_rank: int, split: Split = "train", prefetch: int = 2, **unused
+) -> TokenLoader:
     training = stage.recipe.training
     return build_loader(
         stage.recipe.data,
@@ -180,13 +185,22 @@ def _build_loader(stage: Stage, dp_world_size: int, dp_rank: int, split: Split =
         dp_world_size,
         training.seed,
         split=split,
+        align=stage.recipe.alignment,
+        prefetch=prefetch,
     )
 
 
-def _for_model(input_dict: dict[str, torch.Tensor], labels: torch.Tensor, context: AttentionContext) -> dict[str, Any]:
-    """A batch with its labels, for the model makes its loss itself, and without positions: packing is "concat",
-    attention and RoPE cross the boundaries of documents."""
-    return {"input": input_dict["input"], "labels": labels, "context": context}
+def _packed(
+    context: AttentionContext, inputs: dict[str, Any], device: torch.device, alignment: int | None
+) -> AttentionContext:
+    """The context of a batch of the loader. With the packing "concat" attention and RoPE cross the boundaries of
+    documents, and positions are those within the sequence."""
+    if (documents := inputs.get("documents")) is None:
+        return context
+    # While they are on the host: on a GPU nobody looks at them.
+    batch, tokens = inputs["input"].shape
+    check_documents(documents, batch, tokens, alignment or 1)
+    return replace(context, documents=documents.to(device), positions=inputs["positions"].to(device))
 
 
 class _Abandoned(Exception):
@@ -204,11 +218,15 @@ class Validator(TitanValidator):
         self.done: int | None = None
         self.parallel_dims = parts["parallel_dims"]
         self.tokenizer = parts["tokenizer"]
-        self.loss_fn = parts["loss_fn"]
+        self.loss, self.loss_fn = parts["loss_fn"], self._loss
         self.validation_context = parts["validation_context"]
         self.metrics_processor = parts["metrics_processor"]
         self.maybe_enable_amp = _amp(stage.recipe, self.parallel_dims, maybe_enable_amp)
         self.rank, self.ranks = parts["dp_rank"], parts["dp_world_size"]
+        # The losses and the labels that count, summed over the micro-batches of a validation.
+        self.total = torch.zeros(2, dtype=torch.float64, device=DEVICE_TYPE)
+        if stage.recipe.data.packing == "documents":
+            self.metrics_processor.validation_loss = self._mean
         self.validation_dataloader = _build_loader(stage, self.ranks, self.rank, split="validation")
         training = stage.recipe.training
         # The recipe counts global batches, so that the figure does not depend on the number of processes.
@@ -221,6 +239,7 @@ class Validator(TitanValidator):
 
     def validate(self, model_parts, step: int) -> None:
         self.batch, self.step = 0, step
+        self.total.zero_()
         self.effects.begin()
         with self.metrics_processor.left_out():
             try:
@@ -242,9 +261,23 @@ class Validator(TitanValidator):
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
-        context = self.effects.send(self.stage.context(max(self.step, 1), 0, sample, labels.device))
+        self.total[1] += (labels != IGNORED).sum()
+        context = self.stage.context(max(self.step, 1), 0, sample, labels.device)
+        context = self.effects.send(_packed(context, input_dict, labels.device, self.stage.recipe.alignment))
         # torchtitan would ask the model for masks.
         return input_dict["input"], labels, {"labels": labels, "context": context}, {}
+
+    def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = self.loss(output, labels)
+        self.total[0] += loss
+        return loss
+
+    def _mean(self) -> float:
+        """The loss of all labels that count. The mean over batches, which torchtitan takes, would depend on how many
+        labels count in each, and so on the number of processes."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(self.total, group=self.parallel_dims.get_mesh("batch").get_group())
+        return float(self.total[0] / self.total[1])
 
 
 def _amp(recipe: Recipe, parallel_dims, autocast: contextlib.AbstractContextManager[Any]):
@@ -268,6 +301,8 @@ class Trainer(titan_train.Trainer):
         self.checked: int | None = None
         self.begun = False
         self.micro_batch = 0
+        # Of the batches of a step on this process.
+        self.counted_labels = 0
         # The step of the checkpoint that is to be loaded.
         self.loads = 0
         self._register(stage, self.effects)
@@ -280,6 +315,7 @@ class Trainer(titan_train.Trainer):
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks: int = 1 if mesh is None else mesh.size()
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()
+        self.group = None if mesh is None else mesh.get_group()
         self._check_parts()
         self.effects.watch(self.model_parts[0])
         self.guard = Guard(
@@ -288,7 +324,7 @@ class Trainer(titan_train.Trainer):
             recipe.training.global_batch_size,
             list(self.optimizers),
             self.device,
-            None if mesh is None else mesh.get_group(),
+            self.group,
         )
         titan_train.dist_utils = NotingUtils(
             dist_utils,
@@ -366,7 +402,20 @@ class Trainer(titan_train.Trainer):
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
-        return super().batch_generator(data_iterable)
+        return self._counting(super().batch_generator(data_iterable))
+
+    def _counting(self, batches):
+        for inputs, labels in batches:
+            if self.stage.recipe.data.packing == "documents":
+                self.counted_labels += int((labels != IGNORED).sum())
+            yield inputs, labels
+
+    def _labels_of_step(self) -> torch.Tensor:
+        """How many labels of the global batch count, [] on the device, counted without torchtitan."""
+        counted = torch.tensor(float(self.counted_labels), device=self.device)
+        if self.group is not None:
+            torch.distributed.all_reduce(counted, group=self.group)
+        return counted
 
     def _measure_dense(self) -> None:
         """Note the time of a dense step in the ledger, unless it is there."""
@@ -377,7 +426,7 @@ class Trainer(titan_train.Trainer):
         shape = training.local_batch_size, training.seq_len
         try:
             with self.maybe_enable_amp:
-                seconds = dense_seconds(self.model_parts[0], shape)
+                seconds = dense_seconds(self.model_parts[0], shape, self._first_documents())
         except torch.OutOfMemoryError:
             # Of several processes, the others would wait for this one.
             if self.ranks > 1:
@@ -391,15 +440,24 @@ class Trainer(titan_train.Trainer):
             stage.run.note(measured_dense={"seconds": seconds, "conditions": self.metrics_processor.conditions()})
             logger.info("a step with every layer dense takes %.3g s, without its update", seconds)
 
+    def _first_documents(self) -> AttentionContext:
+        """Documents and positions of the run's first batch, by a loader of its own: the place in the data stays."""
+        if self.stage.recipe.data.packing == "concat":
+            return AttentionContext()
+        # Without prefetching no thread is left behind.
+        inputs, _ = next(iter(_build_loader(self.stage, self.ranks, self.rank, prefetch=0)))
+        return _packed(AttentionContext(), inputs, self.device, self.stage.recipe.alignment)
+
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
         if not self.begun or self.asked != self.step - 1:
             raise PatchError(f"torchtitan began step {self.step} without our batches, or without asking whether to")
         self.lr_schedulers.check(self.step)
         training, micro_batches = self.stage.recipe.training, self.gradient_accumulation_steps
-        # The loader leaves out no label.
-        self.effects.begin(training.global_batch_size * training.seq_len / self.averaged)
-        self.micro_batch = 0
+        # With documents kept apart some labels are ignored; the others are counted once the batches are there.
+        some = self.stage.recipe.data.packing == "documents"
+        self.effects.begin(None if some else training.global_batch_size * training.seq_len / self.averaged)
+        self.micro_batch = self.counted_labels = 0
         super().train_step(data_iterator)
         self.effects.check(f"step {self.step}", micro_batches, gradients=True)
         self.guard.check(self.step, micro_batches)
@@ -419,8 +477,13 @@ class Trainer(titan_train.Trainer):
     def post_dataloading_process(self, input_dict, labels):
         sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]
         self.micro_batch += 1
-        context = self.effects.send(self._context(sample))
-        return super().post_dataloading_process(_for_model(input_dict, labels, context), labels)
+        context = self._context(sample)
+        if (documents := input_dict.get("documents")) is not None:
+            self.metrics_processor.note_documents(documents.starts)
+        context = self.effects.send(_packed(context, input_dict, self.device, self.stage.recipe.alignment))
+        # The model makes its loss itself.
+        inputs = {"input": input_dict["input"], "labels": labels, "context": context}
+        return super().post_dataloading_process(inputs, labels)
 
     @property
     def averaged(self) -> int:
@@ -429,6 +492,8 @@ class Trainer(titan_train.Trainer):
         return 1 if self.parallel_dims.fsdp_enabled else self.ranks
 
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
+        if self.micro_batch == 0 and self.stage.recipe.data.packing == "documents":
+            self.effects.scale(self._labels_of_step() / self.averaged)
         loss = super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / self.averaged
         )
@@ -460,6 +525,15 @@ class Trainer(titan_train.Trainer):
             raise PatchError(f"training ended at step {self.step}, but {self.checkpointer.saved} is the last saved one")
         if self.stage.recipe.data.validation and self.step == self.stage.end != self.validator.done:
             raise PatchError(f"training ended at step {self.step} without its validation")
+
+    def note_sources(self) -> None:
+        """Keep in the ledger what was taken of each source of text."""
+        if self.begun and torch.distributed.get_rank() == 0:
+            sources = {name: drawn._asdict() for name, drawn in self.dataloader.drawn().items()}
+            try:
+                self.stage.run.note(sources=sources)
+            except (OSError, UserError) as error:
+                logger.warning("the ledger does not say what was taken of each source: %s", error)
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is so on any process; the answer is the same on all of them."""
@@ -528,5 +602,6 @@ def train(run: Run) -> None:
         trainer.checkpointer._async_wait()
         raise
     finally:
+        trainer.note_sources()
         trainer.close()
         torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from lighthouse_core.config.sweep import Sweep, load_sweep
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.shown import shown
 
-DATA = '[data]\npaths = ["corpus"]\nvalidation = 0.0\n'
+DATA = 'paths = ["corpus"]\nvalidation = 0.0\n'
 BIG = "9" * 5000
 LONG, DEEP = "n" * 300, "/".join(["d" * 200] * 30)
 
@@ -33,6 +33,7 @@ def place(here, trainer) -> Path:
         recipe.write(DATA)
     (here / "sweep.toml").write_text('recipe = "tiny.toml"\n[runs.one]\n')
     (here / "file").write_text("x")
+    (here / "ids.bin").write_bytes(b"a\0" * 32)
     (here / "folder").mkdir()
     # As much of an exported model as is looked at before a recipe.
     (here / "model").mkdir()
@@ -103,6 +104,8 @@ READ = {
     "sweep": ("sweep", "{}"),
     "prepare": ("data", "prepare", "{}", "out"),
     "inspect": ("data", "inspect", "{}"),
+    "import": ("data", "import", "out", "--from", "{}", "--tokenizer", "bytes"),
+    "import, a tokenizer": ("data", "import", "out", "--from", "ids.bin", "--tokenizer", "{}"),
     "tokenizer": ("tokenizer", "train", "{}", "t.model"),
     "show": ("recipes", "show", "{}"),
     "copy": ("recipes", "copy", "{}"),
@@ -136,6 +139,7 @@ WRITTEN = {
     "sweep": ("sweep", "sweep.toml", "--output", "{}"),
     "prepare": ("data", "prepare", "tiny.toml", "{}", "--workers", "1"),
     "tokenizer": ("tokenizer", "train", "tiny.toml", "{}.model", "--vocab", "280"),
+    "import": ("data", "import", "{}", "--from", "ids.bin", "--tokenizer", "bytes", "--workers", "1"),
     "copy": ("recipes", "copy", "quickstart", "{}"),
     "profile": ("profile", "--seq", "1024", "--heads", "1", "--head-dim", "8", "--out", "{}"),
     "step": ("profile", "step", "tiny.toml", "--nproc", "1", "--out", "{}"),
@@ -171,6 +175,9 @@ PATHS = {
     "eval --out": (WRITTEN, "eval"),
     "data prepare recipe": (READ, "prepare"),
     "data prepare out": (WRITTEN, "prepare"),
+    "data import out": (WRITTEN, "import"),
+    "data import --from": (READ, "import"),
+    "data import --tokenizer": (READ, "import, a tokenizer"),
     "data inspect recipe": (READ, "inspect"),
     "tokenizer train recipe": (READ, "tokenizer"),
     "tokenizer train out": (WRITTEN, "tokenizer"),
@@ -258,6 +265,8 @@ NUMBERED = {
     "data inspect --samples": ("data", "inspect", "tiny.toml"),
     "data inspect --seconds": ("data", "inspect", "tiny.toml"),
     "data prepare --workers": ("data", "prepare", "tiny.toml", "out"),
+    "data import --workers": ("data", "import", "out", "--from", "ids.bin", "--tokenizer", "bytes"),
+    "data import --validation": ("data", "import", "out", "--from", "ids.bin", "--tokenizer", "bytes"),
     "sweep --minutes": ("sweep", "sweep.toml"),
     "pretrain --nproc": ("pretrain", "tiny.toml"),
     "pretrain --nnodes": ("pretrain", "tiny.toml", "--name", "a", "--rdzv-endpoint", "h:1"),
@@ -281,6 +290,7 @@ WORDS = {
     "profile tune --set": "profile tune tiny.toml",
     "eval --set": "eval run --recipe tiny.toml",
     "data prepare --set": "data prepare tiny.toml out",
+    "data import --format": "data import out --from ids.bin --tokenizer bytes",
     "data inspect --set": "data inspect tiny.toml",
     "tokenizer train --set": "tokenizer train tiny.toml t.model",
 }
@@ -450,8 +460,16 @@ def test_each_number_at_its_limits(lighthouse, trainer, place, key):
         "a = 1\n" * 3,
         "[titan.a." + ".".join(["b"] * 500) + "]",
         "\n" * 20_000 + "[modle]",
+        "[data]\nsources = []",
+        "[data]\nsources = [[1], {}, 2]",
+        "[data.sources]\nweight = 1",
+        "[data]\n[[data.sources]]\nweight = 0",
+        "[data]\n[[data.sources]]\nweight = nan",
+        "[data]\n[[data.sources]]\nweigth = 1",
+        '[data]\n[[data.sources]]\nweight = 1\nname = "a\\nb"',
+        '[data]\npaths = ["stdlib"]\n[[data.sources]]\nweight = 1',
     ],
-    ids=range(16),
+    ids=range(24),
 )
 def test_a_recipe_that_is_none(lighthouse, place, text):
     (place / "odd.toml").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from array import array
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -39,6 +40,7 @@ WRITES = {
     "sweep --output": ("sweep", "sweep.toml", "--output", "a/b"),
     "data prepare": ("data", "prepare", "tiny.toml", "tokens", "--workers", "1"),
     "data prepare, deeper": ("data", "prepare", "tiny.toml", "a/b", "--workers", "1"),
+    "data import": ("data", "import", "taken", "--from", "ids.bin", "--tokenizer", "bytes", "--workers", "1"),
     "tokenizer train": ("tokenizer", "train", "tiny.toml", "t.model", "--vocab", "280"),
     "recipes copy": ("recipes", "copy", "quickstart"),
     "recipes copy, a name": ("recipes", "copy", "quickstart", "folder/mine.toml"),
@@ -106,9 +108,11 @@ def template(tmp_path_factory) -> Path:
     (here / "corpus").mkdir()
     for name in map("{}.txt".format, range(12)):
         (here / f"corpus/{name}").write_text("hello world, and more of the same\n" * 50)
-    data = '[data]\nsource = "files"\npaths = ["corpus/*.txt"]\nvalidation = 0.25\n'
+    data = 'source = "files"\npaths = ["corpus/*.txt"]\nvalidation = 0.25\n'
     (here / "tiny.toml").write_text(RECIPE.replace("steps = 20", "steps = 7") + data)
     (here / "sweep.toml").write_text(SWEEP)
+    # Token ids as nanoGPT has them: bytes, and the tokenizer's EOS behind each document.
+    (here / "ids.bin").write_bytes(array("H", [*b"hello world", 257] * 60).tobytes())
     (here / "runs").mkdir()
 
     def make(path: str, step: int, recovered: bool):
@@ -268,6 +272,7 @@ LEFT = {
     # The same command goes on from the shards that are whole.
     "data prepare": {"tokens"},
     "data prepare, deeper": {"a", "a/b"},
+    "data import": {"taken"},
     # What was measured of the first lengths stays.
     "profile --seq": {"a", "a/b"},
 }

@@ -39,6 +39,7 @@ def place(tmp_path_factory):
         "[model]\ndim = 64\nlayers = 2\nheads = 2\nffn_dim = 96\nvocab_size = 320\n"
         "[lighthouse]\ntopk = 16\ntile_parents = 8\n[training]\nseq_len = 1024\nglobal_batch_size = 4\nsteps = 10\n"
         f'[optimizer]\nlr = 1e-3\n[data]\nsource = "files"\npaths = ["{NAME}/src/*.txt"]\nvalidation = 0\n'
+        'packing = "concat"\n'
         f'[output]\ndir = "{NAME}/runs"\n',
         encoding="utf-8",
     )

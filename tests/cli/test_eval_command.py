@@ -1,6 +1,7 @@
 """`lighthouse eval` and `lighthouse compare`: what they are asked for, and what they cannot do."""
 
 import json
+import warnings
 
 import pytest
 
@@ -109,3 +110,31 @@ def test_a_recipe_that_holds_no_text_out_is_named(lighthouse, run, measured):
 
 def test_runs_without_a_step_are_not_compared(lighthouse, run):
     assert "no logged step" in lighthouse("compare", "one").error
+
+
+def test_documents_that_are_kept_apart(lighthouse, here):
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from lighthouse_core.models.decoder import build_dense_model
+    from lighthouse_core.seal import seal
+
+    (here / "text.jsonl").write_text("".join(json.dumps({"text": "ab c" * (i % 37)}) + "\n" for i in range(400)))
+    settings = ['data.source="files"', f'data.paths=["{here}/text.jsonl"]', "data.validation=0.5",
+                'data.packing="documents"', 'lighthouse.method="sliding"', "lighthouse.window=16", "model.dim=16",
+                "training.seq_len=128"]  # fmt: skip
+    run = create_run(load_recipe(here / "tiny.toml", settings), "tiny", "one")
+    model = build_dense_model(run.recipe.model, 128)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        model.init_weights()
+        dcp.save(dict(model.named_parameters()), checkpoint_id=run.checkpoint_dir(10), no_dist=True)
+    seal(run.checkpoint_dir(10))
+    shown = lighthouse("eval", "one", "--sequences", "2", "--context", "32", "--trials", "1")
+    assert shown.code == 0 and "documents apart" in shown.err
+    assert "leak across documents" in shown.out and "earlier" in shown.out
+    report = json.loads(
+        (run.path / "eval/one-step-10-Lighthouse-attention-sliding-window-16-/results.json").read_text()
+    )
+    assert report["data"]["packing"] == "documents" and report["tokens"] == 128
+    assert [row["largest"] for row in report["leak_across"]] == [0, 0]

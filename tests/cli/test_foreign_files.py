@@ -238,7 +238,7 @@ def seal_index(folder: Path, change) -> None:
 @pytest.fixture
 def prepared(lighthouse, here) -> Path:
     (here / "a.txt").write_text("some words\n" * 300)
-    data = '[data]\nsource = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
+    data = 'source = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
     (here / "text.toml").write_text(RECIPE + data)
     assert lighthouse("data", "prepare", "text.toml", "out", "--workers", "1").code == 0
     (here / "tokens.toml").write_text(RECIPE + data.replace("files", "tokens").replace("a.txt", "out"))

@@ -107,7 +107,7 @@ def recipe(place: Path, source: str, *paths: str, validation: float = ALL, **mor
     lines = [f'source = "{source}"', f"paths = {json.dumps(paths)}", f"validation = {validation}"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in more.items()]
     path = place / f"r{len(list(place.glob('r?.toml')))}.toml"
-    path.write_text(RECIPE + "\n".join(["[data]", *lines]) + "\n")
+    path.write_text(RECIPE + "\n".join(lines) + "\n")
     return load_recipe(path)
 
 

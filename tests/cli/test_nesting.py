@@ -13,7 +13,7 @@ CORE = Path(lighthouse_core.__file__).parent
 KNOWN = {
     "reading.py": "it bounds them",
     "config/positions.py": "of a text that parse_toml has read",
-    "data/files.py": "it takes a RecursionError for a bad line",
+    "data/rows.py": "it takes a RecursionError for a bad line",
     "data/tokenizers/huggingface.py": "what a library wrote of its own state",
     "export/tokenizer.py": "what a library wrote of its own state",
     "profile/step.py": "of a run that this command has just made",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,35 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *(x for setting in windows for x in ("--set", setting)))
     assert "\n# windows               64 from step 1, 128 from step 18, 256 from step 35\n" in answer.out
     assert "\n# keys a query (mean)   32, then 64, then 128; dense 512\n" in answer.out
+
+
+def test_dry_run_shows_a_mixture(lighthouse, trainer, here):
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        for i in range(30):
+            (here / folder / str(i)).mkdir()
+            (here / folder / f"{i}/a.py").write_text("x" * 998)
+    sources = 'data.sources=[{paths=["a"], weight=3}, {paths=["b"], weight=1, name="rest"}]'
+    settings = [sources, "data.validation=0.2"]
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", sources, "--set", settings[1])
+    assert answer.code == 0 and loads_recipe(answer.out) == load_recipe("tiny.toml", settings)
+    [a, rest] = [line for line in answer.out.splitlines() if line.startswith("# source ")]
+    tokens = int(re.search(r"([\d,]+) tokens", a)[1].replace(",", ""))
+    # 120 steps of 4 sequences of 1024 tokens.
+    assert a.startswith("# source a              75.00% of the sequences; ") and 10_000 < tokens < 30_000
+    assert f" {0.75 * 120 * 4096 / tokens:.2f} epochs in the run" in a
+    assert rest.startswith("# source rest           25.00% of the sequences; ")
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", sources.replace('"b"', '"a"'))
+    assert answer.code == 2 and "the sources a and rest both read" in answer.err
+
+
+def test_the_dry_run_of_a_recovery_counts_what_documents_attend_to(lighthouse, trainer):
+    packed = ("--set", 'data.packing="documents"', "--set", "lighthouse.window=64")
+    lighthouse("pretrain", "tiny.toml", "--name", "a", *packed)
+    answer = lighthouse("recover", "a", "--dry-run")
+    assert answer.code == 0 and "\n# documents " in answer.out
+    (line,) = (line for line in answer.out.splitlines() if line.startswith("# keys a query"))
+    assert 1 < float(line.rpartition("dense ")[2]) < 512
 
 
 @pytest.mark.parametrize(

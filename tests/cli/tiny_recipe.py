@@ -1,4 +1,4 @@
-"""A small recipe on Python's own sources, for the command line."""
+"""A small recipe on Python's own sources, for the command line. It ends with [data], for further keys."""
 
 RECIPE = """\
 [model]
@@ -22,4 +22,7 @@ lr = 1e-3
 
 [recover]
 steps = 20
+
+[data]
+packing = "concat"
 """

@@ -42,6 +42,7 @@ source = "files"
 paths = ["corpus/*.txt"]
 tokenizer = "given/tokenizer.json"
 validation = 0.3
+packing = "concat"
 
 [training]
 seq_len = 32

@@ -39,6 +39,9 @@ steps = 10
 
 [optimizer]
 lr = 1e-3
+
+[data]
+packing = "concat"
 """
 
 
@@ -109,7 +112,7 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
         ("seq_len = 1024\n", "", "r.toml:17: training.seq_len is missing"),
         ("[optimizer]\nlr = 1e-3\n", "", "r.toml: section [optimizer] is missing"),
         ("  3,\n", "  3\n  4,\n", "r.toml:11: not valid TOML"),
-        ("lr = 1e-3", "lr = [1,", "r.toml:23: not valid TOML"),
+        ("lr = 1e-3", "lr = [1,", "r.toml:25: not valid TOML"),
         ("[optimizer]", "[training]", "r.toml:22: not valid TOML"),
         ("  3,", "  true,", "r.toml:8: model.dense_layers[1] must be an integer, not true"),
         ("  3,", "  4,", "r.toml:8: model.dense_layers: layer 4 is outside 0..3"),
@@ -129,22 +132,22 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
             f"r.toml:14: lighthouse.scorer {SCORERS}, not 'blok'; did you mean block?",
         ),
         (
-            "[training]",
-            "[data]\nsource = 'filez'\n[training]",
-            'r.toml:18: data.source must be "python-sources", "files", "hf" or "tokens", not "filez"; did you mean '
+            'packing = "concat"',
+            "source = 'filez'",
+            'r.toml:26: data.source must be "python-sources", "files", "hf" or "tokens", not "filez"; did you mean '
             "files?",
         ),
         ("topk = 16", "topk = 128", "r.toml:14: the gathered sequence (S = 1152) is not shorter than training.seq_len"),
         ("steps = 10", "steps = -1", "r.toml:20: training.steps must be above 0, not -1"),
         ("steps = 10", "local_batch_size = 3\nsteps = 10", "r.toml:19: training.global_batch_size (4) must be a mult"),
         ("[training]", "[checkpoint]\nkeep = 1\n[training]", "r.toml:18: checkpoint.keep must be 0 (all)"),
-        ("[training]", "[data]\nvalidation = 1.0\n[training]", "r.toml:18: data.validation must be below 1, not 1.0"),
-        ("[training]", "[data]\npaths = []\n[training]", "r.toml:18: data.paths must not be empty"),
+        ('packing = "concat"', "validation = 1.0", "r.toml:26: data.validation must be below 1, not 1.0"),
+        ('packing = "concat"', "paths = []", "r.toml:26: data.paths must not be empty"),
         ("[training]", "[parallel]\nshard = 0\n[training]", "r.toml:18: parallel.shard must be -1"),
         (
-            "[training]",
-            "[data]\nvalidation = 0\n[metrics]\nvalidation_every = 5\n[training]",
-            "r.toml:20: metrics.validation_every needs data.validation above 0",
+            'packing = "concat"',
+            'packing = "concat"\nvalidation = 0\n[metrics]\nvalidation_every = 5',
+            "r.toml:29: metrics.validation_every needs data.validation above 0",
         ),
         (
             "seq_len = 1024",
@@ -156,6 +159,32 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
 def test_an_error_names_the_line_and_the_key(old, new, message):
     assert BASE.count(old) == 1 or old == "steps ="
     assert problem(BASE.replace(old, new)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=9", 'lighthouse.method "pyramid" without a lighthouse.window: write data.packing = "concat"'),
+        ("lighthouse={method='compressed', window=64}", 'lighthouse.method "compressed": write data.packing'),
+        (
+            "lighthouse={method='chunked', window=64, dense_backend='cudnn'}",
+            'lighthouse.dense_backend "cudnn" is not for data.packing "documents": write data.packing = "concat", or',
+        ),
+        ("lighthouse={enabled=false, dense_backend='cudnn'}", 'lighthouse.dense_backend "cudnn" is not for data'),
+    ],
+)
+def test_a_recipe_that_cannot_keep_documents_apart_is_told_what_to_write(override, message):
+    text = BASE.replace('[data]\npacking = "concat"\n', "")
+    assert message in problem(text, override)
+
+
+def test_documents_are_kept_apart_unless_the_recipe_says_otherwise():
+    text = BASE.replace('[data]\npacking = "concat"\n', "").replace("topk = 16", "topk = 16\nwindow = 8")
+    assert (loads_recipe(text).data.packing, loads_recipe(text).alignment) == ("documents", 16)
+    assert loads_recipe(text, ["lighthouse.enabled=false"]).alignment == 1
+    # A run that was made before has it in its resolved recipe, as this one does.
+    resolved = dump_recipe(loads_recipe(BASE))
+    assert loads_recipe(resolved).data.packing == "concat" and loads_recipe(resolved).alignment is None
 
 
 def test_the_selection_may_be_any_length_in_a_dense_run():
@@ -175,6 +204,7 @@ def test_s_error_suggests_what_to_change():
         ("lighthouse.scorer=random", "--set lighthouse.scorer: random is not a TOML value"),
         ("training.compile=True", "--set training.compile: True is not a TOML value"),
         ("training.steps=", "--set training.steps: nothing is not a TOML value"),
+        ("data.sources[0].weight=1", "--set data.sources[0].weight names an entry of a list"),
         ("training.steps", "--set training.steps: expected key=value"),
         ("training.steps=1\nseed=2", "--set training.steps: 1\\nseed=2 is not a TOML value"),
         ("training.steps=-5", "--set training.steps: training.steps must be above 0"),
@@ -291,6 +321,8 @@ def test_every_key_can_be_written_and_no_other():
     dumped = tomllib.loads(dump_recipe(loads_recipe(BASE)))
     known = known_keys()
     assert known.pop("titan") == []
+    # Of one source and of several, only one has a value.
+    known["data"].remove("sources")
     assert {name: list(table) for name, table in dumped.items()} == known
 
 
@@ -306,7 +338,7 @@ values = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dict
 @st.composite
 def recipes(draw):
     heads, kv_groups, layers = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
-    local = draw(st.integers(1, 8))
+    local, window = draw(st.integers(1, 8)), draw(st.sampled_from([0, 64]))
     model = {
         "dim": heads * kv_groups * draw(st.integers(1, 500)),
         "layers": layers,
@@ -325,10 +357,14 @@ def recipes(draw):
                 "enabled": draw(st.booleans()),
                 "topk": 128,
                 "scorer": draw(st.sampled_from(NAMES["scorer"])),
+                "window": window,
             },
-            "data": {"paths": draw(st.lists(names, min_size=1, max_size=3))},
+            "data": {
+                "paths": draw(st.lists(names, min_size=1, max_size=3)),
+                "packing": "documents" if window else "concat",
+            },
             "training": {
-                "seq_len": draw(st.integers(10**4, 10**6)),
+                "seq_len": 16 * draw(st.integers(10**3, 10**5)),
                 "local_batch_size": local,
                 "global_batch_size": local * draw(st.integers(1, 9)),
                 "steps": draw(positive),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lighthouse_core.config import loads_recipe
+from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.data.build import build_source
 from lighthouse_core.data.documents import Place
 from lighthouse_core.data.hub import HubSource, pinned
@@ -19,12 +20,12 @@ FIRST, SECOND = "1" * 40, "a" * 40
 NAME = "someone/some-data"
 
 
-def recipe(paths=(NAME,), **data):
+def recipe(paths=(NAME,), source="hf", **data):
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"paths": list(paths), **data}.items())
     return loads_recipe(
         "[model]\ndim = 64\nlayers = 2\nheads = 2\nhead_dim = 32\nffn_dim = 64\nvocab_size = 320\n"
         "[lighthouse]\nenabled = false\n[training]\nseq_len = 64\nglobal_batch_size = 1\nsteps = 1\n"
-        f'[optimizer]\nlr = 1e-3\n[data]\nsource = "hf"\n{lines}'
+        f'[optimizer]\nlr = 1e-3\n[data]\nsource = "{source}"\n{lines}'
     )
 
 
@@ -72,6 +73,18 @@ def test_a_pinned_recipe_keeps_its_commit_and_asks_nobody(hub):
     assert hub.asked == [None] and hub.loaded == [FIRST, FIRST]
     assert pinned(recipe(hf_revision="v1")).data.hf_revision == SECOND and hub.asked == [None, "v1"]
     assert build_source(pinned(recipe()).data).fingerprint != before.fingerprint
+
+
+def test_each_source_of_a_mixture_is_pinned(hub, tmp_path):
+    (tmp_path / "a").mkdir()
+    parts = (
+        SourceSection(source="hf", paths=[NAME], weight=1),
+        SourceSection(source="files", paths=[f"{tmp_path}/a/*.txt"], weight=1),
+        SourceSection(source="hf", paths=[NAME], hf_revision="v1", weight=1),
+    )
+    mixed = recipe().model_copy(update={"data": DataSection(sources=parts)})
+    assert [part.hf_revision for part in pinned(mixed).data.parts] == [FIRST, "", FIRST]
+    assert hub.asked == [None, "v1"]
 
 
 def test_nothing_else_is_pinned(hub, tmp_path):
@@ -146,6 +159,32 @@ def test_a_saved_data_set_has_a_unit_a_file(saved, name, split, units, count):
 def test_a_saved_data_set_has_no_other_split_or_configuration(saved, name, config, split, message):
     with pytest.raises(DataError, match=message):
         HubSource(str(saved / name), config, split, "", "text")
+
+
+def test_rows_without_text_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n')
+    source = HubSource(str(tmp_path), "", "train", "", "text")
+    assert texts(source) == ["one", "two"] and source.nulls == 2
+
+
+def test_hints_of_files_and_hf_do_not_send_in_a_circle(tmp_path):
+    """What one source refuses and its hint sends to the other is read there."""
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    (tmp_path / "arrow").mkdir()
+    rows.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved/data-00000-of-00001.arrow").rename(tmp_path / "arrow/a.arrow")
+    (tmp_path / "a.csv").write_text("text\none\ntwo\n")
+    for path, reader in ((tmp_path / "a.csv", "files"), (tmp_path / "arrow/a.arrow", "hf")):
+        with pytest.raises(DataError, match="is not a directory") as error:
+            build_source(recipe([str(path)]).data)
+        assert (error.value.hint == 'data.source = "files" reads it') == (reader == "files")
+        if reader == "files":
+            assert texts(build_source(recipe([str(path)], source="files").data)) == ["one", "two"]
+        else:
+            with pytest.raises(DataError, match="is not one of") as error:
+                build_source(recipe([str(path)], source="files").data)
+            assert 'data.source = "hf" reads a folder' in error.value.hint
+            assert texts(build_source(recipe([str(path.parent)]).data)) == ["one", "two"]
 
 
 def formats():

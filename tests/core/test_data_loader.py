@@ -35,9 +35,7 @@ def data(tmp_path_factory):
     for name, content in FILES.items():
         (root / name).parent.mkdir(parents=True)
         (root / name).write_bytes(content)
-    return SimpleNamespace(
-        source="python-sources", paths=[str(root)], tokenizer="bytes", shuffle="documents", validation=0.2
-    )
+    return DataSection(paths=[str(root)], shuffle="documents", validation=0.2)
 
 
 def loader(data, seq_len=16, local_batch_size=1, rank=0, world_size=1, seed=0, split="train"):
@@ -213,7 +211,7 @@ def test_a_position_of_another_stream_is_refused(data, change, message):
 
 def test_changed_data_is_refused_on_resume(data):
     state = loader(data).state_dict()
-    other = SimpleNamespace(**vars(data) | {"validation": 0.0})
+    other = data.model_copy(update={"validation": 0.0})
     with pytest.raises(DataError, match="data changed"):
         loader(other).load_state_dict(state)
 
@@ -222,7 +220,7 @@ def test_a_file_that_grows_during_the_run_is_an_error_not_a_shift(data, tmp_path
     (tmp_path / "src").mkdir()
     path = tmp_path / "src/a.py"
     path.write_bytes(b"abc")
-    data = SimpleNamespace(**vars(data) | {"paths": [str(path.parent)], "validation": 0.0})
+    data = data.model_copy(update={"paths": [str(path.parent)], "validation": 0.0})
     one = loader(data, 4)
     path.write_bytes(b"abcd")
     with pytest.raises(DataError, match="changed from 3 to 4 bytes"):
@@ -232,13 +230,13 @@ def test_a_file_that_grows_during_the_run_is_an_error_not_a_shift(data, tmp_path
 @pytest.mark.parametrize(("validation", "split"), [(0.0, "validation"), (0.999999, "train")])
 def test_an_empty_split_is_the_users_error(data, validation, split):
     with pytest.raises(DataError, match=f"for {split}") as error:
-        loader(SimpleNamespace(**vars(data) | {"validation": validation}), split=split)
+        loader(data.model_copy(update={"validation": validation}), split=split)
     assert "data.validation" in error.value.hint
 
 
 @pytest.fixture
 def shuffled(data):
-    return SimpleNamespace(**vars(data) | {"shuffle": "samples"})
+    return data.model_copy(update={"shuffle": "samples"})
 
 
 def cuts(stream, epoch, seq_len):

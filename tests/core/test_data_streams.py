@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lighthouse_core.config import loads_recipe
-from lighthouse_core.data import files
+from lighthouse_core.data import files, forms
 from lighthouse_core.data import prepare as preparing
 from lighthouse_core.data.documents import Place, stable_hash, with_ends
 from lighthouse_core.data.files import FilesSource, list_files
@@ -333,7 +333,6 @@ def lines_source(tmp_path, content, **options):
         (b"[1]", "not a JSON object"),
         (b'{"txt": "a", "n": 1}', 'no key "text".*there are: n, txt'),
         (b'{"text": 1}', '"text" is not a string but int'),
-        (b'{"text": null}', "not a string but NoneType"),
         (b'{"text": "\xff"}', "not UTF-8 text .byte 10"),
         (b'{"text": "\\ud800"}', "half a surrogate"),
         (b"[" * 100_000, "nested too deeply|not valid JSON"),
@@ -361,7 +360,6 @@ def test_bad_text_and_tables_name_their_place(tmp_path):
     with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8 text"):
         list(FilesSource([str(tmp_path / "a.txt")], "text").records(0, Place(), bool))
     for name, table, message in [
-        ("null", {"text": ["a", None]}, "row 2: .*NoneType"),
         ("type", {"text": [1]}, "has the type int64"),
         ("missing", {"other": ["a"]}, "is missing; there are: other"),
         ("twice", pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), "is there more than once"),
@@ -406,7 +404,7 @@ def test_a_hint_of_changed_files_is_for_those_that_are_gone(tmp_path, monkeypatc
     def refuse(*args, **options):
         raise error
 
-    monkeypatch.setattr(files, "open", refuse, raising=False)
+    monkeypatch.setattr(forms, "open", refuse, raising=False)
     with pytest.raises(DataError, match="cannot read") as found:
         next(source.records(0, Place(), bool))
     assert bool(found.value.hint) == hint
@@ -424,13 +422,13 @@ def test_a_process_may_end_while_a_batch_is_made(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n' * 100_000)
     # Three processes, which import torch once.
     script = (
-        "import os, sys; from types import SimpleNamespace; from lighthouse_core.data.loader import build_loader\n"
+        "import os, sys; from lighthouse_core.config.data import DataSection\n"
+        "from lighthouse_core.data.loader import build_loader\n"
         "for _ in range(3):\n"
         "    if not os.fork(): break\n"
         "    if code := os.waitstatus_to_exitcode(os.wait()[1]): sys.exit(f'ended with {code}')\n"
         "else: sys.exit()\n"
-        f"data = SimpleNamespace(source='files', paths=['{tmp_path}/*'], tokenizer='bytes', validation=0)\n"
-        "data.text_key, data.shuffle = 'text', 'documents'\n"
+        f"data = DataSection(source='files', paths=['{tmp_path}/*'], validation=0)\n"
         "loaders = [build_loader(data, 100_000, 1, 0, 1, seed) for seed in range(4)]\n"
         "for one in loaders: one.batches = iter(one); next(one.batches)\n"
     )
@@ -449,7 +447,7 @@ def test_a_tokenizer_that_takes_text_alone_gets_text():
 
 
 def test_listing_mistakes_have_hints(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.tsv").write_text("x")
     (tmp_path / "b.txt").write_text("x")
     for paths, message in [
         (["nowhere/*.txt"], "no files match"),
@@ -591,7 +589,7 @@ def test_a_survey_counts_a_document_in_parts_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PART", 64)
     for name, content in LONG.items():
         (tmp_path / name).write_text(content)
-    found = survey(
+    [found] = survey(
         recipe(tmp_path, "docs", paths=[str(tmp_path / "*.*")], validation=0), "train", seconds=60, samples=4
     )
     assert sorted(found.lengths) == sorted(len(content.encode()) + 2 for content in LONG.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense import BACKENDS, fa2, fa3, packages, varlen
 from lighthouse_core.attention.dense.call import KERNELS
 from lighthouse_core.attention.parts import near, windowed_kernel
@@ -40,7 +41,8 @@ def test_the_list_says_what_the_kernels_do():
     assert [name for name in BACKENDS if name != "auto"] == list(KERNELS)
     for name, kernel in KERNELS.items():
         assert kernel.name == name and kernel.label
-        assert BACKENDS[name] == (kernel.part is not None, kernel.windowed is not None)
+        does = kernel.part, kernel.windowed, kernel.packed
+        assert BACKENDS[name] == tuple(part is not None for part in does)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -78,7 +80,7 @@ def test_obstacles_on_a_gpu(monkeypatch):
     for kernel in (fa2.KERNEL, fa3.KERNEL):
         assert "is not installed" in kernel.obstacle("cuda", torch.bfloat16, 128)
     assert "does not load" in packages.from_package("x", "X", "x", True, range(9, 10), "").absence("cuda")
-    monkeypatch.setitem(sys.modules, "x", types.SimpleNamespace(flash_attn_func=len))
+    monkeypatch.setitem(sys.modules, "x", types.SimpleNamespace(flash_attn_func=len, flash_attn_varlen_func=len))
     there = packages.from_package("x", "X", "x", True, range(9, 10), "")
     assert there.obstacle("cuda", torch.float16, 256) is None
     assert "float64" in there.obstacle("cuda", torch.float64, 64)
@@ -108,8 +110,18 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, name, module, retur
         out, lse = near(q, k, v, window_size[0] + 1, scale=softmax_scale, backend="math")
         return (out, lse) if returns_lse else out
 
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+        window_size=(-1, -1), deterministic=False,
+    ):  # fmt: skip
+        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == 60
+        documents = Documents(cu_seqlens_q, max_seqlen_q)
+        out, lse = KERNELS["math"].packed(q, k, v, softmax_scale, window_size[0] + 1, documents)
+        return (out, lse) if returns_lse else out
+
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     sys.modules[module].flash_attn_func = flash_attn_func
+    sys.modules[module].flash_attn_varlen_func = flash_attn_varlen_func
     kernel = packages.from_package(name, name, module, True, range(20), "")
     monkeypatch.setitem(KERNELS, name, kernel)
     monkeypatch.setattr(packages, "_major", lambda: 9)
@@ -121,6 +133,12 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, name, module, retur
         for ours, exact in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, exact)
     assert calls == [(-1, -1), (23, 0)]
+    documents = Documents(torch.tensor([0, 40, 40, 100], dtype=torch.int32), 60)
+    for window in (0, 24):
+        flat = [x[0] for x in tensors]
+        packed, plain = (one.packed(*flat, 0.3, window, documents) for one in (kernel, KERNELS["math"]))
+        assert packed[1] is None
+        torch.testing.assert_close(packed[0], plain[0])
     torch._dynamo.reset()
     compiled = torch.compile(partial(windows_last, kernel.windowed, 24), fullgraph=True, backend="aot_eager")
     for ours, exact in zip(gradients(compiled, tensors), got, strict=True):

@@ -56,10 +56,11 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.titan_train, "dist_utils", trainer.dist_utils)
     monkeypatch.setattr(trainer.titan_train, "CheckpointManager", CheckpointManager)
 
-    def call(run: Run | None = None) -> Run:
+    def call(run: Run | None = None, *settings: str) -> Run:
         (tmp_path / "meeting").unlink(missing_ok=True)
         if run is None:
-            run = create_run(load_recipe("recipes/quickstart.toml", [*SETTINGS, f'output.dir="{tmp_path}"']), "tiny")
+            settings = (*SETTINGS, *settings, f'output.dir="{tmp_path}"')
+            run = create_run(load_recipe("recipes/quickstart.toml", settings), "tiny")
         trainer.train(run)
         return run
 
@@ -135,14 +136,14 @@ def test_a_run_and_its_continuation_take_our_parts(train):
             "forward_backward_step",
             "loss_sum / global_valid_tokens",
             "loss_sum / global_valid_tokens / 2",
-            "step 1 is not one over the tokens",
+            "step 1 is not one over the labels",
         ),
         (
             Trainer,
             "forward_backward_step",
             "loss.backward()",
             "(8 * loss).backward()",
-            "step 1 is not one over the tokens",
+            "step 1 is not one over the labels",
         ),
         (Trainer, "forward_backward_step", "self.loss_fn(pred, labels)", "pred", "but 0 calls of the loss function"),
         (
@@ -196,6 +197,24 @@ def test_what_is_no_longer_called_is_noticed(train, upstream, owner, name, old, 
     with pytest.raises(PatchError, match=words) as caught:
         train()
     assert "\n" not in str(caught.value) and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("forward_backward_step", "loss_sum / global_valid_tokens", "loss_sum / labels.numel()"),
+        ("train_step", "(labels != IGNORE_INDEX).sum()", "labels.numel()"),
+        ("train_step", "global_valid_tokens = local_valid_tokens.float()", "global_valid_tokens = torch.tensor(1.0)"),
+    ],
+)
+def test_a_loss_that_is_not_of_the_labels_that_count_is_noticed(train, upstream, tmp_path, name, old, new):
+    (tmp_path / "texts").mkdir()
+    for number in range(60):
+        (tmp_path / f"texts/{number}.txt").write_text("a few words " * (1 + number % 3))
+    data = 'data.source="files"', f'data.paths=["{tmp_path}/texts/*.txt"]', 'data.packing="documents"'
+    upstream(Trainer, name, old, new)
+    with pytest.raises(PatchError, match="step 1 is not one over the labels that count"):
+        train(None, *data, "lighthouse.window=8")
 
 
 @pytest.mark.parametrize(

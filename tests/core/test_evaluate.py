@@ -232,7 +232,7 @@ def test_a_needle_needs_room():
 def data(tmp_path):
     for letter in string.ascii_letters:
         (tmp_path / f"{letter}.txt").write_text(letter * 3000)
-    return DataSection(source="files", paths=[str(tmp_path / "*.txt")], validation=0.5)
+    return DataSection(source="files", paths=[str(tmp_path / "*.txt")], validation=0.5, packing="concat")
 
 
 def test_a_report_holds_all_of_it(data, tmp_path):

@@ -43,6 +43,7 @@ tile_parents = 2
 
 [data]
 tokenizer = "bytes"
+packing = "concat"
 
 [training]
 seq_len = 48

@@ -220,7 +220,7 @@ def test_a_loss_of_another_scale_ends_the_run():
     job.guard.see(torch.ones(()), torch.tensor(True))
     job.guard.judge(2, norm_of(job))
     job.optimizer.step()
-    with pytest.raises(PatchError, match="step 2 is not one over the tokens"):
+    with pytest.raises(PatchError, match="step 2 is not one over the labels"):
         job.guard.look(lag=0)
 
 

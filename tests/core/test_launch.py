@@ -212,7 +212,13 @@ def _send(number, *pids):
         os.kill(pid, number)
 
 
-@pytest.mark.parametrize("order", ["asked, then held", "held, then asked", "all asked, then held"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "asked, then held",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("held, then asked", "all asked, then held")),
+    ],
+)
 def test_a_job_that_is_held_as_a_whole_saves_once_it_goes_on(job, tmp_path, order):
     """As by a batch system that suspends it, or in a virtual machine that is paused."""
 

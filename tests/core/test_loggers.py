@@ -173,7 +173,7 @@ def rows(tmp_path):
     metrics = Metrics.__new__(Metrics)
     metrics.stage = SimpleNamespace(run=SimpleNamespace(path=tmp_path), name="dense")
     metrics.logger, metrics.leaky, metrics.unwritten, metrics.taken = BaseLogger(), False, b"", False
-    metrics.last_step = 0
+    metrics.last_step, metrics.validation_loss = 0, None
     metrics.file = open_to_append(tmp_path / "metrics.jsonl")
     metrics.log_validation(1.0, 1)
     yield metrics

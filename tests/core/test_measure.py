@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig
+from lighthouse_core.attention import AttentionContext, Documents
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError, TrainingError
 from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
@@ -34,6 +35,16 @@ def test_every_layer_is_dense_meanwhile_and_the_model_as_before_then(model, monk
     monkeypatch.undo()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model(tokens, labels=tokens), loss)
+
+
+def test_it_keeps_the_documents_of_a_batch_apart(model):
+    documents = Documents(torch.tensor([0, 10, TOKENS, 2 * TOKENS], dtype=torch.int32), TOKENS)
+    positions = torch.cat([torch.arange(n) for n in (10, TOKENS - 10, TOKENS)]).int().view(2, TOKENS)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs, named: seen.append(named["context"]), with_kwargs=True)
+    measure.dense_seconds(model, (2, TOKENS), AttentionContext(documents=documents, positions=positions))
+    assert len(seen) == 4 and all(one.dense and one.documents is documents for one in seen)
+    assert all(one.positions is positions for one in seen)
 
 
 def test_a_dense_run_has_nothing_to_measure_against():

@@ -57,6 +57,7 @@ tile_parents = 2
 
 [data]
 validation = 0.2
+packing = "concat"
 
 [training]
 seq_len = 32

@@ -17,6 +17,8 @@ vocab_size = 320
 [lighthouse]
 topk = 16
 tile_parents = 8
+[data]
+packing = "concat"
 [training]
 seq_len = 1024
 local_batch_size = 2

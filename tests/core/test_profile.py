@@ -299,6 +299,10 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
     assert "# In [model]: dense_layers = []" in found.fragment(1)
     assert "# In [model]: dense_layers = [0, 1, 28, 29]" in found.fragment(0)
     assert all("# In [training]: seq_len = 98304" in found.fragment(number) for number in range(2))
+    assert not any("packing" in part for part in parts[1:])
+    packed = replace(found, documents=True)
+    assert any("one document a sequence" in part for part in report.tune_parts(packed)[1:])
+    assert '# In [data]: packing = "concat"' in packed.fragment(0)
     json.dumps(found.as_json())
 
 
@@ -679,7 +683,7 @@ def alone(monkeypatch, forward, why_not=None) -> None:
     for name in set(KERNELS) - {"math"}:
         monkeypatch.delitem(KERNELS, name)
     monkeypatch.setitem(KERNELS, "mine", one)
-    monkeypatch.setitem(BACKENDS, "mine", Facts(lse=False, window=False))
+    monkeypatch.setitem(BACKENDS, "mine", Facts(lse=False, window=False, documents=False))
 
 
 def test_a_dense_kernel_counts_if_it_is_there_and_right(monkeypatch):
@@ -780,6 +784,7 @@ def test_advice_for_a_recipe(monkeypatch):
     from lighthouse_core.shelf import shipped_recipes
 
     tiny = ["model.heads=2", "model.kv_heads=1", "model.head_dim=16", "training.seq_len=1024"]
+    tiny += ['data.packing="documents"']
     # A dense recipe, and a pyramid that does not suit its length, are no hindrance.
     recipe = load_recipe(shipped_recipes()["quickstart"], [*tiny, "lighthouse.topk=512", "lighthouse.enabled=false"])
     trained = []
@@ -796,6 +801,7 @@ def test_advice_for_a_recipe(monkeypatch):
     found = advised(0.125)
     (seen,) = trained
     assert seen.lighthouse.enabled and found.own is None
+    assert seen.data.packing == "concat" and found.documents
     assert {key: getattr(seen.lighthouse, key) for key in found.measured_settings} == found.measured_settings
     assert all(one.share >= 0.125 for one in found.timed) and found.timed[-1].settings["method"] == "chunked"
     totals = [prediction.total for prediction in found.predictions[:-1]]
@@ -840,6 +846,7 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
             settings=settings,
             stage=stage,
             window=window,
+            packing=recipe.data.packing,
             notes=[],
             machine={},
             processes=1,

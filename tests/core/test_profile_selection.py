@@ -11,6 +11,7 @@ from lighthouse_core import LighthouseConfig, select_indices
 from lighthouse_core.attention.backends import window_scores
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
+from lighthouse_core.evaluate import Text
 from lighthouse_core.models.llama import entries
 from lighthouse_core.profile import selection
 from lighthouse_core.profile.selection import finest_levels, kept_by_both, parent_overlap, selection_view
@@ -38,6 +39,7 @@ cover_prefix = false
 [data]
 source = "files"
 validation = 0.5
+packing = "concat"
 [training]
 seq_len = 64
 global_batch_size = 1
@@ -182,11 +184,11 @@ def lettered(monkeypatch):
     """Text with Q at 5, K at 21 and Z at 45."""
     asked = []
 
-    def text(data, subject, tokens, sequences):
+    def text(data, subject, tokens, sequences, align):
         asked.append((tokens, sequences))
         row = torch.full((tokens,), ord("a"))
         row[torch.tensor([5, 21, 45])] = torch.tensor([ord(letter) for letter in LETTERS])
-        return row.repeat(sequences, 1)
+        return Text(row.repeat(sequences, 1))
 
     monkeypatch.setattr(selection, "held_out", text)
     return asked
@@ -250,6 +252,26 @@ def test_the_text_is_that_of_eval(make, monkeypatch):
     looked_at, seen[:] = list(seen), []
     evaluate(load_checkpoint(run.path, attention="trained")[0], recipe.data, tokens=64, sequences=3, measures=["loss"])
     assert len(seen) == 3 and all(torch.equal(a, b) for a, b in zip(looked_at, seen, strict=True))
+
+
+def test_documents_that_are_kept_apart(make, monkeypatch):
+    from lighthouse_core.models.decoder import Decoder
+
+    seen = []
+
+    def hidden(self, tokens, context):
+        seen.append(context)
+        return before(self, tokens, context)
+
+    before = Decoder.hidden
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    run = make({10: "QK"}, 'data.packing="documents"', "lighthouse.window=4")
+    view = selection_view(run.path, sequences=3)
+    assert view.coverage and view.sequences == 3 and len(seen) == 3
+    for context in seen:
+        starts = context.documents.starts
+        assert starts[-1] == 64 and not (starts % 16).any()
+        assert context.positions.max() < 64 and context.key is not None
 
 
 def test_a_run_whose_backend_is_not_here_is_refused_in_words(make):

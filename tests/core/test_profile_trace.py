@@ -9,6 +9,7 @@ import pytest
 
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.profile import trace as t
+from lighthouse_core.profile.report import step_parts
 from lighthouse_core.profile.step import run_step
 
 # 4 heads of 16 and one KV head; sequences of 512, two at a time.
@@ -326,6 +327,16 @@ def test_a_run_that_fails_says_why(tmp_path):
     ):
         run_step(jobs.RECIPE, settings, tmp_path, 3, lambda text: None)
     assert "must be a multiple" in (tmp_path / "pretrain.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
+def test_a_step_with_documents(tmp_path, stage):
+    settings = [*jobs.TINY, 'data.packing="documents"', "lighthouse.window=32"]
+    profile = run_step(jobs.RECIPE, settings, tmp_path, None, lambda text: None, stage=stage)
+    assert profile.packing == "documents" and any("packing: documents." in str(part) for part in step_parts([profile]))
+    assert all("flops_per_token" in row for row in jobs.lines(profile.run))
+    assert (t.MERGE in {row.name for row in profile.breakdown.rows}) == (stage == "lighthouse")
 
 
 @pytest.mark.slow

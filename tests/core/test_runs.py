@@ -28,6 +28,8 @@ vocab_size = 320
 [lighthouse]
 topk = 16
 tile_parents = 8
+[data]
+packing = "concat"
 [training]
 seq_len = 1024
 global_batch_size = 4
@@ -232,7 +234,14 @@ def test_finding_checkpoints(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ledger", ["", "{", "[]", '{"version": 1}', '{"version": 1, "stages": []}', '{"version": 1, "stages": [{}]}']
+    "ledger",
+    [
+        *("", "{", "[]", '{"version": 1}', '{"version": 1, "stages": []}', '{"version": 1, "stages": [{}]}'),
+        *(
+            f'{{"version": 1, "stages": [{{"stage": "dense", "start": 0, "end": 1, "sources": {sources}}}]}}'
+            for sources in ("1", '{"a": 1}', '{"a": {"samples": 1}}', '{"a": {"samples": 1, "epochs": "b"}}')
+        ),
+    ],
 )
 def test_a_broken_ledger_is_one_error(recipe, ledger):
     run = create_run(recipe, "tiny", "a")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -441,6 +441,39 @@ def test_a_runs_data_by_another_name(sweep, tmp_path, monkeypatch, paths, same):
     else:
         with pytest.raises(RunError, match=r"data\.paths"):
             check(now, tmp_path / "base.toml", tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("path", "weight", "words"),
+    [
+        ("corpus/**/*.py", 1, None),
+        ("{here}/link/**/*.py", 1, None),
+        ("other/**/*.py", 1, r"data\.sources\.1\.paths"),
+        ("corpus/**/*.py", 2, r"data\.sources\.1\.weight"),
+    ],
+)
+def test_a_mixture_by_another_name(sweep, tmp_path, monkeypatch, path, weight, words):
+    def mixture(path, weight):
+        source = f"{{source = 'files', paths = ['{path.format(here=tmp_path)}'], weight = {weight}}}"
+        return f"data.sources=[{{weight = 1}}, {source}]"
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "link").symlink_to("corpus")
+    base = tmp_path / "base.toml"
+    base.write_text(base.read_text().replace('source = "python-sources"\npaths = ["stdlib"]\n', ""))
+    run = begin(sweep, tmp_path, "random", mixture("corpus/**/*.py", 1), "data.validation=0.05")
+    save(run, 10)
+    evaluated(run.path, "switch")
+    report = {"tokens": 512, "sequences": 16, "data": run.recipe.data.origin}
+    (run.path / "eval/switch/results.json").write_text(json.dumps(report))
+    settings = ["training.steps=10", "checkpoint.keep=0", "data.validation=0.05", mixture(path, weight)]
+    (tmp_path / "sweep.toml").write_text(
+        SWEEP.replace('["training.steps=10", "checkpoint.keep=0"]', json.dumps(settings))
+    )
+    now = load_sweep(tmp_path / "sweep.toml")
+    with nullcontext() if words is None else pytest.raises(RunError, match=words):
+        check(now, base, tmp_path / "runs")
 
 
 def test_a_recovery_sets_only_what_its_checkpoint_does_not_decide(sweep, tmp_path):

@@ -1,5 +1,6 @@
 """A run keeps its tokenizer: it trains, resumes and is exported without the original file."""
 
+import base64
 import json
 import shutil
 import warnings
@@ -10,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import RunError, UserError
+from lighthouse_core.errors import DataError, RunError, UserError
 from lighthouse_core.export import strip
 from lighthouse_core.export.tokenizer import write_tokenizer
 from lighthouse_core.models import llama
@@ -32,6 +33,8 @@ pooling = 2
 levels = 2
 topk = 2
 tile_parents = 2
+[data]
+packing = "concat"
 [training]
 seq_len = 48
 global_batch_size = 1
@@ -96,6 +99,35 @@ def test_a_tokenizer_json_brings_its_config(start, small_json):
         "tokenizer_config.json",
     ]
     assert build_tokenizer(run.recipe.data.tokenizer).bos_id == 256
+
+
+def test_a_tokenizer_named_by_its_directory_is_kept_as_a_file(start, small_json, tmp_path):
+    run = start("given")
+    assert run.recipe.data.tokenizer == "runs/first/tokenizer.json"
+    assert (run.path / "tokenizer.json").read_bytes() == small_json.read_bytes()
+    named = build_tokenizer(str(small_json.parent))
+    assert named.fingerprint == build_tokenizer(str(small_json)).fingerprint
+
+
+def test_a_directory_may_have_a_model_or_nothing(small_model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"folder is a directory without a tokenizer\.json"):
+        build_tokenizer(str(tmp_path / "folder"))
+    shutil.copy(small_model, tmp_path / "folder/tokenizer.model")
+    assert build_tokenizer(str(tmp_path / "folder")).fingerprint == build_tokenizer(str(small_model)).fingerprint
+
+
+def test_tokenizers_of_other_programs_are_refused_by_what_they_are(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(9))
+    )
+    (tmp_path / "tekken.json").write_text(
+        json.dumps({"config": {"pattern": "."}, "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}]})
+    )
+    for name, message in (("tokenizer.model", "tiktoken's list of ranks"), ("tekken.json", r"is a tekken\.json")):
+        with pytest.raises(DataError, match=message) as error:
+            build_tokenizer(str(tmp_path / name))
+        assert error.value.hint == "use the tokenizer.json of the same model"
 
 
 def test_a_run_that_was_moved_finds_its_tokenizer(start, small_model, tmp_path, monkeypatch):

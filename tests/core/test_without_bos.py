@@ -58,6 +58,7 @@ def texts(tmp_path_factory):
 
 def recipe(qwen, texts, **data):
     data = {"source": "files", "paths": [f"{texts}/*.txt"], "tokenizer": str(qwen), "shuffle": "documents"} | data
+    data = {"packing": "concat"} | data
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in ({"validation": 0.0} | data).items())
     return loads_recipe(
         "[model]\ndim = 16\nlayers = 1\nheads = 2\nffn_dim = 24\nvocab_size = 300\n"
@@ -134,7 +135,7 @@ def test_a_survey_shows_the_first_character(ready, qwen, texts, tmp_path):
     if ready:
         prepare(made, tmp_path / "out", 1, lambda progress: None)
         made = recipe(qwen, texts, source="tokens", paths=[str(tmp_path / "out")])
-    found = survey(made, "train", seconds=60, samples=len(DOCUMENTS), sample_tokens=30)
+    [found] = survey(made, "train", seconds=60, samples=len(DOCUMENTS), sample_tokens=30)
     assert sorted(found.lengths) == sorted(len(text.encode()) + 1 for text in DOCUMENTS.values())
     shown = sorted(sample.rstrip("\ufffd") for sample in found.samples)
     assert shown == sorted(text.encode()[:30].decode(errors="ignore") for text in DOCUMENTS.values())

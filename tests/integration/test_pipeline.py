@@ -203,7 +203,9 @@ def test_two_processes_give_the_losses_of_one(two, one):
             assert seen[step][key] == pytest.approx(expected[step][key], rel=1e-4)
 
 
-@pytest.mark.parametrize(("processes", "settings"), [("2", []), ("4", ["training.local_batch_size=1"])])
+@pytest.mark.parametrize(
+    ("processes", "settings"), [("2", []), pytest.param("4", ["training.local_batch_size=1"], marks=pytest.mark.slow)]
+)
 def test_replicated_processes_give_the_gradients_of_one(workspace, one, processes, settings):
     settings = options("parallel.replicate=2", "training.steps=2", *settings)
     run = pretrain(workspace, f"replicated-{processes}", "--nproc", processes, *settings)
@@ -338,6 +340,7 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
     assert json.loads(done.stdout)["subject"] == "one step 10, dense attention"
 
 
+@pytest.mark.slow
 def test_windows_grow_also_after_an_interruption(workspace):
     method = ['lighthouse.method="chunked"', "model.dense_layers=[]", "checkpoint.interval=50", "checkpoint.keep=0"]
     also = ["lighthouse.windows=[64, 256]", "checkpoint.also=[2, 4]"]

@@ -29,11 +29,11 @@ def parts(q, entries, dtype, seed=0):
     return [y.to(DEVICE, kind) for y, kind in ((x, dtype), (lse, wide), (rows, dtype), (row_lse, wide))]
 
 
-def merged(backend, tensors, indices, g, grad):
+def merged(backend, tensors, indices, g, grad, begins=None):
     """The output and the gradients of all four."""
     ops = kernels(backend, DEVICE, tensors[0].dtype)
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = ops.merge(*leaves, ops.given(indices, g), g)
+    out = ops.merge(*leaves, ops.given(indices, g), g, begins)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
 
 
@@ -44,10 +44,10 @@ def case(shape):
     return q, indices, cfg.geometry(q.shape[1]), parts(q, indices.shape[2], torch.float32)
 
 
-def assert_like_plain(tensors, indices, g, grad):
+def assert_like_plain(tensors, indices, g, grad, begins=None):
     """The kernel's output and gradients are as near the truth as plain PyTorch's. Returns them."""
-    ours, plain = (merged(backend, tensors, indices, g, grad) for backend in ("triton", "reference"))
-    exact = merged("reference", [x.double() for x in tensors], indices, g, grad)
+    ours, plain = (merged(backend, tensors, indices, g, grad, begins) for backend in ("triton", "reference"))
+    exact = merged("reference", [x.double() for x in tensors], indices, g, grad, begins)
     for name, *found in zip(NAMES, ours, plain, exact, strict=True):
         assert_as_good(*found, name)
     return ours
@@ -69,6 +69,36 @@ def test_parts_are_those_of_the_rule(call):
                 mass[b, served, h] += row_lse[b, e, h].exp()
     found = kernels("reference", "cpu").merge(x, lse, rows, row_lse, kernels("reference", "cpu").given(indices, g), g)
     torch.testing.assert_close(found, total / mass[..., None], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_serve_their_document_alone(seed):
+    """The rule written out, for documents that begin at any window of the coarsest level."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, _, cfg = inputs(next(s.values[0] for s in SHAPES))
+    g = cfg.geometry(q.shape[1])
+    coarsest = g.windows(g.levels - 1)
+    starts = torch.rand(q.shape[0], coarsest, generator=generator) < (0.1, 0.5, 1.0)[seed]
+    starts[:, 0] = True
+    begins = torch.where(starts, torch.arange(coarsest), -1).cummax(1).values * g.window(g.levels - 1)
+    begins = begins.int().to(DEVICE)
+    indices = select_indices(q, k, replace(cfg, backend="reference"))
+    tensors = parts(q, indices.shape[2], torch.float32, seed)
+    grad = torch.randn(tensors[0].shape, generator=generator).to(DEVICE)
+    ours = assert_like_plain(tensors, indices, g, grad, begins)
+    x, lse, rows, row_lse = (y.cpu().double() for y in tensors)
+    group = q.shape[2] // k.shape[2]
+    total, mass = x * lse.exp()[..., None], lse.exp()
+    for b in range(q.shape[0]):
+        of = begins[b].cpu().repeat_interleave(g.window(g.levels - 1))[: q.shape[1]]
+        for h in range(q.shape[2]):
+            for e, entry in enumerate(slow.parse(indices[b, h // group], q.shape[1], cfg)):
+                width = cfg.pooling**entry.level
+                for t in range((entry.window + 1) * width - 1, min((entry.window + 2) * width - 1, q.shape[1])):
+                    if of[t] <= entry.window * width:
+                        total[b, t, h] += row_lse[b, e, h].exp() * rows[b, e, h]
+                        mass[b, t, h] += row_lse[b, e, h].exp()
+    torch.testing.assert_close(ours[0].cpu().double(), total / mass[..., None], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -45,7 +45,7 @@ def test_operations_keep_the_rules_of_torch():
     heads_first = [(x.shape[0], x.shape[2], x.shape[1]) for x in (q, gathered[0])]
     sums = [torch.zeros(size, device=DEVICE) for size in heads_first]
     parts = [x.detach().requires_grad_() for x in (q, sums[0], gathered[0], sums[1])]
-    merged = ops.merge(*parts, indices, slots, shape)
+    merged = ops.merge(*parts, indices, slots, None, shape)
     calls = [
         (ops.pyramid, (*detached, shape, True, True)),
         (ops.pyramid, (*detached, shape, False, True)),
@@ -55,8 +55,8 @@ def test_operations_keep_the_rules_of_torch():
         (ops.gather_backward, (*(torch.ones_like(x) for x in gathered), slots, shape)),
         (ops.scatter, (gathered[0].detach().requires_grad_(), indices, slots, shape)),
         (ops.scatter_backward, (torch.ones_like(scattered), indices, shape)),
-        (ops.merge, (*parts, indices, slots, shape)),
-        (ops.merge_backward, (q.detach(), *(x.detach() for x in (merged[1], *parts)), indices, slots, shape)),
+        (ops.merge, (*parts, indices, slots, None, shape)),
+        (ops.merge_backward, (q.detach(), *(x.detach() for x in (merged[1], *parts)), indices, slots, None, shape)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
@@ -111,6 +111,7 @@ def test_nothing_of_full_length_is_kept_for_the_backward_pass():
     assert entries != q.shape[1] and of_full_length == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_every_kernel_compiles_for_hopper_without_a_gpu():
     """Triton's interpreter accepts what its compiler does not."""

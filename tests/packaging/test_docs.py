@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention
-from lighthouse_core.attention import config, dense, methods, selectors
+from lighthouse_core.attention import Documents, config, dense, methods, selectors
 from lighthouse_core.attention.dense.call import KERNELS
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +72,10 @@ def test_the_examples_work(examples):
     # A chunk of one token is the same thing.
     chunks = lighthouse_attention(q, k, v, LighthouseConfig(method="chunked", window=1))
     torch.testing.assert_close(lighthouse_attention(q, k, v, alone), chunks)
+    documents = Documents(torch.tensor([0, 70, 200], dtype=torch.int32), 130)
+    torch.testing.assert_close(lighthouse_attention(q, k, v, alone, documents=documents), chunks)
+    with pytest.raises(ValueError, match="products"):
+        dense_attention(q, k, v, backend="products", documents=documents)
 
 
 def test_every_path_of_the_page_is_there():

@@ -169,8 +169,9 @@ def test_a_hint_that_many_errors_of_a_file_have_is_written_once():
     assert len(written) > 100 and not {hint: count for hint, count in written.items() if count > 3}
 
 
-def test_importing_the_core_does_not_import_torch():
-    code = "import lighthouse_core, sys; lighthouse_core.gathered_length(98304, lighthouse_core.LighthouseConfig()); "
+def test_importing_the_core_and_what_prepares_data_does_not_import_torch():
+    code = "import lighthouse_core, lighthouse_core.data.prepare, sys; "
+    code += "lighthouse_core.gathered_length(98304, lighthouse_core.LighthouseConfig()); "
     code += "print(sorted(m for m in ('torch', 'torchtitan') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -507,6 +507,7 @@ def test_a_stage_without_costs_yet_is_left_out(sweep, tmp_path):
     module.write([tmp_path / "trial.json"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_report_is_of_the_results_that_are_here(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "conclusions.md").write_text((EVIDENCE / "conclusions.md").read_text())

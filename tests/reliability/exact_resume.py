@@ -88,7 +88,14 @@ def tokens(run: Path, step: int, processes: int, steps: int) -> torch.Tensor:
     training, loaders = recipe.training, []
     for rank in range(processes):
         loader = build_loader(
-            recipe.data, training.seq_len, training.local_batch_size, rank, processes, training.seed, prefetch=0
+            recipe.data,
+            training.seq_len,
+            training.local_batch_size,
+            rank,
+            processes,
+            training.seed,
+            align=recipe.alignment,
+            prefetch=0,
         )
         loader.load_state_dict(place)
         loaders.append(iter(loader))

@@ -76,6 +76,7 @@ scorer = "random"
 source = "files"
 paths = ["{folder}/txt/*.txt"]
 validation = 0.1
+packing = "concat"
 
 [training]
 seq_len = 512

@@ -7,7 +7,15 @@ from lighthouse_kernels.geometry import Geometry
 from lighthouse_kernels.types import slots_of
 
 
-def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
+def merge(
+    out: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    row_lse: Tensor,
+    indices: Tensor,
+    geometry: Geometry,
+    begins: Tensor | None = None,
+) -> Tensor:
     """Average every position's window and the rows that serve it, by the exponentials of their log-sum-exps.
 
     Args:
@@ -17,6 +25,8 @@ def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tens
         row_lse: [B, S, H], its log-sum-exp.
         indices: [B, Hkv, S] flat pyramid indices of the rows.
         geometry: the pyramid.
+        begins: [B, N'/c_(L-1)] integers: for each window of the coarsest level the first token of its document, whose
+            rows serve no other one's positions; None where a sequence is one document.
 
     Returns:
         [B, N, H, D] in the dtype of `out`; added in that of `lse`. Differentiable in the first four.
@@ -26,9 +36,14 @@ def merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tens
     slots = slots.repeat_interleave(heads // indices.shape[1], 1).transpose(1, 2)
     ends = torch.arange(1, tokens + 1, device=out.device)
     parts, sums = [out], [lse]
+    begin = torch.zeros(1, tokens, dtype=torch.int64, device=out.device)
+    if begins is not None:
+        begin = begins[:, (ends - 1) // geometry.window(geometry.levels - 1)]
     for level in range(geometry.levels):
-        window = ends // geometry.window(level) - 1
-        slot = torch.where((window >= 0)[:, None], slots[:, geometry.offset(level) + window.clamp(min=0)], -1)
+        width = geometry.window(level)
+        window = ends // width - 1
+        serves = (window >= 0) & (window * width >= begin)
+        slot = torch.where(serves[..., None], slots[:, geometry.offset(level) + window.clamp(min=0)], -1)
         here = slot.clamp(min=0).long()
         parts.append(rows.gather(1, here[..., None].expand(-1, -1, -1, dim)))
         sums.append(torch.where(slot >= 0, row_lse.gather(1, here), -torch.inf))

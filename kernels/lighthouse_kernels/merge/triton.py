@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse_kernels.indexing import ended_last, program, served
+from lighthouse_kernels.indexing import begun, ended_first, ended_last, program, served
 from lighthouse_kernels.launching import Layout, padded_dim, row_strides, target
 
 # Rows of a program, and its warps: positions, and entries in the backward pass.
@@ -14,10 +14,10 @@ BLOCK_ENTRIES, ENTRY_WARPS = 4, 2
 
 @triton.jit
 def _merge_kernel(
-    p_x, p_lse, p_rows, p_row_lse, p_slots, p_out, p_total, sxb, sxn, sxh, srb, srs, srh,
+    p_x, p_lse, p_rows, p_row_lse, p_slots, p_begins, p_out, p_total, sxb, sxn, sxh, srb, srs, srh,
     tokens, padded, entries, blocks, heads, windows,
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_block = program(heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -25,6 +25,8 @@ def _merge_kernel(
     o_d = tl.arange(0, D2)
     m_d = (o_d < D)[None, :]
     p_slots += (i_b * (heads // GROUP) + i_h // GROUP) * windows
+    p_begins += i_b * (padded >> (LOG_P * (LEVELS - 1)))
+    begin = begun(p_begins, o_n, m_n, LOG_P, LEVELS, DOCUMENTS)
     p_rows += i_b * srb + i_h * srh
     p_row_lse += (i_b * heads + i_h) * entries
     o_sums = (i_b * heads + i_h) * tokens + o_n
@@ -34,7 +36,7 @@ def _merge_kernel(
     mass = tl.full([BLOCK], 1.0, tl.float32)
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(LEVELS):
-        slot = ended_last(p_slots, o_level, o_n, m_n, LOG_P, level)
+        slot = ended_last(p_slots, o_level, o_n, m_n & (ended_first(o_n, LOG_P, level) >= begin), LOG_P, level)
         m = slot >= 0
         lse = tl.load(p_row_lse + slot, mask=m, other=float("-inf"))
         row = tl.load(p_rows + slot[:, None] * srs + o_d[None, :], mask=m[:, None] & m_d, other=0.0).to(tl.float32)
@@ -52,11 +54,11 @@ def _merge_kernel(
 
 @triton.jit
 def _merge_backward_tokens_kernel(
-    p_grad, p_total, p_x, p_lse, p_rows, p_row_lse, p_slots, p_dx, p_dlse, p_delta,
+    p_grad, p_total, p_x, p_lse, p_rows, p_row_lse, p_slots, p_begins, p_dx, p_dlse, p_delta,
     sgb, sgn, sgh, sxb, sxn, sxh, srb, srs, srh,
     tokens, padded, entries, blocks, heads, windows,
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_block = program(heads, blocks)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -65,6 +67,8 @@ def _merge_backward_tokens_kernel(
     m_d = o_d < D
     m = m_n[:, None] & m_d
     p_slots += (i_b * (heads // GROUP) + i_h // GROUP) * windows
+    p_begins += i_b * (padded >> (LOG_P * (LEVELS - 1)))
+    begin = begun(p_begins, o_n, m_n, LOG_P, LEVELS, DOCUMENTS)
     p_rows += i_b * srb + i_h * srh
     p_row_lse += (i_b * heads + i_h) * entries
     o_sums = (i_b * heads + i_h) * tokens + o_n
@@ -77,7 +81,7 @@ def _merge_backward_tokens_kernel(
     delta = weight * own
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(LEVELS):
-        slot = ended_last(p_slots, o_level, o_n, m_n, LOG_P, level)
+        slot = ended_last(p_slots, o_level, o_n, m_n & (ended_first(o_n, LOG_P, level) >= begin), LOG_P, level)
         m_slot = slot >= 0
         lse = tl.load(p_row_lse + slot, mask=m_slot, other=float("-inf"))
         row = tl.load(p_rows + slot[:, None] * srs + o_d, mask=m_slot[:, None] & m_d, other=0.0).to(tl.float32)
@@ -91,10 +95,10 @@ def _merge_backward_tokens_kernel(
 
 @triton.jit
 def _merge_backward_rows_kernel(
-    p_grad, p_total, p_delta, p_rows, p_row_lse, p_indices, p_drows, p_drow_lse, sgb, sgn, sgh, srb, srs, srh,
-    tokens, padded, entries, blocks, heads,
+    p_grad, p_total, p_delta, p_rows, p_row_lse, p_indices, p_begins, p_drows, p_drow_lse,
+    sgb, sgn, sgh, srb, srs, srh, tokens, padded, entries, blocks, heads,
     GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_block = program(heads, blocks)
     o_e = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -104,6 +108,7 @@ def _merge_backward_rows_kernel(
     o_indices = (i_b * (heads // GROUP) + i_h // GROUP) * entries
     index = tl.load(p_indices + o_indices + o_e, mask=m_e, other=0).to(tl.int64)
     first, width = served(index, m_e, padded, LOG_P, LEVELS)
+    p_begins += i_b * (padded >> (LOG_P * (LEVELS - 1)))
     p_grad += i_b * sgb + i_h * sgh
     p_total += (i_b * heads + i_h) * tokens
     p_delta += (i_b * heads + i_h) * tokens
@@ -115,6 +120,7 @@ def _merge_backward_rows_kernel(
     d_lse = tl.zeros([BLOCK], tl.float32)
     for r in range(tl.max(width, axis=0)):
         m = (r < width) & (first + r < tokens)
+        m &= begun(p_begins, first + r, m, LOG_P, LEVELS, DOCUMENTS) <= first + 1 - width
         weight = tl.exp(lse - tl.load(p_total + first + r, mask=m, other=float("inf")))
         grad = tl.load(p_grad + (first + r)[:, None] * sgn + o_d, mask=m[:, None] & m_d, other=0.0).to(tl.float32)
         acc += weight[:, None] * grad
@@ -125,7 +131,9 @@ def _merge_backward_rows_kernel(
     tl.store(p_drows + o_e[:, None] * (heads * D) + o_d, acc.to(p_drows.dtype.element_ty), mask=m_e[:, None] & m_d)
 
 
-def merge(x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, g: Layout) -> tuple[Tensor, Tensor]:
+def merge(
+    x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, g: Layout, begins: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One softmax over every position's window and the windows of the pyramid that end at it or last before it.
 
     Args:
@@ -134,6 +142,8 @@ def merge(x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, 
         rows: [B, S, H, D], those of the dense call; last dimension contiguous.
         row_lse: [B, H, S] float32, contiguous.
         slots: [B, Hkv, M] int32.
+        begins: [B, N'/c_(L-1)] int32, contiguous: for each window of the coarsest level the first token of its
+            document, whose rows serve no other one's positions; None where a sequence is one document.
 
     Returns:
         [B, N, H, D], added in float32 and rounded once, and its log-sum-exp [B, H, N] float32.
@@ -143,24 +153,24 @@ def merge(x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, slots: Tensor, 
     out, total = x.new_empty(x.shape), lse.new_empty(lse.shape)
     with target(x):
         _merge_kernel[(batch * heads * blocks,)](
-            x, lse, rows, row_lse, slots, out, total, *row_strides(x), *row_strides(rows),
-            tokens, g.padded, rows.shape[1], blocks, heads, slots.shape[2],
+            x, lse, rows, row_lse, slots, slots if begins is None else begins, out, total,
+            *row_strides(x), *row_strides(rows), tokens, g.padded, rows.shape[1], blocks, heads, slots.shape[2],
             GROUP=heads // slots.shape[1], D=dim, D2=padded_dim(dim), LOG_P=g.log_p,
-            LEVELS=g.levels, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
+            LEVELS=g.levels, BLOCK=BLOCK_TOKENS, DOCUMENTS=begins is not None, num_warps=TOKEN_WARPS,
         )  # fmt: skip
     return out, total
 
 
 def merge_backward(
     grad: Tensor, total: Tensor, x: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, indices: Tensor, slots: Tensor,
-    g: Layout,
+    g: Layout, begins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, lse, rows and row_lse, in their shapes.
 
     Args:
         grad: [B, N, H, D], last dimension contiguous.
         total: [B, H, N], the log-sum-exp that `merge` returned.
-        x, lse, rows, row_lse, slots: what it took.
+        x, lse, rows, row_lse, slots, begins: what it took.
         indices: [B, Hkv, S] int32.
     """
     batch, tokens, heads, dim = x.shape
@@ -168,18 +178,20 @@ def merge_backward(
     d_x, d_lse, delta = x.new_empty(x.shape), lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     d_rows, d_row_lse = rows.new_empty(rows.shape), row_lse.new_empty(row_lse.shape)
     shape = {"GROUP": heads // slots.shape[1], "D": dim, "D2": padded_dim(dim), "LOG_P": g.log_p, "LEVELS": g.levels}
+    shape |= {"DOCUMENTS": begins is not None}
+    begins = slots if begins is None else begins
     with target(x):
         blocks = -(-tokens // BLOCK_TOKENS)
         _merge_backward_tokens_kernel[(batch * heads * blocks,)](
-            grad, total, x, lse, rows, row_lse, slots, d_x, d_lse, delta,
+            grad, total, x, lse, rows, row_lse, slots, begins, d_x, d_lse, delta,
             *row_strides(grad), *row_strides(x), *row_strides(rows),
             tokens, g.padded, entries, blocks, heads, slots.shape[2],
             **shape, BLOCK=BLOCK_TOKENS, num_warps=TOKEN_WARPS,
         )  # fmt: skip
         blocks = -(-entries // BLOCK_ENTRIES)
         _merge_backward_rows_kernel[(batch * heads * blocks,)](
-            grad, total, delta, rows, row_lse, indices, d_rows, d_row_lse, *row_strides(grad), *row_strides(rows),
-            tokens, g.padded, entries, blocks, heads,
+            grad, total, delta, rows, row_lse, indices, begins, d_rows, d_row_lse,
+            *row_strides(grad), *row_strides(rows), tokens, g.padded, entries, blocks, heads,
             **shape, BLOCK=BLOCK_ENTRIES, num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return d_x, d_lse, d_rows, d_row_lse

@@ -9,20 +9,22 @@ class Facts(NamedTuple):
     Attributes:
         lse: whether it gives the log-sum-exp of its scores, and takes its gradient.
         window: whether it attends over the last tokens alone.
+        documents: whether it attends within documents of any length.
     """
 
     lse: bool
     window: bool
+    documents: bool
 
 
 # By the names of recipes; "auto" chooses.
 BACKENDS: dict[str, Facts] = {
-    "auto": Facts(lse=True, window=True),
-    "fa4": Facts(lse=True, window=True),
-    "fa3": Facts(lse=False, window=True),
-    "fa2": Facts(lse=False, window=True),
-    "varlen": Facts(lse=True, window=True),
-    "cudnn": Facts(lse=False, window=False),
-    "flash": Facts(lse=False, window=False),
-    "math": Facts(lse=True, window=True),
+    "auto": Facts(lse=True, window=True, documents=True),
+    "fa4": Facts(lse=True, window=True, documents=True),
+    "fa3": Facts(lse=False, window=True, documents=True),
+    "fa2": Facts(lse=False, window=True, documents=True),
+    "varlen": Facts(lse=True, window=True, documents=True),
+    "cudnn": Facts(lse=False, window=False, documents=False),
+    "flash": Facts(lse=False, window=False, documents=True),
+    "math": Facts(lse=True, window=True, documents=True),
 }

@@ -3,22 +3,28 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from lighthouse_core.attention.backends import log_once
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.sdpa import attend
-from lighthouse_core.attention.settings import BackendError, known
+from lighthouse_core.attention.documents import check_documents
+from lighthouse_core.attention.settings import BackendError, SettingError, known
 
 KERNELS: dict[str, DenseKernel] = {
     name: import_module(f"lighthouse_core.attention.dense.{name}").KERNEL for name in BACKENDS if name != "auto"
 }
 # What `auto` takes where it can, before those of torch.
 _PREFERRED = ("fa4",)
+# What it takes for what torch's scaled_dot_product_attention cannot do: parts of a softmax, windows, documents.
+_PREFERRED_BEYOND = ("fa4", "varlen")
+_WITH_DOCUMENTS = tuple(name for name, facts in BACKENDS.items() if facts.documents)
 # torch tries these in order and takes the first that supports the inputs.
 _TORCH = {
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -27,7 +33,15 @@ _TORCH = {
 _OTHER = 'the dense_backend "auto" takes a kernel that runs here'
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    documents: Documents | None = None,
+) -> Tensor:
     """Causal softmax attention.
 
     It computes in the dtype of the inputs, also within torch.autocast. Under torch.compile batch, tokens and heads may
@@ -39,16 +53,82 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         scale: factor on the scores; 1/sqrt(D) by default.
         backend: a name of lighthouse_core.attention.dense. `auto` is FlashAttention-4 where it is installed and takes
             the inputs, else the first of torch's that does.
+        documents: that the tokens are packed from, which then see no other one's; torch's own variable-length attention
+            takes the place of the others of torch.
 
     Returns:
         [B, N, H, D] in the dtype of `q`.
 
     Raises:
-        ValueError: for shapes that do not fit together, or a backend that is not there.
+        ValueError: for shapes or documents that do not fit together, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    given = q.device.type, q.dtype, q.shape[3]
     with torch.autocast(q.device.type, enabled=False):
-        return choose(backend, q.device.type, q.dtype, q.shape[3])(q, k, v, scale)
+        if documents is None:
+            return choose(backend, *given)(q, k, v, scale)
+        check_documents(documents, q.shape[0], q.shape[1], 1)
+        return packed(documents_kernel(backend, *given), q, k, v, scale, 0, documents)[0]
+
+
+def packed(
+    kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, documents: Documents
+) -> tuple[Tensor, Any]:
+    """Of sequences [B, N, H, D] that are packed from documents, the output and its log-sum-exp [B, N, H], if any."""
+    assert kernel.packed is not None
+    out, lse = kernel.packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, window, documents)
+    return out.unflatten(0, q.shape[:2]), None if lse is None else lse.unflatten(0, q.shape[:2])
+
+
+def documents_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
+    """The kernel of attention within documents; see `kernel_beyond`."""
+    if name == "auto" and device_type == "cpu":
+        return KERNELS["flash"]
+    return kernel_beyond("documents", _WITH_DOCUMENTS, name, device_type, dtype, dim)
+
+
+def fuses_documents(name: str, device_type: str, dtype: torch.dtype, dim: int) -> bool:
+    """Whether there is a kernel for them that takes all documents in one call."""
+    if device_type == "cpu" and name in ("auto", "flash"):
+        return torch.compiler.is_compiling()
+    tried = _PREFERRED_BEYOND if name == "auto" else (name,) if name in _WITH_DOCUMENTS else ()
+    return any(_obstacle(KERNELS[one], "documents", device_type, dtype, dim) is None for one in tried)
+
+
+def kernel_beyond(
+    what: str, names: tuple[str, ...], name: str, device_type: str, dtype: torch.dtype, dim: int
+) -> DenseKernel:
+    """The kernel for what not every kernel can do; what `auto` stands for is logged.
+
+    Args:
+        what: that is, for messages; a plural.
+        names: of the backends that can.
+        name: of the backend. `auto` is the first fused one that is there, and plain matrix products on a CPU.
+        device_type, dtype, dim: of the inputs; dim is D.
+
+    Raises:
+        ValueError: an unknown backend, one that is not there, or one that cannot.
+    """
+    if known("dense_backend", name, tuple(BACKENDS)) not in names:
+        raise SettingError("dense_backend", f"must be one of {', '.join(names)} for {what}, not {name!r}")
+    if name == "math":
+        return KERNELS["math"]
+    why: list[str] = []
+    for kernel in (KERNELS[one] for one in (_PREFERRED_BEYOND if name == "auto" else (name,))):
+        why_not = _obstacle(kernel, what, device_type, dtype, dim)
+        if why_not is None:
+            log_once(f"{what} on {device_type}: {'; '.join([kernel.label, *why])}")
+            return kernel
+        why.append(f"{kernel.label} {why_not}")
+    if name == "auto" and device_type != "cuda":
+        return KERNELS["math"]
+    hint = 'the dense_backend "math" runs everywhere, for short sequences'
+    raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)
+
+
+def _obstacle(kernel: DenseKernel, what: str, device_type: str, dtype: torch.dtype, dim: int) -> str | None:
+    asked = kernel.packs if what == "documents" and kernel.packs is not None else kernel.obstacle
+    return asked(device_type, dtype, dim)
 
 
 def choose(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense.kernel import DenseKernel
 
 # Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
@@ -55,22 +56,36 @@ def _quieten() -> None:
 
 @custom_op("lighthouse::flash4", mutates_args=())
 def _flash4(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    deterministic: bool,
+    window: int = 0,
+    starts: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """Of [B, N, H, D] output and log-sum-exp [B, H, N]; of documents, [T, H, D], these and [H, T]."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     _quieten()
-    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True, **_left(window))
+    how = _how(scale, window, starts, longest)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **how)
     return out, lse
 
 
-def _left(window: int) -> dict[str, int]:
-    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+def _how(scale: float, window: int, starts: Tensor | None, longest: int) -> dict[str, Any]:
+    how: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+    if window:
+        how |= {"window_size_left": window - 1, "window_size_right": 0}
+    if starts is not None:
+        how |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return how
 
 
 @_flash4.register_fake
-def _(q, k, v, scale, deterministic, window=0):
-    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+def _(q, k, v, scale, deterministic, window=0, starts=None, longest=0):
+    return torch.empty_like(q), q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32)
 
 
 @custom_op("lighthouse::flash4_backward", mutates_args=())
@@ -84,33 +99,36 @@ def _flash4_backward(
     scale: float,
     deterministic: bool,
     window: int = 0,
+    starts: Tensor | None = None,
+    longest: int = 0,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    how: dict[str, Any] = {"softmax_scale": scale, "causal": True, "deterministic": deterministic, **_left(window)}
+    how = _how(scale, window, starts, longest) | {"deterministic": deterministic}
     if grad_lse is not None:
         how["dlse"] = grad_lse.contiguous()
     return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **how)[:3])
 
 
 @_flash4_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, deterministic, window=0, grad_lse=None):
+def _(grad, q, k, v, out, lse, scale, deterministic, window=0, starts=None, longest=0, grad_lse=None):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, *ctx.how = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, scale, deterministic, window, starts, longest = inputs
+    ctx.how, ctx.longest = (scale, deterministic, window), longest
+    ctx.save_for_backward(q, k, v, *output, starts)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, grad, grad_lse):
     # Read once: activation checkpointing makes them again for each time they are asked for.
-    saved = ctx.saved_tensors
+    *saved, starts = ctx.saved_tensors
     grad = torch.zeros_like(saved[3]) if grad is None else grad
-    grads = _flash4_backward(grad, *saved, *ctx.how, grad_lse)
-    return *grads, None, None, None
+    grads = _flash4_backward(grad, *saved, *ctx.how, starts, ctx.longest, grad_lse)
+    return *grads, None, None, None, None, None
 
 
 _flash4.register_autograd(_grad, setup_context=_keep)
@@ -129,10 +147,25 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int)
     return _call(q, k, v, scale, window)[0]
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> tuple[Tensor, Tensor]:
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, documents: Documents
+) -> tuple[Tensor, Tensor]:
+    out, lse = _call(q, k, v, scale, window, *documents)
+    return out, lse.T
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int,
+    starts: Tensor | None = None,
+    longest: int = 0,
+) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.contiguous() for x in (q, k, v))
-    return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled(), window)
+    return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled(), window, starts, longest)
 
 
 # Its backward pass is deterministic where torch is asked to be.
@@ -144,5 +177,6 @@ KERNEL = DenseKernel(
     _forward,
     part=_part,
     windowed=_windowed,
+    packed=_packed,
     kept=(torch.ops.lighthouse.flash4.default,),
 )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from lighthouse_core.attention.context import Documents
+
 
 @dataclass(frozen=True)
 class DenseKernel:
@@ -21,6 +23,9 @@ class DenseKernel:
         part: q, k, v, scale, window (0 for all tokens) -> output and its log-sum-exp [B, N, H], float32 or wider, both
             differentiable; None for a kernel that has none.
         windowed: q, k, v, scale, window -> output; None for a kernel without windows.
+        packed: q [T, H, D], k and v [T, Hkv, D] of packed documents, scale, window, documents -> output [T, H, D] and
+            its log-sum-exp [T, H], None from a kernel without `part`; None for a kernel of equal lengths alone.
+        packs: as `obstacle`, of documents; None if that is the same.
         kept: operations of its forward pass, whose results selective checkpointing keeps.
     """
 
@@ -31,4 +36,6 @@ class DenseKernel:
     forward: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
     part: Callable[[Tensor, Tensor, Tensor, float | None, int], tuple[Tensor, Tensor]] | None = None
     windowed: Callable[[Tensor, Tensor, Tensor, float | None, int], Tensor] | None = None
+    packed: Callable[[Tensor, Tensor, Tensor, float | None, int, Documents], tuple[Tensor, Tensor | None]] | None = None
+    packs: Callable[[str, torch.dtype, int], str | None] | None = None
     kept: tuple[OpOverload, ...] = ()

@@ -4,12 +4,14 @@ B batch, N tokens, H query heads, Hkv key/value heads, G query heads of a KV hea
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.nn.attention import SDPBackend
 
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.sdpa import attend, no_obstacle, nowhere_absent
 
@@ -26,30 +28,43 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return attend(q, k, v, scale, [SDPBackend.MATH])
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> tuple[Tensor, Tensor]:
+def _part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Where it is not compiled, autograd keeps all scores for the backward pass."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # A compiled graph would hold the blocks of rows of one length alone.
     products = _compiled if torch.compiler.is_compiling() else _products
-    return products(q, k, v, window, scale)
+    return products(q, k, v, window, scale, starts)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, documents: Documents
+) -> tuple[Tensor, Tensor]:
+    out, lse = _part(q[None], k[None], v[None], scale, window, documents.starts)
+    return out[0], lse[0]
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
     return _part(q, k, v, scale, window)[0]
 
 
-def _blocks(q: Tensor, k: Tensor, window: int, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(
+    q: Tensor, k: Tensor, window: int, scale: float, starts: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Of every block of query rows the rows, the keys that some of them see, and the scores [B, rows, Hkv, G, keys].
 
-    q is [B, N, Hkv, G, D], k [B, N, Hkv, D].
+    q is [B, N, Hkv, G, D], k [B, N, Hkv, D]. With `starts`, those of documents, a block is of one document.
     """
-    for start in range(0, q.shape[1], _ROWS):
-        end = min(start + _ROWS, q.shape[1])
-        first = max(0, start - window + 1) if window else 0
-        age = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-        hidden = (age < 0) | (age >= window) if window else age < 0
-        scores = scale * torch.einsum("bnhgd,bmhd->bnhgm", q[:, start:end], k[:, first:end])
-        yield slice(start, end), slice(first, end), scores.masked_fill(hidden[:, None, None], -torch.inf)
+    bounds = [0, q.shape[1]] if starts is None else starts.tolist()
+    for begin, stop in pairwise(bounds):
+        for start in range(begin, stop, _ROWS):
+            end = min(start + _ROWS, stop)
+            first = max(begin, start - window + 1) if window else begin
+            age = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            hidden = (age < 0) | (age >= window) if window else age < 0
+            scores = scale * torch.einsum("bnhgd,bmhd->bnhgm", q[:, start:end], k[:, first:end])
+            yield slice(start, end), slice(first, end), scores.masked_fill(hidden[:, None, None], -torch.inf)
 
 
 def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,10 +72,12 @@ def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype).unflatten(2, (k.shape[2], -1)), k.to(dtype), v.to(dtype)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _products(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     grouped, k, v = _widened(q, k, v)
     outs, sums = [], []
-    for _, keys, scores in _blocks(grouped, k, window, scale):
+    for _, keys, scores in _blocks(grouped, k, window, scale, starts):
         lse = scores.logsumexp(-1)
         outs.append(torch.einsum("bnhgm,bmhd->bnhgd", (scores - lse[..., None]).exp(), v[:, keys]))
         sums.append(lse)
@@ -69,20 +86,31 @@ def _products(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tup
 
 
 @custom_op("lighthouse::plain_part", mutates_args=())
-def _compiled(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The same as an operation, which keeps none of the scores: its gradient makes them again."""
-    out, lse = _products(q, k, v, window, scale)
+    out, lse = _products(q, k, v, window, scale, starts)
     return out.contiguous(), lse.contiguous()
 
 
 @_compiled.register_fake
-def _(q, k, v, window, scale):
+def _(q, k, v, window, scale, starts=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @custom_op("lighthouse::plain_part_backward", mutates_args=())
 def _compiled_backward(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int, scale: float
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grouped, wide_k, wide_v = _widened(q, k, v)
     grad, out = (x.to(wide_k.dtype).unflatten(2, (k.shape[2], -1)) for x in (grad, out))
@@ -90,7 +118,7 @@ def _compiled_backward(
     # Of a score, what its weight gets but for the value that it weighs.
     common = grad_lse - (grad * out).sum(-1, keepdim=True)
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped, wide_k, wide_v))
-    for rows, keys, scores in _blocks(grouped, wide_k, window, scale):
+    for rows, keys, scores in _blocks(grouped, wide_k, window, scale, starts):
         weights = (scores - lse[:, rows]).exp()
         grad_v[:, keys] += torch.einsum("bnhgm,bnhgd->bmhd", weights, grad[:, rows])
         of_scores = torch.einsum("bnhgd,bmhd->bnhgm", grad[:, rows], wide_v[:, keys]) + common[:, rows]
@@ -101,18 +129,19 @@ def _compiled_backward(
 
 
 @_compiled_backward.register_fake
-def _(grad, grad_lse, q, k, v, out, lse, window, scale):
+def _(grad, grad_lse, q, k, v, out, lse, window, scale, starts=None):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.window, ctx.scale, starts = inputs
+    ctx.save_for_backward(*tensors, *output, starts)
 
 
 def _grad(ctx, grad, grad_lse):
+    *saved, starts = ctx.saved_tensors
     with torch.autocast(grad.device.type, enabled=False):
-        return *_compiled_backward(grad, grad_lse, *ctx.saved_tensors, ctx.window, ctx.scale), None, None
+        return *_compiled_backward(grad, grad_lse, *saved, ctx.window, ctx.scale, starts), None, None, None
 
 
 _compiled.register_autograd(_grad, setup_context=_keep)
@@ -126,5 +155,6 @@ KERNEL = DenseKernel(
     _forward,
     part=_part,
     windowed=_windowed,
+    packed=_packed,
     kept=(torch.ops.aten._scaled_dot_product_attention_math.default,),
 )

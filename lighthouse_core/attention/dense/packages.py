@@ -1,4 +1,5 @@
-"""What the packages FlashAttention-2 and -3 have in common: `flash_attn_func`, tokens first."""
+"""What the packages FlashAttention-2 and -3 have in common: `flash_attn_func`, tokens first, and
+`flash_attn_varlen_func`."""
 
 import importlib
 from collections.abc import Callable
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.documents import check_count
 
 _NEEDS_GPU = "needs an NVIDIA GPU"
 
@@ -17,12 +20,12 @@ def from_package(name: str, label: str, module: str, installed: bool, majors: ra
 
     Args:
         name, label: of the kernel.
-        module: that has `flash_attn_func`.
+        module: that has both functions.
         installed: whether the package is.
         majors: compute capabilities that it has kernels for.
         install: how to get it.
     """
-    call, fault = _loaded(module) if installed else (None, f"is not installed ({install})")
+    calls, fault = _loaded(module) if installed else (None, f"is not installed ({install})")
 
     def absence(device_type: str) -> str | None:
         if device_type != "cuda":
@@ -38,12 +41,13 @@ def from_package(name: str, label: str, module: str, installed: bool, majors: ra
             return f"takes no {dtype}"
         return f"takes no head dimension of {dim}" if dim % 8 or dim > 256 else None
 
-    def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
-        assert call is not None
-        out = call(
+    def attend(number: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, **more: Any) -> Tensor:
+        assert calls is not None
+        out = calls[number](
             q,
             k,
             v,
+            **more,
             softmax_scale=scale,
             causal=True,
             window_size=(window - 1, 0) if window else (-1, -1),
@@ -52,19 +56,32 @@ def from_package(name: str, label: str, module: str, installed: bool, majors: ra
         # Some releases return the log-sum-exp, too.
         return out[0] if isinstance(out, tuple) else out
 
+    def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+        return attend(0, q, k, v, scale, window)
+
+    def packed(
+        q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, documents: Documents
+    ) -> tuple[Tensor, None]:
+        check_count(name, documents)
+        starts, longest = documents
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return attend(1, q, k, v, scale, window, **lengths), None
+
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return windowed(q, k, v, scale, 0)
 
-    return DenseKernel(name, label, absence, obstacle, forward, windowed=windowed)
+    return DenseKernel(name, label, absence, obstacle, forward, windowed=windowed, packed=packed)
 
 
-def _loaded(module: str) -> tuple[Callable[..., Any] | None, str | None]:
-    """`flash_attn_func` of a module, or why there is none: one built for another torch does not load.
+def _loaded(module: str) -> tuple[tuple[Callable[..., Any], ...] | None, str | None]:
+    """`flash_attn_func` and `flash_attn_varlen_func` of a module, or why there are none: one built for another torch
+    does not load.
 
     It is loaded before any call, for torch.compile follows no import.
     """
     try:
-        return importlib.import_module(module).flash_attn_func, None
+        found = importlib.import_module(module)
+        return (found.flash_attn_func, found.flash_attn_varlen_func), None
     except (ImportError, AttributeError, OSError) as error:
         return None, f"does not load: {str(error).splitlines()[0]}"
 

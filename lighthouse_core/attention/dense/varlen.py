@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import pad
 
+from lighthouse_core.attention.context import Documents
 from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.documents import check_count
 
 _NEEDS_GPU = "needs an NVIDIA GPU of compute capability 8.0 or more"
 # Columns that carry the gradient of the log-sum-exp into the backward pass; head dimensions are multiples of 8.
@@ -136,12 +138,21 @@ def _grad(ctx, grad, grad_lse):
 _varlen.register_autograd(_grad, setup_context=_keep)
 
 
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, documents: Documents
+) -> tuple[Tensor, Tensor]:
+    check_count("varlen", documents)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    out, lse = _varlen(*(x.contiguous() for x in (q, k, v)), *documents, scale, window)
+    return out, lse.T
+
+
 def _call(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> tuple[Tensor, Tensor]:
-    batch, tokens, _, dim = q.shape
+    batch, tokens = q.shape[:2]
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
-    flat = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-    out, lse = _varlen(*flat, starts, tokens, dim**-0.5 if scale is None else scale, window)
-    return out.unflatten(0, (batch, tokens)), lse.unflatten(1, (batch, tokens)).permute(1, 2, 0)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = (x.unflatten(0, (batch, tokens)) for x in _packed(q, k, v, scale, window, Documents(starts, tokens)))
+    return out, lse
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -161,5 +172,6 @@ KERNEL = DenseKernel(
     _forward,
     part=_call,
     windowed=_windowed,
+    packed=_packed,
     kept=(torch.ops.lighthouse.varlen.default,),
 )

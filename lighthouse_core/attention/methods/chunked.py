@@ -16,15 +16,24 @@ if TYPE_CHECKING:
 
 
 class Chunked(Method):
-    """Windows that grow in stage 1 are SkyLadder's idea (arXiv 2503.15450). A window is a shape: each compiles anew."""
+    """Windows that grow in stage 1 are SkyLadder's idea (arXiv 2503.15450).
+
+    A chunk is a document to the dense kernel, so that another window compiles nothing anew. To a kernel of equal
+    lengths alone a window is a shape.
+    """
 
     name = "chunked"
+    window_is_a_shape = False
 
-    def keys(self, settings: Settings, tokens: int) -> float:
-        if settings.window >= tokens:
-            return tokens / 2
-        whole, rest = divmod(tokens, settings.window)
-        return (whole * settings.window**2 + rest**2) / (2 * tokens)
+    def can(self, settings: Settings) -> frozenset[str]:
+        return frozenset(("documents",))
+
+    def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
+        """A document may begin within a chunk."""
+        window, length = settings.window, tokens if length is None else length
+        begun = min(length, window - first % window)
+        whole, rest = divmod(length - begun, window)
+        return (begun**2 + whole * window**2 + rest**2) / (2 * length)
 
     def lean(self, settings: Settings) -> bool:
         return True
@@ -45,19 +54,26 @@ class Chunked(Method):
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, context: AttentionContext, *, scale: float | None
     ) -> Tensor:
+        import operator
+
         from torch.nn.functional import pad
 
-        from lighthouse_core.attention.dense.call import dense_attention
+        from lighthouse_core.attention.dense.call import dense_attention, fuses_documents
+        from lighthouse_core.attention.documents import cut
 
-        tokens = q.shape[1]
-        size = min(settings.window, tokens)
+        batch, tokens = q.shape[:2]
+        how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
+        given = settings.dense_backend, q.device.type, q.dtype, q.shape[3]
+        if context.documents is not None or fuses_documents(*given):
+            documents = cut(context.documents, batch, tokens, settings.window, q.device)
+            return dense_attention(q, k, v, **how, documents=documents)
+        size = min(operator.index(settings.window), tokens)
         chunks = -(-tokens // size)
         short = (
             pad(x, (0, 0, 0, 0, 0, chunks * size - tokens)).unflatten(1, (chunks, size)).flatten(0, 1)
             for x in (q, k, v)
         )
-        out = dense_attention(*short, scale=scale, backend=settings.dense_backend)
-        return out.unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
+        return dense_attention(*short, **how).unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
 
 
 def growing_windows(tokens: int) -> tuple[int, ...]:

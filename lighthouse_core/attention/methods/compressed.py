@@ -53,7 +53,8 @@ class Compressed(Method):
     def adds_parts(self, settings: Settings) -> bool:
         return True
 
-    def keys(self, settings: Settings, tokens: int) -> float:
+    def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
+        assert length in (None, tokens), "it keeps no documents apart"
         if settings.window >= tokens:
             return tokens / 2
         beyond = (tokens - settings.window) ** 2 / (2 * tokens * settings.compression)

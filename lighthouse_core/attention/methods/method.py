@@ -47,7 +47,6 @@ class Method:
         window_is_a_shape: whether tensors within a call have sizes that follow from the window.
         windows: whether a call is attention over the last `window` tokens, which not every dense kernel has.
         takes: arguments of the call beyond q, k and v that it reads: "indices", "scores", "rotary".
-        can: of what a context may ask for ("documents", "group"), what it does.
         shown: settings that a report names beside those of the method.
     """
 
@@ -58,7 +57,6 @@ class Method:
     window_is_a_shape: ClassVar[bool] = True
     windows: ClassVar[bool] = False
     takes: ClassVar[frozenset[str]] = frozenset()
-    can: ClassVar[frozenset[str]] = frozenset()
     shown: ClassVar[tuple[str, ...]] = ("method",)
 
     def check(self, settings: Settings) -> None:
@@ -72,9 +70,17 @@ class Method:
         """
         raise ValueError(f"the method {self.name!r} selects nothing: it has no pyramid")
 
+    def alignment(self, settings: Settings) -> int:
+        """Tokens of which every document must take a whole multiple, where documents are kept apart."""
+        return 1
+
     def leaks(self, settings: Settings) -> bool:
         """Whether later tokens take part in what a query sees."""
         return False
+
+    def can(self, settings: Settings) -> frozenset[str]:
+        """What a call does of what a context may ask for: "documents", "group"."""
+        return frozenset()
 
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""
@@ -84,8 +90,9 @@ class Method:
         """Whether a call adds up parts of a softmax by their log-sum-exp, with its gradient."""
         return False
 
-    def keys(self, settings: Settings, tokens: int) -> float:
-        """Keys that a query sees, on average over a causal sequence; dense attention has tokens / 2."""
+    def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
+        """Keys that a query sees, on average over a causal sequence of `tokens`, or over a document of `length` tokens
+        that begins with token `first` of such a sequence; dense attention has half of that."""
         raise NotImplementedError
 
     def extra_rows(self, settings: Settings) -> int:
@@ -151,7 +158,7 @@ class Method:
         raise NotImplementedError
 
 
-def last(tokens: int, window: int) -> float:
+def last(tokens: float, window: float) -> float:
     """Keys that a query sees of the last `window` tokens, on average over a causal sequence."""
     window = min(window, tokens)
     return window * (1 - window / (2 * tokens))

@@ -52,8 +52,16 @@ class Pyramid(Method):
             problem = f"must be 'before' for the scorer {settings.scorer}, which attends after RoPE"
             raise SettingError("rotate", problem)
 
+    def alignment(self, settings: Settings) -> int:
+        """The tokens of the coarsest window: none then holds two documents."""
+        return settings.pooling ** (settings.levels - 1)
+
     def leaks(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).leaks
+
+    def can(self, settings: Settings) -> frozenset[str]:
+        """Within a document each position is served by its own token at least, which is in its window."""
+        return frozenset(("documents",) if settings.window else ())
 
     def draws(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).draws
@@ -61,10 +69,12 @@ class Pyramid(Method):
     def adds_parts(self, settings: Settings) -> bool:
         return settings.window > 0
 
-    def keys(self, settings: Settings, tokens: int) -> float:
-        """The gathered queries are fewer than the tokens, which is counted here: S^2 / (2 N)."""
-        gathered = self.geometry(settings, tokens).gathered_length
-        return gathered**2 / (2 * tokens) + (last(tokens, settings.window) if gathered < tokens else 0.0)
+    def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
+        """The gathered queries are fewer than the tokens, which is counted here: S^2 / (2 N). Of each document the same
+        share is taken to be gathered."""
+        gathered, length = self.geometry(settings, tokens).gathered_length, length or tokens
+        near = last(length, settings.window) if gathered < tokens else 0.0
+        return gathered**2 / (2 * tokens) * (length / tokens) + near
 
     def extra_rows(self, settings: Settings) -> int:
         return 2 if settings.window else 0
@@ -167,7 +177,8 @@ class Pyramid(Method):
                 log_once(f"lighthouse attention of {g.tokens} tokens runs dense: {why}")
             if rotary is not None:
                 q, k = rotate(q, rotary), rotate(k, rotary)
-            return dense_attention(q, k, v, scale=scale, backend=settings.dense_backend)
+            how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
+            return dense_attention(q, k, v, **how, documents=context.documents)
         values = {"q": q, "k": k, "v": v}
         given: dict[str, Any] = {"scale": scale, "indices": indices, "scores": scores, "rotary": rotary}
         for stage in stages(q, k.shape[2], settings, context, g, ops, **given):

@@ -21,8 +21,11 @@ class Sliding(Method):
     window_is_a_shape = False
     windows = True
 
-    def keys(self, settings: Settings, tokens: int) -> float:
-        return last(tokens, settings.window)
+    def can(self, settings: Settings) -> frozenset[str]:
+        return frozenset(("documents",))
+
+    def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
+        return last(length or tokens, settings.window)
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         return {"sliding": {"window": 1024}}
@@ -37,4 +40,5 @@ class Sliding(Method):
     ) -> Tensor:
         from lighthouse_core.attention.parts import windowed
 
-        return windowed(q, k, v, settings.window, scale=scale, backend=settings.dense_backend)
+        how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
+        return windowed(q, k, v, settings.window, **how, documents=context.documents)

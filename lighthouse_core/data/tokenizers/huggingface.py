@@ -48,6 +48,11 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer
 
         content = _read_json(path)
+        if "config" in content and isinstance(content.get("vocab"), list):
+            raise DataError(
+                f"{path} is a tekken.json of Mistral, not a tokenizer.json",
+                hint="use the tokenizer.json of the same model",
+            )
         self.path = path
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(content))

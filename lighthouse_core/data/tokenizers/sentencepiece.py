@@ -27,6 +27,8 @@ SPACE = "\u2581"  # how pieces spell a space
 # On a megabyte at once sentencepiece takes twice as long a character as on a few kilobytes.
 _CHUNK = 8192
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
+# Lines of tiktoken: a piece as base64, and its rank.
+_RANKED = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?\n){2}")
 # What decoding with "surrogateescape" makes of bytes that are not UTF-8.
 _INVALID = re.compile("([\udc80-\udcff]+)")
 
@@ -62,6 +64,11 @@ class SentencePieceTokenizer:
             self.model = parse(self.content)
             self._processor = SentencePieceProcessor(model_proto=self.content)
         except (ValueError, RuntimeError) as error:
+            if _RANKED.match(self.content):
+                raise DataError(
+                    f"{path} is tiktoken's list of ranks, as of Llama 3, not a sentencepiece model",
+                    hint="use the tokenizer.json of the same model",
+                ) from None
             reason = str(error).strip().splitlines()[-1]
             raise DataError(
                 f"{path} is not a sentencepiece model: {reason}", hint="copy it anew, or name another data.tokenizer"

@@ -68,13 +68,19 @@ def texts_of(data: "DataSection", split: Split, limit: int) -> Iterator[str]:
     """Text of one split of a recipe's `[data]` section, about `limit` bytes if there is as much: the same every time.
 
     Files, folders or parts of a data set come in a shuffled order; one that holds more than its share of the text gives
-    documents from its beginning on, and a long document its beginning. Bytes that are not UTF-8 are left out.
+    documents from its beginning on, and a long document its beginning. Bytes that are not UTF-8 are left out. Of a
+    mixture each source gives its share.
 
     Raises:
         DataError: it cannot be read, or the source has ids instead of text.
     """
-    if data.source == "tokens":
+    if any(part.source == "tokens" for part in data.parts):
         raise DataError("prepared tokens hold no text", hint="give the recipe that they were prepared from")
+    for part, weight in zip(data.parts, data.weights, strict=True):
+        yield from _texts_of_source(part, split, limit * weight // sum(data.weights))
+
+
+def _texts_of_source(data: "DataSection", split: Split, limit: int) -> Iterator[str]:
     source, keep = build_source(data), keeper(split, data.validation)
     weights = source.sizes if all(source.sizes) else [1] * len(source.sizes)
     weight_left = sum(weights)
