@@ -1,13 +1,16 @@
-"""How a source of a mixture is shown, by `data inspect` and by a dry run."""
+"""How a source of text is shown, by `data inspect` and by a dry run."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lighthouse_core.data.survey import Survey
 
 
-def size_of_source(
-    share: float, size: int | None, tokens: int | None, epochs: float | None
-) -> tuple[str, str, str, str]:
-    """How its share, bytes, tokens and epochs are shown; "?" is not known."""
+def size_of_source(found: "Survey") -> tuple[str, str, str]:
+    """How its bytes, tokens and epochs are shown; "?" is not known."""
+    size = "?" if found.size is None else f"{found.size:,}"
     return (
-        f"{share:.2%}",
-        "?" if size is None else f"{size:,}",
-        "?" if tokens is None else f"{tokens:,}",
-        "?" if epochs is None else f"{epochs:.2f}",
+        size + " (compressed)" * found.compressed,
+        f"{found.tokens:,}" if found.complete else "?",
+        "?" if found.epochs is None else f"{found.epochs:.2f}",
     )

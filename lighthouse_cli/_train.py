@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lighthouse_core.config import Recipe
+    from lighthouse_core.data.survey import Survey
     from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Run
     from lighthouse_core.seal import Verification
@@ -27,8 +28,10 @@ _HOW = {
 }
 # Times the memory that a step is tried with: its estimate is rough.
 _MARGIN = 1.5
-# Seconds that a dry run reads for, where documents must be read to know their lengths.
+# Seconds that a start, and a dry run of one, read for, where documents must be read to know their lengths.
 _LOOK = 3.0
+# Of a fault, and of the user's mistake.
+_ERRORS = (1, 2)
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -86,30 +89,25 @@ def _line(name: str, text: str) -> None:
     _output.data(f"# {name:<21} {text}")
 
 
-def describe_data(recipe: "Recipe") -> None:
-    """Print each source of a mixture, and how long documents are and what keeping them apart costs, in comments as
-    `describe` does.
-
-    Raises:
-        DataError: the data is not there.
-    """
-    from lighthouse_core.data.survey import sizes
-
-    for one in sizes(recipe) if recipe.data.sources else ():
-        share, size, tokens, epochs = size_of_source(one.share, one.size, one.tokens, one.epochs)
-        known = {"bytes": size, "tokens": tokens, "epochs in the run": epochs}
-        facts = ", ".join(f"{value} {what}" for what, value in known.items() if value != "?")
-        _line(f"source {one.source}", f"{share} of the sequences; {facts or 'its size is not known'}")
+def describe_data(recipe: "Recipe", found: "Sequence[Survey]") -> None:
+    """Print the size of each source, and how long documents are and what keeping them apart costs, in comments as
+    `describe` does. `found` is of `check_data`."""
+    for one in found:
+        size, tokens, epochs = size_of_source(one)
+        facts = "its size is not known" if size == "?" else f"{size} bytes"
+        facts += f", {tokens} tokens, {epochs} epochs in the run" if one.complete else ""
+        facts += "" if one.complete else "; tokens and epochs are not known beforehand"
+        share = f"{one.share:.2%} of the sequences; " if recipe.data.sources else ""
+        _line(f"source {one.source}" if recipe.data.sources else "data", share + facts)
     if recipe.alignment is not None:
-        _describe_documents(recipe)
+        _describe_documents(recipe, found)
 
 
-def _describe_documents(recipe: "Recipe") -> None:
+def _describe_documents(recipe: "Recipe", found: "Sequence[Survey]") -> None:
     """How long documents are, of each source; their padding and what attention costs, of all by their shares of the
     sequences."""
-    from lighthouse_core.data.survey import mixed_ignored, mixed_padding, mixed_pieces, quantiles, survey
+    from lighthouse_core.data.survey import mixed_ignored, mixed_padding, mixed_pieces, quantiles
 
-    found = survey(recipe, "train", seconds=_LOOK, samples=0)
     for one in found:
         of = f" of {one.source}" if recipe.data.sources else ""
         count = f"{len(one.lengths)}{'' if one.complete else f' in the first {_LOOK:g} seconds of reading'}"
@@ -118,15 +116,19 @@ def _describe_documents(recipe: "Recipe") -> None:
             count += f"; tokens: median {tokens.median}, mean {one.lengths.mean():.0f}, 90% {tokens.p90}"
             count += f", longest {tokens.longest}"
             count += f"; {one.longer} longer than training.seq_len"
-            if of:
+            if of and one.align != 1:
                 count += f"; padding {one.padding:.2%}"
         _line(f"documents{of}", count)
     if not all(len(one.lengths) for one in found):
         _line("attention", "lengths are not known: one document a sequence is counted")
         _describe_attention(recipe, None)
         return
-    text = f"{mixed_padding(found):.2%} of the tokens, each document to a multiple of {recipe.alignment}"
-    _line("padding", f"{text}; {mixed_ignored(found):.2%} of the labels are ignored")
+    text = f"{mixed_ignored(found):.2%} of the labels are ignored"
+    if recipe.alignment is not None and recipe.alignment > 1:
+        padding = f"{mixed_padding(found):.2%} of the tokens, each document to a multiple of {recipe.alignment}"
+        _line("padding", f"{padding}; {text}")
+    else:
+        _line("labels", text)
     _describe_attention(recipe, mixed_pieces(found))
 
 
@@ -175,7 +177,7 @@ def train(
             _output.final(f"interrupted; step {steps[-1]} is saved. Continue with: {resume}")
         else:
             _output.final("interrupted before the first checkpoint")
-    elif run is not None and code == LighthouseError.exit_code and (steps := run.checkpoint_steps()):
+    elif run is not None and code in _ERRORS and (steps := run.checkpoint_steps()):
         _output.final(f"step {steps[-1]} is saved. Continue with: {resume}")
     if code:
         raise typer.Exit(code)
@@ -200,14 +202,14 @@ def _settle(run: "Run") -> None:
         line += f"; as many dense ones {clock(dense['seconds'])} ({how}), {_short(dense['flops'])} FLOPs: "
         line += f"{dense['seconds'] / seconds:.2f}x"
     _output.say(line)
-    drawn = run.ledger["stages"][-1].get("sources", {})
+    drawn = run.ledger["stages"][-1].get("sources_since_start", {})
     total = sum(one["samples"] for one in drawn.values())
-    if len(drawn) > 1 or any(one["epochs"] for one in drawn.values()):
+    if len(drawn) > 1 or any(one["epoch"] > 1 for one in drawn.values()):
         parts = (
-            f"{name} {one['samples']:,} ({one['samples'] / max(total, 1):.1%}), in its epoch {one['epochs'] + 1}"
+            f"{name} {one['samples']:,} ({one['samples'] / max(total, 1):.1%}), in its epoch {one['epoch']}"
             for name, one in drawn.items()
         )
-        _output.say(f"sequences by source: {'; '.join(parts)}")
+        _output.say(f"sequences by source since step 1: {'; '.join(parts)}")
 
 
 def verify_ahead(run: "Run") -> "Verification | None":
@@ -227,20 +229,25 @@ def warn_of_damage(damaged: dict[int, str], step: int) -> None:
         _output.warn(f"going on from step {step}; --strict refuses to")
 
 
-def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
-    """Meet what is wrong with the data here, rather than after the processes have started.
+def check_data(recipe: "Recipe", *, checksums: bool = True) -> "list[Survey]":
+    """Meet what is wrong with the data here, rather than after the processes have started; of a start and of a dry run.
 
     Args:
         recipe: the recipe.
         checksums: whether prepared tokens are read and compared with theirs.
 
+    Returns:
+        What the first seconds of reading show of each source's training text.
+
     Raises:
         DataError: what is wrong.
     """
     from lighthouse_core.data import check
+    from lighthouse_core.data.survey import survey
 
     for note in check(recipe, _output.say, checksums=checksums):
         _output.warn(note)
+    return survey(recipe, "train", seconds=_LOOK, samples=0)
 
 
 def check_titan(recipe: "Recipe") -> None:

@@ -43,16 +43,17 @@ def prepare(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.prepare import prepare as run
 
-    resolved = load_recipe(find_recipe(recipe), settings or ())
+    resolved = load_recipe(find_recipe(recipe), settings or (), trains=False)
     _write(
         lambda workers: run(resolved, out, workers, _progress(), _output.say), workers, resolved.data.validation, out
     )
 
 
 def _write(
-    work: Callable[[int], "Prepared"], workers: int, validation: float, out: Path, tokenizer: str | None = None
+    work: Callable[[int], "Prepared"], workers: int, validation: float | None, out: Path, tokenizer: str | None = None
 ) -> None:
-    """Make a prepared directory; say what is in it and how to train on it. `tokenizer` where no recipe names it."""
+    """Make a prepared directory; say what is in it and how to train on it. `tokenizer` where no recipe names it;
+    `validation` is None where a recipe's default fits."""
     from lighthouse_core.runs.rows import clock
 
     cores = len(os.sched_getaffinity(0))
@@ -66,14 +67,15 @@ def _write(
     seconds = time.monotonic() - begun
     for split, documents in prepared.documents.items():
         _output.say(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
-        if not documents and (split == "train" or validation):
+        if not documents and (split == "train" or validation != 0):
             _output.warn(
                 f"no document fell to {split}: training on this needs another --set data.validation, perhaps 0"
             )
     if prepared.nulls:
         _output.say(f"passed over, as their text is null or empty: {prepared.nulls:,} rows")
     _output.say(f"prepared in {clock(seconds)}; train on it with:")
-    also = f" --set 'data.tokenizer={json.dumps(tokenizer)}' --set data.validation={validation}" if tokenizer else ""
+    also = f" --set 'data.tokenizer={json.dumps(tokenizer)}'" if tokenizer else ""
+    also += f" --set data.validation={validation}" if tokenizer and validation is not None else ""
     _output.say(f"""  --set 'data.source="tokens"' --set 'data.paths=[{json.dumps(str(out))}]'{also}""")
     _output.data(str(out))
 
@@ -97,11 +99,16 @@ def import_(
         _Format, typer.Option("--format", help="Of the files; auto: by their names and contents.")
     ] = _Format.auto,
     validation: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--validation", metavar="SHARE", min=0.0, max=0.99, callback=_options.finite, help="Of documents held out."
+            "--validation",
+            metavar="SHARE",
+            min=0.0,
+            max=0.99,
+            callback=_options.finite,
+            help="Of documents held out by chance. By default files named val are, and 0.05 where none is.",
         ),
-    ] = 0.05,
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=0, max=4096, help="Processes; one a CPU core by default.")
     ] = 0,
@@ -162,7 +169,7 @@ def inspect(
     from lighthouse_core.data.survey import survey
     from lighthouse_core.errors import UserError
 
-    resolved = load_recipe(find_recipe(recipe), settings or ())
+    resolved = load_recipe(find_recipe(recipe), settings or (), trains=False)
     if verify:
         prepared = [part for part in resolved.data.parts if part.source == "tokens"]
         if not prepared:
@@ -193,11 +200,11 @@ def inspect(
         packing = [(one.source, *row) for one, row in zip(found, packing, strict=True)]
     _output.table(title, columns, rows)
     if resolved.alignment is not None:
-        title = f"documents kept apart, each padded to a multiple of {resolved.alignment} tokens"
-        _output.table(title, names, packing)
+        padded = f", each padded to a multiple of {resolved.alignment} tokens" if resolved.alignment > 1 else ""
+        _output.table(f"documents kept apart{padded}", names, packing)
     steps = resolved.training.steps + resolved.recover.steps
     if mixed:
-        facts = [(one.source, *size_of_source(one.share, one.size, _tokens(one), one.epochs)) for one in train]
+        facts = [(one.source, f"{one.share:.2%}", *size_of_source(one)) for one in train]
         _output.table(f"the mixture; epochs in {steps} steps", ("source", "share", "size", "tokens", "epochs"), facts)
     elif train[0].epochs is not None:
         _output.say(f"{steps} steps are {train[0].epochs:.2f} epochs of train")
@@ -215,10 +222,6 @@ def inspect(
 def _of(found: "Survey", mixed: bool) -> str:
     """Of which source, where there are several."""
     return f"source {found.source}: " if mixed else ""
-
-
-def _tokens(found: "Survey") -> int | None:
-    return found.tokens if found.complete else None
 
 
 def _row(found: "Survey") -> tuple[str, ...]:

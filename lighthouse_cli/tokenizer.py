@@ -39,7 +39,7 @@ def train(
     from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.data.tokenizers.train import train_tokenizer
 
-    resolved = load_recipe(find_recipe(recipe), settings or ())
+    resolved = load_recipe(find_recipe(recipe), settings or (), trains=False)
     _output.say(f"training a vocabulary of {vocab} on up to {size / 1e6:g} MB")
     with _signals.as_exits():
         report = train_tokenizer(resolved.data, out, vocab, size)

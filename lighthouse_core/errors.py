@@ -58,7 +58,14 @@ class PatchError(LighthouseError):
 
 
 class DataError(UserError):
-    """Training data that is missing or cannot be read."""
+    """Training data that is missing or cannot be read.
+
+    Attributes:
+        file: (identity, bytes) of the file of the source "files" in which something cannot be read, else None. A run
+            may go on with the file mended.
+    """
+
+    file: tuple[str, int] | None = None
 
 
 class ExportError(LighthouseError):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from fractions import Fraction
+from itertools import chain, count
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -49,7 +50,8 @@ class Origin(Section):
     def _check_origin(self) -> "Origin":
         table = self._table
         if self.source in ("hf", "tokens") and len(self.paths) != 1:
-            raise conflict("paths", f'{table}.paths must have one entry for {table}.source "{self.source}"')
+            more = "" if table == "data.sources" else ": several sources have a [[data.sources]] table each"
+            raise conflict("paths", f'{table}.paths must have one entry for {table}.source "{self.source}"{more}')
         if self.source in ("python-sources", "files"):
             for key, default in (("hf_config", ""), ("hf_split", "train"), ("hf_revision", "")):
                 if getattr(self, key) != default:
@@ -151,14 +153,14 @@ class DataSection(Origin):
     @property
     def names(self) -> tuple[str, ...]:
         """What reports call each of the parts; no two are the same."""
-        taken = {one.name for one in self.sources}
-        names = []
+        given = {one.name for one in self.sources} - {""}
+        taken, names = set(given), []
         for one in self.sources or (self,):
-            name = own = getattr(one, "name", "") or _short_name(one)
-            number = 1
-            while not getattr(one, "name", "") and name in taken:
-                number += 1
-                name = f"{own}-{number}"
+            if not (name := getattr(one, "name", "")):
+                # A name that was given to another source is no hint of this one.
+                free = [short for short in (_short_name(one), _short_name(one, 2)) if short not in given]
+                own = free[0] if free else one.source
+                name = next(name for name in chain([own], (f"{own}-{i}" for i in count(2))) if name not in taken)
             taken.add(name)
             names.append(name)
         return tuple(names)
@@ -177,8 +179,8 @@ class DataSection(Origin):
         return tuple(weight / total for weight in self.weights)
 
 
-def _short_name(origin: Origin) -> str:
-    """The last part of a source's first path that is no pattern, without its suffix."""
-    parts = [part for part in origin.paths[0].split("/") if part.strip(".~") and not set(part) & set("*?[")]
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", os.path.splitext(parts[-1])[0] if parts else "").lstrip(".+-")
+def _short_name(origin: Origin, parts: int = 1) -> str:
+    """The last parts of a source's first path that are no patterns, so many of them, without the suffix."""
+    plain = [part for part in origin.paths[0].split("/") if part.strip(".~") and not set(part) & set("*?[")]
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", os.path.splitext("-".join(plain[-parts:]))[0]).lstrip(".+-")
     return name[: _LONGEST_NAME - 5] or origin.source

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
-from lighthouse_core.config.recipe import Recipe
+from lighthouse_core.config.recipe import TRAINS, Recipe
 from lighthouse_core.config.section import Section
 from lighthouse_core.errors import RecipeError, did_you_mean, nearest, refusal
 from lighthouse_core.reading import RECIPE_BYTES, parse_toml, read_regular
@@ -56,13 +56,19 @@ def find_recipe(spec: str | Path) -> Path:
     raise RecipeError(f"no recipe {spec}{meant}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, trains: bool = True) -> Recipe:
     """The recipe in a file, with `a.b=value` overrides in TOML's grammar.
+
+    Args:
+        path: of the file.
+        overrides: of its keys.
+        trains: whether the recipe is to be trained. If it is not, its attention need not go with its `data.packing`:
+            what only reads text, or measures a model on it, needs no such attention.
 
     Raises:
         RecipeError: unreadable, invalid, or asking for something impossible.
     """
-    return loads_recipe(read_toml(path), overrides, source=str(path))
+    return loads_recipe(read_toml(path), overrides, source=str(path), trains=trains)
 
 
 def read_toml(path: Path | str) -> str:
@@ -81,7 +87,7 @@ def read_toml(path: Path | str) -> str:
         raise RecipeError(f"{path}: {problem}", hint=hint) from None
 
 
-def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recipe>") -> Recipe:
+def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recipe>", *, trains: bool = True) -> Recipe:
     """As load_recipe, from text; `source` stands for the file in errors.
 
     Raises:
@@ -101,7 +107,7 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
         for path, value in flatten(addition).items():
             (headers if isinstance(value, dict) else flags)[path] = label
     try:
-        return Recipe.model_validate(table)
+        return Recipe.model_validate(table, context={TRAINS: trains})
     except ValidationError as error:
         lines = {
             path: f"{source}:{line}"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.config.checkpoint import CheckpointSection
@@ -18,6 +18,8 @@ from lighthouse_core.config.schedule import ScheduleSection
 from lighthouse_core.config.section import MOST_TOKENS, Section, conflict
 from lighthouse_core.config.training import TrainingSection
 
+# Of pydantic's context: whether the recipe is to be trained. See `load_recipe`.
+TRAINS = "trains"
 # 256 bytes, BOS and EOS.
 _BYTES_VOCABULARY = 258
 
@@ -50,7 +52,7 @@ class Recipe(Section):
         return self.lighthouse.attention().alignment if self.lighthouse.enabled else 1
 
     @model_validator(mode="after")
-    def _check(self) -> "Recipe":
+    def _check(self, info: ValidationInfo) -> "Recipe":
         if self.data.tokenizer == "bytes" and self.model.vocab_size < _BYTES_VOCABULARY:
             raise conflict(
                 "model.vocab_size",
@@ -72,12 +74,12 @@ class Recipe(Section):
             raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
         if self.lighthouse.enabled:
             self._check_that_stage_1_is_not_dense()
-        if self.data.packing == "documents":
+        if self.data.packing == "documents" and (info.context or {}).get(TRAINS, True):
             self._check_documents()
         return self
 
     def _check_documents(self) -> None:
-        """Of documents that are kept apart."""
+        """Of documents that are kept apart in training: what only reads the data asks none of this."""
         attention = self.lighthouse.attention()
         if self.lighthouse.enabled and "documents" not in attention.rule.can(attention):
             without = "" if attention.window else " without a lighthouse.window"

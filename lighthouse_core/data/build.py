@@ -1,14 +1,14 @@
 """From a recipe's `[data]` section to the stream of one split."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lighthouse_core.data.documents import Source, Split, Tokenizer, checked, keeper, stable_hash, without_end
 from lighthouse_core.data.files import FilesSource
 from lighthouse_core.data.hub import HubSource, is_remote
-from lighthouse_core.data.shards import PreparedTokens, origin
+from lighthouse_core.data.shards import PreparedTokens, UnfitTokens, origin
 from lighthouse_core.data.sources import PythonSource
 from lighthouse_core.data.stream import BytesUnit, TokenStream, WalkingStream, no_documents
 from lighthouse_core.data.tokenizer import BytesTokenizer
@@ -51,6 +51,7 @@ def build_stream(
     check: Callable[[], None] = without_end,
     *,
     align: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[Stream, int]:
     """The stream of a split of one source, and a fingerprint of it: 63 bits of the listing, the split, the tokenizer,
     and `align`.
@@ -65,6 +66,7 @@ def build_stream(
         check: that of `build_source`.
         align: `Recipe.alignment`: tokens of which every document takes a whole multiple. None for documents that are
             not kept apart, and not padded.
+        sizes: the fingerprint is the one with these sizes of files, by their identities, in place of their own.
 
     Raises:
         DataError: as `build_source`; prepared tokens that do not fit; no documents in this split, where that is known
@@ -82,7 +84,7 @@ def build_stream(
         stream = TokenStream(units, seed, align or 1)
     else:
         source = build_source(data, check)
-        listing = source.fingerprint
+        listing = source.fingerprint_with(sizes or {}) if isinstance(source, FilesSource) else source.fingerprint
         if isinstance(source, PythonSource):
             # Its documents are its units, so the split is known without reading.
             keep = keeper(split, data.validation)
@@ -112,6 +114,7 @@ def build_streams(
     check: Callable[[], None] = without_end,
     *,
     align: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[list[Stream], int]:
     """The stream of a split of each source, and a fingerprint of them all: that of `build_stream` for one source.
 
@@ -121,14 +124,14 @@ def build_streams(
         DataError: as `build_stream`, with the name of the source; two sources that read the same text.
     """
     if not data.sources:
-        stream, fingerprint = build_stream(data, tokenizer, seed, split, check, align=align)
+        stream, fingerprint = build_stream(data, tokenizer, seed, split, check, align=align, sizes=sizes)
         return [stream], fingerprint
     if split == "train":
         check_apart(data, check)
     streams, fingerprints = [], []
     for name, part in zip(data.names, data.parts, strict=True):
         with of_source(data, name):
-            stream, fingerprint = build_stream(part, tokenizer, seed, split, check, align=align)
+            stream, fingerprint = build_stream(part, tokenizer, seed, split, check, align=align, sizes=sizes)
         streams.append(stream)
         fingerprints.append(fingerprint)
     return streams, stable_hash("mixture", *data.weights, *fingerprints)
@@ -172,7 +175,9 @@ def _places(data: "DataSection", prepared: bool, check: Callable[[], None]) -> d
     name what they are of."""
     if data.source == "tokens":
         path = home_expanded(data.paths[0])
-        return {os.path.realpath(path): str(path), origin(path): f"the text that {path} was prepared from"}
+        text_of, shards = origin(path)
+        text = f"the text that {path} was prepared from"
+        return {os.path.realpath(path): str(path), text_of: text, shards: f"the tokens of {path}"}
     places: dict[object, str] = {}
     if is_remote(data):
         places[data.paths[0], data.hf_config, data.hf_split] = data.paths[0]
@@ -204,9 +209,11 @@ def open_tokens(data: "DataSection", tokenizer: Tokenizer) -> PreparedTokens:
         DataError: it does not fit the recipe, or is damaged.
     """
     prepared = PreparedTokens(data.paths[0], tokenizer)
+    if prepared.validation is None:
+        return prepared
     # With none held out by chance, they are what 0 gives.
     if data.validation != prepared.validation and (data.validation or prepared.units("validation")):
-        raise DataError(
+        raise UnfitTokens(
             f"{prepared.path} was prepared with data.validation = {prepared.validation}, not {data.validation}",
             hint=f"set data.validation = {prepared.validation}",
         )

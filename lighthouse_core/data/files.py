@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -43,11 +43,23 @@ class FilesSource:
         self.text_key = text_key
         self.identities = [file.identity for file in self.files]
         self.sizes = [file.size for file in self.files]
-        self.fingerprint = stable_hash("files", text_key, *(file.fingerprint for file in self.files))
+        self.fingerprint = self.fingerprint_with({})
         self.nulls = 0
+
+    def fingerprint_with(self, sizes: Mapping[str, int]) -> int:
+        """The fingerprint that the listing would have if files, by their identities, had these sizes."""
+        listed = (replace(file, size=sizes.get(file.identity, file.size)) for file in self.files)
+        return stable_hash("files", self.text_key, *(file.fingerprint for file in listed))
 
     def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
         file = self.files[unit]
+        try:
+            yield from self._records(file, place, keep, end)
+        except DataError as error:
+            error.file = file.identity, file.size
+            raise
+
+    def _records(self, file: TextFile, place: Place, keep: Keep, end: int | None) -> Iterator[Record]:
         form = form_of(file)
         if form.kind == "text":
             yield from _text(file, place, keep)

@@ -52,6 +52,11 @@ class TextFile:
         return (self.identity, self.size, self.skip) if self.skip else (self.identity, self.size)
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether its name says that its bytes are not those of its text."""
+        return self.path.endswith((*_COMPRESSED, ".parquet"))
+
+    @property
     def is_document(self) -> bool:
         """Whether the whole file is one document, rather than rows."""
         return self.path.endswith(WHOLE)

@@ -9,18 +9,22 @@
 
 Wherever documents are not indexed, one ends after an EOS and before a BOS. BOS and EOS at its ends are left out here,
 and are put around it as around any text.
+
+Files may be split already, and say so in their names: nanoGPT's train.bin and val.bin, llm.c's x_train_000001.bin and
+x_val_000000.bin, folders called train and valid.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from lighthouse_core.data.documents import Keep, Place, Record, Tokenizer, stable_hash
+from lighthouse_core.data.documents import Keep, Place, Record, Split, Tokenizer, stable_hash
 from lighthouse_core.errors import DataError, refusal
 from lighthouse_core.reading import home_expanded, open_regular
 
@@ -41,6 +45,15 @@ _UPPER = 4
 _ENOUGH = 64
 # Ids that are looked at and handed on at once.
 _PART = 1 << 20
+# Of names of files and folders.
+_WORDS: dict[str, Split | Literal["test"]] = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 _HINT = "copy the file anew, or name its format with --format"
 
 
@@ -56,6 +69,7 @@ class TokenFile:
         offset: bytes before the first id.
         count: how many ids.
         index: Megatron's, of the documents; None where they are told by EOS.
+        split: all of it, where the files are split by their names; else None.
     """
 
     identity: str
@@ -65,6 +79,7 @@ class TokenFile:
     offset: int
     count: int
     index: "_Index | None" = None
+    split: Split | None = None
 
 
 class _Index(NamedTuple):
@@ -113,18 +128,33 @@ class TokenFiles:
     """Files of ids as a source: each is a unit, each record a document of int32 ids as bytes, in parts where it is
     long. Documents without an id besides BOS and EOS are passed over.
 
+    Attributes:
+        split_by_names: whether each file is of one split as its name says, see `_named_splits`.
+        left_out: the files that are not read, as they are of another split.
+
+    Args:
+        path, tokenizer, format: of `import_tokens`.
+        by_names: False: the files are one text, whatever their names.
+
     Raises:
         DataError: no files; one that is not what its name says, or has an id that the tokenizer does not have.
     """
 
     nulls = 0
 
-    def __init__(self, path: str, tokenizer: Tokenizer, format: Format | None = None):
+    def __init__(self, path: str, tokenizer: Tokenizer, format: Format | None = None, *, by_names: bool = True):
         self.files = list_token_files(path, tokenizer.vocab_size, format)
+        splits = _named_splits(self.files)
+        self.split_by_names = by_names and splits is not None
+        self.left_out: list[str] = []
+        if by_names and splits is not None:
+            self.left_out = [file.path for file in self.files if splits[file.identity] == "test"]
+            kept = ((file, splits[file.identity]) for file in self.files)
+            self.files = [replace(file, split=split) for file, split in kept if split != "test"]
         self.identities = [file.identity for file in self.files]
         self.sizes = [file.count * np.dtype(file.dtype).itemsize for file in self.files]
         listed = ((file.identity, file.dtype, file.offset, file.count, file.index is None) for file in self.files)
-        self.fingerprint = stable_hash("import", *listed)
+        self.fingerprint = stable_hash("import", *listed, *(file.split for file in self.files if self.split_by_names))
         self._bos, self._eos, self._limit = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size
 
     def __str__(self) -> str:
@@ -132,7 +162,13 @@ class TokenFiles:
         found = ", ".join(
             f"{format} {width}" + f" ({count} files)" * (count > 1) for (format, width), count in kinds.items()
         )
-        return f"read as {found}: {sum(file.count for file in self.files):,} tokens"
+        words = f"read as {found}: {sum(file.count for file in self.files):,} tokens"
+        if self.split_by_names:
+            held_out = [os.path.basename(file.path) for file in self.files if file.split == "validation"]
+            words += f"; validation is {_some(held_out)}, and training all else (--validation SHARE pools them)"
+        if self.left_out:
+            words += f"; left out, as the names say test: {_some(list(map(os.path.basename, self.left_out)))}"
+        return words
 
     def records(self, unit: int, place: Place, keep: Keep, end: int | None = None) -> Iterator[Record]:
         """See the protocol. In files without an index, `Place.byte` is the number of the id."""
@@ -260,6 +296,28 @@ def list_token_files(path: str, vocab_size: int, format: Format | None = None) -
     if not files:
         raise DataError(f"{root} holds no ids", hint="name files with ids")
     return files
+
+
+def _some(names: list[str]) -> str:
+    """Names in a line that stays readable."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _named_splits(files: Sequence[TokenFile]) -> dict[str, Split | Literal["test"]] | None:
+    """The split of each file by its identity, where names tell it: some file is of validation and some is not. A file
+    that says nothing is then of training."""
+    named = {file.identity: _named_split(file.identity) for file in files}
+    found: dict[str, Split | Literal["test"]] = {identity: split or "train" for identity, split in named.items()}
+    return found if {"train", "validation"} <= set(found.values()) else None
+
+
+def _named_split(identity: str) -> Split | Literal["test"] | None:
+    """The split that the name of a file says, or else that of the innermost folder, below the one that is imported."""
+    for name in reversed(identity.split("/")[1:]):
+        said = {_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in _WORDS}
+        if said:
+            return said.pop() if len(said) == 1 else None
+    return None
 
 
 def _token_file(path: Path, identity: str, vocab_size: int, format: Format | None) -> TokenFile:

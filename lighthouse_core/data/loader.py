@@ -4,7 +4,7 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -41,11 +41,11 @@ class Drawn(NamedTuple):
 
     Attributes:
         samples: sequences, by all ranks together.
-        epochs: times that the source was passed as a whole.
+        epoch: that the source is in, from 1.
     """
 
     samples: int
-    epochs: int
+    epoch: int
 
 
 class TokenLoader:
@@ -62,6 +62,7 @@ class TokenLoader:
 
     Attributes:
         names: of the sources, for reports.
+        before_mending: the fingerprint before files were mended that could not be read: a position with it holds, too.
         documents: whether documents are kept apart, see `__iter__`.
         prefetch: batches that a thread makes ahead; 0 for none, and no thread.
     """
@@ -77,6 +78,7 @@ class TokenLoader:
         world_size: int,
         fingerprint: int,
         restart: bool,
+        before_mending: int | None = None,
         documents: bool = False,
         prefetch: int = 2,
     ):
@@ -89,6 +91,7 @@ class TokenLoader:
         self.world_size = world_size
         self.fingerprint = fingerprint
         self.restart = restart
+        self.before_mending = before_mending
         self.documents = documents
         self.prefetch = prefetch
         self._samples = 0
@@ -130,13 +133,13 @@ class TokenLoader:
         else:
             parts = [(self._samples, self._position)]
         # Every position begins with its epoch.
-        return {name: Drawn(samples, own[0]) for name, (samples, own) in zip(self.names, parts, strict=True)}
+        return {name: Drawn(samples, own[0] + 1) for name, (samples, own) in zip(self.names, parts, strict=True)}
 
     def _tell_of_epochs(self, before: dict[str, Drawn]) -> None:
         for name, drawn in self.drawn().items():
             # Of text that is passed many times, not every line.
-            if drawn.epochs > before[name].epochs and (drawn.epochs < 10 or drawn.epochs % 10 == 0):
-                _log.info("source %s: epoch %d begins", name, drawn.epochs + 1)
+            if drawn.epoch > before[name].epoch and (drawn.epoch <= 10 or drawn.epoch % 10 == 1):
+                _log.info("source %s: epoch %d begins", name, drawn.epoch)
 
     def _tell_of_nulls(self) -> None:
         """Log once a source, on the first rank, that rows have no text."""
@@ -182,12 +185,17 @@ class TokenLoader:
             DataError: the position belongs to other data, another order of it, or another sequence length, so that
                 the run would not see the tokens that an uninterrupted one would.
         """
+        mended = self.before_mending is not None and state_dict["fingerprint"] == self.before_mending
         for key, here in self._stream_identity().items():
             there = state_dict[key]
-            if there != here:
+            if there != here and not (mended and key == "fingerprint"):
                 raise DataError(*_mismatch(key, there, here))
         self._samples = state_dict["samples"]
-        self._position = type(self.stream.start)(*(state_dict[key] for key in self.stream.start._fields))
+        position = {key: state_dict[key] for key in self.stream.start._fields}
+        if mended:
+            # Where rows begin may have changed, and rows are counted instead: these are the fields of `WalkPosition`.
+            position |= {key: 0 for key in position if key.split("_")[-1] == "byte"}
+        self._position = type(self.stream.start)(**position)
 
     def _stream_identity(self) -> dict[str, int]:
         return {"seq_len": self.seq_len, "seed": self.stream.seed, "fingerprint": self.fingerprint}
@@ -281,19 +289,24 @@ def build_loader(
     split: Split = "train",
     *,
     align: int | None = None,
+    mended: Mapping[str, int] | None = None,
     prefetch: int = 2,
 ) -> TokenLoader:
     """The loader of one rank for the `[data]` section of a recipe.
 
     `rank` and `world_size` count data-parallel ranks. The validation order does not depend on `seed`, so runs with
     different seeds are measured on the same tokens. `align` is `Recipe.alignment`: with a number, documents are kept
-    apart, and `seq_len` is a multiple of it.
+    apart, and `seq_len` is a multiple of it. `mended` has the sizes that files of the source "files" had, by their
+    identities, when something in them could not be read: a position from then holds, too.
 
     Raises:
         DataError: unknown source or tokenizer, missing files, or no documents in this split.
     """
     assert seq_len % (align or 1) == 0
-    found, fingerprint = build_streams(data, build_tokenizer(data.tokenizer), seed, split, align=align)
+    tokenizer, before_mending = build_tokenizer(data.tokenizer), None
+    found, fingerprint = build_streams(data, tokenizer, seed, split, align=align)
+    if mended:
+        _, before_mending = build_streams(data, tokenizer, seed, split, align=align, sizes=mended)
     streams = [_shuffled(data, stream, seq_len) for stream in found]
     walks = any(isinstance(stream, WalkingStream) for stream in streams)
     if walks and split == "train" and world_size > 1 and rank == 0:
@@ -310,6 +323,7 @@ def build_loader(
         world_size=world_size,
         fingerprint=fingerprint,
         restart=split == "validation",
+        before_mending=before_mending,
         documents=align is not None,
         prefetch=prefetch,
     )

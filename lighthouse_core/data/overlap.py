@@ -138,6 +138,9 @@ def _of_source(
             found.append(Overlap(None, 0, 0.0, False, f"the run's training text is not there: {error}"))
             continue
         if _same_listing(known, measured):
+            if isinstance(known, PreparedTokens) and known.validation is None:
+                # Whatever the recipes hold out: the files were split already.
+                theirs = theirs.model_copy(update={"validation": ours.validation})
             found.append(_by_split(ours, theirs, changed))
         else:
             apart[PreparedTokens in (type(known), type(measured))].append((known, ours))

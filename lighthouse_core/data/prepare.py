@@ -25,8 +25,8 @@ from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Place, Source, Split, Tokenizer, held_out, with_ends
 from lighthouse_core.data.imported import AsIds, Format, TokenFiles
-from lighthouse_core.data.shards import INDEX, ShardWriter, write_index, writing
-from lighthouse_core.data.stream import no_documents
+from lighthouse_core.data.shards import INDEX, ShardWriter, UnfitTokens, write_index, writing
+from lighthouse_core.data.stream import NoDocuments, no_documents
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, LighthouseError, refusal
 from lighthouse_core.files import check_output, refuse_links, remove_empty, replaced_by, write_atomically
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _PLAN = "plan.json"
 _FORMAT = "lighthouse plan"
+# In a plan: the call ended with an error in its data or settings, so that one with others may begin anew.
+_FAILED = "failed"
 # Every name that this program gives before it is finished: in OUT, and in OUT/progress.
 _SHARD = re.compile(r"(?:train|validation)-\d{5,}\.tokens")
 _RECORD = re.compile(r"(?:plan|\d{5,})\.json")
@@ -128,35 +130,42 @@ def prepare_source(
         tokenizer: the same.
         out, workers, progress, say: of `prepare`.
     """
+    validation = None if isinstance(source, TokenFiles) and source.split_by_names else data.validation
     work = {
         "listing": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "validation": data.validation,
+        "validation": validation,
         "units": len(source.identities),
     }
     check_output(out)
     with _hold(out):
         refuse_links(out, "progress")
         if (out / INDEX).is_file():
-            _check_same(out, data, source, tokenizer, say)
+            _check_same(out, data, source, tokenizer, say, validation)
         else:
             state = out / "progress"
             _check_ours(out)
             with writing(out):
                 _remove_partials(out)
+                _remove_failed(out, work)
                 state.mkdir(exist_ok=True)
             tasks = _plan(state / _PLAN, work, source)
-            _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
-            index: dict[str, Any] = {
-                "fingerprint": source.fingerprint,
-                "tokenizer": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "validation": data.validation,
-                "nulls": sum(_nulls(_read_record(out, number)) for number in range(len(tasks))),
-                "splits": _merge(source, state, len(tasks)),
-            }
-            if not index["splits"]["train"]["units"]:
-                raise no_documents("train", data.validation)
+            try:
+                _run(tasks, source, data.tokenizer, data.validation, out, workers, progress)
+                index: dict[str, Any] = {
+                    "fingerprint": source.fingerprint,
+                    "tokenizer": tokenizer.fingerprint,
+                    "vocab_size": tokenizer.vocab_size,
+                    "validation": validation,
+                    "nulls": sum(_nulls(_read_record(out, number)) for number in range(len(tasks))),
+                    "splits": _merge(source, state, len(tasks)),
+                }
+                if not index["splits"]["train"]["units"]:
+                    raise no_documents("train", data.validation)
+            except DataError:
+                with writing(out):
+                    _note_failure(state / _PLAN)
+                raise
             write_index(out, index)
         with writing(out):
             _remove_progress(out)
@@ -175,7 +184,7 @@ def import_tokens(
     tokenizer: str,
     *,
     format: Format | None,
-    validation: float,
+    validation: float | None,
     workers: int,
     progress: Callable[[Progress], None],
     say: Callable[[str], None] | None = None,
@@ -187,19 +196,28 @@ def import_tokens(
         out: as of `prepare`, and workers and progress.
         tokenizer: as [data] tokenizer names it: the one that the files were made with.
         format: of the files; None where names and contents tell it.
-        validation: share of documents held out.
-        say: as of `prepare`; called first with the formats, the widths and the number of tokens.
+        validation: share of documents held out by chance. None: the files that their names say are of
+            validation, or 0.05 where none is.
+        say: as of `prepare`; called first with the formats, the widths, the number of tokens and the splits by names.
 
     Raises:
         DataError: as of `TokenFiles` and `prepare`.
     """
     made = build_tokenizer(tokenizer)
-    source = TokenFiles(path, made, format)
+    source = TokenFiles(path, made, format, by_names=validation is None)
     if say is not None:
         say(str(source))
     # Not validated as a recipe's: what is wrong with a path is said where it is used.
-    data = DataSection.model_construct(paths=(str(out),), tokenizer=tokenizer, validation=validation)
-    return prepare_source(source, data, made, out, workers, progress, say)
+    share = DataSection.model_fields["validation"].default if validation is None else validation
+    data = DataSection.model_construct(paths=(str(out),), tokenizer=tokenizer, validation=share)
+    try:
+        return prepare_source(source, data, made, out, workers, progress, say)
+    except NoDocuments as error:
+        raise NoDocuments(
+            str(error),
+            hint="--validation 0 holds nothing out; where the files have many documents, check --tokenizer: its EOS "
+            "ends each of them",
+        ) from None
 
 
 @contextmanager
@@ -224,16 +242,25 @@ def _hold(out: Path) -> Iterator[None]:
 
 
 def _check_same(
-    out: Path, data: DataSection, source: Source, tokenizer: Tokenizer, say: Callable[[str], None] | None
+    out: Path,
+    data: DataSection,
+    source: Source,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None] | None,
+    validation: float | None,
 ) -> None:
     """A finished directory is left as it is if it is what was asked for, and whole.
 
     Raises:
         DataError: it is damaged, or made of other data; files of other content and the same size are not told apart.
     """
-    finished = open_tokens(data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
-    if finished.fingerprint != source.fingerprint:
-        raise DataError(f"{out} was prepared from other data", hint="choose another OUT, or remove it")
+    hint = "choose another OUT, or remove it"
+    try:
+        finished = open_tokens(data.model_copy(update={"source": "tokens", "paths": (str(out),)}), tokenizer)
+    except UnfitTokens as error:
+        raise DataError(str(error), hint=hint) from None
+    if finished.fingerprint != source.fingerprint or (finished.validation is None) != (validation is None):
+        raise DataError(f"{out} was prepared from other data", hint=hint)
     finished.verify(say)
 
 
@@ -274,6 +301,21 @@ def _remove_partials(out: Path) -> None:
             (folder / name).unlink()
 
 
+def _note_failure(path: Path) -> None:
+    if plan := _read_plan(path.parent):
+        write_atomically(path, json.dumps(plan | {_FAILED: True}))
+
+
+def _remove_failed(out: Path, work: dict[str, Any]) -> None:
+    """What a call left behind that ended with an error, unless this is the same work. The corrected call could make no
+    use of it, and begins anew."""
+    plan = _read_plan(out / "progress")
+    if plan and plan.get(_FAILED) and plan.get("work") != work:
+        for name in filter(_SHARD.fullmatch, _names(out)):
+            (out / name).unlink()
+        _remove_progress(out)
+
+
 def _remove_progress(out: Path) -> None:
     """Its records, and the folder if nothing else is in it."""
     state = out / "progress"
@@ -299,7 +341,8 @@ def _plan(path: Path, work: dict[str, Any], source: Source) -> list[list[Piece]]
         if plan.get("work") != work:
             raise DataError(
                 f"{path.parents[1]} was begun with other data or settings",
-                hint="restore the files, tokenizer and data.validation that it was begun with, or choose another OUT",
+                hint="restore the files, tokenizer and data.validation that it was begun with, choose another OUT, or "
+                f"remove {path.parents[1]}",
             )
         return _tasks(path, plan.get("tasks"), len(source.sizes))
     target = min(max(sum(source.sizes) // _PIECES, _SMALLEST), _LARGEST)
@@ -556,12 +599,13 @@ def _run_task(number: int, pieces: list[Piece]) -> None:
             writers[split] = ShardWriter(job.out / f"{split}-{number:05d}.tokens", job.tokenizer)
         for piece in pieces:
             counts = {split: [0, 0] for split in _SPLITS}
+            named = job.source.files[piece.unit].split if isinstance(job.source, TokenFiles) else None
             for record in job.source.records(
                 piece.unit, Place(piece.row, piece.byte), lambda identity: True, piece.end
             ):
                 if job.stop.is_set():
                     raise LighthouseError("stopped")
-                split = "validation" if held_out(record.identity, job.validation) else "train"
+                split = named or ("validation" if held_out(record.identity, job.validation) else "train")
                 tokens = with_ends(job.tokenizer, record.content, first=record.first, last=record.last)
                 writers[split].add(tokens, first=record.first)
                 counts[split][0] += record.first

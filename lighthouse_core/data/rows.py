@@ -41,7 +41,15 @@ def read_rows(file: TextFile, form: Form, place: Place, keep: Keep, text_key: st
         DataError: naming file and row, what cannot be read.
     """
     readers = {"lines": _lines, "array": _array, "csv": _csv}
-    return readers[form.kind](file, form, place, keep, text_key)
+    try:
+        yield from readers[form.kind](file, form, place, keep, text_key)
+    except DataError:
+        if form.compression:
+            # Damaged data may still unpack, to something else, up to the checksum at the end of its part.
+            with reading(file, form.compression, place.byte) as (stream, _):
+                while stream.read(BUFFER):
+                    pass
+        raise
 
 
 def row_identity(file: TextFile, row: int) -> str:

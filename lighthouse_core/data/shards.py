@@ -139,12 +139,16 @@ def writing(folder: Path) -> Iterator[None]:
         raise refusal(error, f"cannot write {folder}", hint, DataError) from None
 
 
+class UnfitTokens(DataError):
+    """Prepared tokens that are sound, and of another tokenizer or another share held out."""
+
+
 class PreparedTokens:
     """A prepared directory. Opening it verifies the index, and the header and size of every shard.
 
     Attributes:
         fingerprint: of the source it was prepared from.
-        validation: share of documents held out.
+        validation: share of documents held out; None where the files it is of were split already.
         files: bytes of each split's shards together.
 
     Raises:
@@ -155,13 +159,13 @@ class PreparedTokens:
         self.path = home_expanded(path)
         index = _read_index(self.path)
         if index["tokenizer"] != tokenizer.fingerprint:
-            raise DataError(
-                f"{self.path} was prepared with another tokenizer ({index['vocab_size']} ids) than data.tokenizer's "
+            raise UnfitTokens(
+                f"{self.path} was prepared with another tokenizer ({index['vocab_size']} ids) than this one "
                 f"({tokenizer.vocab_size} ids)",
                 hint="set data.tokenizer to the one it was prepared with, or prepare into another OUT",
             )
         self.fingerprint: int = index["fingerprint"]
-        self.validation: float = index["validation"]
+        self.validation: float | None = index["validation"]
         self._splits = index["splits"]
         self._itemsize = token_bytes(tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size
@@ -240,14 +244,15 @@ class PreparedTokens:
             raise DataError(f"{path} is damaged: {size} bytes instead of {expected}", hint=again)
 
 
-def origin(path: Path) -> int:
-    """The fingerprint of the source that a directory was prepared from.
+def origin(path: Path) -> tuple[int, tuple[str, ...]]:
+    """The fingerprint of the source that a directory was prepared from, and the checksums of its shards.
 
     Raises:
         DataError: it is not a finished directory, or damaged.
     """
-    fingerprint: int = _read_index(path)["fingerprint"]
-    return fingerprint
+    index = _read_index(path)
+    shards = (Shard(*one) for split in index["splits"].values() for one in split["shards"])
+    return index["fingerprint"], tuple(shard.checksum for shard in shards)
 
 
 class _Maps:
@@ -471,7 +476,8 @@ def _odd(index: dict[str, Any]) -> str | None:
     if not all(type(index.get(key)) is int for key in ("fingerprint", "tokenizer")):
         return "its fingerprints are no integers"
     share: Any = index.get("validation")
-    if not is_count(index.get("vocab_size")) or type(share) not in (int, float) or not 0 <= share < 1:
+    held_out = share is None or (type(share) in (int, float) and 0 <= share < 1)
+    if not is_count(index.get("vocab_size")) or not held_out or "validation" not in index:
         return "its vocab_size or its validation is no number of this kind"
     splits = index.get("splits")
     if not isinstance(splits, dict) or sorted(splits) != ["train", "validation"]:

@@ -287,7 +287,8 @@ class _Walker:
         if position.offset:
             self._next_part()
             self._held = True
-            if self._before != position._replace(offset=0):
+            # A position without a byte counts rows.
+            if self._before._replace(byte=0) != position._replace(byte=0, offset=0):
                 raise _changed()
             self._hold()
 

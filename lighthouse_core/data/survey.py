@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lighthouse_core.data.build import Stream, build_stream, build_streams, check_apart, of_source
+from lighthouse_core.data.build import Stream, build_stream, check_apart, of_source
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
+from lighthouse_core.data.files import FilesSource
 from lighthouse_core.data.padding import padded
-from lighthouse_core.data.stream import NoDocuments, Position, TokenStream
+from lighthouse_core.data.stream import NoDocuments, Position, TokenStream, WalkingStream
 
 if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
@@ -33,6 +34,7 @@ class Survey:
         samples: the first tokens of some documents, decoded.
         align: `Recipe.alignment`; None where documents are not kept apart.
         size: bytes of the files, of prepared tokens and of Python sources of this split alone; None where not known.
+        compressed: whether these are of files that are, or some are, compressed, by their names.
         source: the name of the source.
         share: of the source in the sequences of a mixture.
         epochs: times that the steps of the recipe, those of its recovery counted, pass the split; None where not known.
@@ -46,6 +48,7 @@ class Survey:
     samples: tuple[str, ...]
     align: int | None = None
     size: int | None = None
+    compressed: bool = False
     source: str = ""
     share: float = 1.0
     epochs: float | None = None
@@ -124,42 +127,15 @@ def mixed_pieces(surveys: Sequence[Survey]) -> list[int]:
     return np.concatenate([some[:_ENOUGH] for some in pieces]).tolist()
 
 
-class Size(NamedTuple):
-    """What is known of the training text of a source without reading it; None is not known.
-
-    Attributes:
-        source, share, size, epochs: as in `Survey`.
-        tokens: of an epoch, without padding.
-    """
-
-    source: str
-    share: float
-    size: int | None
-    tokens: int | None
-    epochs: float | None
-
-
-def sizes(recipe: "Recipe") -> list[Size]:
-    """The size of each source of a recipe's data.
-
-    Raises:
-        DataError: as training would.
-    """
-    data = recipe.data
-    streams, _ = build_streams(data, checked_tokenizer(recipe), recipe.training.seed, "train", align=recipe.alignment)
-    found = []
-    for name, share, stream in zip(data.names, data.shares, streams, strict=True):
-        tokens = epochs = None
-        if isinstance(stream, TokenStream):
-            tokens, epochs = sum(unit.tokens for unit in stream.units), _tokens_of_run(recipe, share) / stream.length
-        found.append(Size(name, share, _size(stream), tokens, epochs))
-    return found
-
-
 def _size(stream: Stream) -> int | None:
     if isinstance(stream, TokenStream):
         return sum(unit.size for unit in stream.units)
     return sum(stream.source.sizes) if all(stream.source.sizes) else None
+
+
+def _compressed(stream: Stream) -> bool:
+    source = stream.source if isinstance(stream, WalkingStream) else None
+    return isinstance(source, FilesSource) and any(file.is_compressed for file in source.files)
 
 
 def _tokens_of_run(recipe: "Recipe", share: float) -> float:
@@ -234,9 +210,17 @@ def _survey(
                 length = 0
     except TimeIsUp:
         pass
-    lengths = np.array(found, dtype=np.int64)
     nulls = stream.source.nulls if stream.nulls is None else stream.nulls
-    return Survey(split, lengths, complete, recipe.training.seq_len, tuple(texts), size=_size(stream), nulls=nulls)
+    return Survey(
+        split,
+        np.array(found, dtype=np.int64),
+        complete,
+        recipe.training.seq_len,
+        tuple(texts),
+        size=_size(stream),
+        compressed=_compressed(stream),
+        nulls=nulls,
+    )
 
 
 def _next_document(stream: TokenStream, position: Position, block: int) -> Position:

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 # Of a stage, what does not follow from metrics.jsonl. `conditions` are those of its newest launch; `data` is the
-# fingerprint of its text and of its order: with the same one, seed and seq_len, runs see the same tokens. `sources` are
-# the sequences taken of each source of text since the run began, and the epochs that these are, at the newest end.
-GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense", "sources")
+# fingerprint of its text and of its order: with the same one, seed and seq_len, runs see the same tokens.
+# `sources_since_start` are the sequences taken of each source of text since the run began, those of earlier stages
+# counted, and the epoch that each is in, from 1, at the newest end. `unread` are the files that could not be read when
+# a launch ended, and their sizes.
+GIVEN = ("stage", "start", "end", "data", "conditions", "measured_dense", "sources_since_start", "unread")
 
 
 def account(run: "Run") -> dict[str, Any]:

@@ -300,15 +300,18 @@ def _odd_stages(stages: Any) -> str | None:
         measured = stage.get("measured_dense")
         if measured is not None and not (isinstance(measured, dict) and is_number(measured.get("seconds"))):
             return "measured_dense has no seconds"
-        drawn = stage.get("sources", {})
+        drawn = stage.get("sources_since_start", {})
         if not isinstance(drawn, dict) or not all(map(_is_drawn, drawn.values())):
-            return "its sources have no samples and epochs"
+            return "its sources have no samples and epoch"
+        unread = stage.get("unread", {})
+        if not isinstance(unread, dict) or not all(map(is_count, unread.values())):
+            return "the files that could not be read have no sizes"
         last = start
     return None
 
 
 def _is_drawn(source: Any) -> bool:
-    return isinstance(source, dict) and all(is_count(source.get(key)) for key in ("samples", "epochs"))
+    return isinstance(source, dict) and all(is_count(source.get(key)) for key in ("samples", "epoch"))
 
 
 def check_resumable(overrides: Sequence[str]) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from lighthouse_core.data.documents import Split
 from lighthouse_core.data.loader import TokenLoader, build_loader
 from lighthouse_core.data.packing import IGNORED
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.errors import PatchError, TrainingError, UserError, memory_fault
+from lighthouse_core.errors import DataError, PatchError, TrainingError, UserError, memory_fault
 from lighthouse_core.job.environment import TRACE_FOLDER
 from lighthouse_core.job.heartbeat import note_step
 from lighthouse_core.job.meeting import meeting
@@ -70,6 +72,12 @@ class Stage:
     start: int
     end: int
     recovery: bool
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """The files that could not be read when the run ended last, and the sizes that they had."""
+        noted = (stage["unread"] for stage in reversed(self.run.ledger["stages"]) if "unread" in stage)
+        return next(noted, {})
 
     def settings(self, step: int) -> LighthouseConfig | None:
         """The attention settings of a step of stage 1 that has several; None for those of the whole stage."""
@@ -186,6 +194,7 @@ def _build_loader(
         training.seed,
         split=split,
         align=stage.recipe.alignment,
+        mended=stage.unread,
         prefetch=prefetch,
     )
 
@@ -201,6 +210,21 @@ def _packed(
     batch, tokens = inputs["input"].shape
     check_documents(documents, batch, tokens, alignment or 1)
     return replace(context, documents=documents.to(device), positions=inputs["positions"].to(device))
+
+
+def _together(
+    batches: Iterator[tuple[dict[str, Any], torch.Tensor]], meet: Callable[[DataError | None], None], count: int = 1
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Batches, `count` at a time. `meet` is called before they are given with what kept them from being read, on every
+    process: one that went on alone would wait for the others for ever."""
+    while True:
+        some, fault = [], None
+        try:
+            some = list(itertools.islice(batches, count))
+        except DataError as error:
+            fault = error
+        meet(fault)
+        yield from some
 
 
 class _Abandoned(Exception):
@@ -227,7 +251,7 @@ class Validator(TitanValidator):
         self.total = torch.zeros(2, dtype=torch.float64, device=DEVICE_TYPE)
         if stage.recipe.data.packing == "documents":
             self.metrics_processor.validation_loss = self._mean
-        self.validation_dataloader = _build_loader(stage, self.ranks, self.rank, split="validation")
+        self.loader = _build_loader(stage, self.ranks, self.rank, split="validation")
         training = stage.recipe.training
         # The recipe counts global batches, so that the figure does not depend on the number of processes.
         sequences = stage.recipe.metrics.validation_batches * training.global_batch_size
@@ -239,6 +263,7 @@ class Validator(TitanValidator):
 
     def validate(self, model_parts, step: int) -> None:
         self.batch, self.step = 0, step
+        self.validation_dataloader = _together(iter(self.loader), self.meet)
         self.total.zero_()
         self.effects.begin()
         with self.metrics_processor.left_out():
@@ -250,10 +275,11 @@ class Validator(TitanValidator):
                 self.done = step
             except _Abandoned:
                 model_parts[0].train()
-        # Without a backward pass FSDP keeps some weights whole, and they could not be saved.
-        for module in model_parts[0].modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            finally:
+                # Without a backward pass FSDP keeps some weights whole, and they could not be saved.
+                for module in model_parts[0].modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
         if self.anywhere(stop_requested()):
@@ -305,6 +331,8 @@ class Trainer(titan_train.Trainer):
         self.counted_labels = 0
         # The step of the checkpoint that is to be loaded.
         self.loads = 0
+        # In the data, after the last finished step.
+        self.place: dict[str, int] | None = None
         self._register(stage, self.effects)
         titan_train.CheckpointManager = Checkpointer
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
@@ -336,7 +364,7 @@ class Trainer(titan_train.Trainer):
         self.checkpointer.during_save = self.metrics_processor.left_out
         self.checkpointer.also = recipe.checkpoint.also
         if recipe.data.validation:
-            self.validator.anywhere = self.anywhere
+            self.validator.anywhere, self.validator.meet = self.anywhere, self._meet
 
     def _check_parts(self) -> None:
         """Raise PatchError unless torchtitan has built the trainer from our parts."""
@@ -402,7 +430,8 @@ class Trainer(titan_train.Trainer):
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
-        return self._counting(super().batch_generator(data_iterable))
+        batches = _together(super().batch_generator(data_iterable), self._meet, self.gradient_accumulation_steps)
+        return self._counting(batches)
 
     def _counting(self, batches):
         for inputs, labels in batches:
@@ -462,6 +491,7 @@ class Trainer(titan_train.Trainer):
         self.effects.check(f"step {self.step}", micro_batches, gradients=True)
         self.guard.check(self.step, micro_batches)
         self.checked = self.step
+        self.place = self.dataloader.state_dict()
         if not is_training():
             # Together: until then a signal ends a process at once.
             self.anywhere(False)
@@ -503,13 +533,43 @@ class Trainer(titan_train.Trainer):
     def should_continue_training(self) -> bool:
         self.asked = self.step
         if self.anywhere(stop_requested()):
-            self.checkpointer._async_wait()
-            # Only the first process knows what is published.
-            published = torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps()
-            if not self.anywhere(published):
-                self.checkpointer.save(self.step, last_step=True)
+            self._save_unless_saved()
             raise Interrupted
         return super().should_continue_training()
+
+    def _save_unless_saved(self) -> None:
+        self.checkpointer._async_wait()
+        # Only the first process knows what is published.
+        published = torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps()
+        if not self.anywhere(published):
+            self.checkpointer.save(self.step, last_step=True)
+
+    def _meet(self, fault: DataError | None) -> None:
+        """Where a process cannot read its data: save the last finished step, and end all of them.
+
+        Raises:
+            DataError: the same on every process.
+        """
+        if not self.anywhere(fault is not None):
+            return
+        faults = [fault]
+        if self.ranks > 1:
+            faults = [None] * self.ranks
+            torch.distributed.all_gather_object(faults, fault, group=self.checkpointer.group)
+        fault = next(one for one in faults if one is not None)
+        if fault.file is not None:
+            fault.hint = "restore this file, or mend it there, and change no other: then the run can go on"
+            if torch.distributed.get_rank() == 0:
+                name, size = fault.file
+                # Before a step of this launch, the newest checkpoint is of the listing that earlier ones had.
+                earlier = self.stage.unread if self.checked is None else {}
+                self.stage.run.note(unread={name: size} | earlier)
+        if self.checked is not None and self.place is not None:
+            # The step in progress has changed nothing.
+            self.step = self.checked
+            self.dataloader.load_state_dict(self.place)
+            self._save_unless_saved()
+        raise fault
 
     def check_end(self, *, saves: bool) -> None:
         """Raise PatchError unless the last step was checked and, where this job `saves`, saved and validated."""
@@ -531,7 +591,7 @@ class Trainer(titan_train.Trainer):
         if self.begun and torch.distributed.get_rank() == 0:
             sources = {name: drawn._asdict() for name, drawn in self.dataloader.drawn().items()}
             try:
-                self.stage.run.note(sources=sources)
+                self.stage.run.note(sources_since_start=sources)
             except (OSError, UserError) as error:
                 logger.warning("the ledger does not say what was taken of each source: %s", error)
 
