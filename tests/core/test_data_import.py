@@ -224,6 +224,94 @@ def test_damaged_token_files_are_one_line_that_names_them(tmp_path, name):
     assert not (tmp_path / "out/tokens.json").exists()
 
 
+def by_names(root, *names):
+    """One document a file, of its number in `names`."""
+    for number, name in enumerate(names, 1):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.array([number, EOS], dtype="<u2").tofile(root / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "validation"),
+    [
+        (["train.bin", "val.bin"], [2]),
+        (["tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"], [2]),
+        (["fineweb_train_000001.bin", "fineweb_val_000000.bin", "fineweb_train_000002.bin"], [2]),
+        (["train/0.npy", "valid/0.npy", "valid/train_set_2.npy"], [2]),
+        (["more.bin", "val.bin"], [2]),
+    ],
+)
+def test_files_that_are_split_by_their_names_stay_so(tmp_path, names, validation):
+    said = []
+    by_names(tmp_path / "ids", *names)
+    prepared = take(tmp_path / "ids", tmp_path / "out", validation=None, say=said.append)
+    assert prepared.documents == {"train": len(names) - len(validation), "validation": len(validation)}
+    assert "validation is " in said[0] and "--validation" in said[0]
+    # Whatever share a recipe names.
+    for share in (0.0, 0.05, 0.3):
+        assert documents_of(tmp_path / "out", "validation", share) == [[BOS, one, EOS] for one in validation]
+    # The same call leaves it, and others do not take it for theirs.
+    take(tmp_path / "ids", tmp_path / "out", validation=None)
+    for share in (0.0, 0.05):
+        with pytest.raises(DataError, match="was prepared from other data"):
+            take(tmp_path / "ids", tmp_path / "out", validation=share)
+
+
+def test_a_share_that_is_asked_for_pools_files_of_any_name(tmp_path):
+    by_names(tmp_path / "ids", "train.bin", "val.bin")
+    assert take(tmp_path / "ids", tmp_path / "out", validation=0.0).documents == {"train": 2, "validation": 0}
+
+
+@pytest.mark.parametrize("names", [["train.bin", "more.bin"], ["val.bin"], ["train_val.bin", "train.bin"]])
+def test_names_that_tell_no_split_are_split_by_chance(tmp_path, names):
+    by_names(tmp_path / "val", *names)
+    source = TokenFiles(str(tmp_path / "val"), BYTES)
+    assert not source.split_by_names and len(source.files) == len(names)
+
+
+def test_a_test_split_is_left_out_and_said(tmp_path):
+    by_names(tmp_path / "ids", "train.bin", "val.bin", "test.bin")
+    source = TokenFiles(str(tmp_path / "ids"), BYTES)
+    assert [(file.identity, file.split) for file in source.files] == [
+        ("ids/train.bin", "train"),
+        ("ids/val.bin", "validation"),
+    ]
+    assert "left out, as the names say test: test.bin" in str(source)
+
+
+def test_a_failed_import_does_not_stand_in_the_way_of_the_corrected_one(tmp_path):
+    np.array([1, 2, 3] * 30, dtype="<u2").tofile(tmp_path / "train.bin")
+    share = next(share for share in (0.5, 0.9, 0.99) if held_out(f"{tmp_path.name}/train.bin:0", share))
+    with pytest.raises(DataError, match="leaves no documents for train") as error:
+        take(tmp_path / "train.bin", tmp_path / "out", validation=share)
+    assert "--validation 0" in error.value.hint and "data." not in error.value.hint
+    assert take(tmp_path / "train.bin", tmp_path / "out").documents["train"] == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokens.json", "train-00000.tokens"]
+
+
+def test_what_was_interrupted_is_not_begun_anew_with_other_settings(tmp_path):
+    np.array([1, 2, 3, EOS] * 30, dtype="<u2").tofile(tmp_path / "train.bin")
+
+    def interrupt(progress):
+        if progress.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path / "train.bin", tmp_path / "out", progress=interrupt)
+    with pytest.raises(DataError, match="begun with other data or settings"):
+        take(tmp_path / "train.bin", tmp_path / "out", validation=0.5)
+    assert take(tmp_path / "train.bin", tmp_path / "out").documents["train"] == 30
+
+
+def test_a_directory_that_is_there_is_no_matter_of_a_recipe(tmp_path, spm):
+    np.array([1, 2, 3, 100] * 30, dtype="<u2").tofile(tmp_path / "train.bin")
+    take(tmp_path / "train.bin", tmp_path / "out")
+    for options in ({"tokenizer": str(spm)}, {"validation": 0.5}):
+        with pytest.raises(DataError, match="was prepared with") as error:
+            take(tmp_path / "train.bin", tmp_path / "out", **options)
+        assert error.value.hint == "choose another OUT, or remove it"
+
+
 def test_a_kind_that_is_named_is_not_guessed(tmp_path):
     np.array([20240520 & 0xFFFF, 20240520 >> 16, 1, 2], "<u2").tofile(tmp_path / "a.bin")
     wide = type("Wide", (), {"bos_id": None, "eos_id": 0, "vocab_size": 65536})

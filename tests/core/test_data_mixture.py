@@ -19,14 +19,13 @@ from lighthouse_core.data.build import build_stream, build_streams, check_apart
 from lighthouse_core.data.loader import build_loader
 from lighthouse_core.data.mixture import next_source
 from lighthouse_core.data.overlap import overlap
-from lighthouse_core.data.prepare import prepare
+from lighthouse_core.data.prepare import import_tokens, prepare
 from lighthouse_core.data.survey import (
     Survey,
     mixed_ignored,
     mixed_padding,
     mixed_pieces,
     quantiles,
-    sizes,
     survey,
 )
 from lighthouse_core.data.tokenizer import BytesTokenizer
@@ -276,27 +275,26 @@ def test_epochs_are_counted_and_told(mixed, caplog):
     drawn = one.drawn()
     assert {name: samples for name, (samples, _) in drawn.items()} == {"web": 200, "code": 120, "tokens": 80}
     state = one.state_dict()
-    assert [epochs for _, epochs in drawn.values()] == [state[f"source_{number}_epoch"] for number in range(3)]
-    assert min(epochs for _, epochs in drawn.values()) > 0
+    assert [epoch - 1 for _, epoch in drawn.values()] == [state[f"source_{number}_epoch"] for number in range(3)]
+    assert min(epoch for _, epoch in drawn.values()) > 1
     told = [record.getMessage() for record in caplog.records if "epoch" in record.getMessage()]
-    for name, (_, epochs) in drawn.items():
+    for name, (_, epoch) in drawn.items():
         assert [line for line in told if f"source {name}:" in line] == [
-            f"source {name}: epoch {number} begins" for number in range(2, min(epochs, 9) + 2)
+            f"source {name}: epoch {number} begins" for number in range(2, min(epoch, 10) + 1)
         ]
 
 
 def test_what_is_known_of_a_mixture(mixed):
     made = recipe(mixed)
-    found = sizes(made)
-    assert [one.source for one in found] == ["web", "code", "tokens"]
-    assert [one.share for one in found] == [0.5, 0.3, 0.2]
-    assert found[0].tokens is None and found[0].size > 0 and found[0].epochs is None
     looked = survey(made, "train", seconds=60, samples=1)
-    assert all(len(one.samples) == 1 for one in looked)
-    for one, other in zip(found[1:], looked[1:], strict=True):
-        assert (one.tokens, one.size, one.epochs) == (other.tokens, other.size, other.epochs)
+    assert [(one.source, one.share) for one in looked] == [("web", 0.5), ("code", 0.3), ("tokens", 0.2)]
+    assert all(len(one.samples) == 1 and one.size > 0 for one in looked)
+    for one in looked:
         assert one.epochs == pytest.approx(one.share * 50 * 4 * SEQ / one.tokens)
-    assert looked[0].epochs == pytest.approx(0.5 * 50 * 4 * SEQ / looked[0].tokens)
+    # Where nothing can be read in time, of what has to be read.
+    web, *others = survey(made, "train", seconds=0, samples=0)
+    assert (web.tokens, web.size, web.complete, web.epochs) == (0, looked[0].size, False, None)
+    assert [one.tokens for one in others] == [one.tokens for one in looked[1:]]
 
 
 def test_what_documents_of_a_mixture_cost():
@@ -356,6 +354,33 @@ def test_a_text_is_in_one_source_alone_whatever_their_kinds(place, prepared, tmp
             check_apart(mixture(one, other))
     # Another split of the same folder, and text that the prepared directory was not made of.
     check_apart(mixture(test, hub(tmp_path / "split"), tokens, source(place, 1)))
+
+
+def test_ids_that_were_imported_twice_are_one_text(tmp_path):
+    def take(path, out):
+        import_tokens(
+            str(path), tmp_path / out, "bytes", format=None, validation=0.0, workers=1, progress=lambda progress: None
+        )
+        return SourceSection(source="tokens", paths=[f"{tmp_path}/{out}"], weight=1)
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        np.array([1, 2, 3, 257] * 50, dtype="<u2").tofile(tmp_path / folder / "ids.bin")
+    one, again, copied = take(tmp_path / "a", "one"), take(tmp_path / "a", "again"), take(tmp_path / "b", "copied")
+    with pytest.raises(DataError, match=r"both read the text that .*again was prepared from"):
+        check_apart(mixture(one, again))
+    with pytest.raises(DataError, match=r"both read the tokens of .*copied"):
+        check_apart(mixture(one, copied))
+    seen = {
+        name: build_streams(
+            DataSection(source="tokens", paths=[f"{tmp_path}/{name}"], validation=0.0), BytesTokenizer(), 0, "train"
+        )
+        for name in ("one", "again", "copied")
+    }
+    assert seen["one"][1] == seen["again"][1] != seen["copied"][1]
+    # Other ids of the same listing.
+    np.array([1, 2, 4, 257] * 50, dtype="<u2").tofile(tmp_path / "a/ids.bin")
+    check_apart(mixture(copied, take(tmp_path / "a", "other")))
 
 
 def test_an_error_names_the_source(place, tmp_path):
@@ -431,6 +456,16 @@ def test_names(name):
     assert names("corpus/web/*.jsonl", "corpus/web-*.jsonl", "x") == ("web", "corpus", name or "x")
     assert names("corpus/web.jsonl", "/data/web/**/*.txt", "x") == ("web", "web-2", name or "x")
     assert names("allenai/c4", "../*.txt", "x", kind="hf") == ("c4", "hf", name or "x")
+
+
+def test_a_name_that_is_given_renames_no_other_by_a_number():
+    def names(*sources):
+        return DataSection(sources=[SourceSection(source="files", weight=1, **one) for one in sources]).names
+
+    b, given = {"paths": ["data/b/*.jsonl"]}, {"paths": ["a.jsonl"], "name": "b"}
+    assert names(b, given) == ("data-b", "b") == names(given, b)[::-1]
+    assert names(b, {"paths": ["x/b/*.jsonl"]}, given) == ("data-b", "x-b", "b")
+    assert names({"paths": ["b.jsonl"]}, given) == ("files", "b")
 
 
 def test_a_mixture_is_written_and_read(place):

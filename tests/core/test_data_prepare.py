@@ -309,7 +309,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert not [path for path in left if path.exists()]
 
 
-def test_a_bad_line_stops_it_with_file_and_line_and_mending_it_needs_a_new_start(tmp_path):
+def test_a_bad_line_stops_it_with_file_and_line_and_it_begins_anew_with_the_line_mended(tmp_path):
     write_lines(tmp_path / "src/a.jsonl", 10)
     with open(tmp_path / "src/a.jsonl", "a") as f:
         f.write("bad\n")

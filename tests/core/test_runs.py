@@ -238,9 +238,10 @@ def test_finding_checkpoints(recipe, tmp_path, monkeypatch):
     [
         *("", "{", "[]", '{"version": 1}', '{"version": 1, "stages": []}', '{"version": 1, "stages": [{}]}'),
         *(
-            f'{{"version": 1, "stages": [{{"stage": "dense", "start": 0, "end": 1, "sources": {sources}}}]}}'
-            for sources in ("1", '{"a": 1}', '{"a": {"samples": 1}}', '{"a": {"samples": 1, "epochs": "b"}}')
+            f'{{"version": 1, "stages": [{{"stage": "dense", "start": 0, "end": 1, "sources_since_start": {one}}}]}}'
+            for one in ("1", '{"a": 1}', '{"a": {"samples": 1}}', '{"a": {"samples": 1, "epoch": "b"}}')
         ),
+        '{"version": 1, "stages": [{"stage": "dense", "start": 0, "end": 1, "unread": {"a": "b"}}]}',
     ],
 )
 def test_a_broken_ledger_is_one_error(recipe, ledger):

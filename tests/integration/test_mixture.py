@@ -62,7 +62,9 @@ def agree(run: Path, other: Path) -> None:
         assert seen.keys() == expected.keys() and seen
         for step in expected:
             assert seen[step][key] == pytest.approx(expected[step][key], rel=CLOSE)
-    sources, others = (json.loads((one / "ledger.json").read_text())["stages"][0]["sources"] for one in (run, other))
+    sources, others = (
+        json.loads((one / "ledger.json").read_text())["stages"][0]["sources_since_start"] for one in (run, other)
+    )
     assert sources == others
 
 
@@ -78,10 +80,12 @@ def test_a_mixture_goes_on_with_two_processes(place):
     agree(two, one)
     ledger = json.loads((one / "ledger.json").read_text())
     # 48 sequences.
-    sources = ledger["stages"][0]["sources"]
+    sources = ledger["stages"][0]["sources_since_start"]
     assert {name: source["samples"] for name, source in sources.items()} == {"web": 34, "code": 14}
-    assert sources["code"]["epochs"] == 1
-    assert "sequences by source: web 34 (70.8%), in its epoch 1; code 14 (29.2%), in its epoch 2" in job.words
+    assert sources["code"]["epoch"] == 2
+    assert (
+        "sequences by source since step 1: web 34 (70.8%), in its epoch 1; code 14 (29.2%), in its epoch 2" in job.words
+    )
 
 
 @pytest.mark.slow
