@@ -43,12 +43,14 @@ def read_rows(file: TextFile, form: Form, place: Place, keep: Keep, text_key: st
     readers = {"lines": _lines, "array": _array, "csv": _csv}
     try:
         yield from readers[form.kind](file, form, place, keep, text_key)
-    except DataError:
-        if form.compression:
+    except DataError as error:
+        if form.compression and not isinstance(error, _TooLarge):
             # Damaged data may still unpack, to something else, up to the checksum at the end of its part.
             with reading(file, form.compression, place.byte) as (stream, _):
                 while stream.read(BUFFER):
                     pass
+            if form.compression == "zstd":
+                error.hint = f"{error.hint}; the file may be damaged, which zstd data without a checksum does not show"
         raise
 
 
@@ -64,8 +66,12 @@ def _limited(stream: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes]:
         yield line
 
 
+class _TooLarge(DataError):
+    """A row, or what is taken for one."""
+
+
 def _too_large(where: str, why: str = "") -> DataError:
-    return DataError(
+    return _TooLarge(
         f"{where}: longer than {LARGEST >> 20} MiB{why}", hint="cut it up, or leave the file out of data.paths"
     )
 
