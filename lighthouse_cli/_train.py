@@ -123,12 +123,12 @@ def _describe_documents(recipe: "Recipe", found: "Sequence[Survey]") -> None:
         _line("attention", "lengths are not known: one document a sequence is counted")
         _describe_attention(recipe, None)
         return
-    text = f"{mixed_ignored(found):.2%} of the labels are ignored"
+    ignored = f"{mixed_ignored(found):.2%}"
     if recipe.alignment is not None and recipe.alignment > 1:
         padding = f"{mixed_padding(found):.2%} of the tokens, each document to a multiple of {recipe.alignment}"
-        _line("padding", f"{padding}; {text}")
+        _line("padding", f"{padding}; {ignored} of the labels are ignored")
     else:
-        _line("labels", text)
+        _line("labels", f"{ignored} are ignored")
     _describe_attention(recipe, mixed_pieces(found))
 
 

@@ -207,6 +207,50 @@ def test_inspect_and_a_dry_run_tell_what_keeping_documents_apart_costs(lighthous
         assert done.code == 0 and "padding" not in done.out
 
 
+def test_what_only_reads_the_data_asks_for_no_attention_that_fits_its_packing(lighthouse, here):
+    packed = [*("--set", 'data.packing="documents"', "--set", "lighthouse.enabled=true", "--set", "lighthouse.topk=2")]
+    packed += [
+        "--set",
+        'lighthouse.dense_backend="cudnn"',
+        "--set",
+        "lighthouse.tile_parents=2",
+        "--set",
+        "training.seq_len=128",
+    ]
+    out = str(here / "read")
+    assert lighthouse("data", "inspect", "r.toml", *packed).code == 0
+    assert lighthouse("data", "prepare", "r.toml", out, "--workers", "1", *packed).code == 0
+    # By now it is about the text alone.
+    assert "vocabulary" in lighthouse("tokenizer", "train", "r.toml", f"{out}.model", "--vocab", "9", *packed).err
+    for more in ((), ("--dry-run",)):
+        assert (
+            'data.packing "documents", the default, is not for'
+            in lighthouse("pretrain", "r.toml", *packed, *more).error
+        )
+
+
+def test_a_dry_run_says_what_is_known_of_files(lighthouse, here, monkeypatch):
+    (here / "known").mkdir()
+    rows = b"".join(json.dumps({"text": "x" * 98}).encode() + b"\n" for _ in range(64))
+    (here / "known/a.jsonl").write_bytes(rows)
+    (here / "known/a.jsonl.gz").write_bytes(packed := gzip.compress(rows))
+    settings = ["--set", "data.validation=0", "--set", "metrics.validation_every=0", "--set", "training.steps=50"]
+
+    def known(name):
+        paths = ["--set", f'data.paths=["known/{name}"]']
+        done = lighthouse("pretrain", "r.toml", "--dry-run", "--nproc", "1", *paths, *settings)
+        # Without a pyramid documents are not padded.
+        assert done.code == 0 and "padding" not in done.out and "multiple of 1 " not in done.out
+        assert "multiple of" not in lighthouse("data", "inspect", "r.toml", *paths, *settings).out
+        return done.out
+
+    tokens = "6,400 tokens, 0.50 epochs in the run\n"
+    assert f"# data                  {len(rows):,} bytes, {tokens}" in known("a.jsonl")
+    assert f"# data                  {len(packed):,} compressed bytes, {tokens}" in known("a.jsonl.gz")
+    monkeypatch.setattr(_train, "_LOOK", 0.0)
+    assert f"{len(packed):,} compressed bytes; tokens and epochs are not known beforehand\n" in known("a.jsonl.gz")
+
+
 def test_a_dry_run_tells_the_padding_of_a_mixture_by_its_shares(lighthouse, here):
     lengths = {}
     for name, sizes in (("short", [3, 20]), ("long", [100, 150, 14])):
@@ -360,6 +404,22 @@ def test_rows_without_text_are_counted_where_rows_are(lighthouse, place, tmp_pat
             list(itertools.islice(build_loader(data, 64, 1, rank, 2, 0, prefetch=0), 5))
         said = [record.message for record in caplog.records if "null or empty" in record.message]
         assert len(said) == 1 and said[0].startswith("rows whose text is null or empty are passed over: ")
+
+
+def test_a_folder_of_nanogpt_keeps_its_validation_split(lighthouse, place, tmp_path):
+    for name, count in (("train", 60), ("val", 7)):
+        np.array([1, 2, 3, 257] * count, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+    out = str(tmp_path / "out")
+    done = lighthouse("data", "import", out, "--from", str(tmp_path), "--tokenizer", "bytes", "--workers", "1")
+    assert done.code == 0 and "validation is val.bin, and training all else (--validation SHARE pools them)" in done.err
+    assert "train: 60 documents" in done.err and "validation: 7 documents" in done.err
+    assert "--set data.validation" not in done.err
+    found = json.loads(lighthouse("data", "inspect", str(place / "r.toml"), "--json", *as_tokens(out)).out)
+    assert [one["documents"] for one in found] == [60, 7]
+    pooled = lighthouse(
+        *("data", "import", f"{out}2", "--from", str(tmp_path), "--tokenizer", "bytes", "--validation", "0")
+    )
+    assert pooled.code == 0 and "train: 67 documents" in pooled.err
 
 
 def test_token_files_are_imported_and_trained_on(lighthouse, place, tmp_path):
