@@ -229,12 +229,13 @@ def warn_of_damage(damaged: dict[int, str], step: int) -> None:
         _output.warn(f"going on from step {step}; --strict refuses to")
 
 
-def check_data(recipe: "Recipe", *, checksums: bool = True) -> "list[Survey]":
+def check_data(recipe: "Recipe", *, dry_run: bool = False) -> "list[Survey]":
     """Meet what is wrong with the data here, rather than after the processes have started; of a start and of a dry run.
 
     Args:
         recipe: the recipe.
-        checksums: whether prepared tokens are read and compared with theirs.
+        dry_run: whether it is one. Prepared tokens are then not compared with their checksums; the lengths of their
+            documents are read, where they are kept apart.
 
     Returns:
         What the first seconds of reading show of each source's training text.
@@ -245,9 +246,10 @@ def check_data(recipe: "Recipe", *, checksums: bool = True) -> "list[Survey]":
     from lighthouse_core.data import check
     from lighthouse_core.data.survey import survey
 
-    for note in check(recipe, _output.say, checksums=checksums):
+    for note in check(recipe, _output.say, checksums=not dry_run):
         _output.warn(note)
-    return survey(recipe, "train", seconds=_LOOK, samples=0)
+    lengths = dry_run and recipe.alignment is not None
+    return survey(recipe, "train", seconds=_LOOK, samples=0, lengths=lengths)
 
 
 def check_titan(recipe: "Recipe") -> None:

@@ -85,7 +85,7 @@ def pretrain(
         # Machine 0 decides, and holds the run from before it looks at its checkpoints.
         with nullcontext() if node_rank else run.lock():
             step, damaged = (0, {}) if node_rank else _unfinished(run, strict)
-            found = _train.check_data(run.recipe, checksums=not dry_run)
+            found = _train.check_data(run.recipe, dry_run=dry_run)
             processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
             _train.check(run.recipe, processes)
             if dry_run:
@@ -105,7 +105,7 @@ def pretrain(
     if dry_run:
         _train.describe(resolved, nproc, nnodes)
     resolved = pinned(resolved)
-    found = _train.check_data(resolved, checksums=not dry_run)
+    found = _train.check_data(resolved, dry_run=dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)

@@ -87,7 +87,7 @@ def recover(
         if dry_run:
             _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
-        found_data = _train.check_data(recovery.recipe, checksums=not dry_run)
+        found_data = _train.check_data(recovery.recipe, dry_run=dry_run)
         _train.check(recovery.recipe, processes, dense=True)
         if dry_run:
             _train.describe_data(recovery.recipe, found_data)

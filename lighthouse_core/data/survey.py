@@ -28,7 +28,7 @@ class Survey:
 
     Attributes:
         split: "train" or "validation".
-        lengths: tokens of each document, BOS and EOS counted, and no padding.
+        lengths: tokens of each document, BOS and EOS counted, and no padding; empty where they were not asked for.
         complete: whether these are all documents, rather than the first ones of the order of training.
         seq_len: the recipe's context.
         samples: the first tokens of some documents, decoded.
@@ -39,6 +39,7 @@ class Survey:
         share: of the source in the sequences of a mixture.
         epochs: times that the steps of the recipe, those of its recovery counted, pass the split; None where not known.
         nulls: rows passed over, as their text is null or empty; 0 for prepared tokens, which have no rows.
+        known: tokens of an epoch, where they are known without reading.
     """
 
     split: Split
@@ -53,10 +54,11 @@ class Survey:
     share: float = 1.0
     epochs: float | None = None
     nulls: int = 0
+    known: int | None = None
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int(self.lengths.sum()) if self.known is None else self.known
 
     @property
     def share_in_long(self) -> float:
@@ -143,7 +145,9 @@ def _tokens_of_run(recipe: "Recipe", share: float) -> float:
     return share * (training.steps + recipe.recover.steps) * training.global_batch_size * training.seq_len
 
 
-def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, sample_tokens: int = 100) -> list[Survey]:
+def survey(
+    recipe: "Recipe", split: Split, *, seconds: float, samples: int, sample_tokens: int = 100, lengths: bool = True
+) -> list[Survey]:
     """Look at one split of each source of a recipe's data, which may be empty.
 
     Args:
@@ -152,6 +156,7 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
         seconds: at most so long for each source, where documents must be read to know their lengths.
         samples: how many documents of each source to decode the beginning of: the first of the order of training.
         sample_tokens: tokens to decode of each.
+        lengths: whether to read how long documents are where their tokens are known without it.
 
     Raises:
         DataError: as training would, but for a split without documents.
@@ -163,17 +168,24 @@ def survey(recipe: "Recipe", split: Split, *, seconds: float, samples: int, samp
         alone = recipe.model_copy(update={"data": part})
         try:
             with of_source(data, name):
-                one = _survey(alone, tokenizer, split, seconds, samples, sample_tokens)
+                one = _survey(alone, tokenizer, split, seconds, samples, sample_tokens, lengths)
         except NoDocuments:
             one = Survey(split, np.zeros(0, dtype=np.int64), True, recipe.training.seq_len, ())
         known = one.complete and one.tokens and split == "train"
         one = replace(one, source=name, share=share, align=recipe.alignment)
-        found.append(replace(one, epochs=_tokens_of_run(recipe, share) / one.padded) if known else one)
+        epoch = one.padded if len(one.lengths) else one.tokens
+        found.append(replace(one, epochs=_tokens_of_run(recipe, share) / epoch) if known else one)
     return found
 
 
 def _survey(
-    recipe: "Recipe", tokenizer: Tokenizer, split: Split, seconds: float, samples: int, sample_tokens: int
+    recipe: "Recipe",
+    tokenizer: Tokenizer,
+    split: Split,
+    seconds: float,
+    samples: int,
+    sample_tokens: int,
+    read_lengths: bool,
 ) -> Survey:
     # The order of samples is no matter here, and not every tokenizer's can be shuffled. Documents come without padding.
     data = recipe.data.model_copy(update={"shuffle": "documents"})
@@ -185,7 +197,7 @@ def _survey(
         texts.append(tokenizer.decode(tokens[begin : begin + sample_tokens]))
 
     if isinstance(stream, TokenStream):
-        lengths = np.concatenate([unit.document_lengths() for unit in stream.units])
+        found_lengths = [unit.document_lengths() for unit in stream.units] if read_lengths else []
         position = stream.start
         while len(texts) < samples and position.epoch == 0:
             # The document ends where another begins, or goes on beyond what is shown.
@@ -193,7 +205,15 @@ def _survey(
             following = np.flatnonzero(places[1:] == 0)
             decode(tokens[: following[0] if len(following) else None])
             position = _next_document(stream, position, sample_tokens)
-        return Survey(split, lengths, True, recipe.training.seq_len, tuple(texts), size=_size(stream))
+        return Survey(
+            split,
+            np.concatenate([np.zeros(0, dtype=np.int64), *found_lengths]),
+            True,
+            recipe.training.seq_len,
+            tuple(texts),
+            size=_size(stream),
+            known=sum(unit.tokens for unit in stream.units),
+        )
 
     found: list[int] = []
     complete, length = False, 0
