@@ -545,7 +545,7 @@ class Trainer(titan_train.Trainer):
             self.checkpointer.save(self.step, last_step=True)
 
     def _meet(self, fault: DataError | None) -> None:
-        """Where a process cannot read its data: save the last finished step, and end all of them.
+        """Where a process cannot read its data, end all of them.
 
         Raises:
             DataError: the same on every process.
@@ -564,12 +564,14 @@ class Trainer(titan_train.Trainer):
                 # Before a step of this launch, the newest checkpoint is of the listing that earlier ones had.
                 earlier = self.stage.unread if self.checked is None else {}
                 self.stage.run.note(unread={name: size} | earlier)
+        raise fault
+
+    def save_checked(self) -> None:
+        """Save the last step that this job has finished, if there is one: the step in progress has changed nothing."""
         if self.checked is not None and self.place is not None:
-            # The step in progress has changed nothing.
             self.step = self.checked
             self.dataloader.load_state_dict(self.place)
             self._save_unless_saved()
-        raise fault
 
     def check_end(self, *, saves: bool) -> None:
         """Raise PatchError unless the last step was checked and, where this job `saves`, saved and validated."""
@@ -660,6 +662,10 @@ def train(run: Run) -> None:
     except TrainingError:
         # All processes are here, and one of them may have a checkpoint to publish yet.
         trainer.checkpointer._async_wait()
+        raise
+    except DataError:
+        # Once training has begun, all processes are here.
+        trainer.save_checked()
         raise
     finally:
         trainer.note_sources()

@@ -51,16 +51,27 @@ def test_a_start_refuses_what_a_dry_run_refuses(lighthouse, trainer, here, whole
 COMMAND = "from lighthouse_cli import _train, app; _train._LOOK = 0.0; app.main()"
 
 
-def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_mended(here, whole):
+@pytest.mark.parametrize("found", ["in training", pytest.param("in validation", marks=pytest.mark.slow)])
+def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_mended(here, whole, found):
+    options, last = OPTIONS, 60
+    if found == "in validation":
+        late = (
+            "data.validation=0.2",
+            "metrics.validation_every=2",
+            "metrics.validation_batches=40",
+            "training.steps=4",
+        )
+        options, last = (*OPTIONS, *(part for setting in late for part in ("--set", setting))), 4
+
     def run(*arguments):
         command = [sys.executable, "-c", COMMAND, "pretrain", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     (here / "src/b.jsonl.gz").write_bytes(whole[: len(whole) // 4])
-    ended = run("tiny.toml", "--name", "a", *OPTIONS, "--nproc", "2")
+    ended = run("tiny.toml", "--name", "a", *options, "--nproc", "2")
     [step] = Run("runs/a").checkpoint_steps()
-    assert ended.returncode == 2 and 1 < step < 60, ended.stderr
+    assert ended.returncode == 2 and 1 < step < last, ended.stderr
     assert ended.stderr.count("error: ") == 1 and "b.jsonl.gz: cut off within its gzip data" in ended.stderr
     assert "hint: restore this file, or mend it there, and change no other" in ended.stderr
     assert f"step {step} is saved. Continue with: lighthouse pretrain --resume runs/a" in ended.stderr
@@ -68,4 +79,4 @@ def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_m
     done = run("--resume", "a", "--nproc", "1")
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, Path("runs/a/metrics.jsonl").read_text().splitlines())
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 61))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, last + 1))
