@@ -106,9 +106,10 @@ def pretrain(
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
     _train.check(resolved, processes)
-    _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
         check_free(resolved, name or "")
+    _train.check_memory(resolved, processes, dry_run=dry_run)
+    if dry_run:
         _train.warn_of_no_savings(resolved, found)
         _train.describe(resolved, processes.world_size, found)
         return

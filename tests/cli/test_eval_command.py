@@ -109,6 +109,16 @@ def test_a_recipe_that_holds_no_text_out_is_named(lighthouse, run, measured):
     assert "--set data.validation=0.05" in wrong.err
 
 
+def test_a_recipe_that_could_not_be_trained_names_text_all_the_same(lighthouse, here, run, measured):
+    """Its method keeps no documents apart: the model that is measured does."""
+    text = (here / "tiny.toml").read_text().replace('packing = "concat"', 'packing = "documents"')
+    (here / "other.toml").write_text(text)
+    arguments = ("--recipe", "other.toml", "--set", "data.validation=0.01")
+    assert 'data.packing "documents", the default, is not for' in lighthouse("pretrain", "other.toml").error
+    assert lighthouse("eval", "one", *arguments).code == 0
+    assert measured[0][-1][0].packing == "documents"
+
+
 def test_runs_without_a_step_are_not_compared(lighthouse, run):
     assert "no logged step" in lighthouse("compare", "one").error
 
