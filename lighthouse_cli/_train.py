@@ -58,7 +58,7 @@ def warn_of_no_savings(recipe: "Recipe", found: "Sequence[Survey]") -> None:
     if lengths:
         tokens = sum(lengths) / len(lengths)
         of = f"on documents of {tokens:.0f} token{'s' * (f'{tokens:.0f}' != '1')} on average"
-        other = 'use longer documents or data.packing = "concat"'
+        other = 'use longer documents, data.packing = "concat"'
     else:
         of = f"at {recipe.training.seq_len} tokens"
         other = "use longer sequences"
