@@ -12,7 +12,7 @@ from lighthouse_cli import _output, _watch
 from lighthouse_cli._source import size_of_source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lighthouse_core.config import Recipe
     from lighthouse_core.data.survey import Survey
@@ -32,81 +32,133 @@ _MARGIN = 1.5
 _LOOK = 3.0
 # Of a fault, and of the user's mistake.
 _ERRORS = (1, 2)
+# Of the keys of dense attention: stage 1 selects and merges besides, so that one with hardly fewer keys saves nothing.
+_SAVES = 0.99
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
-def describe(recipe: "Recipe", nproc: str, nnodes: int) -> None:
-    """Print the resolved recipe, with what it costs in comments, so that the output is itself a recipe."""
+def warn_of_no_savings(recipe: "Recipe", found: "Sequence[Survey]") -> None:
+    """Say so where stage 1 attends to no fewer keys than dense attention does, which short documents bring about.
+
+    Args:
+        recipe: of a new run.
+        found: of `check_data`.
+    """
+    from lighthouse_core.estimate import DENSE, keys_of_stage_1, mean_keys
+
+    lengths = _pieces(recipe, found)
+    if not recipe.lighthouse.enabled or (recipe.alignment is not None and lengths is None):
+        return
+    seen = mean_keys(recipe, lengths)
+    keys, dense = keys_of_stage_1(recipe, seen), seen[DENSE]
+    if keys < _SAVES * dense:
+        return
+    # Alike as whole numbers, they may differ.
+    digits = next((n for n in (0, 1) if f"{keys:.{n}f}" != f"{dense:.{n}f}"), 0)
+    if lengths:
+        tokens = sum(lengths) / len(lengths)
+        of = f"on documents of {tokens:.0f} token{'s' * (f'{tokens:.0f}' != '1')} on average"
+        other = 'use longer documents, data.packing = "concat"'
+    else:
+        of = f"at {recipe.training.seq_len} tokens"
+        other = "use longer sequences"
+    _output.warn(
+        f"stage 1 saves nothing {of}: a query attends to {keys:.{digits}f} keys, and to {dense:.{digits}f} with dense "
+        f"attention; {other}, a smaller lighthouse.window, or lighthouse.enabled = false"
+    )
+
+
+def _pieces(recipe: "Recipe", found: "Sequence[Survey]") -> "list[int] | None":
+    """The lengths that `estimate.mean_keys` takes; None where documents are not kept apart, or lengths not known."""
+    from lighthouse_core.data.survey import mixed_pieces
+
+    known = recipe.alignment is not None and all(len(one.lengths) for one in found)
+    return mixed_pieces(found) if known else None
+
+
+def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]") -> None:
+    """Print the resolved recipe, with what it costs and what its data is in comments, so that the output is itself a
+    recipe. Nothing is printed before all of it is known.
+
+    Args:
+        recipe: the recipe.
+        processes: of the whole job.
+        found: of `check_data`.
+
+    Raises:
+        DataError: the data is not there.
+    """
     from lighthouse_core.config import dump_recipe
+
+    _output.data("\n".join([dump_recipe(recipe), *_costs(recipe, processes), *_of_data(recipe, found)]))
+
+
+def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
     from lighthouse_core.estimate import estimate
 
     cost = estimate(recipe)
     training, counts = recipe.training, cost.parameters
-    processes = nnodes * (int(nproc) if nproc.isdigit() else 1)
-    _output.data(dump_recipe(recipe))
-
-    _line(
+    yield _line(
         "parameters",
         f"{_short(counts.total)} (embedding {_short(counts.embedding)}, body {_short(counts.body)}, "
         f"head {_short(counts.head)})",
     )
     if cost.lighthouse_flops is not None:
         if cost.gathered is not None:
-            _line("S", f"{cost.gathered} of {training.seq_len} tokens")
+            yield _line("S", f"{cost.gathered} of {training.seq_len} tokens")
         turns = recipe.lighthouse.turns(training.steps)
         if recipe.lighthouse.windows:
-            _line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
+            yield _line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
     if recipe.data.packing == "concat":
-        _describe_attention(recipe, None)
-    _line("tokens per step", f"{cost.tokens_per_step}")
+        yield from _of_attention(recipe, None)
+    yield _line("tokens per step", f"{cost.tokens_per_step}")
     for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
         if steps:
-            _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
+            yield _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
     sharded = processes if recipe.parallel.shard == -1 else recipe.parallel.shard
     state = cost.state_bytes / sharded
-    _line(
+    yield _line(
         "memory (estimate)",
         f"{_gib(state + cost.activation_bytes)} a process over {processes}: weights, gradients and optimizer "
         f"{_gib(state)}, activations about {_gib(cost.activation_bytes)} in the stage that takes more",
     )
 
 
-def _describe_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> None:
-    """Print what attention costs; `lengths` are those of `estimate.mean_keys`."""
+def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":
+    """What attention costs; `lengths` are those of `estimate.mean_keys`."""
     from lighthouse_core.estimate import DENSE, estimate, mean_keys
 
     cost, seen = estimate(recipe, lengths), mean_keys(recipe, lengths)
     flops, dense = f"{_short(cost.dense_flops)}", f"{seen.pop(DENSE):.0f}"
     if cost.lighthouse_flops is not None:
-        _line("keys a query (mean)", f"{', then '.join(f'{keys:.0f}' for keys in seen.values())}; dense {dense}")
+        yield _line("keys a query (mean)", f"{', then '.join(f'{keys:.0f}' for keys in seen.values())}; dense {dense}")
         flops = f"{_short(cost.lighthouse_flops)} in stage 1, {flops} dense"
     elif lengths:
-        _line("keys a query (mean)", dense)
-    _line("FLOPs per token", flops)
+        yield _line("keys a query (mean)", dense)
+    yield _line("FLOPs per token", flops)
 
 
-def _line(name: str, text: str) -> None:
-    _output.data(f"# {name:<21} {text}")
+def _line(name: str, text: str) -> str:
+    return f"# {name:<21} {text}"
 
 
-def describe_data(recipe: "Recipe", found: "Sequence[Survey]") -> None:
-    """Print the size of each source, and how long documents are and what keeping them apart costs, in comments as
-    `describe` does. `found` is of `check_data`."""
+def _of_data(recipe: "Recipe", found: "Sequence[Survey]") -> "Iterator[str]":
+    """The size of each source, and how long documents are and what keeping them apart costs."""
     for one in found:
         size, tokens, epochs = size_of_source(one)
         facts = "its size is not known" if size == "?" else f"{size} bytes"
         facts += f", {tokens} tokens, {epochs} epochs in the run" if one.complete else ""
         facts += "" if one.complete else "; tokens and epochs are not known beforehand"
         share = f"{one.share:.2%} of the sequences; " if recipe.data.sources else ""
-        _line(f"source {one.source}" if recipe.data.sources else "data", share + facts)
+        yield _line(f"source {one.source}" if recipe.data.sources else "data", share + facts)
     if recipe.alignment is not None:
-        _describe_documents(recipe, found)
+        yield from _of_documents(recipe, found)
 
 
-def _describe_documents(recipe: "Recipe", found: "Sequence[Survey]") -> None:
+def _of_documents(recipe: "Recipe", found: "Sequence[Survey]") -> "Iterator[str]":
     """How long documents are, of each source; their padding and what attention costs, of all by their shares of the
     sequences."""
-    from lighthouse_core.data.survey import mixed_ignored, mixed_padding, mixed_pieces, quantiles
+    from lighthouse_core.data.survey import mixed_ignored, mixed_padding, quantiles
 
     for one in found:
         of = f" of {one.source}" if recipe.data.sources else ""
@@ -118,18 +170,16 @@ def _describe_documents(recipe: "Recipe", found: "Sequence[Survey]") -> None:
             count += f"; {one.longer} longer than training.seq_len"
             if of and one.align != 1:
                 count += f"; padding {one.padding:.2%}"
-        _line(f"documents{of}", count)
-    if not all(len(one.lengths) for one in found):
-        _line("attention", "lengths are not known: one document a sequence is counted")
-        _describe_attention(recipe, None)
-        return
-    ignored = f"{mixed_ignored(found):.2%}"
-    if recipe.alignment is not None and recipe.alignment > 1:
+        yield _line(f"documents{of}", count)
+    lengths, ignored = _pieces(recipe, found), f"{mixed_ignored(found):.2%}"
+    if lengths is None:
+        yield _line("attention", "lengths are not known: one document a sequence is counted")
+    elif recipe.alignment is not None and recipe.alignment > 1:
         padding = f"{mixed_padding(found):.2%} of the tokens, each document to a multiple of {recipe.alignment}"
-        _line("padding", f"{padding}; {ignored} of the labels are ignored")
+        yield _line("padding", f"{padding}; {ignored} of the labels are ignored")
     else:
-        _line("labels", f"{ignored} are ignored")
-    _describe_attention(recipe, mixed_pieces(found))
+        yield _line("labels", f"{ignored} are ignored")
+    yield from _of_attention(recipe, lengths)
 
 
 def train(

@@ -1,6 +1,8 @@
 """lighthouse eval: what a trained model has learnt."""
 
+import contextlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -11,8 +13,11 @@ import typer
 from lighthouse_cli import _caches, _complete, _options, _output
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lighthouse_core.config import Recipe
     from lighthouse_core.data.overlap import Overlap
+    from lighthouse_core.runs.run import Run
 
 
 def evaluate(
@@ -25,7 +30,7 @@ def evaluate(
         ),
     ],
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE", help="Whose held-out text; a run's own by default.")
+        str, typer.Option("--recipe", metavar="RECIPE|RUN", help="Whose held-out text; a run's own by default.")
     ] = "",
     settings: _options.Settings = None,
     attention: Annotated[
@@ -63,7 +68,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure a model: loss by position, use of long context, leak, needles."""
-    from lighthouse_core.config import find_recipe, load_recipe
     from lighthouse_core.errors import UserError, refusal
     from lighthouse_core.files import (
         check_output,
@@ -89,14 +93,16 @@ def evaluate(
 
         read_config(path)  # which says what an adapter is
     if exported and not recipe:
-        raise UserError(f"{target} says nothing of held-out text", hint="--recipe RECIPE has some")
+        raise UserError(
+            f"{target} says nothing of held-out text", hint="--recipe names a recipe, or a run, that has some"
+        )
     if exported and attention != "trained":
         raise UserError("--attention is for checkpoints of runs")
     if not exported:
         path = find_checkpoint(target)
     if settings and not recipe:
         raise UserError("--set changes the recipe that --recipe names")
-    other = load_recipe(find_recipe(recipe), settings or ()) if recipe else None
+    other, run = _recipe(recipe, settings or ()) if recipe else (None, None)
     # Loading a model takes minutes, and measuring one hours: what can be known before is looked at before.
     try:
         check_numbers(tokens, sequences, context, trials, measures if only else ())
@@ -112,11 +118,12 @@ def evaluate(
     from lighthouse_core.evaluate.load import load_checkpoint, load_directory
     from lighthouse_core.evaluate.report import FIGURES, is_report
 
+    seen: Overlap | None
     if exported:
+        assert other is not None
+        seen = _held_out_of_export(path, other, recipe, run)
         subject = load_directory(path, say=_output.say)
-        _output.warn("whether this text is held out is not known: nothing says what the model was trained on")
         home = path.with_name(f"{path.name}-eval")
-        seen = None
     else:
         seen = _held_out(path, other, recipe)
         subject, own = load_checkpoint(path, attention=attention)
@@ -172,6 +179,57 @@ def evaluate(
     )
 
 
+def _recipe(spec: str, settings: "Sequence[str]") -> "tuple[Recipe, Run | None]":
+    """The recipe that --recipe names by its file, its name or the directory of its run, and the run that it lies in."""
+    from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.errors import RunError
+    from lighthouse_core.runs.run import Run, with_own_tokenizer
+
+    inside = Path(spec, "recipe.toml")
+    path = inside if inside.is_file() else find_recipe(spec)
+    recipe, run = load_recipe(path, settings, trains=False), None
+    if path.name in ("recipe.toml", "recover.toml"):
+        with contextlib.suppress(RunError):
+            run = Run(path.parent)
+            recipe = with_own_tokenizer(recipe, path.parent)
+    return recipe, run
+
+
+def _held_out_of_export(path: Path, other: "Recipe", name: str, run: "Run | None") -> "Overlap | None":
+    """As `_held_out`, of a directory that transformers loads; None where nothing says what it was trained on.
+
+    Args:
+        path: of the directory.
+        other: whose held-out text is measured.
+        name: by which the user knows `other`.
+        run: that `other` is of, where it is of one.
+
+    Raises:
+        UserError: as `_held_out`.
+    """
+    from lighthouse_core.data.hub import is_remote
+    from lighthouse_core.data.overlap import Overlap, own_split
+    from lighthouse_core.evaluate.directory import training_data
+
+    known = training_data(path)
+    if known is None:
+        _output.warn("whether this text is held out is not known: nothing says what the model was trained on")
+        return None
+    origin, trained = known
+    if run is not None and run.ledger["stages"][0].get("data") == trained:
+        return _compared(run.recipe, other, name, trained)
+    # The name of a data set of the hub says nothing of what its run was trained on.
+    if other.data.validation and not any(map(is_remote, other.data.parts)):
+        seen = own_split(other, trained)
+        if not seen.unknown:
+            _output.say(str(seen))
+            return seen
+    problem = f"the model is of the run {origin}, and this recipe is not; --recipe RUN names that run"
+    seen = Overlap(None, 0, 0.0, False, problem)
+    _output.warn(str(seen))
+    return seen
+
+
 def _held_out(path: Path, other: "Recipe | None", name: str) -> "Overlap":
     """What is known of whether a run was trained on the text that it is to be measured on; says what is not as usual.
 
@@ -183,13 +241,18 @@ def _held_out(path: Path, other: "Recipe | None", name: str) -> "Overlap":
     Raises:
         UserError: it was, or nothing is held out.
     """
-    from lighthouse_core.data.overlap import SECONDS, overlap, own_split
-    from lighthouse_core.errors import UserError
     from lighthouse_core.runs.find import split_checkpoint
     from lighthouse_core.runs.run import Run
 
     run = Run(split_checkpoint(path)[0])
-    own, trained = run.recipe, run.ledger["stages"][0].get("data")
+    return _compared(run.recipe, other, name, run.ledger["stages"][0].get("data"))
+
+
+def _compared(own: "Recipe", other: "Recipe | None", name: str, trained: str | None) -> "Overlap":
+    """As `_held_out`; `own` is the run's recipe, `trained` the fingerprint of the data that it was trained on."""
+    from lighthouse_core.data.overlap import SECONDS, overlap, own_split
+    from lighthouse_core.errors import UserError
+
     if other and not other.data.validation:
         raise UserError(f"{name} holds no text out", hint="--set data.validation=0.05 holds some out")
     if not (other or own).data.validation:
@@ -218,8 +281,14 @@ def _as_report(seen: "Overlap | None") -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    def of(mean: dict[str, Any], digits: int = 4) -> str:
-        return f"{mean['mean']:.{digits}f} ± {mean['standard_error']:.{digits}f}"
+    alone = False
+
+    def of(mean: dict[str, Any], sign: str = "") -> str:
+        """The mean, and its standard error where it is of several sequences."""
+        nonlocal alone
+        text, error = f"{mean['mean']:{sign}.4f}", mean["standard_error"]
+        alone |= math.isnan(error)
+        return text if math.isnan(error) else f"{text} ± {error:.4f}"
 
     note = " (leaky)" if report["leaky"] else ""
     if "loss" in report:
@@ -244,13 +313,10 @@ def _show(report: dict[str, Any]) -> None:
             f"no more than {context['context']}; the far ones are worth {of(context['gain'])}"
         )
     if "leak" in report:
-        rows = [
-            (str(r["distance"]), f"{r['mean']:+.4f} ± {r['standard_error']:.4f}", f"{r['largest']:.4f}")
-            for r in report["leak"]
-        ]
+        rows = [(str(r["distance"]), of(r, "+"), f"{r['largest']:.4f}") for r in report["leak"]]
         _output.table("", ("leak: tokens before the cut", "nats", "largest"), rows)
     if across := report.get("leak_across"):
-        rows = [(r["replaced"], f"{r['mean']:+.4f} ± {r['standard_error']:.4f}", f"{r['largest']:.4f}") for r in across]
+        rows = [(r["replaced"], of(r, "+"), f"{r['largest']:.4f}") for r in across]
         _output.table("", ("leak across documents: the one replaced is", "nats", "largest"), rows)
     elif across is not None:
         _output.warn("the leak across documents is left out: no sequence has two")
@@ -270,3 +336,5 @@ def _show(report: dict[str, Any]) -> None:
         lengths = sorted({c["tokens"] for c in cells})
         rows = [(str(n), *(found[n, depth] for depth in depths)) for n in lengths]
         _output.table("", ("needles found: tokens", *(f"depth {depth:.0%}" for depth in depths)), rows)
+    if alone:
+        _output.say("a figure without ± is of one sequence, which gives no standard error; use more --sequences")

@@ -80,8 +80,6 @@ def pretrain(
         run = find_run(resume)
         run.change(settings or ())
         _train.check_titan(run.recipe)
-        if dry_run:
-            _train.describe(run.recipe, nproc, nnodes)
         # Machine 0 decides, and holds the run from before it looks at its checkpoints.
         with nullcontext() if node_rank else run.lock():
             step, damaged = (0, {}) if node_rank else _unfinished(run, strict)
@@ -89,7 +87,7 @@ def pretrain(
             processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
             _train.check(run.recipe, processes)
             if dry_run:
-                _train.describe_data(run.recipe, found)
+                _train.describe(run.recipe, processes.world_size, found)
                 return
             if not node_rank:
                 run.set_aside(damaged)
@@ -102,18 +100,18 @@ def pretrain(
     path = find_recipe(recipe or "")
     resolved = load_recipe(path, settings or ())
     _train.check_titan(resolved)
-    if dry_run:
-        _train.describe(resolved, nproc, nnodes)
     resolved = pinned(resolved)
     found = _train.check_data(resolved, dry_run=dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
     processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
     _train.check(resolved, processes)
+    if dry_run:
+        check_free(resolved, name or "")
     _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
-        _train.describe_data(resolved, found)
-        check_free(resolved, name or "")
+        _train.warn_of_no_savings(resolved, found)
+        _train.describe(resolved, processes.world_size, found)
         return
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
@@ -122,6 +120,7 @@ def pretrain(
     run = create_run(resolved, path.stem, name or "", source=str(path))
     try:
         with run.lock():
+            _train.warn_of_no_savings(resolved, found)
             _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
     except BaseException:
         # What ends before the first step leaves nothing worth keeping, and frees the name.

@@ -84,13 +84,11 @@ def recover(
                 f"the learning rate goes from {before:.3g} (step {recovery.step}) to {after:.3g} (step "
                 f"{recovery.step + 1}), {then} until step {recovery.end}"
             )
-        if dry_run:
-            _train.describe(recovery.recipe, nproc, nnodes)
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         found_data = _train.check_data(recovery.recipe, dry_run=dry_run)
         _train.check(recovery.recipe, processes, dense=True)
         if dry_run:
-            _train.describe_data(recovery.recipe, found_data)
+            _train.describe(recovery.recipe, processes.world_size, found_data)
             return
         found.set_aside(recovery.damaged)
         found.write_recovery(recovery)

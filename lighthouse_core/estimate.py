@@ -89,6 +89,26 @@ def mean_keys(recipe: Recipe, lengths: Sequence[int] | None = None) -> dict[int,
     return seen
 
 
+def keys_of_stage_1(recipe: Recipe, seen: dict[int, float], steps: tuple[int, int] | None = None) -> float:
+    """Keys that a query sees in a Lighthouse layer, on average over steps of stage 1: dense steps within it, and its
+    windows, count with their share.
+
+    Args:
+        recipe: gives the steps and windows.
+        seen: of `mean_keys`.
+        steps: the first and the last one; all of stage 1 by default.
+    """
+    first, last = steps or (1, recipe.training.steps)
+    turns = recipe.lighthouse.turns(recipe.training.steps)
+    keys = 0.0
+    for window, (begin, end) in zip(turns, pairwise([*turns.values(), inf]), strict=True):
+        share = (min(last + 1, end) - max(first, begin)) / (last + 1 - first)
+        keys += seen[window] * max(0.0, share)
+    if every := recipe.lighthouse.dense_every:
+        keys += (seen[DENSE] - keys) / every
+    return keys
+
+
 def flops_per_token(
     recipe: Recipe, stage: str, steps: tuple[int, int] | None = None, lengths: Sequence[int] | None = None
 ) -> float:
@@ -108,14 +128,7 @@ def flops_per_token(
     dense = model.layers if stage == "dense" else len(model.dense_layers)
     flops: float = 6 * (counts.body + counts.head) + 12 * model.heads * model.head_dim * seen[DENSE] * dense
     if dense < model.layers:
-        first, last = steps or (1, recipe.training.steps)
-        turns = recipe.lighthouse.turns(recipe.training.steps)
-        keys = 0.0
-        for window, (begin, end) in zip(turns, pairwise([*turns.values(), inf]), strict=True):
-            share = (min(last + 1, end) - max(first, begin)) / (last + 1 - first)
-            keys += seen[window] * max(0.0, share)
-        if every := recipe.lighthouse.dense_every:
-            keys += (seen[DENSE] - keys) / every
+        keys = keys_of_stage_1(recipe, seen, steps)
         flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)
     return float(flops)
 

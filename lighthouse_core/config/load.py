@@ -51,7 +51,10 @@ def find_recipe(spec: str | Path) -> Path:
     if str(spec).removesuffix(".toml") in shipped:
         return shipped[path.name.removesuffix(".toml")]
     if path.is_dir():
-        raise RecipeError(f"{spec} is a directory, not a recipe", hint="pretrain --resume RUN goes on with a run")
+        inside = path / "recipe.toml"
+        hint = f"its recipe is {inside}; pretrain --resume {spec} goes on with the run"
+        hint = hint if inside.is_file() else "give a file in it"
+        raise RecipeError(f"{spec} is a directory, not a recipe", hint=hint)
     meant = did_you_mean(path.name.removesuffix(".toml"), shipped)
     raise RecipeError(f"no recipe {spec}{meant}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
 

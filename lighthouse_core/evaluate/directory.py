@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lighthouse_core.errors import UserError, refusal
-from lighthouse_core.reading import parse_json, read_regular
+from lighthouse_core.reading import parse_json, read_json, read_regular
 from lighthouse_core.text import BOM, UTF8_HINT
 
 # Of a directory that is damaged, and of one whose files do not belong together.
@@ -139,6 +139,17 @@ def read_config(path: Path) -> dict[str, Any]:
                 hint="a model that transformers itself knows needs none",
             )
     return config
+
+
+def training_data(path: Path) -> tuple[str, str] | None:
+    """The name of the run that `lighthouse strip` made a directory of, and the fingerprint of the data that the run was
+    trained on, as its ledger has it; None where no lighthouse.json says both."""
+    try:
+        found = read_json(path / "lighthouse.json")
+        name, trained = found["run"], found["stages"][0]["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return (name, trained) if isinstance(name, str) and isinstance(trained, str) else None
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def test_bits_per_byte_that_are_not_known_are_not_shown(lighthouse, monkeypatch,
         return report | {"loss": report["loss"] | {"bits_per_byte": None}}
 
     shown = lighthouse("eval", "one", "--context", "128")
-    assert "nats per token, 1.0000 ± nan bits per byte" in shown.out and "unknown" not in shown.err
+    assert "1.0000 nats per token, 1.0000 bits per byte" in shown.out and "unknown" not in shown.err
+    assert "without ± is of one sequence" in shown.err
     monkeypatch.setattr(evaluate, "evaluate", unknown)
     shown = lighthouse("eval", "one", "--context", "128", "--out", "other")
     assert shown.code == 0 and "bits per byte" not in shown.out and "bits per byte are unknown" in shown.err
@@ -108,6 +109,16 @@ def test_a_recipe_that_holds_no_text_out_is_named(lighthouse, run, measured):
     assert "--set data.validation=0.05" in wrong.err
 
 
+def test_a_recipe_that_could_not_be_trained_names_text_all_the_same(lighthouse, here, run, measured):
+    """Its method keeps no documents apart: the model that is measured does."""
+    text = (here / "tiny.toml").read_text().replace('packing = "concat"', 'packing = "documents"')
+    (here / "other.toml").write_text(text)
+    arguments = ("--recipe", "other.toml", "--set", "data.validation=0.01")
+    assert 'data.packing "documents", the default, is not for' in lighthouse("pretrain", "other.toml").error
+    assert lighthouse("eval", "one", *arguments).code == 0
+    assert measured[0][-1][0].packing == "documents"
+
+
 def test_runs_without_a_step_are_not_compared(lighthouse, run):
     assert "no logged step" in lighthouse("compare", "one").error
 
@@ -133,6 +144,8 @@ def test_documents_that_are_kept_apart(lighthouse, here):
     shown = lighthouse("eval", "one", "--sequences", "2", "--context", "32", "--trials", "1")
     assert shown.code == 0 and "documents apart" in shown.err
     assert "leak across documents" in shown.out and "earlier" in shown.out
+    # Some bins have a token of one sequence alone.
+    assert "nan" not in shown.out and " ± " in shown.out and "without ± is of one sequence" in shown.err
     report = json.loads(
         (run.path / "eval/one-step-10-Lighthouse-attention-sliding-window-16-/results.json").read_text()
     )

@@ -228,6 +228,45 @@ def ask(lighthouse, corpus, monkeypatch):
     return asked
 
 
+def test_an_export_knows_its_run(ask, corpus, lighthouse, monkeypatch):
+    own = recipe(corpus, "files", "corpus/**/*.txt", validation=0.5)
+    as_txt(corpus / "other", OTHERS)
+    recipe(corpus, "files", "other/*.txt")
+    ask(own)
+    (corpus / "export").mkdir()
+    (corpus / "export/config.json").write_text('{"model_type": "llama"}')
+    ledger = json.loads((corpus / "runs/one/ledger.json").read_text())
+    (corpus / "export/lighthouse.json").write_text(json.dumps({"run": "one", "stages": ledger["stages"]}))
+    subject = type("Subject", (), {"name": "export", "tokens": 1024, "model": None, "leaky": False})
+    monkeypatch.setattr(load, "load_directory", lambda path, say: subject)
+
+    def held_out(*options):
+        shutil.rmtree(corpus / "out", ignore_errors=True)
+        result = lighthouse("eval", "export", "--out", "out", "--only", "loss", *options)
+        assert result.code == 0, result.err
+        return json.loads((corpus / "out/results.json").read_text())["held_out"]
+
+    # By its run, or by what the recipe reads and holds out.
+    for named in ("runs/one", "runs/one/recipe.toml", "r0.toml"):
+        found = held_out("--recipe", named)
+        assert found["known"] and found["words"] == "held out by the run's own split"
+    larger = lighthouse("eval", "export", "--recipe", "runs/one", "--set", "data.validation=0.9")
+    assert "was trained on this text" in larger.error
+    found = held_out("--recipe", "runs/one", "--set", 'data.paths=["other/*.txt"]')
+    assert found["known"] and found["texts"] and not found["shared"]
+    found = held_out("--recipe", "r1.toml")
+    assert not found["known"] and "of the run one" in found["words"]
+    # A run of other data is not its run, whatever its name.
+    run = create_run(load_recipe(corpus / "r1.toml"), "tiny", "two")
+    run.note(data=trained(run.recipe))
+    assert not held_out("--recipe", "runs/two")["known"]
+    for content in ("", "[]", '{"run": "one", "stages": []}'):
+        (corpus / "export/lighthouse.json").write_text(content)
+        assert held_out("--recipe", "runs/one")["words"] == "what the model was trained on is not known"
+    wrong = lighthouse("eval", "export", "--recipe", "other")
+    assert "other is a directory, not a recipe" in wrong.error
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_files_by_another_name(ask, corpus, name):
     own = recipe(corpus, "files", "corpus/**/*.txt", validation=0.0)

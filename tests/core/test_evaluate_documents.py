@@ -205,6 +205,29 @@ def test_the_leak_across_documents(make, kind):
     assert any(row["largest"] > 0 for row in report["leak"]) == subject.leaky
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "backend"), [("float32", "math"), ("bfloat16", "auto")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_leak_across_documents_on_a_gpu(make, kind, dtype, backend):
+    """Exactly 0 with the kernels of training, too: nothing of a document depends on another one, not even rounding."""
+    settings = ("model.dim=128", f'lighthouse.dense_backend="{backend}"', f'training.dtype="{dtype}"')
+    subject, recipe = load_checkpoint(make(*KINDS[kind], *settings).path, attention="trained")
+    assert subject.device.type == "cuda"
+    text = held_out(recipe.data, subject, 256, 3, recipe.alignment)
+    lines = text.packed_sequences
+
+    def losses(tokens, targets):
+        rows = zip(Text(tokens, lines), targets.split(1), strict=True)
+        return torch.cat([subject.losses(row, target, packed) for (row, packed), target in rows])
+
+    assert torch.equal(losses(text.tokens, text.tokens), losses(text.tokens, text.tokens)), "the kernel itself varies"
+    rows = leak_across(losses, text.tokens, text.tokens.roll(1, 0), lines)
+    assert [row.replaced for row in rows] == ["earlier", "later"] and all(row.pairs > 100 for row in rows)
+    assert subject.leaky == (kind == "norm")
+    if not subject.leaky:
+        assert [row.largest for row in rows] == [0, 0]
+
+
 def packed(*lengths: int, align: int = 1) -> PackedSequence:
     """Documents of these lengths, each padded to a multiple of `align`."""
     starts, before = [0], []
