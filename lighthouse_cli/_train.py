@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -241,6 +241,36 @@ def check_data(recipe: "Recipe", *, checksums: bool = True) -> None:
 
     for note in check(recipe, _output.say, checksums=checksums):
         _output.warn(note)
+
+
+def check_weights(recipe: "Recipe", *, dry_run: bool) -> "tuple[Recipe, dict[str, Any] | None]":
+    """Meet what does not fit of the weights that a run begins with, if it begins with any.
+
+    Returns:
+        The recipe, which names one checkpoint of a run; and what the ledger keeps of the weights.
+
+    Raises:
+        UserError: there are no such weights, they cannot be used, or the recipe contradicts them.
+    """
+    if not recipe.model.origin:
+        return recipe, None
+    from lighthouse_core.config.origin import changes, read_origin
+    from lighthouse_core.weights.origin import find_weights
+
+    model = recipe.model
+    changed = changes(model.origin, model.model_dump())
+    weights = find_weights(model, verify=not dry_run)
+    if dry_run:
+        _line("weights", f"{weights.path}: {weights.about}")
+        if (tokens := read_origin(model.origin).tokens) != recipe.training.seq_len:
+            _line("changed", f"length {tokens} -> {recipe.training.seq_len}")
+        for key, (there, here) in changed.items():
+            _line("changed", f"model.{key} {there or 'none'} -> {here or 'none'}")
+    else:
+        _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
+    update = {"model": model.model_copy(update={"origin": str(weights.path)})}
+    facts = {"path": str(weights.path), "dtype": weights.dtype, "recovered": weights.recovered}
+    return recipe.model_copy(update=update), facts
 
 
 def check_titan(recipe: "Recipe") -> None:
