@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lighthouse_core.config.section import PositiveFloat, PositiveTokens, Section, conflict
 
@@ -10,10 +10,10 @@ _Factor = Annotated[float, Field(ge=1)]
 
 
 class _Scaling(Section):
-    @property
-    def given(self) -> dict[str, Any]:
-        """The table, without what is left to its default."""
-        return self.model_dump(exclude_none=True)
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """TOML has no null."""
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class LinearScaling(_Scaling):
@@ -41,22 +41,22 @@ class Llama3Scaling(_Scaling):
 
 
 class YarnScaling(_Scaling):
-    """YaRN (arXiv 2309.00071): frequencies that turn less than `beta_slow` times within the original length are divided
-    by `factor`, those that turn more than `beta_fast` times are kept, and those between are in between. Cosine and sine
-    are multiplied by `attention_factor`, by default 0.1 ln(factor) + 1. `truncate` rounds the borders to whole pairs.
-    """
+    """YaRN (arXiv 2309.00071): frequencies that turn less than `beta_slow` (1) times within the original length are
+    divided by `factor`, those that turn more than `beta_fast` (32) times are kept, and those between are in between.
+    Cosine and sine are multiplied by `attention_factor` (0.1 ln(factor) + 1). `truncate` (true) rounds the borders to
+    whole pairs."""
 
     rope_type: Literal["yarn"]
     factor: _Factor
     original_max_position_embeddings: PositiveTokens
     attention_factor: PositiveFloat | None = None
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    truncate: bool = True
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    truncate: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "YarnScaling":
-        if self.beta_slow >= self.beta_fast:
+        if (self.beta_slow or 1.0) >= (self.beta_fast or 32.0):
             raise conflict("beta_slow", "model.rope_scaling.beta_slow must be below beta_fast")
         return self
 

@@ -6,7 +6,7 @@ B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, V vocab
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from lighthouse_core.models.rope import rotary_table
 
 if TYPE_CHECKING:
     from lighthouse_core.config.model import ModelSection
-    from lighthouse_core.config.rope import RopeScaling
 
 _NOTHING = AttentionContext()
 # What checkpointing and compiling put into the names of a block's parameters.
@@ -66,7 +65,7 @@ class DecoderArgs:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
-    rope_scaling: "RopeScaling | None" = None
+    rope_scaling: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, model: "ModelSection", seq_len: int, **others: int) -> "DecoderArgs":
@@ -86,7 +85,8 @@ class DecoderArgs:
             qkv_bias=model.kind.qkv_bias,
             qk_norm=model.kind.qk_norm,
             tied=model.tied_embeddings,
-            rope_scaling=model.rope_scaling,
+            # Plain, as torchtitan writes the arguments into its log.
+            rope_scaling=None if model.rope_scaling is None else model.rope_scaling.model_dump(),
             **others,
         )
 
