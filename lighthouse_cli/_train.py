@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lighthouse_core.job.plan import Plan
     from lighthouse_core.runs.run import Run
     from lighthouse_core.seal import Verification
+    from lighthouse_core.weights.origin import Weights
 
 # How a dense step's time is known.
 _HOW = {
@@ -76,7 +77,7 @@ def _pieces(recipe: "Recipe", found: "Sequence[Survey]") -> "list[int] | None":
     return mixed_pieces(found) if known else None
 
 
-def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]") -> None:
+def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]", weights: "Weights | None" = None) -> None:
     """Print the resolved recipe, with what it costs and what its data is in comments, so that the output is itself a
     recipe. Nothing is printed before all of it is known.
 
@@ -84,13 +85,28 @@ def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]") -> Non
         recipe: the recipe.
         processes: of the whole job.
         found: of `check_data`.
+        weights: of `check_weights`, for a new run.
 
     Raises:
         DataError: the data is not there.
     """
     from lighthouse_core.config import dump_recipe
 
-    _output.data("\n".join([dump_recipe(recipe), *_costs(recipe, processes), *_of_data(recipe, found)]))
+    lines = [*_costs(recipe, processes), *_of_data(recipe, found), *_of_weights(recipe, weights)]
+    _output.data("\n".join([dump_recipe(recipe), *lines]))
+
+
+def _of_weights(recipe: "Recipe", weights: "Weights | None") -> "Iterator[str]":
+    """What was read of them, and what the recipe changes."""
+    if weights is None:
+        return
+    from lighthouse_core.config.origin import changes, read_origin
+
+    yield _line("weights", f"{weights.path}: {weights.about}")
+    if (tokens := read_origin(recipe.model.origin).tokens) != recipe.training.seq_len:
+        yield _line("changed", f"length {tokens} -> {recipe.training.seq_len}")
+    for key, (there, here) in changes(recipe.model.origin, recipe.model.model_dump()).items():
+        yield _line("changed", f"model.{key} {there or 'none'} -> {here or 'none'}")
 
 
 def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
@@ -300,6 +316,30 @@ def check_data(recipe: "Recipe", *, dry_run: bool = False) -> "list[Survey]":
         _output.warn(note)
     lengths = dry_run and recipe.alignment is not None
     return survey(recipe, "train", seconds=_LOOK, samples=0, lengths=lengths)
+
+
+def check_weights(recipe: "Recipe", *, verify: bool) -> "tuple[Recipe, Weights | None]":
+    """Meet what does not fit of the weights that a run begins with, if it begins with any.
+
+    Args:
+        recipe: of a new run.
+        verify: compare every byte of a run's checkpoint with its seal.
+
+    Returns:
+        The recipe, which names one checkpoint of a run; and the weights.
+
+    Raises:
+        UserError: there are no such weights, they cannot be used, or the recipe contradicts them.
+    """
+    if not recipe.model.origin:
+        return recipe, None
+    from lighthouse_core.config.origin import changes
+    from lighthouse_core.weights.origin import find_weights
+
+    changes(recipe.model.origin, recipe.model.model_dump())
+    weights = find_weights(recipe.model, verify=verify)
+    model = recipe.model.model_copy(update={"origin": str(weights.path)})
+    return recipe.model_copy(update={"model": model}), weights
 
 
 def check_titan(recipe: "Recipe") -> None:

@@ -89,7 +89,7 @@ def evaluate(
     path = Path(os.path.realpath(target))
     exported = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
     if (path / "adapter_config.json").is_file():
-        from lighthouse_core.evaluate.directory import read_config
+        from lighthouse_core.weights.directory import read_config
 
         read_config(path)  # which says what an adapter is
     if exported and not recipe:

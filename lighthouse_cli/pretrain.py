@@ -34,6 +34,15 @@ def pretrain(
             autocompletion=_complete.resumable,
         ),
     ] = "",
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="DIR|RUN",
+            help="Begin with the weights of a Hugging Face directory, or of a run.",
+            autocompletion=_complete.checkpoints,
+        ),
+    ] = "",
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
     ] = None,
@@ -56,11 +65,12 @@ def pretrain(
     ignored, as by nohup or in a script's background, it goes on ignoring them.
     """
     from lighthouse_core.config import find_recipe, load_recipe
+    from lighthouse_core.config.dump import toml_value
     from lighthouse_core.data.hub import pinned
     from lighthouse_core.errors import UserError
     from lighthouse_core.job.plan import check_plan, plan
     from lighthouse_core.runs.create import check_free, create_run, run_path
-    from lighthouse_core.runs.find import find_run
+    from lighthouse_core.runs.find import find_origin, find_run
     from lighthouse_core.runs.unfinished import foreign
 
     _output.set_quiet(quiet)
@@ -72,6 +82,10 @@ def pretrain(
         raise UserError("--name is empty", hint="leave it out for the recipe's name and the time")
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
+    if origin:
+        if resume:
+            raise UserError("--from is for a new run, --resume for an existing one")
+        settings = [*(settings or ()), f"model.from={toml_value(find_origin(origin))}"]
     if resume:
         if name is not None:
             raise UserError("--name is for a new run, --resume for an existing one")
@@ -100,7 +114,7 @@ def pretrain(
     path = find_recipe(recipe or "")
     resolved = load_recipe(path, settings or ())
     _train.check_titan(resolved)
-    resolved = pinned(resolved)
+    resolved, weights = _train.check_weights(pinned(resolved), verify=not dry_run)
     found = _train.check_data(resolved, dry_run=dry_run)
     if nnodes > 1 and not (name or resolved.output.name):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
@@ -111,13 +125,15 @@ def pretrain(
     _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
         _train.warn_of_no_savings(resolved, found)
-        _train.describe(resolved, processes.world_size, found)
+        _train.describe(resolved, processes.world_size, found, weights)
         return
+    if weights is not None:
+        _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
         _finish(path, None, processes, f"run {path}", quiet, as_json)
         return
-    run = create_run(resolved, path.stem, name or "", source=str(path))
+    run = create_run(resolved, path.stem, name or "", source=str(path), weights=weights and weights.facts)
     try:
         with run.lock():
             _train.warn_of_no_savings(resolved, found)

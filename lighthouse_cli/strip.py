@@ -1,4 +1,4 @@
-"""lighthouse strip: the trained model as an ordinary Llama."""
+"""lighthouse strip: the trained model as an ordinary one of its family."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +17,9 @@ def strip(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option("--dtype", help="Of the written weights.")
-    ] = "bfloat16",
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option("--dtype", help="Of the written weights; else of those that training began with, or bfloat16."),
+    ] = None,
     allow_unrecovered: Annotated[
         bool, typer.Option("--allow-unrecovered", help="Also a checkpoint that never ran with dense attention.")
     ] = False,
@@ -33,7 +34,7 @@ def strip(
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face Llama, verified."""
+    """Write a checkpoint as a Hugging Face model of its family, verified."""
     from lighthouse_core.runs.find import find_checkpoint
 
     source = find_checkpoint(checkpoint)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from lighthouse_core.config import Recipe
-from lighthouse_core.models.llama import Parameters, parameters
+from lighthouse_core.models.family import Parameters
 
 # (pooling, levels, topk) at lengths where the published release was measured.
 _MEASURED = {
@@ -47,7 +47,7 @@ class Estimate:
 
 def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
     """All numbers of a recipe; `lengths` are those of `flops_per_token`."""
-    counts = parameters(recipe.model)
+    counts = recipe.model.kind.parameters(recipe.model)
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
@@ -124,7 +124,7 @@ def flops_per_token(
         lengths: as in `mean_keys`.
     """
     model, seen = recipe.model, mean_keys(recipe, lengths)
-    counts = parameters(model)
+    counts = model.kind.parameters(model)
     dense = model.layers if stage == "dense" else len(model.dense_layers)
     flops: float = 6 * (counts.body + counts.head) + 12 * model.heads * model.head_dim * seen[DENSE] * dense
     if dense < model.layers:

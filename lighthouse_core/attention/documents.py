@@ -86,8 +86,10 @@ def of_entries(documents: Documents, indices: Tensor, g: Geometry) -> Documents:
     """
     batch, heads, entries = indices.shape
     # A window that ends in padding belongs to the last document.
-    last = last_tokens(indices, g).clamp(max=g.tokens - 1)
-    numbers = _numbers(documents, last, g.tokens).transpose(0, 1).flatten(1)
+    last = last_tokens(indices.transpose(0, 1), g).clamp(max=g.tokens - 1)
+    sequences = torch.arange(batch, device=indices.device)[:, None] * g.tokens
+    # In its last shape before it is made: Inductor of torch 2.11 searches no sequence that is a view of another tensor.
+    numbers = _numbers(documents, (last + sequences).flatten(1))
     wanted = torch.arange(len(documents.starts) - 1, device=indices.device).expand(heads, -1).contiguous()
     starts = torch.searchsorted(numbers, wanted, out_int32=True)
     starts += torch.arange(heads, dtype=torch.int32, device=indices.device)[:, None] * (batch * entries)
@@ -107,13 +109,10 @@ def of_windows(documents: Documents, batch: int, g: Geometry) -> Tensor:
     """
     coarsest = g.levels - 1
     first = torch.arange(g.windows(coarsest), device=documents.starts.device) * g.window(coarsest)
-    numbers = _numbers(documents, first.clamp(max=g.tokens - 1).expand(batch, 1, -1), g.tokens)[:, 0]
     sequence = torch.arange(batch, dtype=torch.int32, device=first.device)[:, None] * g.tokens
-    return documents.starts[numbers] - sequence
+    return documents.starts[_numbers(documents, first.clamp(max=g.tokens - 1) + sequence)] - sequence
 
 
-def _numbers(documents: Documents, tokens: Tensor, length: int) -> Tensor:
-    """The document of each token, int64 [B, ., .]; `tokens` counts within sequences of `length` tokens."""
-    sequences = torch.arange(len(tokens), device=tokens.device)[:, None, None] * length
-    found = (tokens + sequences).to(torch.int32).contiguous()
-    return torch.searchsorted(documents.starts, found, right=True) - 1
+def _numbers(documents: Documents, tokens: Tensor) -> Tensor:
+    """The document of each token, int64 of the shape of `tokens`, which are numbered through the batch."""
+    return torch.searchsorted(documents.starts, tokens.to(torch.int32).contiguous(), right=True) - 1

@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
-from lighthouse_core.attention.call import attend
+from lighthouse_core.attention.call import Scores, attend
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import DENSE_CAN, AttentionContext, check_context
 from lighthouse_core.attention.dense.call import dense_attention
+from lighthouse_core.attention.selectors import selector_of
 
 
 class LighthouseAttention(nn.Module):
@@ -23,8 +24,23 @@ class LighthouseAttention(nn.Module):
         """Whether a call takes q and k before RoPE, and the rotary table."""
         return (self.cfg if context.settings is None else context.settings).rotates
 
+    def scores(self, q: Tensor, k: Tensor, context: AttentionContext) -> Scores | None:
+        """What `forward` is given of q [B, N, H, D] and k [B, N, Hkv, D] as they are before QK-norm; None where the
+        selection does not depend on them."""
+        cfg = self.cfg if context.settings is None else context.settings
+        if "scores" not in cfg.rule.takes or context.dense:
+            return None
+        return selector_of(cfg.scorer).before_qk_norm(q.detach(), k.detach())
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, rotary: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: AttentionContext,
+        *,
+        rotary: Tensor | None = None,
+        scores: Scores | None = None,
     ) -> Tensor:
         """Attend causally.
 
@@ -32,12 +48,12 @@ class LighthouseAttention(nn.Module):
             q: [B, N, H, D], after RoPE unless it `rotates`.
             k, v: [B, N, Hkv, D].
             context: of the batch, with the key of this layer.
-            rotary: see `lighthouse_attention`.
+            rotary, scores: see `lighthouse_attention`.
 
         Returns:
             [B, N, H, D].
         """
-        return attend(q, k, v, self.cfg, context, rotary=rotary)
+        return attend(q, k, v, self.cfg, context, rotary=rotary, scores=scores)
 
     def extra_repr(self) -> str:
         return str(self.cfg)
@@ -58,7 +74,10 @@ class DenseAttention(nn.Module):
         """See `LighthouseAttention.rotates`."""
         return False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, context: AttentionContext) -> None:
+        """See `LighthouseAttention.scores`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, scores: None = None) -> Tensor:
         """See `LighthouseAttention.forward`."""
         check_context(context, DENSE_CAN, "dense")
         return dense_attention(q, k, v, backend=self.backend, documents=context.documents)

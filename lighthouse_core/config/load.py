@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
+from lighthouse_core.config.origin import filled
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import TRAINS, Recipe
 from lighthouse_core.config.section import Section
@@ -35,7 +36,10 @@ _TYPES = {
     "boolean": "true or false",
     "string": "a string",
     "array": "a list",
+    "object": "a table",
 }
+# The table of several kinds, and its key that says which.
+_SCALING, _TAG = ("model", "rope_scaling"), "rope_type"
 
 
 def find_recipe(spec: str | Path) -> Path:
@@ -110,7 +114,7 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
         for path, value in flatten(addition).items():
             (headers if isinstance(value, dict) else flags)[path] = label
     try:
-        return Recipe.model_validate(table, context={TRAINS: trains})
+        return Recipe.model_validate(filled(table), context={TRAINS: trains})
     except ValidationError as error:
         lines = {
             path: f"{source}:{line}"
@@ -157,8 +161,8 @@ def _wanted(key: str) -> str:
     """What type a key takes, in words; of a key that is not known, a string."""
     section, _, name = key.partition(".")
     kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
-    if isinstance(kind, type) and issubclass(kind, Section) and name in kind.model_fields:
-        return _TYPES[kind.model_json_schema()["properties"][name]["type"]]
+    if isinstance(kind, type) and issubclass(kind, Section) and name in kind.names_of_keys():
+        return _TYPES[kind.model_json_schema()["properties"][name].get("type", "object")]
     return "a string"
 
 
@@ -166,7 +170,7 @@ def known_keys() -> dict[str, list[str]]:
     """The keys of every section, sections in order. `titan` has none of its own."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     return {
-        name: list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
+        name: kind.names_of_keys() if isinstance(kind, type) and issubclass(kind, Section) else []
         for name, kind in sections.items()
     }
 
@@ -195,6 +199,9 @@ def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: di
     rank = {"extra_forbidden": 0, "missing": 2}
     problem = min(error.errors(include_url=False), key=lambda problem: rank.get(problem["type"], 1))
     path = tuple(map(str, problem["loc"]))
+    if path[:2] == _SCALING:
+        # Pydantic's own place of a table of several kinds, the kind among it.
+        path = (*path[:2], *path[3:])
     if problem["type"] == "conflict":
         path += tuple(problem["ctx"]["key"].split("."))
         words = re.findall(r"[\w.]*\w", problem["ctx"]["message"])
@@ -217,6 +224,11 @@ def _describe(problem: Any, path: KeyPath) -> str:
         return context["message"]
     if kind in _EXPECTED:
         return f"{key} must be {_EXPECTED[kind]}, not {_given(given)}"
+    if kind == "union_tag_not_found":
+        return f"{key}.{_TAG} is missing"
+    if kind == "union_tag_invalid":
+        names = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"{key}.{_TAG} must be {', '.join(map(toml_value, names))}, not {_value(given[_TAG])}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
         expected = context["expected"].replace("'", '"')
@@ -260,6 +272,8 @@ def _unknown(path: KeyPath, given: Any) -> str:
     section, key = path[0], path[1]
     if path[:2] == ("data", "sources"):
         return _unknown_of_source(path[-1])
+    if path[:2] == _SCALING and len(path) > 2:
+        return f"unknown key {'.'.join(path)} of such a rope_type"
     near = nearest(key, sections[section])
     if near:
         return f"unknown key {section}.{key}; did you mean {section}.{near}?"

@@ -35,7 +35,14 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """One table of a recipe. An integer is accepted for a float (TOML writes 1 for 1.0); nothing else is converted."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True, validate_by_name=False
+    )
+
+    @classmethod
+    def names_of_keys(cls) -> list[str]:
+        """Of the table, in order."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 def conflict(key: str, message: str) -> PydanticCustomError:

@@ -1,8 +1,5 @@
-"""A directory of Hugging Face's format from anywhere: what it must be before transformers reads it, and its model.
-
-Nothing in such a directory is run: no code of its own, no pickled weights, no kernels that it names. What it describes
-is compared with what its weights are before memory is taken for it.
-"""
+"""The model of a directory of Hugging Face's format, as transformers loads it. What it describes is compared with what
+its weights are before memory is taken for it."""
 
 import contextlib
 import re
@@ -14,18 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lighthouse_core.errors import UserError, refusal
-from lighthouse_core.reading import parse_json, read_json, read_regular
-from lighthouse_core.text import BOM, UTF8_HINT
+from lighthouse_core.errors import UserError
+from lighthouse_core.reading import read_json
+from lighthouse_core.weights.directory import items, read_headers, words
 
-# Of a directory that is damaged, and of one whose files do not belong together.
-_COPY_ANEW = "copy the directory anew from where it was made"
+# Of a directory whose files do not belong together.
 _COMPARE = "compare config.json with the weights"
-_INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Bytes of what a model keeps beside its weights, such as masks, that need no comparison.
 _BUFFERS = 1 << 30
-_CONFIG_BYTES = 1 << 30
 _COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|depth)$|_layers?_|_experts?_")
 # Names of classes that transformers makes up by the number of them.
 _LABELS = 10_000
@@ -42,7 +35,7 @@ def load_model(path: Path, config: dict[str, Any]) -> nn.Module:
         UserError: transformers is missing or cannot load it, it holds no such model or only a part of one, it asks for
             code to be run, or its weights are pickled.
     """
-    shapes = read_shapes(path)
+    shapes = {name: stored.shape for name, stored in read_headers(path).items()}
     _check_counts(path, config, len(shapes))
     try:
         import transformers
@@ -102,45 +95,6 @@ def _dtype(transformers: Any) -> dict[str, str]:
     return {"dtype" if _release(transformers) >= (4, 56) else "torch_dtype": "auto"}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory that can be measured.
-
-    Raises:
-        UserError: it cannot be read, or the directory needs what is not run here.
-    """
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} holds an adapter, which changes a model and is none by itself",
-            hint="merge it into its model, as merge_and_unload of peft does, and save the whole",
-        )
-    config = _object(path / "config.json")
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise UserError(f"{path / 'config.json'} has no model_type", hint=_COPY_ANEW)
-    if config.get("quantization_config") is not None:
-        raise UserError(f"{path} holds quantized weights", hint="measure the model that was quantized")
-    if config.get("transformers_weights") is not None:
-        raise UserError(
-            f"{path / 'config.json'} names weights in another file: transformers_weights",
-            hint="only model.safetensors and its index are read",
-        )
-    for key, value in _items(config):
-        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            raise UserError(f"{path / 'config.json'} names kernels to fetch and run: {key}", hint=f"remove {key}")
-    if config.get("auto_map"):
-        known = False
-        with contextlib.suppress(ImportError, RuntimeError):
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-            known = kind in CONFIG_MAPPING
-        if not known:
-            raise UserError(
-                f"{path} needs code of its own (auto_map in config.json), which is not run",
-                hint="a model that transformers itself knows needs none",
-            )
-    return config
-
-
 def training_data(path: Path) -> tuple[str, str] | None:
     """The name of the run that `lighthouse strip` made a directory of, and the fingerprint of the data that the run was
     trained on, as its ledger has it; None where no lighthouse.json says both."""
@@ -152,90 +106,9 @@ def training_data(path: Path) -> tuple[str, str] | None:
     return (name, trained) if isinstance(name, str) and isinstance(trained, str) else None
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        content = read_regular(path, _CONFIG_BYTES)
-        if content.startswith(BOM):
-            raise UserError(f"{path} begins with a byte-order mark, which transformers does not read", hint=UTF8_HINT)
-        content = parse_json(content)
-    except OSError as error:
-        raise refusal(error, f"cannot read {path}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {words(error)}", hint=_COPY_ANEW) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object", hint=_COPY_ANEW)
-    return content
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key in nested objects, with its value. None is deeper than `parse_json` reads."""
-    if isinstance(value, dict):
-        yield from value.items()
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _items(part)
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a directory's safetensors, by name, from their headers alone.
-
-    Raises:
-        UserError: there are none, or they cannot be read.
-    """
-    from safetensors import safe_open
-
-    files = [path / "model.safetensors"]
-    if not files[0].is_file():
-        files = _indexed(path)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not file.is_file():
-            # A pipe would be waited for.
-            raise UserError(f"{file} is not there, or no ordinary file", hint=_COPY_ANEW)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
-        except Exception as error:  # the library's own, of several kinds
-            raise UserError(f"{file} cannot be read: {words(error)}", hint=_COPY_ANEW) from None
-    if not shapes:
-        raise UserError(f"{path} holds no weights", hint=_COPY_ANEW)
-    return shapes
-
-
-def _indexed(path: Path) -> list[Path]:
-    """The files of weights that an index names."""
-    index = path / _INDEX
-    if not index.is_file():
-        pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"the weights in {path} are pickled ({words(pickled[0])}) and could run code, and are not read",
-                hint="only safetensors are read; save_pretrained of transformers writes them",
-            )
-        raise UserError(
-            f"{path} has neither a model.safetensors nor a {_INDEX}", hint="save_pretrained of transformers writes one"
-        )
-    names = _object(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map", hint=_COPY_ANEW)
-    for name in names.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise UserError(
-                f"{index} names {words(str(name))!r}, which is no file of safetensors beside it",
-                hint=_COPY_ANEW,
-            )
-    return sorted({path / name for name in names.values()})
-
-
 def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
     """Refuse more layers than there are tensors: each is an object, whether there are weights for it or not."""
-    for key, value in _items(config):
+    for key, value in items(config):
         limit = _LABELS if key == "num_labels" else max(tensors, 512) if _COUNTS.search(key) else None
         if limit is not None and isinstance(value, int | float) and not -1 <= value <= limit:
             raise UserError(
@@ -320,11 +193,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def words(error: BaseException | str) -> str:
-    """The first line of an error, fit for a terminal; the second, too, where the first announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    if lines[0].endswith(":") and len(lines) > 1:
-        lines[0] += f" {lines[1]}"
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in lines[0])[:300]

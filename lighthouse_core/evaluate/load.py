@@ -20,11 +20,11 @@ from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
-from lighthouse_core.evaluate.directory import explained, load_model, read_config, words
+from lighthouse_core.evaluate.directory import explained, load_model
 from lighthouse_core.evaluate.subject import Subject, hidden_of_documents
-from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
-from lighthouse_core.models.llama import entries
+from lighthouse_core.weights.checkpoint import Source, find_source, load_weights
+from lighthouse_core.weights.directory import read_config, words
 
 _ELSEWHERE = "measure it on such a machine, or its export, which lighthouse strip makes, on this one"
 
@@ -64,7 +64,7 @@ def load_checkpoint(
     except BackendError as error:
         raise UserError(f"the run's recipe names a backend that cannot run here: {error}", hint=_ELSEWHERE) from None
     model = build_dense_model(recipe.model, recipe.training.seq_len)
-    model.load_state_dict(load_weights(source, entries(recipe.model)), assign=True)
+    model.load_state_dict(load_weights(source, recipe.model.kind.entries(recipe.model)), assign=True)
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, recipe.model.dense_layers)
@@ -76,7 +76,7 @@ def load_checkpoint(
     subject = Subject(
         name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}",
         hidden=partial(model.hidden, context=context),
-        head=model.output,
+        head=model.head,
         tokenizer=build_tokenizer(recipe.data.tokenizer),
         tokens=recipe.training.seq_len,
         device=device,

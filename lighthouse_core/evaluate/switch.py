@@ -28,14 +28,18 @@ def attention_errors(subject: Subject, tokens: Tensor, packed: PackedSequence | 
     """
     errors: dict[int, float] = {}
 
-    def compare(number: int, layer: LighthouseAttention, inputs: tuple[Any, ...], out: Tensor) -> None:
-        q, k, v, context, *rotary = inputs
-        dense = layer.forward(q, k, v, replace(context, dense=True), *rotary)
+    def compare(
+        number: int, layer: LighthouseAttention, inputs: tuple[Any, ...], given: dict[str, Any], out: Tensor
+    ) -> None:
+        q, k, v, context = inputs
+        dense = layer.forward(q, k, v, replace(context, dense=True), **given)
         errors[number] = ((out - dense).float().norm() / dense.float().norm()).item()
 
     assert subject.model is not None
     layers = lighthouse_layers(subject.model)
-    hooks = [layer.register_forward_hook(partial(compare, number)) for number, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(partial(compare, number), with_kwargs=True) for number, layer in layers.items()
+    ]
     try:
         subject.states(tokens, packed)
     finally:

@@ -19,18 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lighthouse_core import vml
+from lighthouse_core.config.origin import ORIGIN
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import verify
-from lighthouse_core.export.source import Source, find_source, load_weights
 from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_json, write_tokenizer
 from lighthouse_core.files import check_output, remove_empty
-from lighthouse_core.models import llama
+from lighthouse_core.models.family import Entry, to_half_split
+from lighthouse_core.reading import read_json
 from lighthouse_core.seal import sync
+from lighthouse_core.weights.checkpoint import Source, find_source, load_weights
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LENGTHS = (1, 17, 512)
 _LONGEST = 4096
 
@@ -54,19 +56,19 @@ def strip(
     checkpoint: Path | str,
     out: Path | str,
     *,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     allow_unrecovered: bool = False,
     verify_length: int | None = None,
     shard_bytes: int = 5 * 1000**3,
 ) -> StripReport:
-    """Export a checkpoint as a directory that transformers loads as LlamaForCausalLM.
+    """Export a checkpoint as a directory that transformers loads as a model of its family.
 
     Nothing appears at `out` unless every check passes.
 
     Args:
         checkpoint: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
         out: the directory to write; it must not exist or be empty.
-        dtype: of the written weights.
+        dtype: of the written weights; by default that of the weights that training began with, or else bfloat16.
         allow_unrecovered: also export weights that were never trained with every layer dense.
         verify_length: one more sequence length, in tokens, at which logits are compared.
         shard_bytes: size above which the weights are split over several files.
@@ -77,13 +79,15 @@ def strip(
         UserError: `out` cannot be used, or an argument is out of range.
         ExportError: the written directory does not agree with the checkpoint.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f'unknown dtype "{dtype}"', hint='use "bfloat16" or "float32"')
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f'unknown dtype "{dtype}"', hint=f"use one of {', '.join(_DTYPES)}")
     if verify_length is not None and verify_length < 1:
         raise UserError(f"verify length {verify_length} is not positive")
     vml.settle()
     source, out = find_source(Path(checkpoint)), Path(os.path.realpath(out))
     recipe = source.run.recipe
+    family = recipe.model.kind
+    dtype = dtype or source.run.ledger.get("weights", {}).get("dtype", "bfloat16")
     if verify_length is not None and verify_length > (most := max(recipe.training.seq_len, _LONGEST)):
         raise UserError(f"verify length {verify_length} is above {most}", hint="the model knows no longer sequences")
     tokenizer = checked_tokenizer(recipe)
@@ -94,15 +98,13 @@ def strip(
     }
     problem = verify.transformers_problem()
     warnings = _check_recovered(source, allow_unrecovered)
-    table = llama.entries(recipe.model)
+    table = family.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
-        write_json(
-            directory / "config.json",
-            llama.hf_config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids),
-        )
+        config = family.config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids)
+        write_json(directory / "config.json", _as_it_came(source, config))
         named = {key.replace("_id", "_token_id"): value for key, value in ids.items()}
-        write_json(directory / "generation_config.json", named)
+        write_json(directory / "generation_config.json", _described(source, "generation_config.json") or named)
         write_tokenizer(
             directory,
             tokenizer,
@@ -118,7 +120,7 @@ def strip(
 
         logger.info("verifying weights")
         verify.check_weights(files, weights, table, _DTYPES[dtype])
-        verified.append("weights equal the checkpoint's bit for bit, and are exactly LlamaForCausalLM's")
+        verified.append(f"weights equal the checkpoint's bit for bit, and are exactly {family.architecture}'s")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
         size = check_tokenizer(directory, tokenizer, transformers=not problem, rows=recipe.model.vocab_size)
         verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
@@ -130,7 +132,7 @@ def strip(
                 weight.copy_(weight.to(_DTYPES[dtype]))
             trainer = verify.trainer_model(recipe.model, max(lengths), weights)
             logger.info("comparing logits at lengths %s", lengths)
-            worst = verify.compare_logits(directory, trainer, lengths, recipe.model.vocab_size)
+            worst = verify.compare_logits(directory, trainer, lengths, recipe.model)
             verified.append(f"logits equal the trainer's within {worst:.1e} at lengths {_join(lengths)}")
         provenance = _provenance(source, dtype)
         write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
@@ -150,6 +152,26 @@ def strip(
         skipped=tuple(skipped),
         warnings=tuple(warnings),
     )
+
+
+def _described(source: Source, name: str) -> dict[str, Any]:
+    """A file that describes the weights that training began with; empty where there is none."""
+    path = source.run.path / ORIGIN / name
+    content = read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _as_it_came(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with everything else that the one had that training began with."""
+    given = _described(source, "config.json")
+    if not given:
+        return config
+    ids = {key: given.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # The rotation may have become another one; who made the file says nothing of this one.
+    dropped = ("rope_scaling", "rope_parameters", "rope_theta", "transformers_version", "_name_or_path")
+    kept = {key: value for key, value in given.items() if key not in dropped}
+    tokens = max(config["max_position_embeddings"], given.get("max_position_embeddings") or 0)
+    return kept | config | ids | {"max_position_embeddings": tokens}
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
@@ -201,11 +223,11 @@ def _published(out: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    directory: Path, weights: dict[str, Tensor], table: list[llama.Entry], dtype: torch.dtype, shard_bytes: int
+    directory: Path, weights: dict[str, Tensor], table: list[Entry], dtype: torch.dtype, shard_bytes: int
 ) -> list[Path]:
     """Write the tensors under their new names, one file's worth in memory at a time."""
     sizes = {entry.target: weights[entry.source].numel() * dtype.itemsize for entry in table}
-    shards: list[list[llama.Entry]] = [[]]
+    shards: list[list[Entry]] = [[]]
     room = shard_bytes
     for entry in table:
         if shards[-1] and sizes[entry.target] > room:
@@ -221,7 +243,7 @@ def _write_weights(
         tensors = {}
         for entry in shard:
             weight = weights[entry.source].to(dtype)
-            tensors[entry.target] = llama.to_half_split(weight, entry.rotary_heads) if entry.rotary_heads else weight
+            tensors[entry.target] = to_half_split(weight, entry.rotary_heads) if entry.rotary_heads else weight
         save_file(tensors, directory / name, metadata={"format": "pt"})
         files.append(directory / name)
         weight_map |= dict.fromkeys(tensors, name)

@@ -4,14 +4,18 @@ B batch (1), N tokens, V vocabulary.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from lighthouse_core.errors import ExportError
-from lighthouse_core.models.llama import Entry, to_interleaved
+from lighthouse_core.models.family import Entry, to_interleaved
+
+if TYPE_CHECKING:
+    from lighthouse_core.config.model import ModelSection
+    from lighthouse_core.models.decoder import Decoder
 
 LOGIT_TOLERANCE = 1e-4
 # 128 positions of a 128256-row vocabulary are 66 MB of float32 logits.
@@ -31,7 +35,7 @@ def check_weights(files: list[Path], weights: dict[str, Tensor], table: list[Ent
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 entry = by_target.get(name)
                 if entry is None or name in seen:
-                    raise ExportError(f"{path.name} holds {name}, which LlamaForCausalLM has no place for")
+                    raise ExportError(f"{path.name} holds {name}, which the model has no place for")
                 seen.add(name)
                 written = file.get_tensor(name)
                 if entry.rotary_heads:
@@ -43,41 +47,37 @@ def check_weights(files: list[Path], weights: dict[str, Tensor], table: list[Ent
 
 
 @torch.inference_mode()
-def compare_logits(directory: Path, trainer: nn.Module, lengths: list[int], vocab_size: int) -> float:
-    """Largest difference of any logit between LlamaForCausalLM read from `directory` and the trainer's model.
+def compare_logits(directory: Path, trainer: "Decoder", lengths: list[int], model: "ModelSection") -> float:
+    """Largest difference of any logit between transformers' model read from `directory` and the trainer's model.
 
     Both run in float32 on the CPU, on the same random tokens [1, N] for each N of `lengths`, at every position.
 
     Args:
-        trainer: the trainer's dense model with the exported weights; tokens [B, N] -> logits [B, N, V].
+        trainer: the trainer's dense model with the exported weights.
+        model: the recipe's [model] section.
 
     Raises:
         ExportError: transformers finds other tensors than it expects, or a logit differs by more than LOGIT_TOLERANCE.
     """
-    exported = _load_exported(directory).float().eval()
+    exported = _load_exported(directory, model.kind.architecture).float().eval()
     trainer.eval()
-    # The trainer's head is applied apart, chunk by chunk: logits [1, N, V] of a long sequence do not fit in memory.
-    head: Any = trainer.output
-    trainer.output = nn.Identity()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    try:
-        for length in lengths:
-            tokens = torch.randint(vocab_size, (1, length), generator=generator)
-            ours = trainer(tokens)
-            theirs = exported.model(input_ids=tokens, use_cache=False).last_hidden_state
-            for start in range(0, length, _HEAD_POSITIONS):
-                chunk = slice(start, start + _HEAD_POSITIONS)
-                difference = (head(ours[:, chunk]) - exported.lm_head(theirs[:, chunk])).abs().max().item()
-                if not difference <= LOGIT_TOLERANCE:  # so that NaN fails
-                    last = min(start + _HEAD_POSITIONS, length) - 1
-                    raise ExportError(
-                        f"transformers' logits differ from the trainer's by {difference:.2e} at length {length}, "
-                        f"positions {start} to {last}; the limit is {LOGIT_TOLERANCE:.0e}"
-                    )
-                worst = max(worst, difference)
-    finally:
-        trainer.output = head
+    for length in lengths:
+        tokens = torch.randint(model.vocab_size, (1, length), generator=generator)
+        ours = trainer.hidden(tokens)
+        theirs = exported.model(input_ids=tokens, use_cache=False).last_hidden_state
+        # The head apart, chunk by chunk: logits [1, N, V] of a long sequence do not fit in memory.
+        for start in range(0, length, _HEAD_POSITIONS):
+            chunk = slice(start, start + _HEAD_POSITIONS)
+            difference = (trainer.head(ours[:, chunk]) - exported.lm_head(theirs[:, chunk])).abs().max().item()
+            if not difference <= LOGIT_TOLERANCE:  # so that NaN fails
+                last = min(start + _HEAD_POSITIONS, length) - 1
+                raise ExportError(
+                    f"transformers' logits differ from the trainer's by {difference:.2e} at length {length}, "
+                    f"positions {start} to {last}; the limit is {LOGIT_TOLERANCE:.0e}"
+                )
+            worst = max(worst, difference)
     return worst
 
 
@@ -90,7 +90,7 @@ def transformers_problem() -> str | None:
     return None
 
 
-def trainer_model(model: Any, max_length: int, weights: dict[str, Tensor]) -> nn.Module:
+def trainer_model(model: "ModelSection", max_length: int, weights: dict[str, Tensor]) -> "Decoder":
     """The trainer's dense model over `weights`, which it shares rather than copies."""
     from lighthouse_core.models.decoder import build_dense_model
 
@@ -99,7 +99,7 @@ def trainer_model(model: Any, max_length: int, weights: dict[str, Tensor]) -> nn
     return module
 
 
-def _load_exported(directory: Path) -> Any:
+def _load_exported(directory: Path, architecture: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -112,7 +112,7 @@ def _load_exported(directory: Path) -> Any:
     finally:
         if bars:
             logging.enable_progress_bar()
-    if type(model).__name__ != "LlamaForCausalLM":
+    if type(model).__name__ != architecture:
         raise ExportError(f"transformers reads the directory as {type(model).__name__}")
     for problem, names in loading.items():
         if names:

@@ -4,25 +4,28 @@ B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, V vocab
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
 from lighthouse_core.attention.rotary import rotate
 from lighthouse_core.models.loss import linear_cross_entropy
+from lighthouse_core.models.rope import rotary_table
 
 if TYPE_CHECKING:
     from lighthouse_core.config.model import ModelSection
 
 _NOTHING = AttentionContext()
+# What checkpointing and compiling put into the names of a block's parameters.
+_WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 @dataclass
@@ -35,11 +38,15 @@ class DecoderArgs:
         ffn_dim: width of the SwiGLU.
         vocab_size: V.
         rope_theta: base of the rotary embedding's frequencies.
+        rope_scaling: of these; see `rotary_table`.
         norm_eps: of RMSNorm.
         max_seq_len: positions that the rotary table covers.
         embedding_std: standard deviation of the initial embeddings.
         seed: of the initial weights.
         loss_chunk: tokens whose logits exist at once where the loss is asked for.
+        qkv_bias: add a bias to queries, keys and values.
+        qk_norm: norm queries and keys head by head, before RoPE.
+        tied: the head is the embedding table.
     """
 
     dim: int
@@ -55,6 +62,10 @@ class DecoderArgs:
     embedding_std: float = 1.0
     seed: int = 0
     loss_chunk: int = 1024
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    rope_scaling: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, model: "ModelSection", seq_len: int, **others: int) -> "DecoderArgs":
@@ -71,6 +82,11 @@ class DecoderArgs:
             norm_eps=model.norm_eps,
             embedding_std=model.embedding_std,
             max_seq_len=seq_len,
+            qkv_bias=model.kind.qkv_bias,
+            qk_norm=model.kind.qk_norm,
+            tied=model.tied_embeddings,
+            # Plain, as torchtitan writes the arguments into its log.
+            rope_scaling=None if model.rope_scaling is None else model.rope_scaling.model_dump(),
             **others,
         )
 
@@ -82,10 +98,13 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         width, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-        self.wq = nn.Linear(args.dim, width, bias=False)
-        self.wk = nn.Linear(args.dim, kv_width, bias=False)
-        self.wv = nn.Linear(args.dim, kv_width, bias=False)
+        self.wq = nn.Linear(args.dim, width, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, kv_width, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, kv_width, bias=args.qkv_bias)
         self.wo = nn.Linear(width, args.dim, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else None for _ in range(2)
+        )
         self.inner_attention: LighthouseAttention | DenseAttention = DenseAttention()
 
     def forward(self, x: Tensor, turns: Tensor, context: AttentionContext) -> Tensor:
@@ -98,11 +117,16 @@ class Attention(nn.Module):
             context: of this layer.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        scores = None
+        if self.q_norm is not None and self.k_norm is not None:
+            # After it, all queries and keys are of one length.
+            scores = self.inner_attention.scores(q, k, context)
+            q, k = self.q_norm(q), self.k_norm(k)
         rotary = turns.view(torch.float32)
         if self.inner_attention.rotates(context):
-            out = self.inner_attention(q, k, v, context, rotary)
+            out = self.inner_attention(q, k, v, context, rotary=rotary, scores=scores)
         else:
-            out = self.inner_attention(rotate(q, rotary), rotate(k, rotary), v, context)
+            out = self.inner_attention(rotate(q, rotary), rotate(k, rotary), v, context, scores=scores)
         return self.wo(out.flatten(2))
 
 
@@ -136,36 +160,49 @@ class Block(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-class Head(nn.Linear):
+class Head(nn.Module):
     """The output projection; given labels, the loss in place of the logits.
 
     Attributes:
+        weight: [V, dim]; None where the embedding table takes its place.
         compiled: have torch.compile fuse the loss.
     """
 
     def __init__(self, args: DecoderArgs):
-        super().__init__(args.dim, args.vocab_size, bias=False)
+        super().__init__()
+        self.weight = None if args.tied else nn.Parameter(torch.empty(args.vocab_size, args.dim))
         self.chunk, self.compiled = args.loss_chunk, False
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, N, V] of `hidden` [B, N, dim], or the loss [] summed over the tokens of `labels` [B, N]."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """Logits [B, N, V] of `hidden` [B, N, dim], or the loss [] summed over the tokens of `labels` [B, N].
+
+        Args:
+            hidden, labels: of the batch.
+            table: the embeddings [V, dim], where they are tied.
+        """
+        weight = self.weight if table is None else table
+        assert weight is not None, "tied embeddings are to be given"
         if labels is None:
-            return super().forward(hidden)
-        rows = hidden.flatten(0, 1), self.weight, labels.flatten()
-        return linear_cross_entropy(*rows, chunk=self.chunk, compiled=self.compiled)
+            return linear(hidden, weight)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), chunk=self.chunk, compiled=self.compiled
+        )
 
 
 class Decoder(nn.Module):
-    """The whole model. Its initial weights are drawn as full tensors.
+    """The whole model.
 
-    `freqs_cis` holds, as float32, what `rotate` takes.
+    Attributes:
+        freqs_cis: what `rotate` takes, float32.
+        initial: gives each weight by its name, a full tensor; None for weights that are drawn.
     """
 
     freqs_cis: Tensor
 
-    def __init__(self, args: DecoderArgs):
+    def __init__(self, args: DecoderArgs, initial: Callable[[str], Tensor] | None = None):
         super().__init__()
         self.args = args
+        self.initial = initial
         self.vocab_size = args.vocab_size
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.register_buffer("freqs_cis", self.rotary_table(), persistent=False)
@@ -176,9 +213,7 @@ class Decoder(nn.Module):
     def rotary_table(self) -> Tensor:
         """Cosine and sine of every position's angles, float32 [max_seq_len, D/2, 2]."""
         args = self.args
-        exponent = torch.arange(0, args.head_dim, 2).float() / args.head_dim
-        angles = torch.outer(torch.arange(args.max_seq_len).float(), 1.0 / args.rope_theta**exponent)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+        return rotary_table(args.max_seq_len, args.head_dim, args.rope_theta, args.rope_scaling)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, context: AttentionContext = _NOTHING) -> Tensor:
         """Logits [B, N, V] after `tokens` [B, N] int64, or with `labels` [B, N] the sum [] of their losses in nats.
@@ -187,8 +222,11 @@ class Decoder(nn.Module):
             tokens, labels: of the batch.
             context: of the batch, with the keys of all layers.
         """
-        hidden = self.hidden(tokens, context)
-        return self.output(hidden) if labels is None else self.output(hidden, labels)
+        return self.head(self.hidden(tokens, context), labels)
+
+    def head(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What `Head` makes of hidden states."""
+        return self.output(hidden, labels, self.tok_embeddings.weight if self.args.tied else None)
 
     def hidden(self, tokens: Tensor, context: AttentionContext = _NOTHING) -> Tensor:
         """What the head takes, [B, N, dim], of `tokens` [B, N] int64."""
@@ -202,16 +240,19 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw every parameter as a full tensor from one generator and keep the local shard, so that the weights are
-        the same on any number of processes. The distributions are those of torchtitan's Llama 3, but for
-        `embedding_std`."""
+        """Take every parameter as a full tensor, from `initial` or drawn from one generator, and keep the local shard:
+        the weights are the same on any number of processes, and none holds more than its part and one tensor. The
+        distributions are those of torchtitan's Llama 3, but for `embedding_std`."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self.rotary_table()
         device = next(self.parameters()).device
         generator = torch.Generator(device).manual_seed(self.args.seed)
         for name, parameter in self.named_parameters():
-            full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
-            self._draw(name, full, generator)
+            if self.initial is None:
+                full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
+                self._draw(name, full, generator)
+            else:
+                full = self.initial(_WRAPPED.sub("", name)).to(device)
             if isinstance(parameter, DTensor):
                 # No communication: every process has drawn the same tensor.
                 shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -222,9 +263,11 @@ class Decoder(nn.Module):
     def _draw(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         if "norm" in name:
             weight.fill_(1.0)
-        elif name.startswith("tok_embeddings"):
+        elif name.endswith("bias"):
+            weight.zero_()
+        elif name.startswith("tok_embeddings") and not self.args.tied:
             weight.normal_(std=self.args.embedding_std, generator=generator)
-        elif name.startswith("output"):
+        elif name.startswith(("tok_embeddings", "output")):
             std = self.args.dim**-0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
         else:

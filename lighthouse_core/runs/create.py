@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse_core.config import Recipe, dump_recipe
+from lighthouse_core.config.origin import DESCRIPTIONS, ORIGIN, read_origin
 from lighthouse_core.errors import RunError, refusal
 from lighthouse_core.files import check_output, remove_empty, write_atomically
 from lighthouse_core.runs.listing import checkpoint_steps
@@ -52,7 +53,9 @@ def _taken(path: Path, name: str) -> RunError:
     return RunError(f"run {path} exists", hint=hint)
 
 
-def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -> Run:
+def create_run(
+    recipe: Recipe, stem: str, name: str = "", *, source: str = "", weights: dict[str, Any] | None = None
+) -> Run:
     """Make the directory of a new run.
 
     Args:
@@ -60,6 +63,7 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
         stem: of the recipe's file; with the UTC time it names a run that has no name.
         name: of the run; else `recipe.output.name`.
         source: where the recipe came from, for a comment in the saved recipe.
+        weights: for the ledger, what it begins with; the files that describe these are kept in `origin`.
 
     Raises:
         RunError: the name is taken or cannot be a directory's name.
@@ -86,7 +90,13 @@ def create_run(recipe: Recipe, stem: str, name: str = "", *, source: str = "") -
     try:
         recipe = _keep_tokenizer(recipe, path)
         stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
-        ledger = {"version": 1, "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}]}
+        ledger: dict[str, Any] = {
+            "version": 1,
+            "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}],
+        }
+        if weights is not None:
+            ledger["weights"] = weights
+            _keep_origin(recipe, path)
         write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
         comment = f"# Every setting of run {name}" + (f", from {shown(source)}" if source else "")
@@ -118,6 +128,22 @@ def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
             update={"data": recipe.data.model_copy(update={"tokenizer": str(next(iter(files.values())))})}
         )
     return with_own_tokenizer(recipe, path)
+
+
+def _keep_origin(recipe: Recipe, path: Path) -> None:
+    """Copy into the run what describes the weights that it begins with: an export has it again."""
+    origin = read_origin(recipe.model.origin)
+    # A run has it from where its own weights came from.
+    folder = origin.path / ORIGIN if origin.run else origin.path
+    files = [folder / name for name in DESCRIPTIONS if (folder / name).is_file()]
+    if not files:
+        return
+    try:
+        (path / ORIGIN).mkdir()
+        for file in files:
+            shutil.copyfile(file, path / ORIGIN / file.name)
+    except OSError as error:
+        raise refusal(error, f"cannot copy {folder} into the run", kind=RunError) from None
 
 
 def run_path(recipe: Recipe, name: str) -> Path:

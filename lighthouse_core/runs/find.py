@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from lighthouse_core.errors import RunError, did_you_mean
+from lighthouse_core.reading import home_expanded
 from lighthouse_core.runs.listing import run_dirs
 from lighthouse_core.runs.run import Run
 
@@ -47,6 +48,18 @@ def split_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The run and N of a RUN/checkpoints/step-N; any other path itself, and None."""
     match = re.fullmatch(r"step-(0|[1-9][0-9]{0,15})", path.name)
     return (path.parents[1], int(match[1])) if match and path.parent.name == "checkpoints" else (path, None)
+
+
+def find_origin(spec: str, output_dir: str | Path = "runs") -> str:
+    """The directory that a user means by --from: a path, or the name of a run, maybe with /checkpoints/step-N.
+
+    Raises:
+        RunError: there is neither.
+    """
+    path = Path(os.path.abspath(home_expanded(spec)))
+    if path.exists() and not (path / "recipe.toml").is_file() and split_checkpoint(path)[1] is None:
+        return str(path)
+    return os.path.abspath(find_checkpoint(spec, output_dir))
 
 
 def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:

@@ -1,15 +1,21 @@
 """What torchtitan does to a Llama before it trains; our operations are among those that checkpointing knows."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.models.llama3.infra.parallelize import apply_compile, apply_ddp, apply_fsdp
+from torchtitan.models.llama3.infra.parallelize import (
+    apply_compile,
+    apply_ddp,
+    apply_fsdp,
+    disable_fsdp_gradient_division,
+)
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense.call import KERNELS
@@ -76,7 +82,8 @@ def parallelize(
     model.output.compiled = job_config.compile.enable and "loss" in job_config.compile.components
     param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
     if mesh := _sharding_mesh(parallel_dims, param_dtype):
-        apply_fsdp(
+        shard = shard_tied if model.args.tied else apply_fsdp
+        shard(
             model,
             mesh,
             param_dtype=param_dtype,
@@ -89,6 +96,30 @@ def parallelize(
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     use_plain_sums(model)
     return model
+
+
+def shard_tied(
+    model: Decoder,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    pp_enabled: bool,
+    cpu_offload: bool,
+    reshard_after_forward_policy: str,
+) -> None:
+    """What torchtitan's apply_fsdp does, for a model whose head is its embedding table: the table is gathered once, for
+    both, with what is not of a layer; apply_fsdp would split them."""
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+    }
+    if cpu_offload:
+        how["offload_policy"] = CPUOffloadPolicy()
+    for block in model.layers.values():
+        fully_shard(block, **how, reshard_after_forward=reshard_after_forward_policy != "never")
+    fully_shard(model, **how)
+    disable_fsdp_gradient_division(model)
 
 
 def _sharding_mesh(parallel_dims: ParallelDims, param_dtype: torch.dtype) -> DeviceMesh | None:

@@ -50,6 +50,7 @@ from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
+from lighthouse_core.weights.origin import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,10 @@ class Args(DecoderArgs):
 
 def _build_model(stage: Stage, args: Args) -> Decoder:
     """The decoder with the attention of a stage in every layer."""
-    model, recipe = Decoder(args), stage.recipe
+    recipe = stage.recipe
+    # Before the first checkpoint of a run: from then on there is one to load.
+    begins = recipe.model.origin and not stage.run.checkpoint_steps()
+    model = Decoder(args, find_weights(recipe.model).read if begins else None)
     cfg, pooled = recipe.lighthouse.attention(), stage.name == "lighthouse"
     if pooled:
         logger.info(f"stage 1: {recipe.lighthouse.described()}, {_layers(recipe)}")
@@ -423,6 +427,8 @@ class Trainer(titan_train.Trainer):
             )
         self.lr_schedulers.take_rates()
         self.begun = True
+        if self.step == 0 and 0 in self.stage.recipe.checkpoint.also:
+            self.checkpointer.save(0, last_step=True)
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
         validated = self.metrics_processor.begin(self.step, self.dataloader.fingerprint)
@@ -653,6 +659,8 @@ def train(run: Run) -> None:
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
             trainer.checkpointer.contents = check_model(run.checkpoint_dir(step), shapes, run.recipe_path)
             trainer.loads = step
+        elif stage.recipe.model.origin and trainer.model_parts[0].initial is None:
+            raise PatchError("the weights that the run begins with were not read")
         if folder := os.environ.get(TRACE_FOLDER):
             from lighthouse_core.titan.tracing import trace_last_step
 

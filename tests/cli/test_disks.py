@@ -99,7 +99,6 @@ def template(tmp_path_factory) -> Path:
     import torch.distributed.checkpoint as dcp
 
     from lighthouse_core.config import load_recipe
-    from lighthouse_core.models import llama
     from lighthouse_core.runs.create import create_run
     from lighthouse_core.runs.recovery import plan_recovery
     from lighthouse_core.seal import seal
@@ -126,7 +125,7 @@ def template(tmp_path_factory) -> Path:
         (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def save(run, step: int) -> None:
-        weights = {entry.source: torch.zeros(entry.shape) for entry in llama.entries(run.recipe.model)}
+        weights = {entry.source: torch.zeros(entry.shape) for entry in run.recipe.model.kind.entries(run.recipe.model)}
         folder = run.checkpoint_dir(step)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

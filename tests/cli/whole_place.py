@@ -17,7 +17,6 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.data.build import build_source, build_stream
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
-from lighthouse_core.models.llama import entries
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.seal import seal
@@ -182,7 +181,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def save(folder: Path, recipe, step: int) -> None:
     torch.manual_seed(step)
-    state = {entry.source: torch.randn(entry.shape) * 0.02 for entry in entries(recipe.model)}
+    state = {entry.source: torch.randn(entry.shape) * 0.02 for entry in recipe.model.kind.entries(recipe.model)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save({**state, **LEARNT, "train_state.step": step}, checkpoint_id=folder, no_dist=True)

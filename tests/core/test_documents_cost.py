@@ -11,7 +11,7 @@ from lighthouse_core.attention import Documents
 from lighthouse_core.attention.documents import of_entries
 from lighthouse_core.config import load_recipe
 from lighthouse_core.data.survey import Survey
-from lighthouse_core.estimate import DENSE, estimate, flops_per_token, mean_keys, parameters
+from lighthouse_core.estimate import DENSE, estimate, flops_per_token, mean_keys
 
 TOKENS = 1024
 PYRAMID = "lighthouse.topk=16", "lighthouse.tile_parents=16", "lighthouse.window=64"
@@ -78,7 +78,7 @@ def test_what_is_accounted_is_what_is_attended_to(name):
     # Without documents it is several times as much.
     if name in ("dense", "long chunks"):
         assert mean_keys(asked)[DENSE if name == "dense" else 1000] > 1.3 * found
-    model, weights = asked.model, parameters(asked.model)
+    model, weights = asked.model, asked.model.kind.parameters(asked.model)
     flops = flops_per_token(asked, "dense" if name == "dense" else "lighthouse", lengths=lengths)
     width = model.heads * model.head_dim
     assert flops == pytest.approx(6 * (weights.body + weights.head) + 12 * width * found * model.layers)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lighthouse_core.errors import CheckpointError, ExportError, RunError, UserError
 from lighthouse_core.export import publish, strip, verify
-from lighthouse_core.models import llama
+from lighthouse_core.models.family import Family
 from lighthouse_core.seal import seal
 
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ class Llama(nn.Module):
         scale = (x.pow(2).mean(-1, keepdim=True) + self.model.norm_eps).rsqrt()
         return x * scale * self.weights[f"{name}.weight"]
 
-    def forward(self, tokens):
+    def hidden(self, tokens):
         model, weights = self.model, self.weights
         x = weights["tok_embeddings.weight"][tokens]
         n = tokens.shape[1]
@@ -105,7 +105,10 @@ class Llama(nn.Module):
             h = self.norm(x, f"layers.{i}.ffn_norm")
             w1, w2, w3 = (weights[f"layers.{i}.feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
             x = x + F.linear(F.silu(F.linear(h, w1)) * F.linear(h, w3), w2)
-        return self.output(self.norm(x, "norm"))
+        return self.norm(x, "norm")
+
+    def head(self, hidden):
+        return self.output(hidden)
 
 
 def section(**changes):
@@ -117,7 +120,7 @@ def draw_weights(model, generator):
     # Wide enough that attention is far from uniform, so that a wrong rotation shows in the logits.
     return {
         entry.source: torch.randn(entry.shape, generator=generator) * (0.3 if len(entry.shape) == 2 else 1.0)
-        for entry in llama.entries(model)
+        for entry in model.kind.entries(model)
     }
 
 
@@ -260,7 +263,7 @@ def test_small_shards_load(run, tmp_path):
 
 
 def test_missing_permutation_is_caught_by_the_weights(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "to_half_split", lambda weight, heads: weight)
+    monkeypatch.setattr(publish, "to_half_split", lambda weight, heads: weight)
     with pytest.raises(ExportError, match=r"[qk]_proj"):
         strip(run, tmp_path / "out")
     assert nothing_left(tmp_path)
@@ -268,7 +271,7 @@ def test_missing_permutation_is_caught_by_the_weights(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_missing_permutation_is_caught_by_the_logits_alone(dtype, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "to_half_split", lambda weight, heads: weight)
+    monkeypatch.setattr(publish, "to_half_split", lambda weight, heads: weight)
     monkeypatch.setattr(verify, "to_interleaved", lambda weight, heads: weight)
     with pytest.raises(ExportError, match="length 17"):
         strip(run, tmp_path / "out", dtype=dtype)
@@ -277,13 +280,13 @@ def test_missing_permutation_is_caught_by_the_logits_alone(dtype, run, tmp_path,
 
 @pytest.mark.parametrize("key, wrong", [("rope_theta", 10000.0), ("rms_norm_eps", 0.1), ("num_hidden_layers", 1)])
 def test_wrong_config_is_caught(key, wrong, run, tmp_path, monkeypatch):
-    right = llama.hf_config
+    right = Family.config
 
     def config(*args, **kwargs):
         changed = right(*args, **kwargs) | {key: wrong}
         return changed | {"rope_parameters": {"rope_type": "default", "rope_theta": changed["rope_theta"]}}
 
-    monkeypatch.setattr(llama, "hf_config", config)
+    monkeypatch.setattr(Family, "config", config)
     with pytest.raises(ExportError):
         strip(run, tmp_path / "out", dtype="float32")
     assert nothing_left(tmp_path)

@@ -19,7 +19,7 @@ from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
 from lighthouse_core.attention.parts import far, merge, near, parts_kernel
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
-from lighthouse_core.estimate import flops_per_token, parameters
+from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.titan.parallelize import kept_results
 
 KEY = torch.tensor([1, 2, 3])
@@ -425,7 +425,7 @@ def test_a_choice_of_blocks_is_not_made_twice():
 def test_a_recipe_of_another_method():
     settings = ['lighthouse.method="sliding"', "lighthouse.window=64", "lighthouse.topk=1024"]
     recipe = load_recipe("recipes/quickstart.toml", settings)
-    model, counts = recipe.model, parameters(recipe.model)
+    model, counts = recipe.model, recipe.model.kind.parameters(recipe.model)
     width, tokens = model.heads * model.head_dim, recipe.training.seq_len
     pooled = model.layers - len(model.dense_layers)
     keys = 64 * (1 - 32 / tokens)

@@ -32,7 +32,6 @@ from lighthouse_core.errors import CheckpointError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.export import strip
 from lighthouse_core.job import launch
-from lighthouse_core.models.llama import entries
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
@@ -79,7 +78,7 @@ VALUES = {
 
 
 def state_of(model) -> dict:
-    return {entry.source: torch.ones(entry.shape) for entry in entries(model)} | VALUES
+    return {entry.source: torch.ones(entry.shape) for entry in model.kind.entries(model)} | VALUES
 
 
 def save(state: dict, folder: Path) -> None:

@@ -12,7 +12,6 @@ from lighthouse_core.attention.backends import window_scores
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
 from lighthouse_core.evaluate import Text
-from lighthouse_core.models.llama import entries
 from lighthouse_core.profile import selection
 from lighthouse_core.profile.selection import finest_levels, kept_by_both, parent_overlap, selection_view
 from lighthouse_core.profile.selection_figure import draw
@@ -167,7 +166,7 @@ def weights(model, query, key):
     """Every layer passes on what it gets; queries are long at the one letter, and keys at the other."""
     state = {
         entry.source: torch.ones(entry.shape) if "norm" in entry.source else torch.zeros(entry.shape)
-        for entry in entries(model)
+        for entry in model.kind.entries(model)
     }
     state["tok_embeddings.weight"][:, 7] = 1.0
     for column, letter in enumerate((query, key)):

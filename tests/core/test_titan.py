@@ -14,7 +14,7 @@ from lighthouse_core.attention import backends
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError, UserError
-from lighthouse_core.estimate import flops_per_token, parameters
+from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 from lighthouse_core.titan import build_job, check_overrides, trainer
 from lighthouse_core.titan import metrics as metrics_module
@@ -71,7 +71,7 @@ def test_widths_are_exact():
     assert block.attention.wk.weight.shape == (12, 40)
     assert block.attention.wo.weight.shape == (40, 24)
     assert block.feed_forward.w1.weight.shape == (37, 40)
-    assert sum(p.numel() for p in model.parameters()) == parameters(recipe.model).total
+    assert sum(p.numel() for p in model.parameters()) == recipe.model.kind.parameters(recipe.model).total
 
 
 def test_initial_weights_depend_on_the_seed_alone(recipe):

@@ -14,7 +14,6 @@ from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, RunError, UserError
 from lighthouse_core.export import strip
 from lighthouse_core.export.tokenizer import write_tokenizer
-from lighthouse_core.models import llama
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.find import find_run
 from lighthouse_core.runs.recovery import plan_recovery
@@ -53,7 +52,9 @@ def start(tmp_path, monkeypatch):
 
     def start(tokenizer):
         run = create_run(loads_recipe(RECIPE, [f"data.tokenizer='{tokenizer}'"]), "tiny", "first")
-        state = {entry.source: torch.full(entry.shape, 0.01) for entry in llama.entries(run.recipe.model)}
+        state = {
+            entry.source: torch.full(entry.shape, 0.01) for entry in run.recipe.model.kind.entries(run.recipe.model)
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(state, checkpoint_id=run.checkpoint_dir(10), no_dist=True)

@@ -25,7 +25,6 @@ from lighthouse_core.errors import DataError
 from lighthouse_core.evaluate.needle import answer, prompt
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.export import strip
-from lighthouse_core.models import llama
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 
@@ -158,7 +157,7 @@ def test_a_needles_prompt_has_its_length_without_a_bos(length, depth, qwen):
 def test_strip_says_that_there_is_no_bos(qwen, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = create_run(recipe(qwen, texts), "tiny", "first")
-    state = {entry.source: torch.full(entry.shape, 0.01) for entry in llama.entries(run.recipe.model)}
+    state = {entry.source: torch.full(entry.shape, 0.01) for entry in run.recipe.model.kind.entries(run.recipe.model)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save(state, checkpoint_id=run.checkpoint_dir(10), no_dist=True)

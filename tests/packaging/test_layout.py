@@ -38,8 +38,8 @@ ROOMS = (
         "annotations",
         "vml",
     ),
-    *("attention", "config", "unpickle", "checkpoint", "checkpoint_reader", "seal", "data", "models", "estimate"),
-    *("runs", "export", "evaluate", "job", "titan", "profile", "sweep", "worker"),
+    *("attention", "models", "config", "unpickle", "checkpoint", "checkpoint_reader", "seal", "data", "estimate"),
+    *("runs", "weights", "export", "evaluate", "job", "titan", "profile", "sweep", "worker"),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 from lighthouse_core import shelf
 from lighthouse_core.config import Recipe, dump_recipe, find_recipe, load_recipe, loads_recipe
 from lighthouse_core.errors import RecipeError
-from lighthouse_core.estimate import estimate, flops_per_token, parameters
+from lighthouse_core.estimate import estimate, flops_per_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.toml"))
@@ -74,7 +74,7 @@ def test_flops_of_the_paper():
 def test_parameters_with_grouped_heads_and_a_wide_head():
     model = recipe("quickstart", "model.kv_heads=2", "model.head_dim=64").model
     layer = 128 * 4 * 64 * 2 + 128 * 2 * 64 * 2 + 3 * 128 * model.ffn_dim + 2 * 128
-    counts = parameters(model)
+    counts = model.kind.parameters(model)
     assert counts.embedding == counts.head == 128 * model.vocab_size
     assert counts.body == model.layers * layer + 128
 

@@ -37,6 +37,9 @@ class Norm(Selector):
     ) -> Selection | Scores:
         return ops.select(ops.norm_scores(q.detach(), k.detach(), geometry) if norms is None else norms, geometry)
 
+    def before_qk_norm(self, q: Tensor, k: Tensor) -> Scores | None:
+        return q.float().norm(dim=-1), k.float().norm(dim=-1)
+
     def scores(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Scores:
         from lighthouse_core.attention.backends import norm_scores
 

@@ -63,6 +63,11 @@ class Selector:
         """
         raise NotImplementedError
 
+    def before_qk_norm(self, q: Tensor, k: Tensor) -> Scores | None:
+        """Scores of tokens, ([B, N, H], [B, N, Hkv]) float32, that a norm of each head's q [B, N, H, D] and
+        k [B, N, Hkv, D] would level; None where they are not of such."""
+        return None
+
     def scores(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Scores | None:
         """(s_Q, s_K) of all windows, each [B, Hkv, M] float32, to be looked at; None where there is nothing to see."""
         return None

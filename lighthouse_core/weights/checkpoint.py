@@ -9,7 +9,7 @@ from torch import Tensor
 from lighthouse_core.checkpoint import check_contents, check_model
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import CheckpointError
-from lighthouse_core.models.llama import Entry
+from lighthouse_core.models.family import Entry
 from lighthouse_core.runs.find import split_checkpoint
 from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage
@@ -29,12 +29,19 @@ class Source:
     @property
     def recovered(self) -> bool:
         """Whether the weights were trained with every layer dense, if only for one step."""
-        dense_from_start = self.run.ledger["stages"][0]["stage"] == "dense"
+        ledger = self.run.ledger
+        if self.step == 0:
+            return ledger.get("weights", {}).get("recovered", False)
+        dense_from_start = ledger["stages"][0]["stage"] == "dense"
         return dense_from_start or (self.run.recovering and self.step > self.run.start)
 
 
-def find_source(checkpoint: Path) -> Source:
+def find_source(checkpoint: Path, *, verify: bool = True) -> Source:
     """The checkpoint at a run directory (its newest) or at .../checkpoints/step-N.
+
+    Args:
+        checkpoint: that directory.
+        verify: compare every byte with its seal.
 
     Raises:
         RunError: the directory is not a run.
@@ -51,7 +58,7 @@ def find_source(checkpoint: Path) -> Source:
     hint = f"the run has {others}" if others else None
     if source.step not in steps:
         raise CheckpointError(f"{source.path} is missing", hint=hint)
-    if reason := damage(source.path):
+    if verify and (reason := damage(source.path)):
         raise CheckpointError(f"{source.path} is damaged: {reason}", hint=hint)
     check_contents(source.path)
     return source

@@ -1,0 +1,163 @@
+"""What `[model] from` says of a model: by a directory's config.json, or by the recipe of a run. No weight is read."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lighthouse_core.errors import RecipeError, refusal
+from lighthouse_core.models import FAMILIES
+from lighthouse_core.reading import RECIPE_BYTES, home_expanded, parse_json, parse_toml, read_regular
+from lighthouse_core.text import decoded
+
+# What belongs to the weights; a recipe may repeat it, but not change it.
+FIXED = (
+    *("family", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size", "norm_eps"),
+    "tied_embeddings",
+)
+# What a recipe may change: the model learns the rest of its length.
+FREE = ("rope_theta", "rope_scaling")
+# The folder of a run with what describes the weights that it began with, and the names of such files.
+ORIGIN = "origin"
+DESCRIPTIONS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+_STEP = re.compile(r"step-([0-9]+)")
+_CONFIG_BYTES = 1 << 24
+_HINT = "give a directory with a config.json and safetensors, a run, or a run's checkpoints/step-N"
+
+
+class Origin(NamedTuple):
+    """A model that exists.
+
+    Attributes:
+        path: the directory, or the run.
+        step: of the run's checkpoint; None for its newest, and for a directory.
+        run: whether it is a run.
+        model: the keys FIXED and FREE of its [model] section.
+        tokenizer: what [data] calls its tokenizer; None for a directory without one.
+        tokens: the length that it was made for; None where it does not say.
+    """
+
+    path: Path
+    step: int | None
+    run: bool
+    model: dict[str, Any]
+    tokenizer: str | None
+    tokens: int | None
+
+
+def read_origin(name: str) -> Origin:
+    """What a recipe calls `from`.
+
+    Raises:
+        RecipeError: it is neither a directory with a model of a known family nor a run.
+    """
+    path = Path(os.path.abspath(home_expanded(name)))
+    found = _STEP.fullmatch(path.name)
+    if found and path.parent.name == "checkpoints":
+        return _run(path.parent.parent, int(found[1]))
+    if (path / "recipe.toml").is_file():
+        return _run(path, None)
+    if (path / "config.json").is_file():
+        return _directory(path)
+    what = "has neither a config.json nor a recipe.toml" if path.is_dir() else "is not there"
+    raise RecipeError(f"model.from: {path} {what}", hint=_HINT)
+
+
+def _run(path: Path, step: int | None) -> Origin:
+    file = path / "recipe.toml"
+    try:
+        table = parse_toml(decoded(read_regular(file, RECIPE_BYTES)))
+    except OSError as error:
+        raise refusal(error, f"model.from: cannot read {file}", kind=RecipeError) from None
+    except ValueError as error:
+        raise RecipeError(f"model.from: {file} cannot be read: {error}", hint=_HINT) from None
+    model, data = table.get("model"), table.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict):
+        raise RecipeError(f"model.from: {file} has no [model] and [data]", hint=_HINT)
+    usual = {"family": "llama", "tied_embeddings": False}
+    settings = usual | {key: model[key] for key in (*FIXED, *FREE) if key in model}
+    tokenizer = data.get("tokenizer", "bytes")
+    # The run's own copy.
+    own = next((file for file in (path / "tokenizer.json", path / "tokenizer.model") if file.is_file()), None)
+    tokens = table.get("training", {}).get("seq_len")
+    return Origin(path, step, True, settings, str(own) if own and tokenizer != "bytes" else tokenizer, tokens)
+
+
+def _directory(path: Path) -> Origin:
+    file = path / "config.json"
+    try:
+        config = parse_json(read_regular(file, _CONFIG_BYTES))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+        family = FAMILIES.get(str(config.get("model_type")))
+        if family is None:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"model_type must be one of {known}, not {config.get('model_type')!r}")
+        if config.get("quantization_config") is not None:
+            raise ValueError("it has a quantization_config, and quantized weights cannot be trained")
+        if config.get("auto_map"):
+            raise ValueError("it has an auto_map, which names code to run, and none is run")
+        settings = family.settings(config)
+    except OSError as error:
+        raise refusal(error, f"model.from: cannot read {file}", kind=RecipeError) from None
+    except ValueError as error:
+        raise RecipeError(f"model.from: {file}: {error}") from None
+    has = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokens = config.get("max_position_embeddings")
+    return Origin(path, None, False, settings, str(path) if has else None, tokens if isinstance(tokens, int) else None)
+
+
+def filled(table: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's table with what `from` stands for in place of the keys that are not set.
+
+    A recipe with all of them, as a run keeps it, does not look at `from` again.
+
+    Raises:
+        RecipeError: see `read_origin`; or there is no tokenizer.
+    """
+    model = table.get("model")
+    name = model.get("from") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(name, str) or not name or "\0" in name:
+        return table
+    if all(key in model for key in (*FIXED, "rope_theta")):
+        return table
+    origin = read_origin(name)
+    data = table.get("data", {})
+    if isinstance(data, dict) and "tokenizer" not in data:
+        if origin.tokenizer is None:
+            raise RecipeError(
+                f"model.from: {origin.path} has no tokenizer.json",
+                hint="put the model's tokenizer beside it, or set data.tokenizer",
+            )
+        data = {**data, "tokenizer": origin.tokenizer}
+    path = origin.path if origin.step is None else origin.path / "checkpoints" / f"step-{origin.step}"
+    return {**table, "model": {**origin.model, **model, "from": str(path)}, "data": data}
+
+
+def changes(name: str, model: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of [model] that differ from those of `from`, as (there, here); None for one that is not set.
+
+    Args:
+        name: what the recipe calls `from`.
+        model: the resolved section, as a table.
+
+    Raises:
+        RecipeError: see `read_origin`; or one of them belongs to the weights.
+    """
+    origin = read_origin(name)
+    found = {
+        key: (origin.model.get(key), model.get(key))
+        for key in (*FIXED, *FREE)
+        if origin.model.get(key) != model.get(key)
+    }
+    for key in FIXED:
+        if key in found:
+            there, here = found[key]
+            raise RecipeError(
+                f"model.{key} is {here!r} in the recipe, and {there!r} in {origin.path}",
+                hint=f"leave model.{key} out: it is read from the weights' own description",
+            )
+    return found

@@ -1,0 +1,147 @@
+"""The weights that a run begins with, where they exist: which they are, whether they fit, and each by its name.
+
+A directory's are read one tensor at a time from its safetensors, a run's from one of its checkpoints.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lighthouse_core.checkpoint import check_model
+from lighthouse_core.checkpoint_reader import load
+from lighthouse_core.config.model import ModelSection
+from lighthouse_core.config.origin import read_origin
+from lighthouse_core.errors import UserError
+from lighthouse_core.models.family import EMBEDDING, HEAD, WORKED_OUT, Entry, to_interleaved
+from lighthouse_core.weights.checkpoint import Source, find_source
+from lighthouse_core.weights.directory import COPY_ANEW, Stored, read_config, read_headers, words
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Weights(ABC):
+    """The initial weights of a model.
+
+    Attributes:
+        path: of the directory, or of the checkpoint.
+        dtype: that they are stored in.
+        about: what they are, in a few words.
+        recovered: whether they were last trained with every layer dense.
+    """
+
+    path: Path
+    dtype: str
+    about: str
+    recovered = True
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a ledger keeps of them."""
+        return {"path": str(self.path), "dtype": self.dtype, "recovered": self.recovered}
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """A whole tensor by its name in the trainer, float32 on the CPU.
+
+        Raises:
+            UserError: it cannot be read, or is not finite.
+        """
+
+
+def find_weights(model: ModelSection, *, verify: bool = False) -> Weights:
+    """What `from` of [model] stands for. Only descriptions are read.
+
+    Args:
+        model: the recipe's [model] section.
+        verify: also compare every byte of a run's checkpoint with its seal.
+
+    Raises:
+        UserError, CheckpointError: there are no such weights, they are damaged, or they are not those of the model.
+    """
+    origin = read_origin(model.origin)
+    if not origin.run:
+        return _OfDirectory(origin.path, model)
+    step = "" if origin.step is None else f"checkpoints/step-{origin.step}"
+    source = find_source(origin.path / step, verify=verify)
+    return _OfRun(source, model)
+
+
+class _OfDirectory(Weights):
+    def __init__(self, path: Path, model: ModelSection):
+        self.path = path
+        read_config(path)
+        stored = read_headers(path)
+        self._places: dict[str, tuple[Entry, Stored]] = {}
+        for entry in model.kind.entries(model):
+            found = stored.pop(entry.target, None)
+            if found is None:
+                raise UserError(f"{path} has no tensor {entry.target}", hint=COPY_ANEW)
+            if found.shape != entry.shape:
+                raise UserError(
+                    f"{entry.target} in {found.file} has shape {list(found.shape)}, and config.json says "
+                    f"{list(entry.shape)}",
+                    hint=COPY_ANEW,
+                )
+            if found.dtype not in _DTYPES:
+                raise UserError(
+                    f"{entry.target} in {found.file} is stored as {found.dtype}, not as one of {', '.join(_DTYPES)}",
+                    hint="begin from weights that are not quantized",
+                )
+            self._places[entry.source] = entry, found
+        # Of tied embeddings, some files hold the table twice.
+        self._twin = stored.pop(HEAD.target, None) if model.tied_embeddings else None
+        if left := sorted(name for name in stored if not WORKED_OUT.fullmatch(name)):
+            raise UserError(
+                f"{path} has a tensor that a {model.family} does not: {words(left[0])}",
+                hint="compare config.json with the weights",
+            )
+        counts = Counter(found.dtype for _, found in self._places.values())
+        self.dtype = _DTYPES[counts.most_common(1)[0][0]]
+        files = len({found.file for _, found in self._places.values()})
+        self.about = f"{model.kind.architecture}, {self.dtype}, {files} file{'s' * (files > 1)}"
+
+    def read(self, name: str) -> Tensor:
+        entry, stored = self._places[name]
+        weight = _tensor(stored, entry.target)
+        if (
+            name == EMBEDDING.source
+            and self._twin is not None
+            and not torch.equal(_tensor(self._twin, HEAD.target), weight)
+        ):
+            raise UserError(
+                f"{HEAD.target} and {entry.target} of {self.path} differ, and config.json has tie_word_embeddings",
+                hint="set tie_word_embeddings to false in a copy of config.json, if the head is one of its own",
+            )
+        weight = weight.float()
+        if not weight.isfinite().all():
+            raise UserError(f"{entry.target} in {stored.file} holds NaN or infinity", hint=COPY_ANEW)
+        return to_interleaved(weight, entry.rotary_heads) if entry.rotary_heads else weight
+
+
+def _tensor(stored: Stored, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(stored.file, framework="pt") as file:
+            return file.get_tensor(name)
+    except Exception as error:  # the library's own, of several kinds
+        raise UserError(f"{stored.file} cannot be read: {words(error)}", hint=COPY_ANEW) from None
+
+
+class _OfRun(Weights):
+    def __init__(self, source: Source, model: ModelSection):
+        self.path, self.dtype, self.recovered = source.path, "float32", source.recovered
+        self.about = f"step {source.step} of run {source.run.name}"
+        self._shapes = {entry.source: entry.shape for entry in model.kind.entries(model)}
+        self._contents = check_model(source.path, self._shapes, source.run.recipe_path)
+
+    def read(self, name: str) -> Tensor:
+        weight = torch.empty(self._shapes[name], dtype=torch.float32)
+        load({name: weight}, self.path, self._contents, alone=True)
+        if not weight.isfinite().all():
+            raise UserError(f"{name} of {self.path} holds NaN or infinity", hint="begin from an earlier checkpoint")
+        return weight
