@@ -1,5 +1,6 @@
 """Files of a run, of a sweep and of prepared tokens that somebody else wrote: each is refused by name, or left out."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,10 +17,11 @@ from test_bad_input import DATA, ROW, check_refused, tree
 from tiny_recipe import RECIPE
 from whole_place import COMMANDS, TYPES, Opened, make
 
-from lighthouse_core.config import load_recipe
+from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.config.sweep import load_sweep
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
+from lighthouse_core.data.prepare import prepare
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.reading import parse_json, parse_toml, read_json, read_regular
 from lighthouse_core.runs.listing import summarize
@@ -235,13 +237,24 @@ def seal_index(folder: Path, change) -> None:
     (folder / "tokens.json").write_text(json.dumps({**index, "seal": seal}))
 
 
+TEXT = RECIPE + 'source = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    with contextlib.chdir(folder):
+        Path("a.txt").write_text("some words\n" * 300)
+        prepare(loads_recipe(TEXT), Path("out"), workers=1, progress=lambda done: None)
+    return folder
+
+
 @pytest.fixture
-def prepared(lighthouse, here) -> Path:
-    (here / "a.txt").write_text("some words\n" * 300)
-    data = 'source = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
-    (here / "text.toml").write_text(RECIPE + data)
-    assert lighthouse("data", "prepare", "text.toml", "out", "--workers", "1").code == 0
-    (here / "tokens.toml").write_text(RECIPE + data.replace("files", "tokens").replace("a.txt", "out"))
+def prepared(prepared_once, here) -> Path:
+    # With their times: they are part of what the work is known by.
+    shutil.copytree(prepared_once, here, dirs_exist_ok=True)
+    (here / "text.toml").write_text(TEXT)
+    (here / "tokens.toml").write_text(TEXT.replace("files", "tokens").replace("a.txt", "out"))
     return here / "out"
 
 
