@@ -62,20 +62,30 @@ def make_run(path: Path, **files: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["recipe.toml", "ledger.json", "metrics.jsonl", "environment.json"])
-@pytest.mark.parametrize("kind", [*ODD, "a folder", "a pipe", "a device", "a link to itself"])
-def test_one_odd_file_of_a_run(lighthouse, trainer, here, monkeypatch, name, kind):
+READ_A_RUN = [("compare", "bad"), ("recover", "bad", "--dry-run"), ("pretrain", "--resume", "bad", "--dry-run")]
+
+
+@pytest.fixture
+def bad(here, monkeypatch) -> Path:
+    """A run that is whole as yet, beside another one."""
     monkeypatch.setattr("lighthouse_core.evaluate.compare.plot", lambda curves, folder: [])
     (here / "corpus").mkdir()
     (here / "corpus/a.py").write_text("print('hello')")
-    commands = (("compare", "{}"), ("recover", "{}", "--dry-run"), ("pretrain", "--resume", "{}", "--dry-run"))
     for run in ("good", "bad"):
         checkpoint = make_run(here / f"runs/{run}") / "checkpoints/step-60"
         checkpoint.mkdir(parents=True)
         seal(checkpoint)
-    # With whole files all of them go on.
-    assert all(lighthouse(*(part.format("good") for part in command)).code == 0 for command in commands)
-    bad = here / "runs/bad"
+    return here / "runs/bad"
+
+
+@pytest.mark.parametrize("command", READ_A_RUN)
+def test_with_whole_files_all_commands_go_on(lighthouse, trainer, bad, command):
+    assert lighthouse(*command).code == 0
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "ledger.json", "metrics.jsonl", "environment.json"])
+@pytest.mark.parametrize("kind", [*ODD, "a folder", "a pipe", "a device", "a link to itself"])
+def test_one_odd_file_of_a_run(lighthouse, trainer, bad, name, kind):
     (bad / name).unlink()
     if kind in ODD:
         (bad / name).write_bytes(ODD[kind])
@@ -90,8 +100,8 @@ def test_one_odd_file_of_a_run(lighthouse, trainer, here, monkeypatch, name, kin
     names = {run["name"] for run in json.loads(listed.out)}
     assert listed.code == 0 and names in ({"good", "bad"}, {"good"}) and not listed.err
     assert lighthouse("runs").code == 0
-    for command in commands:
-        answer = lighthouse(*(part.format("bad") for part in command))
+    for command in READ_A_RUN:
+        answer = lighthouse(*command)
         if name in ("recipe.toml", "ledger.json") or (name, command[0]) == ("metrics.jsonl", "compare"):
             assert f"runs/bad/{name}" in check_refused(answer) or "runs/bad is not a run: its recipe.toml" in answer.err
         else:
