@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
     # Read when the kernels are imported, by whichever test does it first.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The processes of the tests share the cores, as those of a job do: threads that wait for each other spin, and take the
+# cores from the other processes.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
 
 import children  # noqa: E402  (it lies there)

@@ -16,7 +16,7 @@ from lighthouse_core.attention.dense.call import (
     check_backend,
     check_inputs,
     choose,
-    dense_attention,
+    dense_unchecked,
     documents_kernel,
 )
 from lighthouse_core.attention.documents import check_documents
@@ -145,11 +145,12 @@ def attend(
     can, what = (DENSE_CAN, "dense") if context.dense else (method.can(cfg), cfg.method)
     check_context(context, can, what)
     if context.documents is not None:
-        check_documents(context.documents, q.shape[0], q.shape[1], 1 if context.dense else cfg.alignment)
+        alignment = 1 if context.dense else cfg.alignment
+        check_documents(context.documents, q.shape[0], q.shape[1], alignment, "that the attention method needs")
     if context.dense:
         if cfg.rotates:
             q, k = (rotate(x, given["rotary"]) for x in (q, k))
-        return dense_attention(q, k, v, scale=scale, backend=cfg.dense_backend, documents=context.documents)
+        return dense_unchecked(q, k, v, scale=scale, backend=cfg.dense_backend, documents=context.documents)
     for name in given:
         if name not in method.takes:
             raise ValueError(f"the method {cfg.method!r} takes no {name}")

@@ -16,7 +16,7 @@ from lighthouse_kernels.geometry import Geometry
 _MOST = 65535
 
 
-def check_documents(documents: Documents, batch: int, tokens: int, alignment: int) -> None:
+def check_documents(documents: Documents, batch: int, tokens: int, alignment: int = 1, why: str = "") -> None:
     """Raise ValueError unless the documents are those of a batch. On a GPU the boundaries themselves are not looked at,
     for the host would wait for them.
 
@@ -24,6 +24,7 @@ def check_documents(documents: Documents, batch: int, tokens: int, alignment: in
         documents: of B sequences of N tokens.
         batch, tokens: B and N.
         alignment: tokens; each document begins at a multiple of it within its sequence.
+        why: what asks for the alignment, as it ends the message.
     """
     starts, longest = documents
     if starts.dtype != torch.int32 or starts.dim() != 1 or len(starts) < 2:
@@ -40,8 +41,8 @@ def check_documents(documents: Documents, batch: int, tokens: int, alignment: in
     for start in bounds[:-1]:
         if start % tokens % alignment:
             raise ValueError(
-                f"a document begins at token {start % tokens} of a sequence, which is no multiple of {alignment}, the "
-                "coarsest window of the pyramid"
+                f"a document begins at token {start % tokens} of a sequence, which is no multiple of the "
+                f"{alignment} tokens {why}"
             )
 
 

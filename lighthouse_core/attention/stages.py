@@ -16,6 +16,7 @@ from lighthouse_core.attention.documents import of_windows
 from lighthouse_core.attention.parts import near, near_entries
 from lighthouse_core.attention.rotary import rotate, rotate_entries
 from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.selectors.selector import Inputs
 from lighthouse_core.attention.settings import Settings
 from lighthouse_kernels.geometry import Geometry
 
@@ -153,11 +154,10 @@ def selected(
         settings, context, scores: see `stages`.
         g: the pyramid, not `dense`.
         ops: its operations.
-        norms: see `Selector.select`.
+        norms: see `Inputs`.
     """
     if scores is None:
-        selector = selector_of(settings.scorer)
-        found = selector.select(q, k, v, context, g, settings=settings, ops=ops, norms=norms)
+        found = selector_of(settings.scorer).select(Inputs(q, k, v, context, g, settings, ops, norms))
         if is_selection(found):
             return found
         scores = found

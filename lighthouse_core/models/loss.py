@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# What torch's cross_entropy ignores.
-IGNORED = -100
+from lighthouse_core.data.packing import IGNORED
+
 # Without compilation log-probabilities are float32 tensors, of so many tokens at a time.
 _ROWS = 128
 # The same of the gradient's scaling.
@@ -29,7 +29,7 @@ def linear_cross_entropy(
     Args:
         hidden: [T, D] floating point. Under autocast it and the weight are cast as torch.nn.functional.linear does.
         weight: [V, D], of the dtype of `hidden`.
-        labels: [T] int64; tokens with -100 count nothing.
+        labels: [T] int64; tokens with `IGNORED` count nothing.
         chunk: C.
         compiled: have torch.compile fuse what follows the logits.
 

@@ -204,15 +204,17 @@ def _build_loader(
 
 
 def _packed(
-    context: AttentionContext, inputs: dict[str, Any], device: torch.device, alignment: int | None
+    context: AttentionContext, inputs: dict[str, Any], device: torch.device, recipe: Recipe
 ) -> AttentionContext:
     """The context of a batch of the loader. With the packing "concat" attention and RoPE cross the boundaries of
     documents, and positions are those within the sequence."""
     if (documents := inputs.get("documents")) is None:
         return context
-    # While they are on the host: on a GPU nobody looks at them.
-    batch, tokens = inputs["input"].shape
-    check_documents(documents, batch, tokens, alignment or 1)
+    if device.type != "cpu" or recipe.training.compile:
+        # While they are on the host: neither a call on a GPU nor a compiled one looks at the boundaries.
+        why = "of data.align" if recipe.data.align else "that the attention method needs"
+        batch, tokens = inputs["input"].shape
+        check_documents(documents, batch, tokens, recipe.alignment or 1, why)
     return replace(context, documents=documents.to(device), positions=inputs["positions"].to(device))
 
 
@@ -293,7 +295,7 @@ class Validator(TitanValidator):
         self.batch += 1
         self.total[1] += (labels != IGNORED).sum()
         context = self.stage.context(max(self.step, 1), 0, sample, labels.device)
-        context = self.effects.send(_packed(context, input_dict, labels.device, self.stage.recipe.alignment))
+        context = self.effects.send(_packed(context, input_dict, labels.device, self.stage.recipe))
         # torchtitan would ask the model for masks.
         return input_dict["input"], labels, {"labels": labels, "context": context}, {}
 
@@ -481,7 +483,7 @@ class Trainer(titan_train.Trainer):
             return AttentionContext()
         # Without prefetching no thread is left behind.
         inputs, _ = next(iter(_build_loader(self.stage, self.ranks, self.rank, prefetch=0)))
-        return _packed(AttentionContext(), inputs, self.device, self.stage.recipe.alignment)
+        return _packed(AttentionContext(), inputs, self.device, self.stage.recipe)
 
     def train_step(self, data_iterator) -> None:
         note_step(self.step)
@@ -516,7 +518,7 @@ class Trainer(titan_train.Trainer):
         context = self._context(sample)
         if (documents := input_dict.get("documents")) is not None:
             self.metrics_processor.note_documents(documents.starts)
-        context = self.effects.send(_packed(context, input_dict, self.device, self.stage.recipe.alignment))
+        context = self.effects.send(_packed(context, input_dict, self.device, self.stage.recipe))
         # The model makes its loss itself.
         inputs = {"input": input_dict["input"], "labels": labels, "context": context}
         return super().post_dataloading_process(inputs, labels)

@@ -71,12 +71,12 @@ def as_tokens(out):
     return ["--set", 'data.source="tokens"', "--set", f'data.paths=["{out}"]']
 
 
-def test_prepare_then_inspect_agree_with_the_live_source(place):
+def test_prepare_then_inspect_agree_with_the_live_source(lighthouse, place):
     done = shell("prepare", "r.toml", "out", "--workers", "2", cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "out\n" and "100.0%" in done.stderr
-    live = json.loads(shell("inspect", "r.toml", "--json", cwd=place).stdout)
-    ready = json.loads(shell("inspect", "r.toml", "--json", "--verify", *as_tokens("out"), cwd=place).stdout)
+    live = json.loads(lighthouse("data", "inspect", "r.toml", "--json").out)
+    ready = json.loads(lighthouse("data", "inspect", "r.toml", "--json", "--verify", *as_tokens("out")).out)
     assert live == ready
     train, validation = live
     assert train["complete"] and train["documents"] + validation["documents"] == 100
@@ -154,16 +154,26 @@ def test_a_signal_while_the_workers_begin_is_an_interruption(place, tmp_path, nu
 
 
 @pytest.mark.parametrize("room", [0, 4096])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, room):
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(lighthouse, place, room):
     (place / "full").mkdir(exist_ok=True)
     (place / "full/a.txt").write_text("some words\n" * 10_000)
-    arguments = ["prepare", "r.toml", f"full{room}", "--set", 'data.paths=["full/*.txt"]', "--set", "data.validation=0"]
+    arguments = [
+        "prepare",
+        "r.toml",
+        f"full{room}",
+        "--workers",
+        "1",
+        "--set",
+        'data.paths=["full/*.txt"]',
+        "--set",
+        "data.validation=0",
+    ]
     done = shell(*arguments, cwd=place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     *_, error, hint = done.stderr.splitlines()
     assert error.startswith(f"error: cannot write full{room}") and "the same command" in hint
     assert not list((place / f"full{room}").rglob(".*"))
-    assert shell(*arguments, cwd=place).returncode == 0
+    assert lighthouse("data", *arguments).code == 0
 
 
 def test_inspect_shows_a_table_and_samples(place):
@@ -305,14 +315,14 @@ def test_inspect_shows_each_source_of_a_mixture(lighthouse, here):
     assert done.code == 2 and 'source = "tokens"' in done.err and not (here / "third").exists()
 
 
-def test_what_a_document_holds_does_nothing_to_the_terminal(place):
+def test_what_a_document_holds_does_nothing_to_the_terminal(lighthouse, place):
     (place / "odd").mkdir()
     odd = "a\tb\nc\rd\x1b]0;title\x07\x7f\x9b2J\x00"
     (place / "odd/a.jsonl").write_text(json.dumps({"text": odd}))
-    wanted = ["inspect", "r.toml", "--set", 'data.paths=["odd/*"]', "--set", "data.validation=0.0"]
-    shown = shell(*wanted, cwd=place).stdout
+    wanted = ["data", "inspect", "r.toml", "--set", 'data.paths=["odd/*"]', "--set", "data.validation=0.0"]
+    shown = lighthouse(*wanted).out
     assert shown.endswith("--- document 1\na\tb\nc\\rd\\x1b]0;title\\x07\\u007f\\u009b2J\\x00\n")
-    as_json = shell(*wanted, "--json", cwd=place).stdout
+    as_json = lighthouse(*wanted, "--json").out
     assert json.loads(as_json)[0]["samples"] == [odd] and as_json.isascii()
 
 

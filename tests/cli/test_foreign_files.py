@@ -1,5 +1,6 @@
 """Files of a run, of a sweep and of prepared tokens that somebody else wrote: each is refused by name, or left out."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,10 +17,11 @@ from test_bad_input import DATA, ROW, check_refused, tree
 from tiny_recipe import RECIPE
 from whole_place import COMMANDS, TYPES, Opened, make
 
-from lighthouse_core.config import load_recipe
+from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.config.sweep import load_sweep
 from lighthouse_core.data.build import build_source, open_tokens
 from lighthouse_core.data.checks import checked_tokenizer
+from lighthouse_core.data.prepare import prepare
 from lighthouse_core.errors import LighthouseError
 from lighthouse_core.reading import parse_json, parse_toml, read_json, read_regular
 from lighthouse_core.runs.listing import summarize
@@ -60,20 +62,30 @@ def make_run(path: Path, **files: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["recipe.toml", "ledger.json", "metrics.jsonl", "environment.json"])
-@pytest.mark.parametrize("kind", [*ODD, "a folder", "a pipe", "a device", "a link to itself"])
-def test_one_odd_file_of_a_run(lighthouse, trainer, here, monkeypatch, name, kind):
+READ_A_RUN = [("compare", "bad"), ("recover", "bad", "--dry-run"), ("pretrain", "--resume", "bad", "--dry-run")]
+
+
+@pytest.fixture
+def bad(here, monkeypatch) -> Path:
+    """A run that is whole as yet, beside another one."""
     monkeypatch.setattr("lighthouse_core.evaluate.compare.plot", lambda curves, folder: [])
     (here / "corpus").mkdir()
     (here / "corpus/a.py").write_text("print('hello')")
-    commands = (("compare", "{}"), ("recover", "{}", "--dry-run"), ("pretrain", "--resume", "{}", "--dry-run"))
     for run in ("good", "bad"):
         checkpoint = make_run(here / f"runs/{run}") / "checkpoints/step-60"
         checkpoint.mkdir(parents=True)
         seal(checkpoint)
-    # With whole files all of them go on.
-    assert all(lighthouse(*(part.format("good") for part in command)).code == 0 for command in commands)
-    bad = here / "runs/bad"
+    return here / "runs/bad"
+
+
+@pytest.mark.parametrize("command", READ_A_RUN)
+def test_with_whole_files_all_commands_go_on(lighthouse, trainer, bad, command):
+    assert lighthouse(*command).code == 0
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "ledger.json", "metrics.jsonl", "environment.json"])
+@pytest.mark.parametrize("kind", [*ODD, "a folder", "a pipe", "a device", "a link to itself"])
+def test_one_odd_file_of_a_run(lighthouse, trainer, bad, name, kind):
     (bad / name).unlink()
     if kind in ODD:
         (bad / name).write_bytes(ODD[kind])
@@ -88,8 +100,8 @@ def test_one_odd_file_of_a_run(lighthouse, trainer, here, monkeypatch, name, kin
     names = {run["name"] for run in json.loads(listed.out)}
     assert listed.code == 0 and names in ({"good", "bad"}, {"good"}) and not listed.err
     assert lighthouse("runs").code == 0
-    for command in commands:
-        answer = lighthouse(*(part.format("bad") for part in command))
+    for command in READ_A_RUN:
+        answer = lighthouse(*command)
         if name in ("recipe.toml", "ledger.json") or (name, command[0]) == ("metrics.jsonl", "compare"):
             assert f"runs/bad/{name}" in check_refused(answer) or "runs/bad is not a run: its recipe.toml" in answer.err
         else:
@@ -235,13 +247,24 @@ def seal_index(folder: Path, change) -> None:
     (folder / "tokens.json").write_text(json.dumps({**index, "seal": seal}))
 
 
+TEXT = RECIPE + 'source = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    with contextlib.chdir(folder):
+        Path("a.txt").write_text("some words\n" * 300)
+        prepare(loads_recipe(TEXT), Path("out"), workers=1, progress=lambda done: None)
+    return folder
+
+
 @pytest.fixture
-def prepared(lighthouse, here) -> Path:
-    (here / "a.txt").write_text("some words\n" * 300)
-    data = 'source = "files"\npaths = ["a.txt"]\nvalidation = 0.0\n'
-    (here / "text.toml").write_text(RECIPE + data)
-    assert lighthouse("data", "prepare", "text.toml", "out", "--workers", "1").code == 0
-    (here / "tokens.toml").write_text(RECIPE + data.replace("files", "tokens").replace("a.txt", "out"))
+def prepared(prepared_once, here) -> Path:
+    # With their times: they are part of what the work is known by.
+    shutil.copytree(prepared_once, here, dirs_exist_ok=True)
+    (here / "text.toml").write_text(TEXT)
+    (here / "tokens.toml").write_text(TEXT.replace("files", "tokens").replace("a.txt", "out"))
     return here / "out"
 
 

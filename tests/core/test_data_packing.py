@@ -29,7 +29,6 @@ from lighthouse_core.data.stream import TokenStream
 from lighthouse_core.data.survey import survey
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, RecipeError
-from lighthouse_core.models import loss
 
 BOS, EOS = 256, 257
 SEQ = 48
@@ -473,7 +472,7 @@ def test_boundaries():
 
 
 def test_the_ignored_label_is_that_of_the_loss():
-    assert IGNORED == loss.IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
 
 
 def test_validation_begins_anew_with_the_same_packing(source):

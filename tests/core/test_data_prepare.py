@@ -59,10 +59,18 @@ def quietly(progress):
     pass
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    write_lines(folder / "src/a.jsonl", 300)
+    prepare(recipe(folder / "src/*.jsonl"), folder / "out", 1, quietly)
+    return folder
+
+
 @pytest.fixture
-def made(tmp_path):
-    write_lines(tmp_path / "src/a.jsonl", 300)
-    prepare(recipe(tmp_path / "src/*.jsonl"), tmp_path / "out", 1, quietly)
+def made(made_once, tmp_path):
+    """A copy: where the text lies is no part of what was prepared."""
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 

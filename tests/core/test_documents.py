@@ -239,7 +239,7 @@ def test_what_the_kernels_are_told_of_the_longest_is_no_less():
         ([4, 8, 100], 100, "from 0 to"),
         ([0, 16, 8, 100], 100, "from 0 to"),
         ([0, 8, 100], 91, "has 92 tokens"),
-        ([0, 6, 100], 100, "no multiple of 4"),
+        ([0, 6, 100], 100, "no multiple of the 4 tokens that the attention method needs"),
     ],
 )
 def test_boundaries_that_cannot_be_are_refused(starts, longest, why):
@@ -247,6 +247,15 @@ def test_boundaries_that_cannot_be_are_refused(starts, longest, why):
     documents = Documents(torch.tensor(starts, dtype=torch.int32), longest)
     with pytest.raises(ValueError, match=why):
         lighthouse_attention(*inputs(1, 100, 2, 1)[:3], cfg, key=KEY, documents=documents)
+
+
+def test_the_refusal_names_what_asks_for_the_alignment():
+    from lighthouse_core.attention.documents import check_documents
+
+    documents = Documents(torch.tensor([0, 16, 100], dtype=torch.int32), 100)
+    check_documents(documents, 1, 100, 16, "of data.align")
+    with pytest.raises(ValueError, match=r"begins at token 16 .* no multiple of the 32 tokens of data.align"):
+        check_documents(documents, 1, 100, 32, "of data.align")
 
 
 def test_more_documents_than_a_grid_has_blocks_are_refused():

@@ -3,7 +3,8 @@
 import typing
 
 import pytest
-from test_runs import RECIPE, save
+from test_runs import save
+from tiny_recipe import RECIPE
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.config.recover import RecoverSection

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import RECIPE
+from tiny_recipe import RECIPE
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -152,6 +153,8 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+# Without vector instructions: finding out which of them compile takes longer than all else. A slow test above has them.
+@inductor.patch({"cpp.vec_isa_ok": False})
 def test_compiled_it_is_the_same():
     hidden, weight, labels = inputs(torch.float32)
     expected = results(plain(hidden, weight, labels), hidden, weight)

@@ -1,32 +1,15 @@
 """How many processes a job has, and which recipes fit them."""
 
 import pytest
+from tiny_recipe import RECIPE
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.errors import UserError
 from lighthouse_core.job import plan as planning
 from lighthouse_core.job.plan import Plan, check_world, plan
 
-RECIPE = """
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-[lighthouse]
-topk = 16
-tile_parents = 8
-[data]
-packing = "concat"
-[training]
-seq_len = 1024
-local_batch_size = 2
-global_batch_size = 12
-steps = 10
-[optimizer]
-lr = 1e-3
-"""
+# Of batches of 12 sequences, two at a time.
+BATCH = ["training.local_batch_size=2", "training.global_batch_size=12"]
 
 
 @pytest.fixture
@@ -86,7 +69,7 @@ def test_numbers_out_of_range(gpus, arguments):
     ],
 )
 def test_batch_and_processes_must_fit(world, settings, fits):
-    recipe = loads_recipe(RECIPE, settings)
+    recipe = loads_recipe(RECIPE, [*BATCH, *settings])
     if fits:
         check_world(recipe, world)
     else:

@@ -9,6 +9,7 @@ import threading
 import tomllib
 
 import pytest
+from tiny_recipe import RECIPE
 
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.errors import CheckpointError, LighthouseError, RunError, UserError
@@ -17,28 +18,6 @@ from lighthouse_core.runs.find import find_checkpoint, find_run
 from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.runs.run import Run, in_use
 from lighthouse_core.seal import seal
-
-RECIPE = """
-[model]
-dim = 64
-layers = 2
-heads = 2
-ffn_dim = 96
-vocab_size = 320
-[lighthouse]
-topk = 16
-tile_parents = 8
-[data]
-packing = "concat"
-[training]
-seq_len = 1024
-global_batch_size = 4
-steps = 100
-[optimizer]
-lr = 1e-3
-[recover]
-steps = 20
-"""
 
 
 @pytest.fixture

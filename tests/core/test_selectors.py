@@ -8,6 +8,7 @@ from lighthouse_core.attention import AttentionContext
 from lighthouse_core.attention.backends import kernels, window_scores
 from lighthouse_core.attention.scan import log_decay, scan
 from lighthouse_core.attention.selectors import SELECTORS, selector_of
+from lighthouse_core.attention.selectors.selector import Inputs
 
 KEY = torch.tensor([1, 2, 3])
 PYRAMID = {"pooling": 2, "levels": 3, "topk": 8, "tile_parents": 4, "backend": "reference"}
@@ -20,8 +21,8 @@ def draw(tokens=150, heads=4, kv_heads=2, dtype=torch.float64):
 
 def scores_of(name, q, k, v):
     cfg = LighthouseConfig(**PYRAMID, scorer=name)
-    given = {"settings": cfg, "ops": kernels("reference", "cpu")}
-    return selector_of(name).select(q, k, v, AttentionContext(KEY), cfg.geometry(q.shape[1]), **given)
+    given = Inputs(q, k, v, AttentionContext(KEY), cfg.geometry(q.shape[1]), cfg, kernels("reference", "cpu"))
+    return selector_of(name).select(given)
 
 
 def expected(weights, q, k, v):

@@ -63,11 +63,25 @@ def dense_attention(
         ValueError: for shapes or documents that do not fit together, or a backend that is not there.
     """
     check_inputs(q, k, v)
+    if documents is not None:
+        check_documents(documents, q.shape[0], q.shape[1])
+    return dense_unchecked(q, k, v, scale=scale, backend=backend, documents=documents)
+
+
+def dense_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    documents: Documents | None = None,
+) -> Tensor:
+    """`dense_attention` of tensors and documents that its caller has checked."""
     given = q.device.type, q.dtype, q.shape[3]
     with torch.autocast(q.device.type, enabled=False):
         if documents is None:
             return choose(backend, *given)(q, k, v, scale)
-        check_documents(documents, q.shape[0], q.shape[1], 1)
         return packed(documents_kernel(backend, *given), q, k, v, scale, 0, documents)[0]
 
 

@@ -58,7 +58,7 @@ class Chunked(Method):
 
         from torch.nn.functional import pad
 
-        from lighthouse_core.attention.dense.call import dense_attention, fuses_documents
+        from lighthouse_core.attention.dense.call import dense_unchecked, fuses_documents
         from lighthouse_core.attention.documents import cut
 
         batch, tokens = q.shape[:2]
@@ -66,14 +66,14 @@ class Chunked(Method):
         given = settings.dense_backend, q.device.type, q.dtype, q.shape[3]
         if context.documents is not None or fuses_documents(*given):
             documents = cut(context.documents, batch, tokens, settings.window, q.device)
-            return dense_attention(q, k, v, **how, documents=documents)
+            return dense_unchecked(q, k, v, **how, documents=documents)
         size = min(operator.index(settings.window), tokens)
         chunks = -(-tokens // size)
         short = (
             pad(x, (0, 0, 0, 0, 0, chunks * size - tokens)).unflatten(1, (chunks, size)).flatten(0, 1)
             for x in (q, k, v)
         )
-        return dense_attention(*short, **how).unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
+        return dense_unchecked(*short, **how).unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
 
 
 def growing_windows(tokens: int) -> tuple[int, ...]:

@@ -163,7 +163,7 @@ class Pyramid(Method):
         import torch
 
         from lighthouse_core.attention.backends import kernels, log_once
-        from lighthouse_core.attention.dense.call import dense_attention
+        from lighthouse_core.attention.dense.call import dense_unchecked
         from lighthouse_core.attention.rotary import rotate
         from lighthouse_core.attention.stages import run, stages
 
@@ -178,7 +178,7 @@ class Pyramid(Method):
             if rotary is not None:
                 q, k = rotate(q, rotary), rotate(k, rotary)
             how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
-            return dense_attention(q, k, v, **how, documents=context.documents)
+            return dense_unchecked(q, k, v, **how, documents=context.documents)
         values = {"q": q, "k": k, "v": v}
         given: dict[str, Any] = {"scale": scale, "indices": indices, "scores": scores, "rotary": rotary}
         for stage in stages(q, k.shape[2], settings, context, g, ops, **given):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lighthouse_core.attention.selectors.selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lighthouse_core.attention.context import AttentionContext
-    from lighthouse_core.attention.selectors.selector import Scores
+    from lighthouse_core.attention.selectors.selector import Inputs, Scores
     from lighthouse_core.attention.settings import Settings
-    from lighthouse_kernels.geometry import Geometry
     from lighthouse_kernels.types import Selection
 
 
@@ -29,25 +27,14 @@ class Attending(Selector):
         """[B, N, H, D] from q, k and v, each [B, N, H, D]."""
         raise NotImplementedError
 
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: AttentionContext,
-        geometry: Geometry,
-        *,
-        settings: Settings,
-        ops: Any,
-        norms: Any = None,
-    ) -> Selection | Scores:
+    def select(self, given: Inputs) -> Selection | Scores:
         """See `Selector.select`. Of a group of heads, the key's score is the largest."""
         import torch
 
-        kv_heads = k.shape[2]
+        kv_heads = given.k.shape[2]
         with torch.no_grad():
-            k, v = (x.detach().repeat_interleave(q.shape[2] // kv_heads, 2) for x in (k, v))
-            q = q.detach()
-            outs = self.attend(q, k, v, settings), self.attend(k, q, v, settings)
+            q = given.q.detach()
+            k, v = (x.detach().repeat_interleave(q.shape[2] // kv_heads, 2) for x in (given.k, given.v))
+            outs = self.attend(q, k, v, given.settings), self.attend(k, q, v, given.settings)
             by_query, by_key = (out.float().norm(dim=-1) for out in outs)
             return by_query, by_key.unflatten(2, (kv_heads, -1)).amax(-1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lighthouse_core.attention.selectors.selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lighthouse_core.attention.context import AttentionContext
-    from lighthouse_core.attention.selectors.selector import Scores
-    from lighthouse_core.attention.settings import Settings
+    from lighthouse_core.attention.selectors.selector import Inputs, Scores
     from lighthouse_kernels.geometry import Geometry
     from lighthouse_kernels.types import Selection
 
@@ -23,19 +21,11 @@ class Norm(Selector):
     leaks = True
     in_pass = True
 
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: AttentionContext,
-        geometry: Geometry,
-        *,
-        settings: Settings,
-        ops: Any,
-        norms: Any = None,
-    ) -> Selection | Scores:
-        return ops.select(ops.norm_scores(q.detach(), k.detach(), geometry) if norms is None else norms, geometry)
+    def select(self, given: Inputs) -> Selection | Scores:
+        ops, norms = given.ops, given.norms
+        if norms is None:
+            norms = ops.norm_scores(given.q.detach(), given.k.detach(), given.geometry)
+        return ops.select(norms, given.geometry)
 
     def before_qk_norm(self, q: Tensor, k: Tensor) -> Scores | None:
         return q.float().norm(dim=-1), k.float().norm(dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +13,29 @@ if TYPE_CHECKING:
     from lighthouse_kernels.types import Selection
 
     Scores = tuple[Tensor, Tensor]
+
+
+class Inputs(NamedTuple):
+    """What a selector of one call may read.
+
+    Attributes:
+        q: [B, N, H, D], after RoPE, but for a call that rotates gathered rows.
+        k, v: [B, N, Hkv, D].
+        context: of the batch; has the key.
+        geometry: the pyramid.
+        settings: of the call.
+        ops: the pyramid's operations; see lighthouse_kernels.reference.
+        norms: what the pass over q, k and v gave, where the selector is `in_pass` and there was one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    context: AttentionContext
+    geometry: Geometry
+    settings: Settings
+    ops: Any
+    norms: Any = None
 
 
 class Selector:
@@ -34,28 +57,8 @@ class Selector:
     attends: ClassVar[bool] = False
     in_pass: ClassVar[bool] = False
 
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: AttentionContext,
-        geometry: Geometry,
-        *,
-        settings: Settings,
-        ops: Any,
-        norms: Any = None,
-    ) -> Selection | Scores:
+    def select(self, given: Inputs) -> Selection | Scores:
         """The selection, or scores that it follows from by the paper's descent. No gradient goes through it.
-
-        Args:
-            q: [B, N, H, D], after RoPE, but for a call that rotates gathered rows.
-            k, v: [B, N, Hkv, D].
-            context: of the batch; has the key.
-            geometry: the pyramid.
-            settings: of the call.
-            ops: the pyramid's operations; see lighthouse_kernels.reference.
-            norms: what the pass over q, k and v gave, where `in_pass` and there was one.
 
         Returns:
             A selection; or (s_Q, s_K) float32, of tokens ([B, N, H] and [B, N, Hkv]) or of windows (both [B, Hkv, M]),

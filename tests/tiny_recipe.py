@@ -1,4 +1,4 @@
-"""A small recipe on Python's own sources, for the command line. It ends with [data], for further keys."""
+"""A small recipe on Python's own sources. It ends with [data], for further keys."""
 
 RECIPE = """\
 [model]
