@@ -19,16 +19,19 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.job.environment import MEETING
 from lighthouse_core.job.meeting import meeting
-from lighthouse_core.models.decoder import build_dense_model
+from lighthouse_core.models.decoder import Decoder, DecoderArgs
 from lighthouse_core.titan import build_job, guard, trainer
 from lighthouse_core.titan import job as ours
 from lighthouse_core.titan.job import ALLOWED
 from lighthouse_core.titan.parallelize import parallelize
+from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 from torchtitan.distributed import ParallelDims, utils  # isort: skip
 from torchtitan.tools import profiling  # isort: skip
 from torchtitan.tools.utils import GarbageCollection  # isort: skip
 
+# On a GPU all of it is the GPU's.
+pytestmark = [pytest.mark.gpu] if HAS_ACCELERATOR else []
 TOKENS = 32
 SIZE = ["model.dim=32", "model.layers=2", "model.heads=2", "model.head_dim=16", "model.ffn_dim=48"]
 SIZE += ["model.dense_layers=[]", "model.vocab_size=259"]
@@ -71,14 +74,15 @@ def joined(job, folder):
 
 
 def model(job, *settings):
-    built = build_dense_model(recipe(*settings).model, TOKENS)
+    with torch.device(DEVICE_TYPE):
+        built = Decoder(DecoderArgs.of(recipe(*settings).model, TOKENS))
     with torch.no_grad():
         built.init_weights()
     return parallelize(built, ONE, job)
 
 
 def loss(built):
-    tokens = torch.arange(2 * TOKENS).view(2, TOKENS)
+    tokens = torch.arange(2 * TOKENS, device=DEVICE_TYPE).view(2, TOKENS)
     return built(tokens, labels=tokens)
 
 
@@ -180,7 +184,7 @@ def compiled(job, see):
 
 def timeout(job, see):
     with joined(job, see.folder) as group:
-        return group._get_backend(torch.device("cpu")).options._timeout
+        return group._get_backend(torch.device(DEVICE_TYPE)).options._timeout
 
 
 def recorder(job, see):
