@@ -83,7 +83,7 @@ _ORIGIN = Refused(
     "set model.from, or give lighthouse pretrain --from",
 )
 _EXPORT = Refused("a run's checkpoints are torch's, and complete", "export with lighthouse strip")
-_ALWAYS = Refused("a run saves checkpoints, and goes on from the newest")
+_ALWAYS = Refused("a run saves checkpoints")
 _KEPT = _decided("training.activation_checkpointing")
 _LINEAR = Refused("a decay is linear, and to 0", "set schedule.decay_steps or recover.decay")
 _VALIDATION = Refused("the held-out part of [data] is validated", "set data.validation")
@@ -169,8 +169,12 @@ REFUSED = {
     "checkpoint.export_dtype": _EXPORT,
     "checkpoint.async_mode": _decided("checkpoint.async_save"),
     "checkpoint.keep_latest_k": _decided("checkpoint.keep"),
-    "checkpoint.load_step": _ALWAYS,
-    "checkpoint.exclude_from_loading": Refused("a run loads all of its checkpoint"),
+    "checkpoint.load_step": Refused(
+        "a run goes on from its newest checkpoint", "give lighthouse pretrain --from RUN/checkpoints/step-N"
+    ),
+    "checkpoint.exclude_from_loading": Refused(
+        "a run loads all of its checkpoint", "give lighthouse pretrain --from RUN, which takes its weights alone"
+    ),
     "checkpoint.create_seed_checkpoint": Refused("weights do not depend on the number of processes"),
     "checkpoint.load_only": _ALWAYS,
     "activation_checkpoint.mode": _KEPT,
