@@ -46,39 +46,98 @@ ALLOWED = {
     "activation_checkpoint.early_stop": Allowed(bool, "apply_ac"),
     "activation_checkpoint.preserve_rng_state": Allowed(bool, "apply_ac"),
     "activation_checkpoint.determinism_check": Allowed(Literal["default", "none"], "apply_ac"),
-    "activation_checkpoint.debug": Allowed(bool, "apply_ac"),
     "compile.components": Allowed(
         list[Literal["model", "loss"]], "lighthouse_core.titan.parallelize, for the blocks and for the loss"
     ),
     "compile.backend": Allowed(Literal["inductor", "aot_eager", "eager"], "apply_compile"),
     "comm.init_timeout_seconds": Allowed(_Count, "init_distributed"),
-    "comm.train_timeout_seconds": Allowed(_Count, "set_pg_timeouts after the first step, on accelerators"),
+    "comm.train_timeout_seconds": Allowed(_Count, "set_pg_timeouts after the first step of a launch, on accelerators"),
     "comm.trace_buf_size": Allowed(Annotated[int, Field(ge=0, le=2**31 - 1)], "init_distributed, for NCCL's recorder"),
     "debug.deterministic_warn_only": Allowed(bool, "set_determinism"),
 }
 
-_LEAVE_OUT = f"leave it out; [titan] takes {', '.join(ALLOWED)}"
-_DATA_PARALLEL = "only data parallelism is supported"
-_NOT_USED = "it has no effect here"
-_RUNS_CODE = "it runs code"
-_WRITES = "it writes where it likes: what a run writes stays in its folder"
-# A key refuses its whole table, too.
+
+class Refused(NamedTuple):
+    """A key of [titan] that a recipe may not set.
+
+    Attributes:
+        reason: why not.
+        instead: what to do, as an imperative; "" to leave it out.
+    """
+
+    reason: str
+    instead: str = ""
+
+
+def _decided(*keys: str) -> Refused:
+    """By keys of a recipe's own sections."""
+    return Refused(f"{' and '.join(keys)} {'decide' if len(keys) > 1 else 'decides'} it", f"set {' or '.join(keys)}")
+
+
+_DATA_PARALLEL = Refused("only data parallelism is supported", "set parallel.shard or parallel.replicate")
+_NOT_USED = Refused("it has no effect here")
+_RUNS_CODE = Refused("it runs code")
+_WRITES = Refused("it writes where it likes: what a run writes stays in its folder")
+_ORIGIN = Refused(
+    "a run begins with the weights of model.from, or draws its own",
+    "set model.from, or give lighthouse pretrain --from",
+)
+_EXPORT = Refused("a run's checkpoints are torch's, and complete", "export with lighthouse strip")
+_ALWAYS = Refused("a run saves checkpoints")
+_KEPT = _decided("training.activation_checkpointing")
+_LINEAR = Refused("a decay is linear, and to 0", "set schedule.decay_steps or recover.decay")
+_VALIDATION = Refused("the held-out part of [data] is validated", "set data.validation")
+# All others; a key here is that of a value, or of a table that nothing reads.
 REFUSED = {
+    "job.config_file": Refused("the recipe is the configuration"),
+    "job.dump_folder": Refused("what a run writes stays in its folder", "give lighthouse pretrain --name"),
+    "job.description": Refused("it is the run's name", "give lighthouse pretrain --name"),
     "job.save_config_file": _WRITES,
     "job.custom_config_module": _RUNS_CODE,
     "profiling.save_traces_folder": _WRITES,
     "profiling.save_memory_snapshot_folder": _WRITES,
-    "metrics.save_for_all_ranks": "one process writes the metrics of all",
+    "metrics.log_freq": _decided("metrics.every"),
+    "metrics.enable_tensorboard": _decided("metrics.tensorboard"),
+    "metrics.enable_wandb": _decided("metrics.wandb"),
+    "metrics.disable_color_printing": Refused("logs have no colours"),
+    "metrics.save_for_all_ranks": Refused("one process writes the metrics of all"),
     "metrics.save_tb_folder": _WRITES,
-    "model.hf_assets_path": "[data] has the tokenizer, and weights are drawn from training.seed",
-    "model.tokenizer_path": "data.tokenizer decides it",
-    "model.print_after_conversion": "[model] and [lighthouse] decide it",
-    "optimizer.early_step_in_backward": "bad numbers are decided upon before an update",
-    "lr_scheduler": "[schedule] and [recover] decide it",
-    "training.dataset_path": "data.paths decides it",
-    "training.enable_cpu_offload": "bad numbers are decided upon where the weights are",
+    "model.name": _decided("model.family"),
+    "model.flavor": Refused("[model] has the sizes"),
+    "model.hf_assets_path": Refused(
+        "[data] has the tokenizer, and model.from the weights", "set data.tokenizer or model.from"
+    ),
+    "model.tokenizer_path": _decided("data.tokenizer"),
+    "model.converters": Refused("the model is built with its attention, and converted by nothing"),
+    "model.print_after_conversion": Refused("the model is converted by nothing"),
+    "optimizer.name": Refused("the optimizer is AdamW"),
+    "optimizer.implementation": Refused("the guard against bad numbers needs the fused one"),
+    "optimizer.lr": _decided("optimizer.lr"),
+    "optimizer.beta1": _decided("optimizer.beta1"),
+    "optimizer.beta2": _decided("optimizer.beta2"),
+    "optimizer.eps": _decided("optimizer.eps"),
+    "optimizer.weight_decay": _decided("optimizer.weight_decay"),
+    "optimizer.early_step_in_backward": Refused("bad numbers are decided upon before an update"),
+    "lr_scheduler.warmup_steps": _decided("schedule.warmup_steps"),
+    "lr_scheduler.total_steps": _decided("training.steps", "recover.steps"),
+    "lr_scheduler.decay_ratio": _decided("schedule.decay_steps", "recover.decay"),
+    "lr_scheduler.decay_type": _LINEAR,
+    "lr_scheduler.min_lr_factor": _LINEAR,
+    "training.dataset": _decided("data.source", "data.sources"),
+    "training.dataset_path": _decided("data.paths"),
+    "training.local_batch_size": _decided("training.local_batch_size"),
+    "training.global_batch_size": _decided("training.global_batch_size"),
+    "training.seq_len": _decided("training.seq_len"),
+    "training.max_norm": _decided("optimizer.clip_norm"),
+    "training.steps": _decided("training.steps", "recover.steps"),
+    "training.enable_cpu_offload": Refused("bad numbers are decided upon where the weights are"),
+    "training.dtype": Refused("weights are float32", "set training.dtype for the type of the computation"),
+    "training.mixed_precision_param": _decided("training.dtype"),
+    "training.mixed_precision_reduce": Refused("gradients are float32"),
     "training.gc_debug": _WRITES,
-    "training.dataloader": "the loader of [data] makes batches in a thread of its own",
+    "training.dataloader": Refused("the loader of [data] makes batches in a thread of its own"),
+    "parallelism.data_parallel_shard_degree": _decided("parallel.shard"),
+    "parallelism.data_parallel_replicate_degree": _decided("parallel.replicate"),
     "parallelism.tensor_parallel_degree": _DATA_PARALLEL,
     "parallelism.disable_loss_parallel": _DATA_PARALLEL,
     "parallelism.enable_async_tensor_parallel": _DATA_PARALLEL,
@@ -97,28 +156,53 @@ REFUSED = {
     "parallelism.expert_parallel_degree": _DATA_PARALLEL,
     "parallelism.expert_tensor_parallel_degree": _DATA_PARALLEL,
     "parallelism.expert_parallel_comm_backend": _DATA_PARALLEL,
+    "checkpoint.enable": _ALWAYS,
     "checkpoint.enable_ft_dataloader_checkpoints": _NOT_USED,
-    "checkpoint.initial_load_model_only": "a run begins with weights drawn from training.seed",
-    "checkpoint.initial_load_in_hf": "a run begins with weights drawn from training.seed",
-    "checkpoint.initial_load_in_hf_quantized": "a run begins with weights drawn from training.seed",
-    "checkpoint.last_save_in_hf": "lighthouse strip exports",
-    "checkpoint.export_dtype": "lighthouse strip exports",
-    "checkpoint.exclude_from_loading": "a run loads all of its checkpoint",
-    "checkpoint.create_seed_checkpoint": "weights do not depend on the number of processes",
-    "checkpoint.load_only": "a run saves its checkpoints",
-    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
-        "training.activation_checkpointing decides what is kept"
+    "checkpoint.folder": Refused("what a run writes stays in its folder"),
+    "checkpoint.interval": _decided("checkpoint.interval"),
+    "checkpoint.initial_load_path": _ORIGIN,
+    "checkpoint.initial_load_model_only": _ORIGIN,
+    "checkpoint.initial_load_in_hf": _ORIGIN,
+    "checkpoint.initial_load_in_hf_quantized": _ORIGIN,
+    "checkpoint.last_save_model_only": _EXPORT,
+    "checkpoint.last_save_in_hf": _EXPORT,
+    "checkpoint.export_dtype": _EXPORT,
+    "checkpoint.async_mode": _decided("checkpoint.async_save"),
+    "checkpoint.keep_latest_k": _decided("checkpoint.keep"),
+    "checkpoint.load_step": Refused(
+        "a run goes on from its newest checkpoint", "give lighthouse pretrain --from RUN/checkpoints/step-N"
     ),
-    "activation_checkpoint.memory_budget": "training.activation_checkpointing has no such mode",
-    "activation_checkpoint.visualize_memory_budget_pareto": "training.activation_checkpointing has no such mode",
+    "checkpoint.exclude_from_loading": Refused(
+        "a run loads all of its checkpoint", "give lighthouse pretrain --from RUN, which takes its weights alone"
+    ),
+    "checkpoint.create_seed_checkpoint": Refused("weights do not depend on the number of processes"),
+    "checkpoint.load_only": _ALWAYS,
+    "activation_checkpoint.mode": _KEPT,
+    "activation_checkpoint.selective_ac_option": _KEPT,
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": _KEPT,
+    "activation_checkpoint.memory_budget": _KEPT,
+    "activation_checkpoint.visualize_memory_budget_pareto": _KEPT,
+    # A ValueError of torch in the first step.
+    "activation_checkpoint.debug": Refused("torch takes it only where no result is kept, and selections are"),
+    "compile.enable": _decided("training.compile"),
     "quantize": _NOT_USED,
+    "comm.save_traces_folder": Refused("traces are written to the run's logs"),
     "comm.save_traces_file_prefix": _WRITES,
-    "comm.mode": "a run trains for real",
-    "memory_estimation": _NOT_USED,
+    "comm.mode": Refused("a run trains for real"),
+    "memory_estimation": Refused("nothing reads it", "look at the estimate of lighthouse pretrain --dry-run"),
     "fault_tolerance": _NOT_USED,
     "experimental": _RUNS_CODE,
-    "validation": "[data] and [metrics] decide it",
-    "debug.moe_force_load_balance": "no layer has experts",
+    "validation.enable": _VALIDATION,
+    "validation.dataset": _VALIDATION,
+    "validation.dataset_path": _VALIDATION,
+    "validation.local_batch_size": _decided("training.local_batch_size"),
+    "validation.seq_len": _decided("training.seq_len"),
+    "validation.freq": _decided("metrics.validation_every"),
+    "validation.steps": _decided("metrics.validation_batches"),
+    "validation.dataloader": Refused("the loader of [data] makes batches in a thread of its own"),
+    "debug.seed": _decided("training.seed"),
+    "debug.deterministic": _decided("training.deterministic"),
+    "debug.moe_force_load_balance": Refused("no layer has experts"),
 }
 
 
@@ -194,7 +278,7 @@ def build_job(recipe: "Recipe", run_dir: Path, *, steps: int) -> JobConfig:
     for key, value in _settings(recipe, run_dir, steps).items():
         section, name = key.rsplit(".", 1)
         target = getattr(job, section)
-        assert hasattr(target, name), key
+        assert hasattr(target, name) and key in REFUSED, key
         setattr(target, name, value)
     _apply(job, recipe)
     return job
@@ -202,36 +286,48 @@ def build_job(recipe: "Recipe", run_dir: Path, *, steps: int) -> JobConfig:
 
 def check_overrides(recipe: "Recipe") -> None:
     """Raise RecipeError unless every [titan] table holds settings of torchtitan that a run reads, with values that it
-    takes, and that no other section of the recipe decides."""
-    _apply(JobConfig(), recipe)
+    takes, and that change something in a run of this recipe."""
+    job = build_job(recipe, Path("run"), steps=recipe.training.steps)
     given = _flat(recipe.titan)
-    profiling = given.get("profiling.enable_profiling"), given.get("profiling.enable_memory_snapshot")
-    compiles = recipe.training.compile, "training.compile"
-    checkpoints = recipe.training.activation_checkpointing != "none", 'an activation_checkpointing other than "none"'
-    needs = {
-        "profiling.profile_freq": (any(profiling), "titan.profiling.enable_profiling or enable_memory_snapshot"),
-        "profiling.profiler_active": (profiling[0], "titan.profiling.enable_profiling"),
-        "profiling.profiler_warmup": (profiling[0], "titan.profiling.enable_profiling"),
-        "compile.components": compiles,
-        "compile.backend": compiles,
-        **{key: checkpoints for key in ALLOWED if key.startswith("activation_checkpoint.")},
-        "comm.train_timeout_seconds": (HAS_ACCELERATOR, "an accelerator"),
-        "comm.trace_buf_size": (HAS_ACCELERATOR, "an accelerator"),
-        "debug.deterministic_warn_only": (recipe.training.deterministic, "training.deterministic"),
-        "parallelism.fsdp_reshard_after_forward": (
-            recipe.parallel.replicate == 1 or recipe.parallel.shard != 1,
-            "a parallel.shard other than 1",
+    traces, snapshots = job.profiling.enable_profiling, job.profiling.enable_memory_snapshot
+    blocks_compiled = job.compile.enable and "model" in job.compile.components
+    tracing = traces, "without titan.profiling.enable_profiling"
+    accelerated = HAS_ACCELERATOR, "without an accelerator"
+    # torch compiles checkpointing in a way of its own.
+    recomputed = (
+        job.activation_checkpoint.mode != "none" and not blocks_compiled,
+        'without training.activation_checkpointing, or where "model" is compiled',
+    )
+    effective = {
+        "profiling.profile_freq": (
+            traces or snapshots,
+            "without titan.profiling.enable_profiling or enable_memory_snapshot",
         ),
+        "profiling.profiler_active": tracing,
+        "profiling.profiler_warmup": tracing,
+        "parallelism.fsdp_reshard_after_forward": (
+            recipe.parallel.shard != 1 or (recipe.parallel.replicate == 1 and recipe.training.dtype != "float32"),
+            "without FSDP: parallel.shard is 1",
+        ),
+        "checkpoint.enable_first_step_checkpoint": (
+            recipe.checkpoint.interval > 1 and 1 not in recipe.checkpoint.also,
+            "where checkpoint.interval or checkpoint.also has step 1 saved",
+        ),
+        **{key: recomputed for key in ALLOWED if key.startswith("activation_checkpoint.")},
+        "compile.components": (job.compile.enable, "without training.compile"),
+        "compile.backend": (blocks_compiled, 'unless training.compile compiles "model"'),
+        "comm.train_timeout_seconds": accelerated,
+        "comm.trace_buf_size": accelerated,
+        "debug.deterministic_warn_only": (job.debug.deterministic, "without training.deterministic"),
     }
     for key in given:
-        there, what = needs.get(key, (True, ""))
-        if not there:
-            raise RecipeError(f"titan.{key} has no effect without {what}", hint="leave it out, or set that, too")
+        changes, unless = effective.get(key, (True, ""))
+        if not changes:
+            raise RecipeError(f"titan.{key} has no effect {unless}", hint="leave it out, or change that, too")
 
 
-def owned_keys(recipe: "Recipe") -> set[str]:
-    """Keys of torchtitan that the sections of a recipe decide."""
-    return set(_settings(recipe, Path("run"), 0))
+def _leave_out() -> str:
+    return f"leave it out; [titan] takes {', '.join(ALLOWED)}"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -243,17 +339,12 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _apply(job: JobConfig, recipe: "Recipe") -> None:
-    owned = owned_keys(recipe)
     for key, value in _flat(recipe.titan).items():
         path = key.split(".")
         above = {".".join(path[: n + 1]) for n in range(len(path))}
-        if above & owned:
-            raise RecipeError(
-                f"titan.{key} cannot be set: the recipe's own sections decide it",
-                hint="set it in its own section; lighthouse recipes show NAME lists them",
-            )
         if refused := above & REFUSED.keys():
-            raise RecipeError(f"titan.{key} cannot be set: {REFUSED[refused.pop()]}", hint=_LEAVE_OUT)
+            reason, instead = REFUSED[refused.pop()]
+            raise RecipeError(f"titan.{key} cannot be set: {reason}", hint=instead or _leave_out())
         target: Any = job
         for n, name in enumerate(path):
             names = [field.name for field in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
@@ -272,7 +363,7 @@ def _apply(job: JobConfig, recipe: "Recipe") -> None:
             continue
         if key not in ALLOWED:
             raise RecipeError(
-                f"titan.{key} cannot be set: what it would do to a run has not been looked into", hint=_LEAVE_OUT
+                f"titan.{key} cannot be set: what it would do to a run has not been looked into", hint=_leave_out()
             )
         try:
             setattr(section, path[-1], TypeAdapter(ALLOWED[key].values).validate_python(value, strict=True))

@@ -118,7 +118,8 @@ def shard_tied(
         how["offload_policy"] = CPUOffloadPolicy()
     for block in model.layers.values():
         fully_shard(block, **how, reshard_after_forward=reshard_after_forward_policy != "never")
-    fully_shard(model, **how)
+    # None keeps the table, with which the backward pass begins.
+    fully_shard(model, **how, reshard_after_forward=True if reshard_after_forward_policy == "always" else None)
     disable_fsdp_gradient_division(model)
 
 

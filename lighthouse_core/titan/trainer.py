@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -504,6 +505,12 @@ class Trainer(titan_train.Trainer):
             # Together: until then a signal ends a process at once.
             self.anywhere(False)
             training_begins()
+            # torchtitan does it after the first step of a run, and not of each launch.
+            if self.step > 1:
+                seconds = self.job_config.comm.train_timeout_seconds
+                titan_train.dist_utils.set_pg_timeouts(
+                    timeout=timedelta(seconds=seconds), parallel_dims=self.parallel_dims
+                )
         self.guard.look()
 
     def _context(self, sample: int) -> AttentionContext:

@@ -47,7 +47,7 @@ def test_titan_tables_reach_torchtitan(tmp_path):
         ("titan.com.init_timeout_seconds=1", r"titan.com is not a setting of torchtitan; did you mean comm\?"),
         ('titan.comm.init_timeout_seconds="long"', "valid integer"),
         ("titan.nothing.at_all=1", "not a setting of torchtitan"),
-        ("titan.training.seq_len=64", "recipe's own sections"),
+        ("titan.training.seq_len=64", "training.seq_len decides it"),
         ("titan.parallelism.tensor_parallel_degree=2", "only data parallelism"),
         ("titan.lr_scheduler.min_lr_factor=0.5", "schedule"),
         ("titan.fault_tolerance.enable=true", "no effect"),
