@@ -133,7 +133,9 @@ def pretrain(
         path = run_path(resolved, name or resolved.output.name)
         _finish(path, None, processes, f"run {path}", quiet, as_json)
         return
-    run = create_run(resolved, path.stem, name or "", source=str(path), weights=weights and weights.facts)
+    run = create_run(
+        resolved, path.stem, name or "", source=str(path), weights=None if weights is None else weights.facts
+    )
     try:
         with run.lock():
             _train.warn_of_no_savings(resolved, found)

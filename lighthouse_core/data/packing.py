@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 
 from lighthouse_core.attention.context import Documents
+from lighthouse_core.models.labels import IGNORED
 
-# The label of a token that has none: what torch's cross-entropy ignores.
-IGNORED = -100
 # Fewer documents than this are one shape: a new one may be compiled for.
 _FEWEST = 16
 

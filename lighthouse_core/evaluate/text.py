@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lighthouse_core.attention.context import Documents
-from lighthouse_core.data.packing import IGNORED
+from lighthouse_core.models.labels import IGNORED
 
 
 class PackedSequence(NamedTuple):

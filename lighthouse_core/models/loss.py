@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lighthouse_core.data.packing import IGNORED
+from lighthouse_core.models.labels import IGNORED
 
 # Without compilation log-probabilities are float32 tensors, of so many tokens at a time.
 _ROWS = 128

@@ -33,7 +33,6 @@ from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
 from lighthouse_core.data.documents import Split
 from lighthouse_core.data.loader import TokenLoader, build_loader
-from lighthouse_core.data.packing import IGNORED
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, PatchError, TrainingError, UserError, memory_fault
 from lighthouse_core.job.environment import TRACE_FOLDER
@@ -41,6 +40,7 @@ from lighthouse_core.job.heartbeat import note_step
 from lighthouse_core.job.meeting import meeting
 from lighthouse_core.job.stop import Interrupted, is_training, stop_requested, training_begins
 from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_lighthouse
+from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.run import Run
 from lighthouse_core.runs.schedule import lr_factor
 from lighthouse_core.titan.checkpointer import Checkpointer

@@ -20,7 +20,7 @@ from lighthouse_core.data.build import build_stream
 from lighthouse_core.data.documents import stable_hash
 from lighthouse_core.data.loader import TokenLoader, build_loader
 from lighthouse_core.data.mixture import next_source
-from lighthouse_core.data.packing import IGNORED, boundaries
+from lighthouse_core.data.packing import boundaries
 from lighthouse_core.data.prepare import prepare
 from lighthouse_core.data.shards import PreparedTokens, ShardWriter, write_index
 from lighthouse_core.data.shuffle import ShuffledStream, permuted
@@ -29,6 +29,7 @@ from lighthouse_core.data.stream import TokenStream
 from lighthouse_core.data.survey import survey
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, RecipeError
+from lighthouse_core.models.labels import IGNORED
 
 BOS, EOS = 256, 257
 SEQ = 48

@@ -15,7 +15,6 @@ from lighthouse_core.attention import AttentionContext, Documents
 from lighthouse_core.attention.context import selection_keys
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.data.loader import build_loader
-from lighthouse_core.data.packing import IGNORED
 from lighthouse_core.data.tokenizer import BytesTokenizer
 from lighthouse_core.errors import UserError
 from lighthouse_core.evaluate import PackedSequence, Subject, Text, evaluate, leak_across
@@ -24,6 +23,7 @@ from lighthouse_core.evaluate.loss import bits_per_byte, by_position, per_sequen
 from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.export.publish import strip
 from lighthouse_core.models.decoder import build_dense_model
+from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lighthouse_core.models.loss import IGNORED, linear_cross_entropy
+from lighthouse_core.models.labels import IGNORED
+from lighthouse_core.models.loss import linear_cross_entropy
 
 TOKENS, DIM, VOCABULARY = 37, 12, 300
 
