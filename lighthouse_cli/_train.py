@@ -135,8 +135,8 @@ def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
     state = cost.state_bytes / sharded
     yield _line(
         "memory (estimate)",
-        f"{_gib(state + cost.activation_bytes)} a process over {processes}: weights, gradients and optimizer "
-        f"{_gib(state)}, activations about {_gib(cost.activation_bytes)} in the stage that takes more",
+        f"{', '.join(f'{name} {_gib(state + size)}' for name, size in cost.stage_bytes.items())} a process over "
+        f"{processes}, {_gib(state)} of it for weights, gradients and optimizer",
     )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from math import inf
 
+from lighthouse_core.attention.methods.method import Method
 from lighthouse_core.config import Recipe
 from lighthouse_core.models.family import Parameters
 
@@ -33,7 +34,7 @@ class Estimate:
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
         state_bytes: weights, gradients and two Adam moments in float32, over all processes.
-        activation_bytes: rough, of one process, in the stage that takes more.
+        stage_bytes: of one process beside `state_bytes`, by the name of each stage.
     """
 
     parameters: Parameters
@@ -42,7 +43,12 @@ class Estimate:
     dense_flops: float
     tokens_per_step: int
     state_bytes: int
-    activation_bytes: int
+    stage_bytes: dict[str, int]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the stage that takes more."""
+        return max(self.stage_bytes.values())
 
 
 def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
@@ -56,7 +62,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
         dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
         state_bytes=16 * counts.total,
-        activation_bytes=_activation_bytes(recipe),
+        stage_bytes=_stage_bytes(recipe),
     )
 
 
@@ -138,26 +144,38 @@ def profile_defaults(tokens: int) -> tuple[int, int, int]:
     return _MEASURED.get(tokens, (4, 3, max(128, tokens // 32 // 128 * 128)))
 
 
-def _activation_bytes(recipe: Recipe) -> int:
-    """What autograd keeps, per process, in the stage that takes more.
+def _stage_bytes(recipe: Recipe) -> dict[str, int]:
+    """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
-    A layer without checkpointing keeps about 5 rows of dim, 2 of the queries, 2 of the keys and values and 3 of the
-    feed-forward: 78 GiB over 30 layers of width 1024 at 98304 tokens, where 77 were measured. A Lighthouse layer keeps
-    some more rows of the queries where several parts make its softmax, fitted to the peaks in recipes/evidence, which
-    are of no checkpointing. "full" keeps one row a layer and one layer at a time; "selective" is taken as half. The
-    head: logits of one chunk, and its weights' gradient in float32 and in the compute type.
+    At the peak the last layer's backward pass runs. What is kept of all layers is there; of the last one also
+    everything that was not kept, the gradients of its feed-forward and of two rows of the model's width; the hidden
+    states around the head; and weights of the head and of a layer in the compute type, with their gradients. Derived
+    from what torch.compile keeps, with the number of rows fitted to measured peaks (tests/recipes/test_recipes.py).
     """
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
     width = 2 if training.dtype == "bfloat16" else 4
-    rows = 5 * model.dim + 2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim
-    cfg = lighthouse.attention()
-    pooled = model.layers - len(model.dense_layers) if lighthouse.enabled else 0
-    more = cfg.rule.extra_rows(cfg) * model.heads * model.head_dim
-    kept = {
-        "none": rows * model.layers + more * pooled,
-        "selective": (rows * model.layers + more * pooled) // 2,
-        "full": model.dim * model.layers + rows + (more if pooled else 0),
-    }[training.activation_checkpointing]
-    tokens = training.local_batch_size * training.seq_len
-    head = min(training.loss_chunk, tokens) * model.vocab_size * width + model.vocab_size * model.dim * (4 + width)
-    return tokens * kept * width + head
+    dense, q, kv = Method(), model.heads * model.head_dim, model.kv_heads * model.head_dim
+    cfg, tokens = lighthouse.attention(), training.seq_len
+
+    def kept(method: Method, mode: str) -> float:
+        """Numbers a token that are kept of one layer."""
+        if mode == "full":
+            return model.dim
+        selective = mode == "selective"
+        attention = method.kept_numbers(cfg, tokens, q, kv, selective=selective)
+        # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.
+        return attention + (model.dim + model.ffn_dim if selective else 4 * model.dim + 3 * model.ffn_dim)
+
+    mode = training.activation_checkpointing
+    stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}
+    if lighthouse.enabled:
+        rules = [dense if layer in model.dense_layers else cfg.rule for layer in range(model.layers)]
+        stages = {"lighthouse": rules, **stages}
+    counts, found = model.kind.parameters(model), {}
+    for name, layers in stages.items():
+        numbers = sum(kept(method, mode) for method in layers)
+        numbers += max(kept(method, "none") - kept(method, mode) for method in layers)
+        numbers += 3 * model.ffn_dim + 5 * model.dim
+        weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
+        found[name] = int(training.local_batch_size * tokens * numbers * width + weights)
+    return found

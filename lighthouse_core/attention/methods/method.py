@@ -95,9 +95,17 @@ class Method:
         that begins with token `first` of such a sequence; dense attention has half of that."""
         raise NotImplementedError
 
-    def extra_rows(self, settings: Settings) -> int:
-        """Rows of the queries that autograd keeps of a layer, beyond those of a dense one."""
-        return 0
+    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, selective: bool) -> float:
+        """Numbers that autograd keeps of a layer's attention for each token.
+
+        Args:
+            settings: of the call.
+            tokens: N.
+            q, kv: widths of the queries, H D, and of the keys, Hkv D.
+            selective: whether every second matrix product is computed anew, that of the keys among them.
+        """
+        # Queries, keys, values and the output.
+        return 2 * q + (1 if selective else 2) * kv
 
     def words(self, settings: Settings) -> str:
         """Which attention that is, in a report."""

@@ -76,8 +76,13 @@ class Pyramid(Method):
         near = last(length, settings.window) if gathered < tokens else 0.0
         return gathered**2 / (2 * tokens) * (length / tokens) + near
 
-    def extra_rows(self, settings: Settings) -> int:
-        return 2 if settings.window else 0
+    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, selective: bool) -> float:
+        """Of what was gathered; with a window of the tokens, too."""
+        whole = super().kept_numbers(settings, tokens, q, kv, selective=selective)
+        gathered = self.geometry(settings, tokens).gathered_length / tokens
+        if gathered >= 1:
+            return whole
+        return gathered * (2 * q + 2 * kv) + (0 if selective else q) + (whole if settings.window else 0)
 
     def words(self, settings: Settings) -> str:
         return f"{self.name}, window {settings.window}" if settings.window else ""
