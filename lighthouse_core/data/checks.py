@@ -74,7 +74,7 @@ def checked_tokenizer(recipe: "Recipe") -> Tokenizer:
 
 
 def _ends(recipe: "Recipe", tokenizer: Tokenizer) -> list[str]:
-    """What to say where a model that goes on with its own tokenizer is trained to end documents otherwise than it did."""
+    """What to say where a model goes on with its own tokenizer, and documents end in an EOS that does not stop it."""
     name = recipe.model.origin
     # A run that is resumed need not have the weights any more that it began with.
     if not name or not Path(name).exists():

@@ -262,8 +262,8 @@ def check_given(directory: Path, tokenizer: ours.Tokenizer, *, transformers: boo
     Ids are compared with BOS and without, on the texts of `check_tokenizer`. Names, classes and settings are their own.
 
     Args:
-        transformers: also compare what AutoTokenizer makes of the directory. Where only AutoTokenizer differs, it did so
-            before the training; that is no error.
+        transformers: also compare what AutoTokenizer makes of the directory. Where only AutoTokenizer differs, it did
+            so before the training; that is no error.
 
     Returns:
         The size of the text in bytes, 0 where there is no tokenizer.json; and what a user should know, a sentence each.

@@ -37,8 +37,8 @@ class HuggingFaceTokenizer:
     lone <|endoftext|> is then both, as in GPT-2. `"bos_token": null` in tokenizer_config.json says that there is no
     BOS, whatever the others say, and so does an EOS that is named without a BOS: documents then begin without one.
 
-    Of a model's tokenizer, one that lies beside a config.json, the post-processor alone says whether there is a BOS, and
-    which: the model saw what it puts before a text. Its tokenizer_config.json may name a BOS that no text begins with.
+    A tokenizer.json beside a config.json is a model's. Its post-processor alone says whether there is a BOS, and which:
+    the model saw what it puts before a text. The tokenizer_config.json may name a BOS that no text begins with.
 
     Attributes:
         path: of the tokenizer.json.
