@@ -272,7 +272,7 @@ def check_given(directory: Path, tokenizer: ours.Tokenizer, *, transformers: boo
         ExportError: tokenizer.json gives other ids than training had.
     """
     everyone, notes = [_plain(directory)] if (directory / "tokenizer.json").is_file() else [], []
-    before = "as it does of the same files without the training"
+    before = "as it did before the training: the files are unchanged"
     if transformers:
         try:
             everyone.append(_auto(directory, tokenizer))

@@ -20,13 +20,14 @@ from lighthouse_core.data.prepare import prepare
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, ExportError, RecipeError
 from lighthouse_core.export import strip
+from lighthouse_core.export.tokenizer import given_files, write_tokenizer
 from lighthouse_core.models import FAMILIES
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 from lighthouse_core.weights.origin import find_weights
 
-SEQ, ROWS = 64, 400
+SEQ, ROWS = 256, 400
 TEXTS = [
     "the quick  brown fox\n\n it's 12345 e\u0301 ü 中文\x00 👩\u200d👧",
     "<s> </s> [/INST] x\r\n\tdef f(x):\n    return x",
@@ -160,10 +161,10 @@ def write(folder, tokenizer, config, ends):
 SHAPES = [
     ("llama", llama_3),
     ("llama", llama_2),
+    ("mistral", llama_3),
+    ("mistral", llama_2),
     ("llama", smol),
     ("llama", model_only),
-    ("mistral", llama_2),
-    ("mistral", llama_3),
     ("qwen2", qwen),
     ("qwen3", qwen),
 ]
@@ -233,8 +234,9 @@ def documents(made_recipe, count, eos):
             return [one[: one.index(eos) + 1] for one in found[:count]]
 
 
-@pytest.mark.parametrize("packing", ["concat", "documents"])
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("family", "shape", "packing"), [(*one, ("concat", "documents")[i % 2]) for i, one in enumerate(SHAPES)]
+)
 def test_documents_are_what_transformers_makes_of_the_directory_and_eos(family, shape, packing, texts, tmp_path):
     path = given(tmp_path / "model", family, shape)
     theirs, live = auto(path), recipe(path, texts, packing=packing)
@@ -261,9 +263,12 @@ def test_documents_are_what_transformers_makes_of_the_directory_and_eos(family, 
 def test_an_export_has_the_files_that_came(family, shape, texts, tmp_path):
     path = given(tmp_path / "model", family, shape)
     came = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    if family == "mistral":
+        # What is written instead has the ids of config.json.
+        (path / "generation_config.json").unlink()
     again = recipe(begun(recipe(path, texts)).path, texts)  # of a run, which passes on what it has
     run = begun(again, "second")
-    ids = {name: json.loads((path / name).read_text()) for name in ("config.json", "generation_config.json")}
+    ids = json.loads((path / "config.json").read_text())
     shutil.rmtree(path)
     report = strip(run.path, tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
@@ -274,22 +279,13 @@ def test_an_export_has_the_files_that_came(family, shape, texts, tmp_path):
     # transformers 5 reads a Llama 2 by a class of its own, which takes a space at the beginning of a text away.
     told = [text for text in report.warnings if "AutoTokenizer disagrees" in text]
     assert len(report.warnings) == len(told) <= (shape in (llama_2, model_only))
-    for name, content in ids.items():
+    for name in ("config.json", "generation_config.json"):
         written = json.loads((tmp_path / "out" / name).read_text())
         assert [written[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")] == [
             7,
-            content["eos_token_id"],
+            ids["eos_token_id"],
             None,
         ]
-
-
-def test_a_generation_config_that_was_not_there_has_the_ids_of_config_json(texts, tmp_path):
-    path = given(tmp_path / "model", "llama", llama_3)
-    (path / "generation_config.json").unlink()
-    config = json.loads((path / "config.json").read_text())
-    strip(begun(recipe(path, texts)).path, tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert written == {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 KINDS = ("bytes", "model", "json")
@@ -321,12 +317,16 @@ def test_another_tokenizer_is_exported_with_its_own_ids(family, kind, texts, for
         assert (written["bos_token_id"], written["eos_token_id"]) == (ours.bos_id, ours.eos_id)
 
 
-def test_a_chat_template_of_the_users_is_exported(texts, tmp_path):
+def test_a_chat_template_of_the_users_is_exported(tmp_path):
     path = given(tmp_path / "model", "qwen3", qwen)
-    other = shutil.copytree(path, tmp_path / "other")
+    other, out = shutil.copytree(path, tmp_path / "other"), tmp_path / "out"
+    tokenizer = build_tokenizer(str(other))
+    assert given_files(path, tokenizer, str(other))
     (other / "chat_template.jinja").write_text("mine")
-    strip(begun(recipe(path, texts, tokenizer=str(other))).path, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    assert not given_files(path, tokenizer, str(other))
+    out.mkdir()
+    write_tokenizer(out, tokenizer, max_length=SEQ, rows=ROWS)
+    assert (out / "chat_template.jinja").read_text() == "mine"
 
 
 def test_a_models_tokenizer_is_the_same_in_a_run_that_begins_anew(texts, tmp_path):
