@@ -151,10 +151,10 @@ def other_end(folder: Path, eos_id: int) -> str | None:
     ends = generation_ends(folder)
     if eos_id in ends:
         return None
-    stops = f"its generation stops at {', '.join(map(str, ends))}" if ends else "it has no eos_token_id"
+    stops = f"its generation stops at {', '.join(map(str, ends))}" if ends else "the model has no eos_token_id"
     return (
-        f"training ends documents with token {eos_id}, the EOS of the model's tokenizer, and {stops}: compare eos_token in "
-        "tokenizer_config.json with eos_token_id in generation_config.json and config.json"
+        f"training ends documents with token {eos_id}, the EOS of the model's tokenizer, but {stops}: compare "
+        "eos_token in tokenizer_config.json with eos_token_id in generation_config.json and config.json"
     )
 
 
