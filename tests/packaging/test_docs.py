@@ -99,7 +99,7 @@ def test_the_family_is_that_of_transformers(examples):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     family = FAMILIES["seed_oss"]
     settings = family.settings(theirs.config.to_dict())
-    # A recipe's names of families are those of the list when it is imported. The decoder of this one has the same parts.
+    # A recipe knows the families of the list as it was imported. The decoder of Qwen2 has the same parts.
     section = ModelSection(**settings | {"family": "qwen2"})
     weights = theirs.state_dict()
     ours = build_dense_model(section, 100)

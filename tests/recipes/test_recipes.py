@@ -51,9 +51,9 @@ def test_a_recipe_without_a_shape_asks_for_a_model(name):
         recipe(name)
     assert "--from DIR" in caught.value.hint
     # A key that is wrong, or another one that is missing, comes first.
-    with pytest.raises(RecipeError, match="unknown key model.dimm; did you mean model.dim?"):
+    with pytest.raises(RecipeError, match=r"unknown key model\.dimm; did you mean model\.dim\?"):
         recipe(name, "model.dimm=64")
-    with pytest.raises(RecipeError, match="model.layers is missing"):
+    with pytest.raises(RecipeError, match=r"model\.layers is missing"):
         recipe(name, "model.dim=64")
 
 
