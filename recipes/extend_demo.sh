@@ -15,8 +15,9 @@ measure() {
   lighthouse eval "${@:2}" --only context --context 512 --sequences 16 --quiet | tee -a gains.txt
 }
 
-lighthouse pretrain quickstart --name short --set training.seq_len=512 --set training.global_batch_size=16 \
-  --set training.local_batch_size=4 --set lighthouse.enabled=false --set 'data.packing="documents"'
+lighthouse pretrain quickstart --name short --set training.seq_len=512 --set training.global_batch_size=8 \
+  --set training.local_batch_size=8 --set training.steps=200 --set checkpoint.interval=200 --set metrics.every=40 \
+  --set lighthouse.enabled=false --set 'data.packing="documents"'
 measure "trained at 512:" short --tokens 2048 --extrapolate
 
 lighthouse pretrain "$recipe" --from short --name long --set 'checkpoint.also=[0]'
