@@ -68,7 +68,7 @@ def test_it_ends_with_a_gain(tmp_path):
         env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.strip().splitlines()[-4:]
