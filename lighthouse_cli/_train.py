@@ -265,12 +265,21 @@ def check_weights(recipe: "Recipe", *, dry_run: bool) -> "tuple[Recipe, dict[str
         if (tokens := read_origin(model.origin).tokens) != recipe.training.seq_len:
             _line("changed", f"length {tokens} -> {recipe.training.seq_len}")
         for key, (there, here) in changed.items():
-            _line("changed", f"model.{key} {there or 'none'} -> {here or 'none'}")
+            _line("changed", f"model.{key} {_value(there)} -> {_value(here)}")
     else:
         _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
     update = {"model": model.model_copy(update={"origin": str(weights.path)})}
     facts = {"path": str(weights.path), "dtype": weights.dtype, "recovered": weights.recovered}
     return recipe.model_copy(update=update), facts
+
+
+def _value(value: Any) -> str:
+    """Of a key of [model], as a recipe has it; "none" where there is none."""
+    from lighthouse_core.config.dump import toml_value
+
+    if isinstance(value, dict):
+        value = {key: one for key, one in value.items() if one is not None}
+    return toml_value(value) if value else "none"
 
 
 def check_titan(recipe: "Recipe") -> None:
