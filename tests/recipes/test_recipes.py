@@ -57,6 +57,11 @@ def test_a_recipe_without_a_shape_asks_for_a_model(name):
         recipe(name, "model.dim=64")
 
 
+def memory(settings) -> float:
+    found = estimate(settings)
+    return (found.state_bytes + found.activation_bytes) / 2**30
+
+
 def test_the_extension_raises_theta_and_fits_one_h200(model):
     extended = recipe("extend_131072", *model)
     found = estimate(extended)
@@ -66,7 +71,12 @@ def test_the_extension_raises_theta_and_fits_one_h200(model):
     assert extended.model.rope_theta > 500000 * (131072 / 8192) ** (128 / 126)
     assert found.tokens_per_step == 2**22 and extended.lighthouse.windows[0] == 8192
     assert extended.training.steps * 5 == (extended.training.steps + extended.recover.steps) * 4
-    assert (found.state_bytes + found.activation_bytes) / 2**30 < 0.8 * 139
+    needed, page = memory(extended), (RECIPES.parent / "docs/extending-context.md").read_text(encoding="utf-8")
+    assert needed < 0.8 * 139
+    full = memory(recipe("extend_131072", *model, 'training.activation_checkpointing="full"'))
+    assert f"{needed:.0f} GiB" in page and f"{full:.0f} GiB" in page
+    windows = ", ".join(map(str, extended.lighthouse.windows))
+    assert f"windows {windows}" in page and f"| {extended.training.steps} + {extended.recover.steps} dense |" in page
 
 
 def test_the_table_lists_nothing_else():
