@@ -259,6 +259,8 @@ def check_weights(recipe: "Recipe", *, dry_run: bool) -> "tuple[Recipe, dict[str
 
     model = recipe.model
     changed = changes(model.origin, model.model_dump())
+    if not dry_run:
+        _output.say(f"reading every weight of {model.origin}")
     weights = find_weights(model, verify=not dry_run)
     if dry_run:
         _line("weights", f"{weights.path}: {weights.about}")
@@ -269,8 +271,7 @@ def check_weights(recipe: "Recipe", *, dry_run: bool) -> "tuple[Recipe, dict[str
     else:
         _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
     update = {"model": model.model_copy(update={"origin": str(weights.path)})}
-    facts = {"path": str(weights.path), "dtype": weights.dtype, "recovered": weights.recovered}
-    return recipe.model_copy(update=update), facts
+    return recipe.model_copy(update=update), weights.facts
 
 
 def check_titan(recipe: "Recipe") -> None:

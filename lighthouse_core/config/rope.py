@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lighthouse_core.config.section import PositiveFloat, PositiveTokens, Section, conflict
 
@@ -10,10 +10,10 @@ _Factor = Annotated[float, Field(ge=1)]
 
 
 class _Scaling(Section):
-    @property
-    def given(self) -> dict[str, Any]:
-        """The table, without what is left to its default."""
-        return self.model_dump(exclude_none=True)
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """TOML has no null."""
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class LinearScaling(_Scaling):

@@ -146,7 +146,7 @@ class Family:
         self, model: ModelSection, *, seq_len: int, bos_id: int | None, eos_id: int, pad_id: int, dtype: str
     ) -> dict[str, Any]:
         """config.json. RoPE and dtype appear twice, since transformers 4 and 5 read them under different names."""
-        scaling = {"rope_type": "default"} if model.rope_scaling is None else model.rope_scaling.given
+        scaling = {"rope_type": "default"} if model.rope_scaling is None else model.rope_scaling.model_dump()
         return {
             "architectures": [self.architecture],
             "model_type": self.name,

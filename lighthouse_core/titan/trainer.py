@@ -48,7 +48,7 @@ from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
-from lighthouse_core.weights.origin import find_weights
+from lighthouse_core.weights.origin import check_unchanged, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -599,6 +599,9 @@ def train(run: Run) -> None:
             trainer.loads = step
         elif stage.recipe.model.origin and trainer.model_parts[0].initial is None:
             raise PatchError("the weights that the run begins with were not read")
+        elif stage.recipe.model.origin and torch.distributed.get_rank() == 0:
+            # On the machine whose files the ledger is about.
+            check_unchanged(run.ledger.get("weights", {}))
         if folder := os.environ.get(TRACE_FOLDER):
             from lighthouse_core.titan.tracing import trace_last_step
 
