@@ -188,6 +188,8 @@ def _as_it_came(source: Source, config: dict[str, Any], *, keep_dtype: bool) -> 
         return config
     model, file = source.run.recipe.model, source.run.path / ORIGIN / "config.json"
     try:
+        if given.get("model_type") != model.family:
+            raise ValueError(f"model_type must be {model.family!r}, not {given.get('model_type')!r}")
         known = model.kind.settings(given)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}", hint="put a sound copy of it back") from None

@@ -131,7 +131,9 @@ def read_headers(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path} holds no weights", hint=COPY_ANEW)
     for name, file in places.items():
         if name not in found or found[name].file != file:
-            raise UserError(f"{path / _INDEX} says that {words(name)} is in {file.name}, which is not so", hint=COPY_ANEW)
+            raise UserError(
+                f"{path / _INDEX} says that {words(name)} is in {file.name}, which is not so", hint=COPY_ANEW
+            )
     return found
 
 

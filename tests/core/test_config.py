@@ -348,7 +348,7 @@ def scaled(*lines: str) -> str:
         (['rope_type = "ntk"', "factor = 2"], (), "r.toml:29", '"linear", "llama3" or "yarn", not "ntk"'),
         (["factor = 2"], (), "r.toml:28", "rope_type is missing"),
         (['rope_type = "linear"', "factor = 0.5"], (), "r.toml:30", "factor must be at least 1, not 0.5"),
-        (['rope_type = "linear"', 'factor = "2"'], (), "r.toml:30", "factor must be a number, not the string \"2\""),
+        (['rope_type = "linear"', 'factor = "2"'], (), "r.toml:30", 'factor must be a number, not the string "2"'),
         (['rope_type = "linear"'], (), "r.toml:28", "factor is missing"),
         (['rope_type = "linear"', "factor = 2", "beta_fast = 1"], (), "r.toml:31", "unknown key"),
         (['rope_type = "yarn"', "factor = 2"], (), "r.toml:28", "original_max_position_embeddings is missing"),

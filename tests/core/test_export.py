@@ -177,7 +177,9 @@ def test_float32_model_of_grouped_heads_equals_an_independent_llama(run, weights
     reference.load_state_dict(weights)
     tokens = torch.arange(90).reshape(2, 45) * 3 % 300
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path / "out")(tokens).logits, reference.head(reference.hidden(tokens)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            load_model(tmp_path / "out")(tokens).logits, reference.head(reference.hidden(tokens)), atol=1e-4, rtol=0
+        )
 
 
 def test_bfloat16_is_the_default_and_verified_on_the_rounded_weights(run, weights, tmp_path):
