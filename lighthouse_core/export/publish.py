@@ -159,7 +159,7 @@ def strip(
 def _described(source: Source, name: str) -> dict[str, Any]:
     """A file that describes the weights that training began with; empty where there is none."""
     path = source.run.path / ORIGIN / name
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) and name not in source.run.ledger.get("weights", {}).get(ORIGIN, ()):
         return {}
     try:
         content = read_json(path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighthouse_core.checkpoint import METADATA, check_contents
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
-from lighthouse_core.config.origin import DTYPES
+from lighthouse_core.config.origin import DTYPES, ORIGIN
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
 from lighthouse_core.files import RUN_FOLDERS, refuse_links, write_atomically
@@ -317,7 +317,7 @@ def _odd_weights(weights: Any) -> str | None:
     others, files = weights.get("others"), weights.get("files")
     if not isinstance(others, dict) or any(kind not in DTYPES for kind in (weights.get("dtype"), *others.values())):
         return f"its weights have a dtype that is not one of {', '.join(DTYPES)}"
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not isinstance(weights.get(ORIGIN), list):
         return "its weights name no files"
     return None
 

@@ -247,6 +247,7 @@ def test_both_orders_are_inverse_for_every_dtype():
 
 
 ODD = {
+    "nothing": "",
     "not JSON": "{",
     "a list": "[1]",
     "another model": '{"hidden_size": 64}',
@@ -260,7 +261,9 @@ def test_a_description_in_the_run_that_is_of_another_model_is_refused(here, kind
     made(here / "given", "qwen3")
     run = begin("run", "given")
     path, text = run.path / "origin/config.json", ODD[kind]
-    if text.startswith("{") and text != "{":
+    if kind == "nothing":
+        path.unlink()
+    elif text.startswith("{") and text != "{":
         edit(run.path / "origin", **json.loads(text))
     else:
         path.write_text(text)
@@ -274,7 +277,7 @@ def test_a_ledger_that_says_nonsense_of_the_weights_is_refused(here):
     run = begin("run", "given")
     ledger = json.loads((run.path / "ledger.json").read_text())
     for change in ({"dtype": "int8"}, {"dtype": ["float32"]}, {"others": [1]}, {"others": {"a": "x"}}, {"recovered": 1},
-                   {"files": None}):  # fmt: skip
+                   {"files": None}, {"origin": 1}):  # fmt: skip
         (run.path / "ledger.json").write_text(json.dumps(ledger | {"weights": ledger["weights"] | change}))
         with pytest.raises(UserError, match="ledger"):
             Run(run.path)

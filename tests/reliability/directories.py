@@ -71,6 +71,16 @@ def made(path, family, dtype="float32", *, shards="5GB", rope=None, **changes):
     return model.float()
 
 
+def plain(section, path: Path) -> None:
+    """A directory with the model of a [model] section, made without transformers."""
+    path.mkdir()
+    config = section.kind.config(section, seq_len=64, bos_id=None, eos_id=1, pad_id=2, dtype="float32")
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    weights = {entry.target: torch.ones(entry.shape) for entry in section.kind.entries(section)}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Everything in a directory's safetensors, by name."""
     found = {}
