@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lighthouse_core.config.rope import RopeScaling
 
 _NOTHING = AttentionContext()
+# What activation checkpointing and torch.compile put into the names of a block's parameters.
+_WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 @dataclass
@@ -250,7 +252,7 @@ class Decoder(nn.Module):
                 full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
                 self._draw(name, full, generator)
             else:
-                full = self.initial(name).to(device)
+                full = self.initial(_WRAPPED.sub("", name)).to(device)
             if isinstance(parameter, DTensor):
                 # No communication: every process has drawn the same tensor.
                 shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

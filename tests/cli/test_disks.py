@@ -112,7 +112,8 @@ def template(tmp_path_factory) -> Path:
         (here / f"corpus/{name}").write_text("hello world, and more of the same\n" * 50)
     data = 'source = "files"\npaths = ["corpus/*.txt"]\nvalidation = 0.25\n'
     (here / "tiny.toml").write_text(RECIPE.replace("steps = 20", "steps = 7") + data)
-    (here / "begin.toml").write_text(re.sub(r"(?s)\[model\].*?(?=\n\[)", "", (here / "tiny.toml").read_text()))
+    text = (here / "tiny.toml").read_text()
+    (here / "begin.toml").write_text(text[text.index("[lighthouse]") :] + 'tokenizer = "bytes"\n')
     (here / "sweep.toml").write_text(SWEEP)
     # Token ids as nanoGPT has them: bytes, and the tokenizer's EOS behind each document.
     (here / "ids.bin").write_bytes(array("H", [*b"hello world", 257] * 60).tobytes())
