@@ -145,8 +145,9 @@ class _OfDirectory(Weights):
             self._stored(name)
 
     def read(self, name: str) -> Tensor:
-        heads, weight = self._places[name][0].rotary_heads, self._stored(name).float()
-        return to_interleaved(weight, heads) if heads else weight
+        heads, weight = self._places[name][0].rotary_heads, self._stored(name)
+        # In the type of the file, which may be half as large.
+        return (to_interleaved(weight, heads) if heads else weight).float()
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as its file has it."""

@@ -1,10 +1,11 @@
 """A whole Llama, checkpointed, compiled and sharded, against the same one as it is."""
 
+import weakref
 import zlib
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig, select_indices
@@ -160,6 +161,25 @@ def test_its_selection_is_made_once(tmp_path, mode):
     with Count() as count:
         results(qwen(config(backend="triton"), tmp_path, mode), tokens()[:1, :32])
     assert count.calls["select"] == 1
+
+
+def test_weights_that_exist_are_in_memory_one_at_a_time(tmp_path, process_group):
+    built = qwen(config(backend="reference"))
+    mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("fsdp",))
+    fully_shard(built, mesh=mesh)
+    read, alive, most = built.initial, [0], []
+
+    def initial(name):
+        most.append(alive[0])
+        tensor = read(name)
+        alive[0] += 1
+        weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - 1))
+        return tensor
+
+    built.initial = initial
+    with torch.no_grad():
+        built.init_weights()
+    assert len(most) > 20 and set(most) == {0}
 
 
 def test_its_selection_is_by_the_norms_before_they_are_levelled():
