@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
-from lighthouse_core.config.origin import Contradiction, filled
+from lighthouse_core.config.origin import Unfit, filled
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
@@ -108,15 +108,15 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
     try:
         whole, origin = filled(table)
         return Recipe.model_validate(whole)
-    except (ValidationError, Contradiction) as error:
+    except (ValidationError, Unfit) as error:
         lines = {
             path: f"{source}:{line}"
             for path, line in line_numbers(text).items()
             if not any(path[:n] in flags for n in range(1, len(path)))
         }
-        if isinstance(error, Contradiction):
-            key = "model", error.key
-            place = (headers | lines | flags).get(key, source)
+        if isinstance(error, Unfit):
+            places = headers | lines | flags
+            place = next((places[path] for path in (error.path, error.path[:1]) if path in places), source)
             raise RecipeError(f"{place}: {error}", hint=error.hint) from None
         if origin is not None:
             # What the recipe leaves out is what is said there.

@@ -56,15 +56,25 @@ class Origin(NamedTuple):
     file: Path
 
 
-class Contradiction(RecipeError):
-    """A key of [model] that has another value than the weights' own description."""
+class Unfit(RecipeError):
+    """A key of a recipe that does not fit the weights that it begins with, or is missing for them.
 
-    def __init__(self, key: str, here: Any, origin: Origin):
-        super().__init__(
-            f"model.{key} is {here!r}, and {origin.model.get(key)!r} in {origin.file}",
-            hint=f"leave model.{key} out: it is read from the weights' own description",
-        )
-        self.key = key
+    Args:
+        path: of the key.
+        message, hint: as of any error.
+    """
+
+    def __init__(self, path: tuple[str, str], message: str, hint: str):
+        super().__init__(message, hint)
+        self.path = path
+
+
+def _contradiction(key: str, here: Any, origin: Origin) -> Unfit:
+    return Unfit(
+        ("model", key),
+        f"model.{key} is {here!r}, and {origin.model.get(key)!r} in {origin.file}",
+        f"leave model.{key} out: it is read from the weights' own description",
+    )
 
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -160,8 +170,8 @@ def filled(table: dict[str, Any]) -> tuple[dict[str, Any], Origin | None]:
     A recipe with all of them, as a run keeps it, does not look at `from` again.
 
     Raises:
-        UserError: see `read_origin`; or there is no tokenizer.
-        Contradiction: a key that is set belongs to the weights.
+        UserError: see `read_origin`.
+        Unfit: a key that is set belongs to the weights, or there is no tokenizer.
     """
     model = table.get("model")
     name = model.get("from") if isinstance(model, dict) else None
@@ -172,13 +182,14 @@ def filled(table: dict[str, Any]) -> tuple[dict[str, Any], Origin | None]:
     origin = read_origin(name)
     for key in FIXED:
         if key in model and key in origin.model and not _same(model[key], origin.model[key]):
-            raise Contradiction(key, model[key], origin)
+            raise _contradiction(key, model[key], origin)
     data = table.get("data", {})
     if isinstance(data, dict) and "tokenizer" not in data:
         if origin.tokenizer is None:
-            raise RecipeError(
-                f"model.from: {origin.path} has no tokenizer.json",
-                hint="put the model's tokenizer beside it, or set data.tokenizer",
+            raise Unfit(
+                ("data", "tokenizer"),
+                f"data.tokenizer is missing, and {origin.path} has no tokenizer.json",
+                "put the model's tokenizer beside it, or set data.tokenizer",
             )
         data = {**data, "tokenizer": origin.tokenizer}
     path = origin.path if origin.step is None else origin.path / "checkpoints" / f"step-{origin.step}"
@@ -203,7 +214,7 @@ def changes(name: str, model: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
     Raises:
         UserError: see `read_origin`.
-        Contradiction: one of them belongs to the weights.
+        Unfit: one of them belongs to the weights.
     """
     origin = read_origin(name)
     there = dict(origin.model)
@@ -215,5 +226,5 @@ def changes(name: str, model: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     }
     for key in FIXED:
         if key in found:
-            raise Contradiction(key, found[key][1], origin)
+            raise _contradiction(key, found[key][1], origin)
     return found

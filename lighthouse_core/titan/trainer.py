@@ -399,7 +399,12 @@ class Trainer(titan_train.Trainer):
             )
         self.lr_schedulers.take_rates()
         self.begun = True
-        if self.step == 0 and 0 in self.stage.recipe.checkpoint.also:
+        if self.step == 0 and 0 in self.stage.recipe.checkpoint.also and not self._is_published():
+            # torch makes the optimizer's state, for a checkpoint, by an update at rate 0, and counts it.
+            self.optimizers.state_dict()
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    state["step"].zero_()
             self.checkpointer.save(0, last_step=True)
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
@@ -510,12 +515,14 @@ class Trainer(titan_train.Trainer):
         self.asked = self.step
         if self.anywhere(stop_requested()):
             self.checkpointer._async_wait()
-            # Only the first process knows what is published.
-            published = torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps()
-            if not self.anywhere(published):
+            if not self._is_published():
                 self.checkpointer.save(self.step, last_step=True)
             raise Interrupted
         return super().should_continue_training()
+
+    def _is_published(self) -> bool:
+        """Whether there is a checkpoint of this step, which only the first process knows."""
+        return self.anywhere(torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps())
 
     def check_end(self, *, saves: bool) -> None:
         """Raise PatchError unless the last step was checked and, where this job `saves`, saved and validated."""

@@ -419,3 +419,24 @@ def test_a_sweep_takes_its_weights_from_a_directory(lighthouse, trainer, place):
     assert answer.code == 0, answer
     (place / "sweep.toml").write_text(sweep.format("model.dim=66"))
     assert "model.dim" in check_refused(lighthouse("sweep", "sweep.toml"))
+
+
+def test_what_ends_before_the_first_step_leaves_nothing(lighthouse, trainer, place):
+    trainer.code = 2
+    answer = lighthouse("pretrain", "begin.toml", "--name", "new", "--from", "given")
+    assert answer.code == 2 and "held no step and is removed" in answer.err
+    assert not (place / "runs/new").exists()
+
+
+def test_what_somebody_put_among_the_descriptions_is_kept(lighthouse, trainer, place, monkeypatch):
+    from lighthouse_core.job import launch
+
+    def launched(run_dir, plan, watcher):
+        (run_dir / "origin/config.json").unlink()
+        (run_dir / "origin/config.json").symlink_to(place / "given/config.json")
+        return 2
+
+    monkeypatch.setattr(launch, "launch", launched)
+    answer = lighthouse("pretrain", "begin.toml", "--name", "new", "--from", "given")
+    assert answer.code == 2 and "is kept: it holds origin/config.json" in answer.err
+    assert (place / "given/config.json").is_file()
