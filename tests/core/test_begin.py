@@ -60,8 +60,9 @@ def back(origin, out, **how):
     return strip(run.path, out, **how)
 
 
-# What may differ in config.json: which release made it, and what older releases and newer ones call the same.
-MADE = ("transformers_version", "_name_or_path")
+# What may differ in config.json: which release made it, and the ids of a tokenizer that the recipe names in place of
+# the model's own.
+MADE = ("transformers_version", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def compare_configs(before, after):
