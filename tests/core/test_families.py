@@ -96,6 +96,21 @@ def test_another_model_is_refused_by_the_field(family, change):
         section.kind.settings(section.kind.config(section, **IDS) | change)
 
 
+def test_what_changes_nothing_is_not_minded():
+    section = ModelSection(family="qwen2", dim=24, layers=2, heads=4, ffn_dim=40, vocab_size=300)
+    config = section.kind.config(section, **IDS)
+    unused = {
+        "use_mrope": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+        "pretraining_tp": 1,
+        "unheard_of": None,
+    }
+    assert ModelSection(**section.kind.settings(config | unused)) == section
+    with pytest.raises(ValueError, match="use_mrope"):
+        section.kind.settings(config | {"use_mrope": True})
+
+
 def loaded(path, tokens=2048):
     """The trainer's model with the weights of a directory."""
     settings = json.loads((path / "config.json").read_text())
