@@ -337,6 +337,8 @@ def check_weights(recipe: "Recipe", *, verify: bool) -> "tuple[Recipe, Weights |
     from lighthouse_core.weights.origin import find_weights
 
     changes(recipe.model.origin, recipe.model.model_dump())
+    if verify:
+        _output.say(f"reading every weight of {recipe.model.origin}")
     weights = find_weights(recipe.model, verify=verify)
     model = recipe.model.model_copy(update={"origin": str(weights.path)})
     return recipe.model_copy(update={"model": model}), weights

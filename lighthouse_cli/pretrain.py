@@ -35,14 +35,14 @@ def pretrain(
         ),
     ] = "",
     origin: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--from",
             metavar="DIR|RUN",
             help="Begin with the weights of a Hugging Face directory, or of a run.",
             autocompletion=_complete.checkpoints,
         ),
-    ] = "",
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
     ] = None,
@@ -82,7 +82,9 @@ def pretrain(
         raise UserError("--name is empty", hint="leave it out for the recipe's name and the time")
     if bool(recipe) == bool(resume):
         raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
-    if origin:
+    if origin == "":
+        raise UserError("--from is empty", hint="leave it out to draw the weights")
+    if origin is not None:
         if resume:
             raise UserError("--from is for a new run, --resume for an existing one")
         settings = [*(settings or ()), f"model.from={toml_value(find_origin(origin))}"]

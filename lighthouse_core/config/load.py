@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.model import ModelSection
-from lighthouse_core.config.origin import filled
+from lighthouse_core.config.origin import Unfit, filled
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import TRAINS, Recipe
 from lighthouse_core.config.section import Section
@@ -116,10 +116,12 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
         label = f"--set {override.split('=', 1)[0].strip()}"
         for path, value in flatten(addition).items():
             (headers if isinstance(value, dict) else flags)[path] = label
+    origin = None
     try:
-        return Recipe.model_validate(filled(table), context={TRAINS: trains})
-    except ValidationError as error:
-        if _without_a_shape(error):
+        whole, origin = filled(table)
+        return Recipe.model_validate(whole, context={TRAINS: trains})
+    except (ValidationError, Unfit) as error:
+        if isinstance(error, ValidationError) and _without_a_shape(error):
             raise RecipeError(
                 f"{source} has no shape in [model]: it continues a model that exists",
                 hint="name it: lighthouse pretrain RECIPE --from DIR; other commands take --set 'model.from=\"DIR\"'",
@@ -129,6 +131,13 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
             for path, line in line_numbers(text).items()
             if not any(path[:n] in flags for n in range(1, len(path)))
         }
+        if isinstance(error, Unfit):
+            places = headers | lines | flags
+            place = next((places[path] for path in (error.path, error.path[:1]) if path in places), source)
+            raise RecipeError(f"{place}: {error}", hint=error.hint) from None
+        if origin is not None:
+            # What the recipe leaves out is what is said there.
+            lines |= {("model", key): str(origin.file) for key in origin.model if key not in table["model"]}
         # A flag replaces the file's value, but a table that both write to begins in the file.
         raise RecipeError(_first_problem(error, headers | lines, flags, source)) from None
 
@@ -218,6 +227,8 @@ def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: di
     if path[:2] == _SCALING:
         # Pydantic's own place of a table of several kinds, the kind among it.
         path = (*path[:2], *path[3:])
+    if problem["type"] == "union_tag_invalid":
+        path += (_TAG,)
     if problem["type"] == "conflict":
         path += tuple(problem["ctx"]["key"].split("."))
         words = re.findall(r"[\w.]*\w", problem["ctx"]["message"])
@@ -243,8 +254,8 @@ def _describe(problem: Any, path: KeyPath) -> str:
     if kind == "union_tag_not_found":
         return f"{key}.{_TAG} is missing"
     if kind == "union_tag_invalid":
-        names = re.findall(r"'([^']*)'", context["expected_tags"])
-        return f"{key}.{_TAG} must be {', '.join(map(toml_value, names))}, not {_value(given[_TAG])}"
+        *names, last = (toml_value(name) for name in re.findall(r"'([^']*)'", context["expected_tags"]))
+        return f"{key} must be {', '.join(names)} or {last}, not {_value(given[_TAG])}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
         expected = context["expected"].replace("'", '"')

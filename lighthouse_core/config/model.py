@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lighthouse_core.config.rope import RopeScaling
-from lighthouse_core.config.section import Ints, PathText, PositiveFloat, Section, conflict
+from lighthouse_core.config.section import Ints, PathOrNothing, PositiveFloat, Section, conflict
 from lighthouse_core.models import FAMILIES
 from lighthouse_core.models.family import Family
 
@@ -32,7 +32,7 @@ class ModelSection(Section):
         dense_layers: indices from 0 of the layers without Lighthouse.
     """
 
-    origin: PathText | Literal[""] = Field(default="", alias="from")
+    origin: PathOrNothing = Field(default="", alias="from")
     family: Literal[*FAMILIES] = "llama"  # type: ignore[valid-type]
     dim: _Width
     layers: Annotated[int, Field(gt=0, le=10_000)]

@@ -11,7 +11,7 @@ _Factor = Annotated[float, Field(ge=1)]
 
 class _Scaling(Section):
     @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """TOML has no null."""
         return {key: value for key, value in handler(self).items() if value is not None}
 

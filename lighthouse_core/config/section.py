@@ -21,6 +21,7 @@ def _path(text: str) -> str:
 # Linux's PATH_MAX, less the byte that ends a path.
 _LONGEST_PATH = 4095
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+PathOrNothing = Annotated[str, AfterValidator(_path)]
 Paths = Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)]
 # Of steps, batches and the like: far beyond use, and far below what arithmetic in 64 bits can hold.
 MOST = 10**9

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lighthouse_core import vml
-from lighthouse_core.config.origin import ORIGIN, other_end
+from lighthouse_core.config.origin import FIXED, ORIGIN, other_end
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import verify
@@ -33,7 +33,7 @@ from lighthouse_core.export.tokenizer import (
 )
 from lighthouse_core.files import check_output, remove_empty
 from lighthouse_core.models.family import Entry, to_half_split
-from lighthouse_core.reading import read_json
+from lighthouse_core.reading import is_count, read_json
 from lighthouse_core.seal import sync
 from lighthouse_core.weights.checkpoint import Source, find_source, load_weights
 
@@ -75,7 +75,8 @@ def strip(
     Args:
         checkpoint: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
         out: the directory to write; it must not exist or be empty.
-        dtype: of the written weights; by default that of the weights that training began with, or else bfloat16.
+        dtype: of the written weights; by default each tensor has that of the weights that training began with, or else
+            bfloat16.
         allow_unrecovered: also export weights that were never trained with every layer dense.
         verify_length: one more sequence length, in tokens, at which logits are compared.
         shard_bytes: size above which the weights are split over several files.
@@ -94,7 +95,9 @@ def strip(
     source, out = find_source(Path(checkpoint)), Path(os.path.realpath(out))
     recipe = source.run.recipe
     family = recipe.model.kind
-    dtype = dtype or source.run.ledger.get("weights", {}).get("dtype", "bfloat16")
+    table = family.entries(recipe.model)
+    # Of each tensor, by its name in the export.
+    kinds = {entry.target: _DTYPES[dtype or source.others.get(entry.target, source.dtype)] for entry in table}
     if verify_length is not None and verify_length > (most := max(recipe.training.seq_len, _LONGEST)):
         raise UserError(f"verify length {verify_length} is above {most}", hint="the model knows no longer sequences")
     tokenizer = checked_tokenizer(recipe)
@@ -109,14 +112,13 @@ def strip(
     warnings = _check_recovered(source, allow_unrecovered)
     if given and (note := other_end(origin, tokenizer.eos_id)):
         warnings.append(note)
-    table = family.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
-        config = family.config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids)
+        config = family.config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype or source.dtype, **ids)
         named = {key.replace("_id", "_token_id"): value for key, value in ids.items()}
         if given and (described := _described(source, "config.json")):
             named = {key: described.get(key) for key in named}
-        write_json(directory / "config.json", _as_it_came(source, config) | named)
+        write_json(directory / "config.json", _as_it_came(source, config, keep_dtype=dtype is None) | named)
         for file in given:
             shutil.copyfile(file, directory / file.name)
         generation = _described(source, "generation_config.json")
@@ -132,12 +134,12 @@ def strip(
             )
         logger.info("reading %s", source.path)
         weights = load_weights(source, table)
-        files = _write_weights(directory, weights, table, _DTYPES[dtype], shard_bytes)
+        files = _write_weights(directory, weights, table, kinds, shard_bytes)
         for path in files:  # safetensors makes them readable by their owner alone
             shutil.copymode(directory / "config.json", path)
 
         logger.info("verifying weights")
-        verify.check_weights(files, weights, table, _DTYPES[dtype])
+        verify.check_weights(files, weights, table, kinds)
         verified.append(f"weights equal the checkpoint's bit for bit, and are exactly {family.architecture}'s")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
         if given:
@@ -152,13 +154,13 @@ def strip(
             why = f"transformers cannot be used ({problem}); lighthouse-pretrain[hf] brings it"
             skipped.append(f"logits at lengths {_join(lengths)}: {why}")
         else:
-            for weight in weights.values():  # in place: a second copy of a large model is not affordable
-                weight.copy_(weight.to(_DTYPES[dtype]))
+            for entry in table:  # in place: a second copy of a large model is not affordable
+                weights[entry.source].copy_(weights[entry.source].to(kinds[entry.target]))
             trainer = verify.trainer_model(recipe.model, max(lengths), weights)
             logger.info("comparing logits at lengths %s", lengths)
             worst = verify.compare_logits(directory, trainer, lengths, recipe.model)
             verified.append(f"logits equal the trainer's within {worst:.1e} at lengths {_join(lengths)}")
-        provenance = _provenance(source, dtype)
+        provenance = _provenance(source, dtype or source.dtype)
         write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
     try:
         sync(out.parent)
@@ -168,7 +170,7 @@ def strip(
     return StripReport(
         out=out,
         step=source.step,
-        dtype=dtype,
+        dtype=dtype or source.dtype,
         parameters=sum(weight.numel() for weight in weights.values()),
         recovered=source.recovered,
         max_logit_difference=worst,
@@ -181,20 +183,52 @@ def strip(
 def _described(source: Source, name: str) -> dict[str, Any]:
     """A file that describes the weights that training began with; empty where there is none."""
     path = source.run.path / ORIGIN / name
-    content = read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    if not os.path.lexists(path) and name not in source.run.ledger.get("weights", {}).get(ORIGIN, ()):
+        return {}
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except OSError as error:
+        raise refusal(error, f"cannot read {path}", kind=CheckpointError) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}", hint="put a sound copy of it back") from None
+    return content
 
 
-def _as_it_came(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with everything else that the one had that training began with."""
+def _as_it_came(source: Source, config: dict[str, Any], *, keep_dtype: bool) -> dict[str, Any]:
+    """config.json with everything else that the one had that training began with.
+
+    It then differs in what training may have changed, which is the rotation and the length; in what an absent field
+    stood for, which is written out; and it does not say which release made it.
+
+    Args:
+        source: the checkpoint.
+        config: of the model as it is.
+        keep_dtype: keep the dtype that the one had, which need not be that of the weights.
+    """
     given = _described(source, "config.json")
     if not given:
         return config
+    model, file = source.run.recipe.model, source.run.path / ORIGIN / "config.json"
+    try:
+        if given.get("model_type") != model.family:
+            raise ValueError(f"model_type must be {model.family!r}, not {given.get('model_type')!r}")
+        known = model.kind.settings(given)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}", hint="put a sound copy of it back") from None
+    if other := next((key for key in FIXED if known[key] != getattr(model, key)), None):
+        raise CheckpointError(
+            f"{file} describes another model than the run has: model.{other}", hint="put a sound copy of it back"
+        )
     # The rotation may have become another one; who made the file says nothing of this one.
     dropped = ("rope_scaling", "rope_parameters", "rope_theta", "transformers_version", "_name_or_path")
     kept = {key: value for key, value in given.items() if key not in dropped}
-    tokens = max(config["max_position_embeddings"], given.get("max_position_embeddings") or 0)
-    return kept | config | {"max_position_embeddings": tokens}
+    tokens = given.get("max_position_embeddings")
+    tokens = max(config["max_position_embeddings"], tokens if is_count(tokens) else 0)
+    stored = given.get("dtype") or given.get("torch_dtype")
+    kinds = {"dtype": stored, "torch_dtype": stored} if keep_dtype and stored in _DTYPES else {}
+    return kept | config | kinds | {"max_position_embeddings": tokens}
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
@@ -246,10 +280,10 @@ def _published(out: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    directory: Path, weights: dict[str, Tensor], table: list[Entry], dtype: torch.dtype, shard_bytes: int
+    directory: Path, weights: dict[str, Tensor], table: list[Entry], kinds: dict[str, torch.dtype], shard_bytes: int
 ) -> list[Path]:
-    """Write the tensors under their new names, one file's worth in memory at a time."""
-    sizes = {entry.target: weights[entry.source].numel() * dtype.itemsize for entry in table}
+    """Write the tensors under their new names and in these types, one file's worth in memory at a time."""
+    sizes = {entry.target: weights[entry.source].numel() * kinds[entry.target].itemsize for entry in table}
     shards: list[list[Entry]] = [[]]
     room = shard_bytes
     for entry in table:
@@ -265,7 +299,7 @@ def _write_weights(
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for entry in shard:
-            weight = weights[entry.source].to(dtype)
+            weight = weights[entry.source].to(kinds[entry.target])
             tensors[entry.target] = to_half_split(weight, entry.rotary_heads) if entry.rotary_heads else weight
         save_file(tensors, directory / name, metadata={"format": "pt"})
         files.append(directory / name)

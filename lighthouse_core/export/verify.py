@@ -22,8 +22,11 @@ LOGIT_TOLERANCE = 1e-4
 _HEAD_POSITIONS = 128
 
 
-def check_weights(files: list[Path], weights: dict[str, Tensor], table: list[Entry], dtype: torch.dtype) -> None:
-    """Compare the written tensors, back in the trainer's layout, with `weights` cast to `dtype`: equal bit for bit.
+def check_weights(
+    files: list[Path], weights: dict[str, Tensor], table: list[Entry], kinds: dict[str, torch.dtype]
+) -> None:
+    """Compare the written tensors, back in the trainer's layout, with `weights` cast to `kinds`, which has the dtype of
+    each by its written name: equal bit for bit.
 
     Raises:
         ExportError: a tensor differs, is missing, or is one too many.
@@ -40,6 +43,7 @@ def check_weights(files: list[Path], weights: dict[str, Tensor], table: list[Ent
                 written = file.get_tensor(name)
                 if entry.rotary_heads:
                     written = to_interleaved(written, entry.rotary_heads)
+                dtype = kinds[name]
                 if written.dtype != dtype or not _same_bits(written, weights[entry.source].to(dtype)):
                     raise ExportError(f"{name} does not equal {entry.source} of the checkpoint")
     if missing := by_target.keys() - seen:
@@ -59,7 +63,7 @@ def compare_logits(directory: Path, trainer: "Decoder", lengths: list[int], mode
     Raises:
         ExportError: transformers finds other tensors than it expects, or a logit differs by more than LOGIT_TOLERANCE.
     """
-    exported = _load_exported(directory, model.kind.architecture).float().eval()
+    exported = _load_exported(directory, model.kind.architecture).eval()
     trainer.eval()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -100,14 +104,17 @@ def trainer_model(model: "ModelSection", max_length: int, weights: dict[str, Ten
 
 
 def _load_exported(directory: Path, architecture: str) -> Any:
+    import transformers
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    # Release 4 does so by itself, and has another name for it.
+    how = {} if transformers.__version__.startswith("4.") else {"dtype": torch.float32}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            directory, output_loading_info=True, local_files_only=True
+            directory, output_loading_info=True, local_files_only=True, **how
         )
     finally:
         if bars:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lighthouse_core.config.model import ModelSection
 
 _NOTHING = AttentionContext()
-# What checkpointing and compiling put into the names of a block's parameters.
+# What activation checkpointing and torch.compile put into the names of a block's parameters.
 _WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
@@ -248,17 +248,21 @@ class Decoder(nn.Module):
         device = next(self.parameters()).device
         generator = torch.Generator(device).manual_seed(self.args.seed)
         for name, parameter in self.named_parameters():
-            if self.initial is None:
-                full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
-                self._draw(name, full, generator)
-            else:
-                full = self.initial(_WRAPPED.sub("", name)).to(device)
-            if isinstance(parameter, DTensor):
-                # No communication: every process has drawn the same tensor.
-                shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.to_local().copy_(shard.to_local())
-            else:
-                parameter.copy_(full)
+            self._take(name, parameter, device, generator)
+
+    def _take(self, name: str, parameter: Tensor, device: torch.device, generator: torch.Generator) -> None:
+        """One parameter; the full tensor is gone before the next is made."""
+        if self.initial is None:
+            full = torch.empty(parameter.shape, device=device, dtype=torch.float32)
+            self._draw(name, full, generator)
+        else:
+            full = self.initial(_WRAPPED.sub("", name)).to(device)
+        if isinstance(parameter, DTensor):
+            # No communication: every process has drawn the same tensor.
+            shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+        else:
+            parameter.copy_(full)
 
     def _draw(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         if "norm" in name:

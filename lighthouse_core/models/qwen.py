@@ -17,6 +17,9 @@ class Qwen2(Family):
     def minds(self, field: str, value: Any) -> bool:
         if field == "layer_types":
             return not isinstance(value, list) or value != ["full_attention"] * len(value)
+        if field == "use_mrope":
+            # Some say that the rotation is not one of images.
+            return value is not False
         # Of the window that is not used.
         return field not in ("sliding_window", "max_window_layers")
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.call import select_indices
+from lighthouse_core.attention.backends import window_scores
+from lighthouse_core.attention.call import Scores, select_indices
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.attention.module import LighthouseAttention
@@ -173,16 +174,22 @@ class _Seen(NamedTuple):
     indices: Tensor
 
 
-def _see(q: Tensor, k: Tensor, v: Tensor, cfg: LighthouseConfig, key: Tensor | None, bins: int) -> _Seen:
-    """q [1, N, H, D], k and v [1, N, Hkv, D] of one call."""
+def _see(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores | None, cfg: LighthouseConfig, key: Tensor | None, bins: int
+) -> _Seen:
+    """q [1, N, H, D], k and v [1, N, Hkv, D] of one call, and the scores that it was given."""
     g = cfg.geometry(q.shape[1])
-    indices = select_indices(q, k, cfg, v=v, key=key)
+    indices = select_indices(q, k, cfg, v=v, scores=scores, key=key)
     finest = finest_levels(indices, g)[0]
     coverage = torch.stack([(finest == level).double().mean(-1) for level in range(g.levels)], -1)
     bin_of = torch.arange(g.tokens, device=q.device) * bins // g.tokens
     tokens = torch.zeros(len(finest), bins, device=q.device).index_add_(1, bin_of, (finest == 0).float())
     overlap = chance = torch.empty(0)
-    if (scores := selector_of(cfg.scorer).scores(q, k, v, g)) is not None:
+    if scores is not None:
+        scores = window_scores(scores, tuple(q.shape[:3]), k.shape[2], g)
+    else:
+        scores = selector_of(cfg.scorer).scores(q, k, v, g)
+    if scores is not None:
         overlap, chance = (x[0] for x in parent_overlap(indices, scores, g))
     return _Seen(*(x.cpu() for x in (coverage, tokens / bin_of.bincount(), overlap, chance, indices)))
 
@@ -194,11 +201,13 @@ def _look(subject: Subject, text: Text, seed: int, step: int, bins: int) -> dict
     layers = lighthouse_layers(subject.model)
     seen: dict[int, list[_Seen]] = {number: [] for number in layers}
 
-    def look(number: int, layer: LighthouseAttention, inputs: tuple[Any, ...]) -> None:
-        q, k, v, context = inputs[:4]
-        seen[number].append(_see(q, k, v, layer.cfg, context.key, bins))
+    def look(number: int, layer: LighthouseAttention, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
+        q, k, v, context = inputs
+        seen[number].append(_see(q, k, v, given["scores"], layer.cfg, context.key, bins))
 
-    hooks = [layer.register_forward_pre_hook(partial(look, number)) for number, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(partial(look, number), with_kwargs=True) for number, layer in layers.items()
+    ]
     try:
         for number, (row, packed) in enumerate(text):
             key = selection_keys(seed, step, number, len(subject.model.layers)).to(subject.device)

@@ -95,8 +95,7 @@ def create_run(
             "stages": [{"stage": stage, "start": 0, "end": recipe.training.steps}],
         }
         if weights is not None:
-            ledger["weights"] = weights
-            _keep_origin(recipe, path)
+            ledger["weights"] = weights | {ORIGIN: _keep_origin(recipe, path)}
         write_atomically(path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         write_atomically(path / "ledger.json", json.dumps(ledger, indent=1) + "\n")
         comment = f"# Every setting of run {name}" + (f", from {shown(source)}" if source else "")
@@ -131,20 +130,21 @@ def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
     return with_own_tokenizer(recipe, path)
 
 
-def _keep_origin(recipe: Recipe, path: Path) -> None:
-    """Copy into the run what describes the weights that it begins with: an export has it again."""
+def _keep_origin(recipe: Recipe, path: Path) -> list[str]:
+    """Copy into the run what describes the weights that it begins with, for an export to have it again; returns the
+    names of the files."""
     origin = read_origin(recipe.model.origin)
     # A run has it from where its own weights came from.
     folder = origin.path / ORIGIN if origin.run else origin.path
     files = [folder / name for name in DESCRIPTIONS if (folder / name).is_file()]
-    if not files:
-        return
     try:
-        (path / ORIGIN).mkdir()
+        if files:
+            (path / ORIGIN).mkdir()
         for file in files:
             shutil.copyfile(file, path / ORIGIN / file.name)
     except OSError as error:
         raise refusal(error, f"cannot copy {folder} into the run", kind=RunError) from None
+    return [file.name for file in files]
 
 
 def run_path(recipe: Recipe, name: str) -> Path:

@@ -1,9 +1,9 @@
 """The run, or the checkpoint of one, that a user means. Nothing here imports torch."""
 
 import os
-import re
 from pathlib import Path
 
+from lighthouse_core.config.origin import split_checkpoint
 from lighthouse_core.errors import RunError, did_you_mean
 from lighthouse_core.reading import home_expanded
 from lighthouse_core.runs.listing import run_dirs
@@ -44,22 +44,23 @@ def find_run(spec: str | Path | None, output_dir: str | Path = "runs") -> Run:
     )
 
 
-def split_checkpoint(path: Path) -> tuple[Path, int | None]:
-    """The run and N of a RUN/checkpoints/step-N; any other path itself, and None."""
-    match = re.fullmatch(r"step-(0|[1-9][0-9]{0,15})", path.name)
-    return (path.parents[1], int(match[1])) if match and path.parent.name == "checkpoints" else (path, None)
-
-
 def find_origin(spec: str, output_dir: str | Path = "runs") -> str:
     """The directory that a user means by --from: a path, or the name of a run, maybe with /checkpoints/step-N.
 
     Raises:
         RunError: there is neither.
     """
-    path = Path(os.path.abspath(home_expanded(spec)))
-    if path.exists() and not (path / "recipe.toml").is_file() and split_checkpoint(path)[1] is None:
-        return str(path)
-    return os.path.abspath(find_checkpoint(spec, output_dir))
+    path = home_expanded(spec)
+    # A folder of a run's name that is neither a run nor a model does not hide the run.
+    if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return os.path.abspath(path)
+    try:
+        return os.path.abspath(find_checkpoint(path, output_dir))
+    except RunError:
+        if not path.exists():
+            raise
+        # What is wrong with it is said of both kinds.
+        return os.path.abspath(path)
 
 
 def find_checkpoint(spec: str | Path, output_dir: str | Path = "runs") -> Path:

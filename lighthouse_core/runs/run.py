@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighthouse_core.checkpoint import METADATA, check_contents
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
-from lighthouse_core.config.origin import TOKENIZER
+from lighthouse_core.config.origin import DTYPES, ORIGIN, TOKENIZER
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
 from lighthouse_core.files import RUN_FOLDERS, refuse_links, write_atomically
@@ -248,7 +248,7 @@ class Run:
             raise RunError(f"cannot read {path}: {error}", hint="put a sound copy of it back") from None
         if not isinstance(ledger, dict) or ledger.get("version") != 1:
             raise RunError(f"{path} is not of a version that this release reads", hint="put a sound copy of it back")
-        if (problem := _odd_stages(ledger.get("stages"))) is not None:
+        if problem := _odd_stages(ledger.get("stages")) or _odd_weights(ledger.get("weights")):
             raise RunError(f"cannot read {path}: {problem}", hint="put a sound copy of it back")
         return ledger
 
@@ -308,6 +308,20 @@ def _odd_stages(stages: Any) -> str | None:
         if not isinstance(unread, dict) or not all(map(is_count, unread.values())):
             return "the files that could not be read have no sizes"
         last = start
+    return None
+
+
+def _odd_weights(weights: Any) -> str | None:
+    """What is wrong with what a ledger says of the weights that the run began with; None if nothing is."""
+    if weights is None:
+        return None
+    if not isinstance(weights, dict) or type(weights.get("recovered")) is not bool:
+        return "its weights do not say whether they were recovered"
+    others, files = weights.get("others"), weights.get("files")
+    if not isinstance(others, dict) or any(kind not in DTYPES for kind in (weights.get("dtype"), *others.values())):
+        return f"its weights have a dtype that is not one of {', '.join(DTYPES)}"
+    if not isinstance(files, dict) or not isinstance(weights.get(ORIGIN), list):
+        return "its weights name no files"
     return None
 
 

@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 
-from lighthouse_core.config.origin import DESCRIPTIONS, ORIGIN
+from lighthouse_core.config.origin import DESCRIPTIONS, ORIGIN, TOKENIZER
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 
 # What `pretrain` makes of files before the first checkpoint, below a run, with the temporary names that they may have.
 _OWN = re.compile(
     rf"(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|tokenizer\.(json|model)|wandb-id"
-    rf"|{ORIGIN}/({'|'.join(map(re.escape, DESCRIPTIONS))})|{'|'.join(map(re.escape, COMPANIONS))}"
+    rf"|{'|'.join(map(re.escape, COMPANIONS))}"
+    rf"|{ORIGIN}/({'|'.join(map(re.escape, DESCRIPTIONS))})|{TOKENIZER}/({'|'.join(map(re.escape, DESCRIPTIONS))})"
     r"|logs/rank[0-9]+\.log|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
     r"|\.(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|wandb-id)\.[0-9a-f]+"
     r"|checkpoints/\.step-[0-9]+\.(saving|deleting)/.*)"

@@ -51,7 +51,7 @@ from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
-from lighthouse_core.weights.origin import find_weights
+from lighthouse_core.weights.origin import check_unchanged, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -430,7 +430,12 @@ class Trainer(titan_train.Trainer):
             )
         self.lr_schedulers.take_rates()
         self.begun = True
-        if self.step == 0 and 0 in self.stage.recipe.checkpoint.also:
+        if self.step == 0 and 0 in self.stage.recipe.checkpoint.also and not self._is_published():
+            # torch makes the optimizer's state, for a checkpoint, by an update at rate 0, and counts it.
+            self.optimizers.state_dict()
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    state["step"].zero_()
             self.checkpointer.save(0, last_step=True)
         if self.stage.name == "lighthouse" and self.stage.recipe.metrics.measure_dense:
             self._measure_dense()
@@ -554,10 +559,12 @@ class Trainer(titan_train.Trainer):
 
     def _save_unless_saved(self) -> None:
         self.checkpointer._async_wait()
-        # Only the first process knows what is published.
-        published = torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps()
-        if not self.anywhere(published):
+        if not self._is_published():
             self.checkpointer.save(self.step, last_step=True)
+
+    def _is_published(self) -> bool:
+        """Whether there is a checkpoint of this step, which only the first process knows."""
+        return self.anywhere(torch.distributed.get_rank() == 0 and self.step in self.stage.run.checkpoint_steps())
 
     def _meet(self, fault: DataError | None) -> None:
         """Where a process cannot read its data, end all of them.
@@ -670,6 +677,9 @@ def train(run: Run) -> None:
             trainer.loads = step
         elif stage.recipe.model.origin and trainer.model_parts[0].initial is None:
             raise PatchError("the weights that the run begins with were not read")
+        elif stage.recipe.model.origin and torch.distributed.get_rank() == 0:
+            # On the machine whose files the ledger is about.
+            check_unchanged(run.ledger.get("weights", {}))
         if folder := os.environ.get(TRACE_FOLDER):
             from lighthouse_core.titan.tracing import trace_last_step
 

@@ -35,6 +35,16 @@ class Source:
         dense_from_start = ledger["stages"][0]["stage"] == "dense"
         return dense_from_start or (self.run.recovering and self.step > self.run.start)
 
+    @property
+    def dtype(self) -> str:
+        """That an export's weights have unless another is asked for."""
+        return self.run.ledger.get("weights", {}).get("dtype", "bfloat16")
+
+    @property
+    def others(self) -> dict[str, str]:
+        """That of the tensors of an export which have another than `dtype`, by their names there."""
+        return self.run.ledger.get("weights", {}).get("others", {})
+
 
 def find_source(checkpoint: Path, *, verify: bool = True) -> Source:
     """The checkpoint at a run directory (its newest) or at .../checkpoints/step-N.

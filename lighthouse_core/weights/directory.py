@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lighthouse_core.config.origin import refuse_adapter
 from lighthouse_core.errors import UserError, refusal
 from lighthouse_core.reading import parse_json, read_regular
 from lighthouse_core.text import BOM, UTF8_HINT
@@ -41,11 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or the directory needs what is not run here.
     """
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} holds an adapter, which changes a model and is none by itself",
-            hint="merge it into its model, as merge_and_unload of peft does, and save the whole",
-        )
+    refuse_adapter(path)
     config = _object(path / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -111,11 +108,11 @@ def read_headers(path: Path) -> dict[str, Stored]:
     """
     from safetensors import safe_open
 
-    files = [path / "model.safetensors"]
-    if not files[0].is_file():
-        files = _indexed(path)
+    single, places = path / "model.safetensors", {}
+    if not single.is_file():
+        places = _indexed(path)
     found: dict[str, Stored] = {}
-    for file in files:
+    for file in sorted(set(places.values())) or [single]:
         if not file.is_file():
             # A pipe would be waited for.
             raise UserError(f"{file} is not there, or no ordinary file", hint=COPY_ANEW)
@@ -123,16 +120,25 @@ def read_headers(path: Path) -> dict[str, Stored]:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                     part = opened.get_slice(name)
-                    found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                    stored = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                    if (other := found.setdefault(name, stored)) is not stored:
+                        raise UserError(f"{words(name)} is in {other.file} and in {file.name}", hint=COPY_ANEW)
+        except UserError:
+            raise
         except Exception as error:  # the library's own, of several kinds
             raise UserError(f"{file} cannot be read: {words(error)}", hint=COPY_ANEW) from None
     if not found:
         raise UserError(f"{path} holds no weights", hint=COPY_ANEW)
+    for name, file in places.items():
+        if name not in found or found[name].file != file:
+            raise UserError(
+                f"{path / _INDEX} says that {words(name)} is in {file.name}, which is not so", hint=COPY_ANEW
+            )
     return found
 
 
-def _indexed(path: Path) -> list[Path]:
-    """The files of weights that an index names."""
+def _indexed(path: Path) -> dict[str, Path]:
+    """The files that an index names, by the tensors that they are said to hold."""
     index = path / _INDEX
     if not index.is_file():
         pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
@@ -148,12 +154,13 @@ def _indexed(path: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map", hint=COPY_ANEW)
     for name in names.values():
+        # A link to elsewhere is fine: the cache of Hugging Face is made of them.
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(
                 f"{index} names {words(str(name))!r}, which is no file of safetensors beside it",
                 hint=COPY_ANEW,
             )
-    return sorted({path / name for name in names.values()})
+    return {name: path / file for name, file in names.items()}
 
 
 def words(error: BaseException | str) -> str:

@@ -28,20 +28,19 @@ class Weights(ABC):
 
     Attributes:
         path: of the directory, or of the checkpoint.
-        dtype: that they are stored in.
+        dtype: that most tensors are exported in: that of the directory's.
+        others: that of the other tensors, by their names in transformers' class.
         about: what they are, in a few words.
         recovered: whether they were last trained with every layer dense.
+        files: that they are read from.
     """
 
     path: Path
     dtype: str
+    others: dict[str, str]
     about: str
     recovered = True
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a ledger keeps of them."""
-        return {"path": str(self.path), "dtype": self.dtype, "recovered": self.recovered}
+    files: list[Path]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -51,23 +50,57 @@ class Weights(ABC):
             UserError: it cannot be read, or is not finite.
         """
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError unless every tensor can be read and is what it should be. One is in memory at a time."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger of a run keeps of them."""
+        return {
+            "path": str(self.path),
+            "dtype": self.dtype,
+            "others": self.others,
+            "recovered": self.recovered,
+            "files": {str(file): _mark(file) for file in self.files},
+        }
+
+
+def _mark(file: Path) -> list[int] | None:
+    """What a file has another one of once it was written to; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def check_unchanged(facts: dict[str, Any]) -> None:
+    """Raise UserError where a file is not the one that `facts` of a ledger were taken of."""
+    for file, mark in facts.get("files", {}).items():
+        if _mark(Path(file)) != mark:
+            raise UserError(f"{file} has changed since the run began to read it", hint="start again")
+
 
 def find_weights(model: ModelSection, *, verify: bool = False) -> Weights:
     """What `from` of [model] stands for. Only descriptions are read.
 
     Args:
         model: the recipe's [model] section.
-        verify: also compare every byte of a run's checkpoint with its seal.
+        verify: also read every weight, and compare every byte of a run's checkpoint with its seal.
 
     Raises:
         UserError, CheckpointError: there are no such weights, they are damaged, or they are not those of the model.
     """
     origin = read_origin(model.origin)
-    if not origin.run:
-        return _OfDirectory(origin.path, model)
-    step = "" if origin.step is None else f"checkpoints/step-{origin.step}"
-    source = find_source(origin.path / step, verify=verify)
-    return _OfRun(source, model)
+    if origin.run:
+        step = "" if origin.step is None else f"checkpoints/step-{origin.step}"
+        weights: Weights = _OfRun(find_source(origin.path / step, verify=verify), model)
+    else:
+        weights = _OfDirectory(origin.path, model)
+    if verify:
+        weights.check()
+    return weights
 
 
 class _OfDirectory(Weights):
@@ -99,27 +132,37 @@ class _OfDirectory(Weights):
                 f"{path} has a tensor that a {model.family} does not: {words(left[0])}",
                 hint="compare config.json with the weights",
             )
-        counts = Counter(found.dtype for _, found in self._places.values())
-        self.dtype = _DTYPES[counts.most_common(1)[0][0]]
-        files = len({found.file for _, found in self._places.values()})
-        self.about = f"{model.kind.architecture}, {self.dtype}, {files} file{'s' * (files > 1)}"
+        kinds = {entry.target: _DTYPES[found.dtype] for entry, found in self._places.values()}
+        self.dtype = Counter(kinds.values()).most_common(1)[0][0]
+        self.others = {name: kind for name, kind in kinds.items() if kind != self.dtype}
+        files = sorted({found.file for _, found in self._places.values()})
+        self.files = [path / "config.json", *files]
+        some = f" and {', '.join(sorted(set(self.others.values())))}" if self.others else ""
+        self.about = f"{model.kind.architecture}, {self.dtype}{some}, {len(files)} file{'s' * (len(files) > 1)}"
+
+    def check(self) -> None:
+        for name in self._places:
+            self._stored(name)
 
     def read(self, name: str) -> Tensor:
+        heads, weight = self._places[name][0].rotary_heads, self._stored(name)
+        # In the type of the file, which may be half as large.
+        return (to_interleaved(weight, heads) if heads else weight).float()
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor as its file has it."""
         entry, stored = self._places[name]
         weight = _tensor(stored, entry.target)
-        if (
-            name == EMBEDDING.source
-            and self._twin is not None
-            and not torch.equal(_tensor(self._twin, HEAD.target), weight)
-        ):
-            raise UserError(
-                f"{HEAD.target} and {entry.target} of {self.path} differ, and config.json has tie_word_embeddings",
-                hint="set tie_word_embeddings to false in a copy of config.json, if the head is one of its own",
-            )
-        weight = weight.float()
+        if name == EMBEDDING.source and self._twin is not None:
+            twin = _tensor(self._twin, HEAD.target)
+            if twin.shape != weight.shape or not torch.equal(twin.float(), weight.float()):
+                raise UserError(
+                    f"{HEAD.target} and {entry.target} of {self.path} differ, and config.json has tie_word_embeddings",
+                    hint="set tie_word_embeddings to false in a copy of config.json, if the head is one of its own",
+                )
         if not weight.isfinite().all():
             raise UserError(f"{entry.target} in {stored.file} holds NaN or infinity", hint=COPY_ANEW)
-        return to_interleaved(weight, entry.rotary_heads) if entry.rotary_heads else weight
+        return weight
 
 
 def _tensor(stored: Stored, name: str) -> Tensor:
@@ -127,17 +170,29 @@ def _tensor(stored: Stored, name: str) -> Tensor:
 
     try:
         with safe_open(stored.file, framework="pt") as file:
-            return file.get_tensor(name)
+            weight = file.get_tensor(name)
+        if tuple(weight.shape) != stored.shape:
+            raise ValueError(f"{name} has another shape than a moment ago")
+        return weight
     except Exception as error:  # the library's own, of several kinds
         raise UserError(f"{stored.file} cannot be read: {words(error)}", hint=COPY_ANEW) from None
 
 
 class _OfRun(Weights):
     def __init__(self, source: Source, model: ModelSection):
-        self.path, self.dtype, self.recovered = source.path, "float32", source.recovered
+        self.path, self.recovered = source.path, source.recovered
+        # An export of the new run is as one of this run would be.
+        self.dtype, self.others = source.dtype, source.others
+        self.files = sorted(path for path in source.path.iterdir() if path.is_file())
         self.about = f"step {source.step} of run {source.run.name}"
+        if not source.recovered:
+            self.about += ", which was never trained with every layer dense"
         self._shapes = {entry.source: entry.shape for entry in model.kind.entries(model)}
         self._contents = check_model(source.path, self._shapes, source.run.recipe_path)
+
+    def check(self) -> None:
+        for name in self._shapes:
+            self.read(name)
 
     def read(self, name: str) -> Tensor:
         weight = torch.empty(self._shapes[name], dtype=torch.float32)

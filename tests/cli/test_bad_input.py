@@ -96,6 +96,8 @@ def names_option(error: str, option: str) -> bool:
 READ = {
     "pretrain": ("pretrain", "{}"),
     "resume": ("pretrain", "--resume", "{}"),
+    "from": ("pretrain", "tiny.toml", "--from", "{}"),
+    "from, a setting": ("pretrain", "tiny.toml", "--set", 'model.from="{}"', "--set", "model.norm_eps=1e-5"),
     "recover": ("recover", "{}"),
     "strip": ("strip", "{}", "out"),
     "eval": ("eval", "{}"),
@@ -154,6 +156,7 @@ WRITTEN = {
 PATHS = {
     "pretrain recipe": (READ, "pretrain"),
     "pretrain --resume": (READ, "resume"),
+    "pretrain --from": (READ, "from"),
     "pretrain --name": (WRITTEN, "--name"),
     "recover run": (READ, "recover"),
     "strip checkpoint": (READ, "strip"),

@@ -56,6 +56,7 @@ def test_what_is_offered(place):
     assert ask("lighthouse recover ", place) == ["newer", "older"]
     assert ask("lighthouse recover o", place) == ["older"]
     assert ask("lighthouse pretrain --resume ", place) == ["latest", "newer", "older"]
+    assert "runs/newer/checkpoints/step-5" in ask("lighthouse pretrain --from ", place)
     assert ask("lighthouse pretrain ", place) == sorted([*shipped_recipes(), "mine.toml"])
     for command in ("data prepare", "data inspect", "tokenizer train", "profile step", "profile tune"):
         assert ask(f"lighthouse {command} ", place) == sorted([*shipped_recipes(), "mine.toml"])

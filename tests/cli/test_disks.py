@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from directories import plain
 from faulty_disk import ERRORS, Faults, failing
 from test_bad_input import ROW, WRITTEN, a_run, check_refused, place, tree  # noqa: F401 (some are fixtures)
 from tiny_recipe import RECIPE
@@ -25,6 +26,8 @@ from lighthouse_core.job import launch
 # What each command is asked for in `world`, by what it writes. A command that is in neither fails a test.
 WRITES = {
     "pretrain": ("pretrain", "tiny.toml", "--name", "new"),
+    "pretrain --from": ("pretrain", "begin.toml", "--name", "new", "--from", "given"),
+    "pretrain --from, a run": ("pretrain", "begin.toml", "--name", "new", "--from", "runs/cut"),
     "pretrain --resume": ("pretrain", "--resume", "runs/cut", "--set", "checkpoint.interval=7"),
     "recover": ("recover", "runs/cut"),
     "strip": ("strip", "runs/whole", "model"),
@@ -109,6 +112,8 @@ def template(tmp_path_factory) -> Path:
         (here / f"corpus/{name}").write_text("hello world, and more of the same\n" * 50)
     data = 'source = "files"\npaths = ["corpus/*.txt"]\nvalidation = 0.25\n'
     (here / "tiny.toml").write_text(RECIPE.replace("steps = 20", "steps = 7") + data)
+    text = (here / "tiny.toml").read_text()
+    (here / "begin.toml").write_text(text[text.index("[lighthouse]") :] + 'tokenizer = "bytes"\n')
     (here / "sweep.toml").write_text(SWEEP)
     # Token ids as nanoGPT has them: bytes, and the tokenizer's EOS behind each document.
     (here / "ids.bin").write_bytes(array("H", [*b"hello world", 257] * 60).tobytes())
@@ -132,6 +137,7 @@ def template(tmp_path_factory) -> Path:
             dcp.save(weights, checkpoint_id=folder, no_dist=True)
         seal(folder)
 
+    plain(load_recipe(here / "tiny.toml").model, here / "given")
     make("runs/whole", 107, True)
     make("runs/cut", 60, False)
     make("made/one", 100, False)
@@ -278,7 +284,16 @@ LEFT = {
 
 
 # Each costs a second or two.
-QUICK = {"pretrain", "eval --out", "compare", "profile selection", "data prepare", "tokenizer train", "recipes copy"}
+QUICK = {
+    "pretrain",
+    "pretrain --from",
+    "eval --out",
+    "compare",
+    "profile selection",
+    "data prepare",
+    "tokenizer train",
+    "recipes copy",
+}
 CASES = [
     pytest.param(case, lasting, marks=() if case in QUICK and not lasting else pytest.mark.slow)
     for case in WRITES

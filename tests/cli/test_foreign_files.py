@@ -415,11 +415,16 @@ FILES = [
     "small.toml",
     "tokens.toml",
     "sweep.toml",
+    "begin.toml",
+    *(f"model/{name}" for name in ("config.json", "generation_config.json", "model.safetensors")),
+    *(f"runs/next/{name}" for name in ("recipe.toml", "ledger.json", *TOKENIZER, "chat_template.jinja")),
+    *(f"runs/next/origin/{name}" for name in ("config.json", "generation_config.json")),
+    *(f"runs/next/checkpoints/step-0/{name}" for name in ("manifest.json", ".metadata", "__0_0.distcp")),
     *(f"given/{name}" for name in (*TOKENIZER, "chat_template.jinja")),
     *(f"runs/tiny/{name}" for name in ("recipe.toml", "ledger.json", "metrics.jsonl", *TOKENIZER)),
     *(f"runs/tiny/eval/{which}/results.json" for which in ("switch", "end")),
     *(f"runs/tiny/checkpoints/step-10/{name}" for name in ("manifest.json", ".metadata", "__0_0.distcp")),
-    *(f"runs/later/{name}" for name in ("recover.toml", "ledger.json", "metrics.jsonl", *TOKENIZER)),
+    *(f"runs/later/{name}" for name in ("recipe.toml", "recover.toml", "ledger.json", "metrics.jsonl", *TOKENIZER)),
     "runs/later/chat_template.jinja",
     *(f"runs/later/checkpoints/step-12/{name}" for name in ("manifest.json", ".metadata", "__0_0.distcp")),
     *(f"{folder}/{name}" for folder in ("exported", "parts") for name in _MODEL),
@@ -439,13 +444,24 @@ FILES = [
 # What is read in Rust or beside this process, which no hook of the interpreter sees.
 UNSEEN = {
     "exported/model.safetensors": "eval, exported",
+    "model/model.safetensors": "begin",
     "parts/model-0.safetensors": "eval, in parts",
     "parts/model-1.safetensors": "eval, in parts",
     "runs/tiny/checkpoints/step-10/manifest.json": "resume",
     "runs/later/checkpoints/step-12/manifest.json": "recover again",
 }
 # Commands that take a second or more: where another one reads a file, that is enough for the quick tests.
-HEAVY = ("strip", "profile", "eval, recovered", "eval, tokens", "eval", "compare", "eval, exported", "eval, in parts")
+HEAVY = (
+    "strip",
+    "strip, begun",
+    "profile",
+    "eval, recovered",
+    "eval, tokens",
+    "eval",
+    "compare",
+    "eval, exported",
+    "eval, in parts",
+)
 
 
 def reset(here: Path, kept: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from directories import plain
 from safetensors.torch import load_file, save_file
 
 from lighthouse_core.config import load_recipe
@@ -20,6 +21,7 @@ from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.seal import seal
+from lighthouse_core.weights.origin import find_weights
 
 SMALL = """\
 [model]
@@ -86,6 +88,9 @@ COMMANDS = {
     "inspect": ("data", "inspect", "small.toml"),
     "verify": ("data", "inspect", "tokens.toml", "--verify"),
     "pretrain": ("pretrain", "tokens.toml", "--dry-run"),
+    "begin": ("pretrain", "begin.toml", "--name", "new", "--from", "model"),
+    "begin, a run": ("pretrain", "begin.toml", "--name", "new", "--from", "runs/later/checkpoints/step-12"),
+    "strip, begun": ("strip", "runs/next/checkpoints/step-0", "stripped"),
     "create": ("pretrain", "small.toml", "--name", "new"),
     "prepare": ("data", "prepare", "small.toml", "tokens", "--workers", "1"),
     "prepare on": ("data", "prepare", "small.toml", "begun", "--workers", "1"),
@@ -104,6 +109,11 @@ def make(place: Path, lighthouse: Callable, commands: Iterable[str]) -> None:
     (place / "sweep.toml").write_text(SWEEP)
     recipe = load_recipe(place / "small.toml")
     _, data = build_stream(recipe.data, build_tokenizer(recipe.data.tokenizer), 0, "train")
+    (place / "begin.toml").write_text(SMALL[SMALL.index("[lighthouse]") :])
+    plain(recipe.model, place / "model")
+    begun = load_recipe(place / "begin.toml", ['model.from="model"'])
+    run = create_run(begun, "begin", "next", weights=find_weights(begun.model).facts)
+    save(run.checkpoint_dir(0), recipe, 0)
     for name in ("tiny", "later"):
         run = create_run(recipe, "small", name)
         run.note(data=f"{data:016x}")

@@ -14,6 +14,7 @@ from lighthouse_core.config.lighthouse import LighthouseSection
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.positions import flatten, line_numbers
 from lighthouse_core.errors import RecipeError
+from lighthouse_core.models import FAMILIES
 
 BASE = """\
 # A comment.
@@ -329,6 +330,52 @@ def test_every_key_can_be_written_and_no_other():
     assert {name: list(table) for name, table in dumped.items()} == known
 
 
+SCALINGS = [
+    {"rope_type": "linear", "factor": 4},
+    {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "high_freq_factor": 2.5},
+    {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 64, "truncate": False},
+]
+
+
+def scaled(*lines: str) -> str:
+    """BASE with a table of a scaling, which begins at line 28."""
+    return "\n".join((BASE.rstrip(), "", "[model.rope_scaling]", *lines, ""))
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides", "place", "words"),
+    [
+        (['rope_type = "ntk"', "factor = 2"], (), "r.toml:29", '"linear", "llama3" or "yarn", not "ntk"'),
+        (["factor = 2"], (), "r.toml:28", "rope_type is missing"),
+        (['rope_type = "linear"', "factor = 0.5"], (), "r.toml:30", "factor must be at least 1, not 0.5"),
+        (['rope_type = "linear"', 'factor = "2"'], (), "r.toml:30", 'factor must be a number, not the string "2"'),
+        (['rope_type = "linear"'], (), "r.toml:28", "factor is missing"),
+        (['rope_type = "linear"', "factor = 2", "beta_fast = 1"], (), "r.toml:31", "unknown key"),
+        (['rope_type = "yarn"', "factor = 2"], (), "r.toml:28", "original_max_position_embeddings is missing"),
+        (['rope_type = "linear"', "factor = 2"], ["factor=0"], "--set model.rope_scaling.factor", "at least 1, not 0"),
+        (['rope_type = "linear"', "factor = 2"], ['rope_type="x"'], "--set model.rope_scaling.rope_type", "must be"),
+        ([], ["factor=2"], "--set model.rope_scaling.factor", "rope_type is missing"),
+    ],
+)
+def test_a_scaling_of_the_rotation_is_named_with_its_place(lines, overrides, place, words):
+    text = scaled(*lines) if lines else BASE
+    found = problem(text, *(f"model.rope_scaling.{override}" for override in overrides))
+    assert found.startswith(f"{place}: ") and words in found and "model.rope_scaling" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("1", "a string"), ("true", "a string"), ("['a']", "a string"), ("{a = 1}", "a string"), ('"a\\u0000b"', "NUL")],
+)
+def test_what_weights_cannot_come_from(name, words):
+    found = problem(BASE.replace("dim = 64", f"dim = 64\nfrom = {name}"))
+    assert found.startswith("r.toml:4: model.from") and words in found
+
+
+def test_an_empty_name_stands_for_no_weights():
+    assert loads_recipe(BASE, ['model.from=""']) == loads_recipe(BASE)
+
+
 positive = st.integers(1, 10**6)
 small = st.floats(1e-12, 1e3)
 names = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)
@@ -350,7 +397,10 @@ def recipes(draw):
         "head_dim": 2 * draw(st.integers(1, 64)),
         "ffn_dim": draw(positive),
         "vocab_size": draw(st.integers(258, 10**6)),
-        "rope_theta": draw(small),
+        "rope_theta": 1 + draw(small),
+        **draw(st.sampled_from([{}, *({"rope_scaling": scaling} for scaling in SCALINGS)])),
+        "family": draw(st.sampled_from(list(FAMILIES))),
+        "tied_embeddings": draw(st.booleans()),
         "dense_layers": draw(st.lists(st.integers(0, layers - 1), unique=True)),
     }
     return Recipe.model_validate(
@@ -395,5 +445,6 @@ def test_each_key_is_found_on_its_line(recipe):
     lines, numbers = text.split("\n"), line_numbers(text)
     for path in flatten(tomllib.loads(text)):
         if path[0] != "titan":
-            begin = f"[{path[0]}]" if len(path) == 1 else f"{path[1]} = "
+            header = path in ((path[0],), ("model", "rope_scaling"))
+            begin = f"[{'.'.join(path)}]" if header else f"{path[-1]} = "
             assert lines[numbers[path] - 1].startswith(begin)

@@ -350,14 +350,14 @@ def test_a_model_that_changes_its_logits_is_asked_for_them():
         assert torch.equal(head(hidden(tokens)), Model(factor)(tokens, False).logits)
 
 
-def small(cfg):
-    recipe = load_recipe("recipes/quickstart.toml")
+def small(cfg, *settings):
+    recipe = load_recipe("recipes/quickstart.toml", settings)
     model = build_dense_model(recipe.model, 256)
     with torch.no_grad():
         model.init_weights()
     use_dense(model, "auto")
     use_lighthouse(model, cfg, recipe.model.dense_layers)
-    return Subject("it", model.hidden, model.output, BytesTokenizer(), 256, CPU, model=model), recipe
+    return Subject("it", model.hidden, model.head, BytesTokenizer(), 256, CPU, model=model), recipe
 
 
 def test_errors_of_a_call_that_is_dense_are_none():
@@ -368,6 +368,16 @@ def test_errors_of_a_call_that_is_dense_are_none():
     errors = attention_errors(whole, text)
     assert sorted(errors) == layers and max(errors.values()) < 1e-5
     assert all(0.01 < error < 10 for error in attention_errors(part, text).values())
+
+
+def test_errors_of_a_model_that_norms_its_heads():
+    qwen = ('model.family="qwen3"', "model.tied_embeddings=true")
+    cfg = LighthouseConfig(pooling=2, levels=2, topk=4, tile_parents=4, backend="reference")
+    part, recipe = small(cfg, *qwen)
+    text = torch.randint(256, (1, 256), generator=torch.Generator().manual_seed(0))
+    errors = attention_errors(part, text)
+    assert len(errors) == recipe.model.layers - len(recipe.model.dense_layers)
+    assert all(0.01 < error < 10 for error in errors.values())
 
 
 def test_dense_for_a_while():

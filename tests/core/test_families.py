@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from directories import made
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,34 +96,19 @@ def test_another_model_is_refused_by_the_field(family, change):
         section.kind.settings(section.kind.config(section, **IDS) | change)
 
 
-def made(path, family, dtype="float32", *, shards="5GB", rope=None, **changes):
-    """A small model of transformers' own class with no weight left at its initial value, saved at `path`."""
-    transformers = pytest.importorskip("transformers")
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 60,
-        "intermediate_size": 100,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5} | (rope or {}),
+def test_what_changes_nothing_is_not_minded():
+    section = ModelSection(family="qwen2", dim=24, layers=2, heads=4, ffn_dim=40, vocab_size=300)
+    config = section.kind.config(section, **IDS)
+    unused = {
+        "use_mrope": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+        "pretraining_tp": 1,
+        "unheard_of": None,
     }
-    if family == "mistral":
-        settings["sliding_window"] = None
-    if family == "qwen3":
-        settings["head_dim"] = 14
-    config = transformers.AutoConfig.for_model(family, **settings | changes)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-            else:
-                parameter.mul_(3)
-    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shards)
-    return model.float()
+    assert ModelSection(**section.kind.settings(config | unused)) == section
+    with pytest.raises(ValueError, match="use_mrope"):
+        section.kind.settings(config | {"use_mrope": True})
 
 
 def loaded(path, tokens=2048):

@@ -654,6 +654,7 @@ _FOLDER = r"checkpoints/(\.step-[0-9]+\.saving|step-[0-9]+|\.step-[0-9]+\.deleti
 # All names of a run that training writes. Another one here wants a case above: what if a link is there?
 TRAINING = re.compile(
     rf"|\.?(environment\.json|ledger\.json|recipe\.toml|recover\.toml|metrics\.jsonl)({_RANDOM})?"
+    r"|origin(/(generation_)?config\.json)?"
     r"|logs(/rank[0-9]+\.log)?|tb(/events\.out\.tfevents\.[^/]+)?"
     rf"|checkpoints|{_FOLDER}(/(__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|manifest\.json|\.manifest\.json{_RANDOM}))?"
 )

@@ -1,11 +1,14 @@
 """A whole Llama, checkpointed, compiled and sharded, against the same one as it is."""
 
+import weakref
+import zlib
+
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lighthouse_core import LighthouseConfig
+from lighthouse_core import LighthouseConfig, select_indices
 from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.config import load_recipe
 from lighthouse_core.models.decoder import Decoder, DecoderArgs, attention_layers, use_lighthouse
@@ -113,6 +116,93 @@ def test_a_selection_is_made_once(tmp_path, mode, gathered):
         results(built, tokens()[:1, :32])
     assert count.calls["select"] == 1
     assert count.calls["gather"] == gathered
+
+
+QWEN = ['model.family="qwen3"', "model.tied_embeddings=true"]
+
+
+def qwen(cfg, tmp_path=None, mode="none", compiled=False):
+    """A Qwen3 with tied embeddings and weights that exist; prepared for training as the trainer does, in that order."""
+
+    def initial(name):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        shape = shapes[name]
+        return torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)
+
+    section = recipe(*QWEN).model
+    shapes = {entry.source: entry.shape for entry in section.kind.entries(section)}
+    with torch.device(DEVICE):
+        built = Decoder(DecoderArgs.of(section, TOKENS), initial)
+    use_lighthouse(built, cfg, [0])
+    if tmp_path is not None:
+        job = build_job(recipe(*QWEN, f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1)
+        job.compile.enable = compiled
+        job.compile.backend = "inductor" if CUDA else "aot_eager"
+        built = parallelize(built, ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+    with torch.no_grad():
+        built.init_weights()
+    return built
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_nor_of_a_model_that_norms_its_heads(tmp_path, mode, compiled):
+    """Also the names by which weights that exist are asked for."""
+    cfg = config(backend="reference")
+    loss, grads = results(qwen(cfg))
+    got, got_grads = results(qwen(cfg, tmp_path, mode, compiled))
+    torch.testing.assert_close(got, loss)
+    for ours, theirs in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_its_selection_is_made_once(tmp_path, mode):
+    with Count() as count:
+        results(qwen(config(backend="triton"), tmp_path, mode), tokens()[:1, :32])
+    assert count.calls["select"] == 1
+
+
+def test_weights_that_exist_are_in_memory_one_at_a_time(tmp_path, process_group):
+    built = qwen(config(backend="reference"))
+    mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("fsdp",))
+    fully_shard(built, mesh=mesh)
+    read, alive, most = built.initial, [0], []
+
+    def initial(name):
+        most.append(alive[0])
+        tensor = read(name)
+        alive[0] += 1
+        weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - 1))
+        return tensor
+
+    built.initial = initial
+    with torch.no_grad():
+        built.init_weights()
+    assert len(most) > 20 and set(most) == {0}
+
+
+def test_its_selection_is_by_the_norms_before_they_are_levelled():
+    cfg = config(backend="reference")
+    built = qwen(cfg)
+    projected, called = {}, []
+    attention = attention_layers(built)[1]
+    for name in ("wq", "wk"):
+        getattr(attention, name).register_forward_hook(
+            lambda module, inputs, out, name=name: projected.update({name: out})
+        )
+    attention.inner_attention.register_forward_pre_hook(
+        lambda module, inputs, given: called.append((inputs, given)), with_kwargs=True
+    )
+    with torch.no_grad():
+        built(tokens(), context=CONTEXT)
+    ((q, k, v, _), given) = called[0]
+    raw = [projected[name].unflatten(-1, (-1, 8)).float() for name in ("wq", "wk")]
+    for found, expected in zip(given["scores"], raw, strict=True):
+        torch.testing.assert_close(found, expected.pow(2).sum(-1).sqrt())
+    used = select_indices(q, k, cfg, v=v, scores=given["scores"])
+    assert torch.equal(used, select_indices(raw[0], raw[1], cfg))
+    assert not torch.equal(used, select_indices(q, k, cfg, v=v))
 
 
 def test_what_is_kept():

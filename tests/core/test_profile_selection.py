@@ -169,6 +169,8 @@ def weights(model, query, key):
         for entry in model.kind.entries(model)
     }
     state["tok_embeddings.weight"][:, 7] = 1.0
+    # Short ones, which a norm of each head would make as long as the others.
+    state["tok_embeddings.weight"][:, :2] = 0.1
     for column, letter in enumerate((query, key)):
         state["tok_embeddings.weight"][ord(letter), column] = 1.0
     for layer in range(model.layers):
@@ -193,9 +195,10 @@ def lettered(monkeypatch):
     return asked
 
 
-def test_a_run_of_which_all_is_known(make, lettered):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_run_of_which_all_is_known(make, lettered, family):
     """The worked example; then keys are long at 45, so that (2,2) and (1,11) take the place of (2,1) and (1,5)."""
-    run = make({10: "QK", 20: "QZ", 30: "QZ"})
+    run = make({10: "QK", 20: "QZ", 30: "QZ"}, f'model.family="{family}"')
     view = selection_view(run.checkpoint_dir(10), sequences=1, bins=4)
     assert lettered == [(64, 2)]
     assert (view.run, view.step, view.tokens, view.gathered_length, view.sequences) == ("tiny", 10, 64, 20, 1)
