@@ -205,7 +205,7 @@ def recipe(origin, texts, *settings, **data):
 def begun(made_recipe, name="first"):
     """A run with the weights that it begins with as its checkpoint of step 0."""
     weights = find_weights(made_recipe.model)
-    run = create_run(made_recipe, "tiny", name, weights={"path": "", "dtype": "float32", "recovered": True})
+    run = create_run(made_recipe, "tiny", name, weights=weights.facts)
     state = {entry.source: weights.read(entry.source) for entry in run.recipe.model.kind.entries(run.recipe.model)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
