@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -106,7 +106,7 @@ def _of_weights(recipe: "Recipe", weights: "Weights | None") -> "Iterator[str]":
     if (tokens := read_origin(recipe.model.origin).tokens) != recipe.training.seq_len:
         yield _line("changed", f"length {tokens} -> {recipe.training.seq_len}")
     for key, (there, here) in changes(recipe.model.origin, recipe.model.model_dump()).items():
-        yield _line("changed", f"model.{key} {there or 'none'} -> {here or 'none'}")
+        yield _line("changed", f"model.{key} {_value(there)} -> {_value(here)}")
 
 
 def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
@@ -340,6 +340,13 @@ def check_weights(recipe: "Recipe", *, verify: bool) -> "tuple[Recipe, Weights |
     weights = find_weights(recipe.model, verify=verify)
     model = recipe.model.model_copy(update={"origin": str(weights.path)})
     return recipe.model_copy(update={"model": model}), weights
+
+
+def _value(value: Any) -> str:
+    """Of a key of [model], as a recipe has it; "none" where there is none."""
+    from lighthouse_core.config.dump import toml_value
+
+    return toml_value(value) if value else "none"
 
 
 def check_titan(recipe: "Recipe") -> None:

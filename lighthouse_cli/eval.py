@@ -47,6 +47,9 @@ def evaluate(
             help="Length of a sequence; that of training by default.",
         ),
     ] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Of a run, let --tokens be more than it was trained at.")
+    ] = False,
     sequences: Annotated[int, typer.Option("--sequences", metavar="B", min=1, max=10**6, help="How many.")] = 8,
     context: Annotated[
         int,
@@ -98,6 +101,8 @@ def evaluate(
         )
     if exported and attention != "trained":
         raise UserError("--attention is for checkpoints of runs")
+    if extrapolate and (exported or tokens is None):
+        raise UserError("--extrapolate is for runs, and needs --tokens N, the length to measure at")
     if not exported:
         path = find_checkpoint(target)
     if settings and not recipe:
@@ -126,7 +131,7 @@ def evaluate(
         home = path.with_name(f"{path.name}-eval")
     else:
         seen = _held_out(path, other, recipe)
-        subject, own = load_checkpoint(path, attention=attention)
+        subject, own = load_checkpoint(path, attention=attention, tokens=tokens or 0 if extrapolate else 0)
         other = other or own
         home = split_checkpoint(path)[0] / "eval" / re.sub(r"\W+", "-", subject.name)
     assert other is not None

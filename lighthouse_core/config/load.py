@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
+from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.origin import filled
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import TRAINS, Recipe
@@ -38,6 +39,8 @@ _TYPES = {
     "array": "a list",
     "object": "a table",
 }
+# Keys without a default that follow from others.
+_DERIVED = {("model", "kv_heads"), ("model", "head_dim")}
 # The table of several kinds, and its key that says which.
 _SCALING, _TAG = ("model", "rope_scaling"), "rope_type"
 
@@ -116,6 +119,11 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
     try:
         return Recipe.model_validate(filled(table), context={TRAINS: trains})
     except ValidationError as error:
+        if _without_a_shape(error):
+            raise RecipeError(
+                f"{source} has no shape in [model]: it continues a model that exists",
+                hint="name it: lighthouse pretrain RECIPE --from DIR; other commands take --set 'model.from=\"DIR\"'",
+            ) from None
         lines = {
             path: f"{source}:{line}"
             for path, line in line_numbers(text).items()
@@ -189,6 +197,14 @@ def _syntax_error(source: str, text: str, message: str) -> str:
         return f"{source}:{found[1]}: not valid TOML: {message[: found.start()]} (column {found[2]})"
     last = text.rstrip().count("\n") + 1
     return f"{source}:{last}: not valid TOML: {message.removesuffix(' (at end of document)')} (at the end of the file)"
+
+
+def _without_a_shape(error: ValidationError) -> bool:
+    """Whether nothing is wrong with a recipe but that its [model] says no size."""
+    shape = {("model", name) for name, field in ModelSection.model_fields.items() if field.is_required()} - _DERIVED
+    problems = error.errors(include_url=False)
+    places = {problem["loc"] for problem in problems}
+    return all(problem["type"] == "missing" for problem in problems) and shape <= places
 
 
 def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: dict[KeyPath, str], source: str) -> str:

@@ -19,10 +19,14 @@ FIXED = (
 FREE = ("rope_theta", "rope_scaling")
 # The folder of a run with what describes the weights that it began with, and the names of such files.
 ORIGIN = "origin"
-DESCRIPTIONS = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "chat_template.jinja"),
+    "chat_template.json",
 )
+DESCRIPTIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+# The folder of a run with its tokenizer, where that is a model's.
+TOKENIZER = "tokenizer"
 _STEP = re.compile(r"step-([0-9]+)")
 _CONFIG_BYTES = 1 << 24
 _HINT = "give a directory with a config.json and safetensors, a run, or a run's checkpoints/step-N"
@@ -81,7 +85,8 @@ def _run(path: Path, step: int | None) -> Origin:
     settings = usual | {key: model[key] for key in (*FIXED, *FREE) if key in model}
     tokenizer = data.get("tokenizer", "bytes")
     # The run's own copy.
-    own = next((file for file in (path / "tokenizer.json", path / "tokenizer.model") if file.is_file()), None)
+    places = (path / TOKENIZER / "tokenizer.json", path / "tokenizer.json", path / "tokenizer.model")
+    own = next((file for file in places if file.is_file()), None)
     tokens = table.get("training", {}).get("seq_len")
     return Origin(path, step, True, settings, str(own) if own and tokenizer != "bytes" else tokenizer, tokens)
 
@@ -108,6 +113,49 @@ def _directory(path: Path) -> Origin:
     has = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokens = config.get("max_position_embeddings")
     return Origin(path, None, False, settings, str(path) if has else None, tokens if isinstance(tokens, int) else None)
+
+
+def generation_ends(folder: Path) -> list[int]:
+    """The ids at which a model stops to generate: eos_token_id of generation_config.json, else of config.json.
+
+    Raises:
+        RecipeError: a file holds something else.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            content = parse_json(read_regular(file, _CONFIG_BYTES))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+            found = content.get("eos_token_id")
+            ids = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(isinstance(one, int) for one in ids):
+                raise ValueError(f"eos_token_id must be an id or a list of ids, not {found!r}")
+        except OSError as error:
+            raise refusal(error, f"model.from: cannot read {file}", kind=RecipeError) from None
+        except ValueError as error:
+            raise RecipeError(f"model.from: {file}: {error}") from None
+        if ids:
+            return ids
+    return []
+
+
+def other_end(folder: Path, eos_id: int) -> str | None:
+    """What to say where documents of training end in a token at which the model of `folder` does not stop; else None.
+
+    Raises:
+        RecipeError: see `generation_ends`.
+    """
+    ends = generation_ends(folder)
+    if eos_id in ends:
+        return None
+    stops = f"its generation stops at {', '.join(map(str, ends))}" if ends else "the model has no eos_token_id"
+    return (
+        f"training ends documents with token {eos_id}, the EOS of the model's tokenizer, but {stops}: compare "
+        "eos_token in tokenizer_config.json with eos_token_id in generation_config.json and config.json"
+    )
 
 
 def filled(table: dict[str, Any]) -> dict[str, Any]:

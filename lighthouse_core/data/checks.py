@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lighthouse_core.config.origin import ORIGIN, other_end, read_origin
 from lighthouse_core.data.build import build_streams, of_source, open_tokens
 from lighthouse_core.data.documents import Split, TimeIsUp, Tokenizer, timely
 from lighthouse_core.data.stream import WalkingStream
@@ -26,13 +28,14 @@ def check(recipe: "Recipe", say: Callable[[str], None] | None = None, *, checksu
         checksums: whether prepared tokens are read and compared with theirs; their headers always are.
 
     Returns:
-        What a user should know was not checked, a sentence each.
+        What a user should know: what was not checked, and an EOS that the model does not end with; a sentence each.
 
     Raises:
         DataError: what is wrong.
+        RecipeError: a description of the weights that the model begins with cannot be read.
     """
     tokenizer = checked_tokenizer(recipe)
-    notes = []
+    notes = _ends(recipe, tokenizer)
     for part in recipe.data.parts:
         if part.source == "tokens":
             tokens = open_tokens(part, tokenizer)
@@ -63,9 +66,25 @@ def checked_tokenizer(recipe: "Recipe") -> Tokenizer:
         raise DataError(
             f"model.vocab_size = {recipe.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the "
             f"tokenizer {recipe.data.tokenizer}",
-            hint=f"set model.vocab_size to at least {tokenizer.vocab_size}",
+            hint="the weights have no row for the other ids: name another data.tokenizer"
+            if recipe.model.origin
+            else f"set model.vocab_size to at least {tokenizer.vocab_size}",
         )
     return tokenizer
+
+
+def _ends(recipe: "Recipe", tokenizer: Tokenizer) -> list[str]:
+    """What to say where a model goes on with its own tokenizer, and documents end in an EOS that does not stop it."""
+    name = recipe.model.origin
+    # A run that is resumed need not have the weights any more that it began with.
+    if not name or not Path(name).exists():
+        return []
+    origin = read_origin(name)
+    folder = origin.path / ORIGIN if origin.run else origin.path
+    if origin.tokenizer != recipe.data.tokenizer or not (folder / "config.json").is_file():
+        return []
+    note = other_end(folder, tokenizer.eos_id)
+    return [note] if note else []
 
 
 def _has_document(stream: WalkingStream) -> bool:

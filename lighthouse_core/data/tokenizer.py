@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lighthouse_core.config.origin import TOKENIZER
 from lighthouse_core.data.documents import Tokenizer, stable_hash
 from lighthouse_core.data.tokenizers.text import to_text
 from lighthouse_core.errors import DataError
@@ -104,7 +105,9 @@ def _file(name: str) -> Path:
 
 
 def tokenizer_files(name: str) -> dict[str, Path]:
-    """The files that `build_tokenizer(name)` reads, by the names that they have in a run.
+    """The files that `build_tokenizer(name)` reads, by the names that they have in a run: the tokenizer comes first.
+
+    A model's tokenizer has a folder of its own there, with the config.json that says that it is one.
 
     Raises:
         DataError: one beside a tokenizer.json is no file.
@@ -113,7 +116,7 @@ def tokenizer_files(name: str) -> dict[str, Path]:
     if path.suffix == ".model":
         return {"tokenizer.model": path}
     if path.suffix == ".json":
-        from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
+        from lighthouse_core.data.tokenizers.huggingface import COMPANIONS, MODEL, of_model
 
         beside = {name: path.with_name(name) for name in COMPANIONS if os.path.lexists(path.with_name(name))}
         for file in beside.values():
@@ -121,5 +124,9 @@ def tokenizer_files(name: str) -> dict[str, Path]:
                 raise DataError(
                     f"{file} beside the tokenizer is not a file", hint=f"restore {file.name}, or move it away"
                 )
-        return {"tokenizer.json": path} | beside
+        files = {"tokenizer.json": path} | beside
+        if of_model(path):
+            files[MODEL] = path.with_name(MODEL)
+            return {f"{TOKENIZER}/{name}": file for name, file in files.items()}
+        return files
     return {}

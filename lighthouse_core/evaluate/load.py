@@ -35,6 +35,7 @@ def load_checkpoint(
     attention: Literal["trained", "dense"],
     device: torch.device | None = None,
     step: int | None = None,
+    tokens: int = 0,
 ) -> tuple[Subject, Recipe]:
     """A checkpoint of a run, and the run's recipe.
 
@@ -44,6 +45,7 @@ def load_checkpoint(
             recovery does.
         device: where it runs; a GPU if there is one.
         step: of the checkpoint, where `path` is a run.
+        tokens: the longest sequence that it is to run on, where that is longer than those of training.
 
     Raises:
         RunError, CheckpointError: there is no such checkpoint, or it is damaged.
@@ -54,7 +56,8 @@ def load_checkpoint(
     source = find_source(path if step is None else path / "checkpoints" / f"step-{step}")
     recipe = source.run.recipe
     pooled = attention == "trained" and _in_stage_1(source)
-    step = min(source.step, recipe.training.steps)
+    # Of step 0, the attention that the first step has.
+    step = min(max(source.step, 1), recipe.training.steps)
     cfg = recipe.lighthouse.attention(recipe.lighthouse.window_at(step, recipe.training.steps))
     dtype = getattr(torch, recipe.training.dtype)
     try:
@@ -63,7 +66,9 @@ def load_checkpoint(
             documents_kernel(cfg.dense_backend, device.type, dtype, recipe.model.head_dim)
     except BackendError as error:
         raise UserError(f"the run's recipe names a backend that cannot run here: {error}", hint=_ELSEWHERE) from None
-    model = build_dense_model(recipe.model, recipe.training.seq_len)
+    trained = recipe.training.seq_len
+    tokens = max(tokens, trained)
+    model = build_dense_model(recipe.model, tokens)
     model.load_state_dict(load_weights(source, recipe.model.kind.entries(recipe.model)), assign=True)
     use_dense(model, cfg.dense_backend)
     if pooled:
@@ -73,12 +78,13 @@ def load_checkpoint(
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)
     context = AttentionContext(key=selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device))
+    beyond = f", trained at {trained} tokens" if tokens > trained else ""
     subject = Subject(
-        name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}",
+        name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}{beyond}",
         hidden=partial(model.hidden, context=context),
         head=model.head,
         tokenizer=build_tokenizer(recipe.data.tokenizer),
-        tokens=recipe.training.seq_len,
+        tokens=tokens,
         device=device,
         tokenizer_name=recipe.data.tokenizer,
         leaky=pooled and cfg.leaks,

@@ -86,7 +86,7 @@ def evaluate(
     if tokens > subject.tokens:
         raise UserError(
             f"{tokens} tokens are more than the {subject.tokens} that the model was trained on",
-            hint="measure shorter sequences",
+            hint="measure shorter sequences, or a run with --extrapolate",
         )
     if "switch" in measures and subject.model is None:
         raise UserError(

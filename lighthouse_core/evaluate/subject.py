@@ -29,7 +29,7 @@ class Subject:
         head: hidden states [..., D] -> logits [..., V].
         tokenizer: of its text.
         tokenizer_name: what a recipe calls it.
-        tokens: the length that it was trained at, N.
+        tokens: the length N that it was trained at, or is to be measured at, if that is longer.
         device: of its inputs.
         leaky: whether its attention may have seen later tokens.
         model: that of a run in stage 1, whose attention is looked into; None for others.

@@ -19,11 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lighthouse_core import vml
-from lighthouse_core.config.origin import ORIGIN
+from lighthouse_core.config.origin import ORIGIN, other_end
 from lighthouse_core.data.checks import checked_tokenizer
 from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
 from lighthouse_core.export import verify
-from lighthouse_core.export.tokenizer import check_tokenizer, pad_token, write_json, write_tokenizer
+from lighthouse_core.export.tokenizer import (
+    check_given,
+    check_tokenizer,
+    given_files,
+    pad_token,
+    write_json,
+    write_tokenizer,
+)
 from lighthouse_core.files import check_output, remove_empty
 from lighthouse_core.models.family import Entry, to_half_split
 from lighthouse_core.reading import read_json
@@ -96,22 +103,33 @@ def strip(
         "eos_id": tokenizer.eos_id,
         "pad_id": pad_token(tokenizer, recipe.model.vocab_size).id,
     }
+    origin = source.run.path / ORIGIN
+    given = given_files(origin, tokenizer, recipe.data.tokenizer)
     problem = verify.transformers_problem()
     warnings = _check_recovered(source, allow_unrecovered)
+    if given and (note := other_end(origin, tokenizer.eos_id)):
+        warnings.append(note)
     table = family.entries(recipe.model)
     verified, skipped, worst = [], [], None
     with _published(out) as directory:
         config = family.config(recipe.model, seq_len=recipe.training.seq_len, dtype=dtype, **ids)
-        write_json(directory / "config.json", _as_it_came(source, config))
         named = {key.replace("_id", "_token_id"): value for key, value in ids.items()}
-        write_json(directory / "generation_config.json", _described(source, "generation_config.json") or named)
-        write_tokenizer(
-            directory,
-            tokenizer,
-            max_length=recipe.training.seq_len,
-            rows=recipe.model.vocab_size,
-            transformers=not problem,
-        )
+        if given and (described := _described(source, "config.json")):
+            named = {key: described.get(key) for key in named}
+        write_json(directory / "config.json", _as_it_came(source, config) | named)
+        for file in given:
+            shutil.copyfile(file, directory / file.name)
+        generation = _described(source, "generation_config.json")
+        write_json(directory / "generation_config.json", generation if given and generation else generation | named)
+        if not given:
+            write_tokenizer(
+                directory,
+                tokenizer,
+                max_length=recipe.training.seq_len,
+                rows=recipe.model.vocab_size,
+                transformers=not problem,
+                family=family.name,
+            )
         logger.info("reading %s", source.path)
         weights = load_weights(source, table)
         files = _write_weights(directory, weights, table, _DTYPES[dtype], shard_bytes)
@@ -122,8 +140,14 @@ def strip(
         verify.check_weights(files, weights, table, _DTYPES[dtype])
         verified.append(f"weights equal the checkpoint's bit for bit, and are exactly {family.architecture}'s")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
-        size = check_tokenizer(directory, tokenizer, transformers=not problem, rows=recipe.model.vocab_size)
-        verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
+        if given:
+            size, notes = check_given(directory, tokenizer, transformers=not problem)
+            warnings += notes
+            gives = f", and tokenizer.json gives the ids of training on {size / 1e6:.1f} MB of text" if size else ""
+            verified.append(f"the files of the tokenizer are those that the weights came with{gives}")
+        else:
+            size = check_tokenizer(directory, tokenizer, transformers=not problem, rows=recipe.model.vocab_size)
+            verified.append(f"the tokenizer gives the ids of training on {size / 1e6:.1f} MB of text")
         if problem:
             why = f"transformers cannot be used ({problem}); lighthouse-pretrain[hf] brings it"
             skipped.append(f"logits at lengths {_join(lengths)}: {why}")
@@ -166,12 +190,11 @@ def _as_it_came(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     given = _described(source, "config.json")
     if not given:
         return config
-    ids = {key: given.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # The rotation may have become another one; who made the file says nothing of this one.
     dropped = ("rope_scaling", "rope_parameters", "rope_theta", "transformers_version", "_name_or_path")
     kept = {key: value for key, value in given.items() if key not in dropped}
     tokens = max(config["max_position_embeddings"], given.get("max_position_embeddings") or 0)
-    return kept | config | ids | {"max_position_embeddings": tokens}
+    return kept | config | {"max_position_embeddings": tokens}
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:

@@ -4,6 +4,8 @@ Encoding a text with any of them gives what training makes of a document that is
 BOS where documents begin with one, and the ids of the text. BOS, EOS and the pad token are special tokens there. One
 difference is left, as in every Hugging Face model: a text that spells a special token ("</s>") becomes that token,
 where training had its characters.
+
+The tokenizer of the weights that training began with is given back instead: its files are copied as they came.
 """
 
 import itertools
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lighthouse_core.config.origin import TOKENIZER_FILES
 from lighthouse_core.data import tokenizer as ours
 from lighthouse_core.data.tokenizer import tokenizer_files
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS, NAMING, HuggingFaceTokenizer, token_name
@@ -25,7 +28,7 @@ from lighthouse_core.data.tokenizers.model_file import CONTROL, UNKNOWN
 from lighthouse_core.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
 from lighthouse_core.data.tokenizers.stands_for import byte_chars
 from lighthouse_core.data.tokenizers.text import vocabulary_texts
-from lighthouse_core.errors import ExportError
+from lighthouse_core.errors import DataError, ExportError
 from lighthouse_core.reading import read_json
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # of the bytes tokenizer; PAD also of others that have none
@@ -39,6 +42,12 @@ _SHORT = (
     "it's 12.5 <0x41>",
     "<s> </s> <unk> <pad> <|endoftext|>",
 )
+# Families for which transformers 5 takes a tokenizer class of its own, whatever tokenizer_config.json names; the class
+# has rules of its own, such as NFC, in place of tokenizer.json's.
+_OWN_CLASS = ("qwen2",)
+# A tokenizer_config.json that names code is read by the class that it names. There is no such code: who asks for it to
+# be run is told that the file is not there.
+_NO_CODE = {"auto_map": {"AutoTokenizer": [None, "none.PreTrainedTokenizerFast"]}}
 # Settings of a tokenizer_config.json with which transformers changes what tokenizer.json says.
 _CHANGING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "legacy", "split_special_tokens")
 
@@ -140,8 +149,39 @@ def _row_above(taken: set[str], first: int, rows: int) -> Special | None:
     return Special(name, first) if first < rows else None
 
 
+def given_files(folder: Path, tokenizer: ours.Tokenizer, name: str) -> list[Path]:
+    """The tokenizer's files in `folder`, which describes the weights that a run began with.
+
+    Args:
+        tokenizer: of the run.
+        name: what its recipe calls it.
+
+    Returns:
+        All of them; none where the run trains with another tokenizer, or where its own chat template or names differ.
+    """
+    files = {name: file for name in TOKENIZER_FILES if (file := folder / name).is_file()}
+    try:
+        if ours.build_tokenizer(str(folder)).fingerprint != tokenizer.fingerprint:
+            return []
+    except DataError:
+        return []
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        kept = {Path(name).name: file for name, file in tokenizer_files(name).items()}
+        for companion in COMPANIONS:
+            both = [of.get(companion) for of in (files, kept)]
+            if len({file and file.read_bytes() for file in both}) > 1:
+                return []
+    return list(files.values())
+
+
 def write_tokenizer(
-    out: Path, tokenizer: ours.Tokenizer, *, max_length: int, rows: int = 0, transformers: bool = False
+    out: Path,
+    tokenizer: ours.Tokenizer,
+    *,
+    max_length: int,
+    rows: int = 0,
+    transformers: bool = False,
+    family: str = "",
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into the directory `out`.
 
@@ -158,12 +198,14 @@ def write_tokenizer(
         transformers: whether AutoTokenizer can be asked. If it then does not give training's ids for the files that
             came with a tokenizer.json, their other settings that change ids are left out, too, the class is
             PreTrainedTokenizerFast, and a special_tokens_map.json goes.
+        family: of the model. transformers reads the files of a qwen2 by Qwen2's class unless they have an auto_map, so
+            they get one where that class has other rules.
     """
     pad = pad_token(tokenizer, rows)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _copy(out, tokenizer, pad, max_length)
         if transformers:
-            _settle(out, tokenizer, pad)
+            _settle(out, tokenizer, pad, family)
         return
     prefix = False
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -179,7 +221,8 @@ def write_tokenizer(
     names["pad_token"] = pad.text
     # llama.cpp puts a space before every text unless it is told not to.
     spaces = {} if prefix else {"add_prefix_space": False}
-    write_json(out / "tokenizer_config.json", names | spaces | _settings(max_length))
+    code = _NO_CODE if family in _OWN_CLASS else {}
+    write_json(out / "tokenizer_config.json", names | spaces | _settings(max_length) | code)
     write_json(out / "special_tokens_map.json", names)
 
 
@@ -211,6 +254,44 @@ def check_tokenizer(directory: Path, tokenizer: ours.Tokenizer, *, transformers:
         for found, ids in zip(written.encode_all(pieces), expected, strict=True):
             _compare(written.name, tokenizer, found, ids)
     return sum(len(text.encode()) for text in (*texts, *pieces))
+
+
+def check_given(directory: Path, tokenizer: ours.Tokenizer, *, transformers: bool) -> tuple[int, list[str]]:
+    """Compare tokenizer files that were copied as they came with the tokenizer that was trained with.
+
+    Ids are compared with BOS and without, on the texts of `check_tokenizer`. Names, classes and settings are their own.
+
+    Args:
+        transformers: also compare what AutoTokenizer makes of the directory. Where only AutoTokenizer differs, it did
+            so before the training; that is no error.
+
+    Returns:
+        The size of the text in bytes, 0 where there is no tokenizer.json; and what a user should know, a sentence each.
+
+    Raises:
+        ExportError: tokenizer.json gives other ids than training had.
+    """
+    everyone, notes = [_plain(directory)] if (directory / "tokenizer.json").is_file() else [], []
+    before = "as it did before the training: the files are unchanged"
+    if transformers:
+        try:
+            everyone.append(_auto(directory, tokenizer))
+        except ExportError as error:
+            notes.append(f"{error}, {before}")
+    texts = list(sample_texts())
+    pieces = vocabulary_texts(tokenizer.token_bytes() or (), set().union(*(written.specials for written in everyone)))
+    expected = [tokenizer.encode(piece).tolist() for piece in pieces]
+    for written in everyone:
+        try:
+            _check_ids(written, tokenizer, texts, ends=True)
+            for found, ids in zip(written.encode_all(pieces), expected, strict=True):
+                _compare(written.name, tokenizer, found, ids)
+        except ExportError as error:
+            if written.names is None:
+                raise
+            notes.append(f"{error}, {before}")
+    has = any(written.names is None for written in everyone)
+    return sum(len(text.encode()) for text in (*texts, *pieces)) * has, notes
 
 
 def sample_texts() -> Iterator[str]:
@@ -311,15 +392,32 @@ def _check(written: _Written, tokenizer: ours.Tokenizer, pad: Special | None, te
             for found in written.encode(text + token.text, True):
                 expected = [*begin, *tokenizer.encode(text).tolist(), token.id]
                 _compare(f"{written.name}, given {text + token.text!r},", tokenizer, found, expected)
+    for text, ids in _check_ids(written, tokenizer, texts):
+        if not written.rewrites and written.decode([*begin, *ids, ends[-1].id], True) != tokenizer.decode(ids):
+            raise ExportError(f"{written.name} decodes {text[:40]!r} to another text than the tokenizer of the run")
+
+
+def _check_ids(
+    written: _Written, tokenizer: ours.Tokenizer, texts: Iterable[str], *, ends: bool = False
+) -> list[tuple[str, list[int]]]:
+    """Compare ids of texts with training's, with BOS and without.
+
+    Args:
+        ends: whether something may follow a text, as a post-processor may put an EOS there.
+
+    Returns:
+        The texts, without the spellings of special tokens, and training's ids of each.
+    """
+    begin, checked = [token.id for token in _ends(tokenizer)[:-1]], []
     for text in (_without(text, written.specials) for text in texts):
         ids = tokenizer.encode(text).tolist()
         ways = written.encode(text, True)
         for found in itertools.islice(ways, None if len(text) < _LONG else 1):
-            _compare(written.name, tokenizer, found, begin + ids)
+            _compare(written.name, tokenizer, found[: len(begin + ids)] if ends else found, begin + ids)
         for found in written.encode(text, False) if len(text) < _LONG else ():
             _compare(f"{written.name}, without special tokens,", tokenizer, found, ids)
-        if not written.rewrites and written.decode([*begin, *ids, ends[-1].id], True) != tokenizer.decode(ids):
-            raise ExportError(f"{written.name} decodes {text[:40]!r} to another text than the tokenizer of the run")
+        checked.append((text, ids))
+    return checked
 
 
 def _compare(name: str, tokenizer: ours.Tokenizer, found: list[int], expected: list[int]) -> None:
@@ -358,8 +456,8 @@ def _copy(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special, max_length: 
     else:
         shutil.copyfile(tokenizer.path, out / "tokenizer.json")
     for name, beside in tokenizer_files(str(tokenizer.path)).items():
-        if name in COMPANIONS:
-            shutil.copyfile(beside, out / name)
+        if Path(name).name in COMPANIONS:
+            shutil.copyfile(beside, out / Path(name).name)
     names = _names(tokenizer, pad)
     file = out / NAMING[0]
     # As llama.cpp takes vocabularies with byte fallback for sentencepiece's, and puts a space before every text then.
@@ -438,10 +536,11 @@ def _parts(post_processor: dict[str, Any] | None) -> list[dict[str, Any]]:
     return post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
 
 
-def _settle(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special) -> None:
+def _settle(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special, family: str) -> None:
     """Leave settings out of the copied tokenizer_config.json until AutoTokenizer gives training's ids, or all are out;
     what is wrong then is for `check_tokenizer` to say."""
     file = out / NAMING[0]
+    code = _NO_CODE if family in _OWN_CLASS else {}
     for generic in (False, True):
         try:
             _check(_auto(out, tokenizer), tokenizer, pad, _SHORT)
@@ -449,7 +548,7 @@ def _settle(out: Path, tokenizer: HuggingFaceTokenizer, pad: Special) -> None:
         except ExportError:
             config = {key: value for key, value in read_json(file).items() if key not in _CHANGING}
             if generic:
-                config |= {"tokenizer_class": "PreTrainedTokenizerFast", **_names(tokenizer, pad)}
+                config |= {"tokenizer_class": "PreTrainedTokenizerFast", **_names(tokenizer, pad), **code}
                 (out / NAMING[1]).unlink(missing_ok=True)
             write_json(file, config)
 

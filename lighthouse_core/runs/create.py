@@ -119,6 +119,7 @@ def _keep_tokenizer(recipe: Recipe, path: Path) -> Recipe:
     files = tokenizer_files(recipe.data.tokenizer)
     for name, file in files.items():
         try:
+            (path / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, path / name)
         except OSError as error:
             raise refusal(error, f"cannot copy the tokenizer {file} into the run", kind=RunError) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lighthouse_core.checkpoint import METADATA, check_contents
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
+from lighthouse_core.config.origin import TOKENIZER
 from lighthouse_core.config.positions import flatten
 from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
 from lighthouse_core.files import RUN_FOLDERS, refuse_links, write_atomically
@@ -335,7 +336,8 @@ def check_resumable(overrides: Sequence[str]) -> None:
 def with_own_tokenizer(recipe: Recipe, path: Path) -> Recipe:
     """The recipe with the tokenizer that the run at `path` keeps: the run may have moved since it was saved."""
     suffix = Path(recipe.data.tokenizer).suffix
-    own = path / f"tokenizer{suffix}"
-    if suffix not in (".model", ".json") or not own.is_file():
+    places = (path / TOKENIZER / f"tokenizer{suffix}", path / f"tokenizer{suffix}")
+    own = next((place for place in places if place.is_file()), None)
+    if suffix not in (".model", ".json") or own is None:
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(own)})})

@@ -22,6 +22,8 @@ def run(here):
         (("one", "--set", "data.validation=0.5"), "--set changes the recipe that --recipe names"),
         (("exported",), "says nothing of held-out text"),
         (("exported", "--recipe", "tiny.toml", "--attention", "dense"), "--attention is for checkpoints"),
+        (("exported", "--recipe", "tiny.toml", "--tokens", "4096", "--extrapolate"), "--extrapolate is for runs"),
+        (("one", "--extrapolate"), "needs --tokens"),
         (("one",), "checkpoint"),
     ],
 )
@@ -48,7 +50,7 @@ def measured(monkeypatch, run):
 
     monkeypatch.setattr(evaluate, "evaluate", measure)
     monkeypatch.setattr(evaluate, "plot", lambda report, folder: [])
-    monkeypatch.setattr(load, "load_checkpoint", lambda path, attention: (subject, run.recipe))
+    monkeypatch.setattr(load, "load_checkpoint", lambda path, **options: (subject, run.recipe))
     return asked, subject
 
 

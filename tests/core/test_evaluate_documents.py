@@ -22,7 +22,7 @@ from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.evaluate.loss import bits_per_byte, by_position, per_sequence, short_context_of_documents
 from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.export.publish import strip
-from lighthouse_core.models.decoder import build_dense_model
+from lighthouse_core.models.decoder import build_dense_model, lighthouse_layers
 from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
@@ -76,7 +76,7 @@ def make(tmp_path, monkeypatch):
         (tmp_path / f"text/{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.chdir(tmp_path)
 
-    def make(*settings):
+    def make(*settings, step=10):
         recipe = loads_recipe(RECIPE, (f'data.paths=["{tmp_path}/text/*.jsonl"]', *settings))
         run = create_run(recipe, "tiny", "tiny")
         model = build_dense_model(recipe.model, recipe.training.seq_len)
@@ -87,8 +87,8 @@ def make(tmp_path, monkeypatch):
                 if "attention.w" in name:
                     # Initial weights attend to all tokens alike.
                     weight *= 10
-            dcp.save(dict(model.named_parameters()), checkpoint_id=run.checkpoint_dir(10), no_dist=True)
-        seal(run.checkpoint_dir(10))
+            dcp.save(dict(model.named_parameters()), checkpoint_id=run.checkpoint_dir(step), no_dist=True)
+        seal(run.checkpoint_dir(step))
         return run
 
     return make
@@ -376,3 +376,28 @@ def test_documents_begin_where_the_model_needs_it(make):
     for align, expected in ((None, 4), (1, 4), (16, 16)):
         text = held_out(recipe.data, subject, 256, 3, align)
         assert all(start % expected == 0 for sequence in text.packed_sequences for start, _ in sequence.spans)
+
+
+def test_a_run_is_measured_beyond_the_length_of_its_training(make):
+    run = make(*KINDS["dense"])
+    subject, recipe = load_checkpoint(run.path, attention="trained", device=CPU)
+    with pytest.raises(UserError, match="more than the 256") as caught:
+        evaluate(subject, recipe.data, tokens=600, sequences=2, measures=("loss",))
+    assert "--extrapolate" in caught.value.hint
+    longer, _ = load_checkpoint(run.path, attention="trained", device=CPU, tokens=600)
+    assert longer.name == f"{subject.name}, trained at 256 tokens" and longer.tokens == 600
+    tokens = torch.randint(256, (1, 600), generator=torch.Generator().manual_seed(0))
+    states = longer.hidden(tokens)
+    assert states.shape == (1, 600, recipe.model.dim)
+    torch.testing.assert_close(states[:, :256], subject.hidden(tokens[:, :256]))
+    report = evaluate(longer, recipe.data, tokens=600, sequences=2, measures=("loss",))
+    assert report["by_position"][-1]["last"] >= 256
+
+
+def test_the_weights_that_a_run_began_with_are_measured_by_its_first_steps_attention(make):
+    settings = ['lighthouse.method="chunked"', "lighthouse.window=0", "lighthouse.windows=[32, 64]"]
+    path = make(*settings, step=0).path / "checkpoints/step-0"
+    subject, recipe = load_checkpoint(path, attention="trained", device=CPU)
+    windows = {layer.cfg.window for layer in lighthouse_layers(subject.model).values()}
+    assert windows == {32}
+    evaluate(subject, recipe.data, tokens=256, sequences=2, measures=("loss",))

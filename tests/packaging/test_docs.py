@@ -11,11 +11,16 @@ import torch
 from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attention
 from lighthouse_core.attention import Documents, config, dense, methods, selectors
 from lighthouse_core.attention.dense.call import KERNELS
+from lighthouse_core.config.model import ModelSection
+from lighthouse_core.models import FAMILIES
+from lighthouse_core.models.decoder import build_dense_model
+from lighthouse_core.models.family import to_interleaved
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/extending.md"
+IDS = {"seq_len": 100, "bos_id": 0, "eos_id": 1, "pad_id": 2, "dtype": "float32"}
 # A path of the page, and the block that follows it.
-BLOCK = r"`(lighthouse_core/attention/[\w/]+\.py)`[^`]*:\n\n```{}\n(.*?)```"
+BLOCK = r"`(lighthouse_core/(?:attention|models)/[\w/]+\.py)`[^`]*:\n\n```{}\n(.*?)```"
 
 
 def blocks(kind: str) -> dict[str, str]:
@@ -46,12 +51,13 @@ def examples(monkeypatch):
         exec(text, module.__dict__)
         monkeypatch.setitem(sys.modules, name, module)
         found[module.__name__.rpartition(".")[2]] = module
-    assert set(found) == {"keys", "products", "alone"}
+    assert set(found) == {"keys", "products", "alone", "seed_oss"}
     lists = {path.split("/")[-2]: changed(path, diff) for path, diff in blocks("diff").items()}
     monkeypatch.setitem(selectors.SELECTORS, "keys", lists["selectors"]["SELECTORS"]["keys"])
     monkeypatch.setitem(methods.METHODS, "alone", lists["methods"]["METHODS"]["alone"])
     monkeypatch.setitem(dense.BACKENDS, "products", lists["dense"]["BACKENDS"]["products"])
     monkeypatch.setitem(KERNELS, "products", found["products"].KERNEL)
+    monkeypatch.setitem(FAMILIES, "seed_oss", lists["models"]["FAMILIES"]["seed_oss"])
     names = {"scorer": selectors.SELECTORS, "method": methods.METHODS, "dense_backend": dense.BACKENDS}
     for kind, variants in names.items():
         monkeypatch.setitem(config.NAMES, kind, tuple(variants))
@@ -76,6 +82,40 @@ def test_the_examples_work(examples):
     torch.testing.assert_close(lighthouse_attention(q, k, v, alone, documents=documents), chunks)
     with pytest.raises(ValueError, match="products"):
         dense_attention(q, k, v, backend="products", documents=documents)
+
+
+def test_the_family_is_that_of_transformers(examples):
+    transformers = pytest.importorskip("transformers")
+    if "seed_oss" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no Seed-OSS")
+    sizes = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 60, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("seed_oss", **sizes, **heads, **rope)
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    family = FAMILIES["seed_oss"]
+    settings = family.settings(theirs.config.to_dict())
+    # A recipe knows the families of the list as it was imported. The decoder of Qwen2 has the same parts.
+    section = ModelSection(**settings | {"family": "qwen2"})
+    weights = theirs.state_dict()
+    ours = build_dense_model(section, 100)
+    ours.load_state_dict(
+        {
+            entry.source: to_interleaved(weights.pop(entry.target), entry.rotary_heads)
+            if entry.rotary_heads
+            else weights.pop(entry.target)
+            for entry in family.entries(section)
+        }
+    )
+    assert not weights
+    tokens = torch.randint(300, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert ModelSection(**family.settings(family.config(section, **IDS)) | {"family": "qwen2"}) == section
 
 
 def test_every_path_of_the_page_is_there():

@@ -7,6 +7,7 @@ import pytest
 
 from lighthouse_core import shelf
 from lighthouse_core.config import Recipe, dump_recipe, find_recipe, load_recipe, loads_recipe
+from lighthouse_core.config.model import ModelSection
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import estimate, flops_per_token
 
@@ -15,17 +16,67 @@ FILES = sorted(RECIPES.glob("*.toml"))
 PAPER = ("530m_98k", "530m_98k_dense")
 
 
+# Recipes that continue a model, whose shape they do not have.
+CONTINUE = ("extend_131072", "extend_2048")
+
+
 def recipe(name: str, *overrides: str):
     return load_recipe(RECIPES / f"{name}.toml", overrides)
 
 
+@pytest.fixture
+def model(tmp_path):
+    """A directory's description of a model of 8192 tokens with Llama 3.2 1B's shape, and no weights."""
+    shape = {"dim": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "ffn_dim": 8192, "vocab_size": 128256}
+    section = ModelSection(**shape, tied_embeddings=True, rope_theta=500000.0)
+    ids = {"bos_id": 128000, "eos_id": 128001, "pad_id": 128001}
+    config = section.kind.config(section, seq_len=8192, dtype="bfloat16", **ids)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return [f"model.from={json.dumps(str(tmp_path))}", 'data.tokenizer="bytes"']
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_recipe_loads_and_opens_with_two_comment_lines(file):
+def test_a_recipe_loads_and_opens_with_two_comment_lines(file, model):
     lines = file.read_text().splitlines()
     assert [line[:2] for line in lines[:2]] == ["# ", "# "] and lines[2] == ""
-    loaded = load_recipe(file)
+    loaded = load_recipe(file, model if file.stem in CONTINUE else ())
     assert loads_recipe(dump_recipe(loaded)) == loaded
     assert f"[{file.name}]({file.name})" in (RECIPES / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", CONTINUE)
+def test_a_recipe_without_a_shape_asks_for_a_model(name):
+    assert "--from" in shelf.recipe_title(RECIPES / f"{name}.toml")
+    with pytest.raises(RecipeError, match=rf"{name}\.toml has no shape in \[model\]") as caught:
+        recipe(name)
+    assert "--from DIR" in caught.value.hint
+    # A key that is wrong, or another one that is missing, comes first.
+    with pytest.raises(RecipeError, match=r"unknown key model\.dimm; did you mean model\.dim\?"):
+        recipe(name, "model.dimm=64")
+    with pytest.raises(RecipeError, match=r"model\.layers is missing"):
+        recipe(name, "model.dim=64")
+
+
+def memory(settings) -> float:
+    found = estimate(settings)
+    return (found.state_bytes + found.activation_bytes) / 2**30
+
+
+def test_the_extension_raises_theta_and_fits_one_h200(model):
+    extended = recipe("extend_131072", *model)
+    found = estimate(extended)
+    assert found.parameters.total == 1_235_814_400
+    assert (extended.model.rope_theta, extended.model.rope_scaling) == (2e7, None)
+    # The least that slows the slowest pair by the ratio of the lengths, for heads of 128.
+    assert extended.model.rope_theta > 500000 * (131072 / 8192) ** (128 / 126)
+    assert found.tokens_per_step == 2**22 and extended.lighthouse.windows[0] == 8192
+    assert extended.training.steps * 5 == (extended.training.steps + extended.recover.steps) * 4
+    needed, page = memory(extended), (RECIPES.parent / "docs/extending-context.md").read_text(encoding="utf-8")
+    assert needed < 0.8 * 139
+    full = memory(recipe("extend_131072", *model, 'training.activation_checkpointing="full"'))
+    assert f"{needed:.0f} GiB" in page and f"{full:.0f} GiB" in page
+    windows = ", ".join(map(str, extended.lighthouse.windows))
+    assert f"windows {windows}" in page and f"| {extended.training.steps} + {extended.recover.steps} dense |" in page
 
 
 def test_the_table_lists_nothing_else():

@@ -18,6 +18,8 @@ from lighthouse_core.reading import read_json
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 # Files beside tokenizer.json that a run and an export keep.
 COMPANIONS = (*NAMING, "chat_template.jinja")
+# Beside a tokenizer.json, this file says that the tokenizer is a model's.
+MODEL = "config.json"
 # What BOS and EOS are called where nothing says so, in the usual tokenizers.
 _USUAL = (
     ("<s>", "</s>"),
@@ -35,13 +37,16 @@ class HuggingFaceTokenizer:
     lone <|endoftext|> is then both, as in GPT-2. `"bos_token": null` in tokenizer_config.json says that there is no
     BOS, whatever the others say, and so does an EOS that is named without a BOS: documents then begin without one.
 
+    A tokenizer.json beside a config.json is a model's. Its post-processor alone says whether there is a BOS, and which:
+    the model saw what it puts before a text. The tokenizer_config.json may name a BOS that no text begins with.
+
     Attributes:
         path: of the tokenizer.json.
         bos, eos: the tokens themselves; bos and bos_id are None where there is none.
 
     Raises:
         DataError: a file is missing or cannot be read, EOS cannot be told, BOS or EOS is not in the vocabulary, or is a
-            piece of ordinary text.
+            piece of ordinary text; or a model's post-processor puts more than a BOS before a text.
     """
 
     def __init__(self, path: Path):
@@ -76,6 +81,8 @@ class HuggingFaceTokenizer:
                     "in its middle",
                     hint=f"name a token of its own in a {path.with_name(NAMING[0])}",
                 )
+        if of_model(path):
+            self._check_beginning()
         rules = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         self.fingerprint = stable_hash("tokenizer.json", json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
 
@@ -112,6 +119,18 @@ class HuggingFaceTokenizer:
         texts = (text for word in words for text in (word, f" {word}", f"a{word}", f"{word}a", f"{word} a"))
         return any(found in self._encoder.encode(text, add_special_tokens=False).ids for text in texts)
 
+    def _check_beginning(self) -> None:
+        """Meet a post-processor that puts more before a text than the BOS that a document begins with."""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        expected = [self.bos_id] * (self.bos_id is not None) + self._tokenizer.encode("a", add_special_tokens=False).ids
+        found = self._tokenizer.encode("a").ids
+        if found[: len(expected)] != expected:
+            raise DataError(
+                f"the post-processor of {self.path} puts more before a text than one token",
+                hint="a document of training begins with one BOS or none; name another data.tokenizer",
+            )
+
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:
@@ -120,6 +139,11 @@ class HuggingFaceTokenizer:
                 hint=f"name tokens of its vocabulary in a {self.path.with_name(NAMING[0])}",
             )
         return found
+
+
+def of_model(path: Path) -> bool:
+    """Whether the tokenizer.json at `path` is a model's: whether a config.json lies beside it."""
+    return path.with_name(MODEL).is_file()
 
 
 def _without_pieces(content: dict[str, Any], tokens: set[str | None]) -> dict[str, Any]:
@@ -154,7 +178,10 @@ def _special_tokens(path: Path, content: dict[str, Any]) -> tuple[str | None, st
     )
     # Said in so many words, as Qwen's files do, unlike a key that is left out.
     without = files.get(NAMING[0], {}).get("bos_token", "") is None
-    if without:
+    if of_model(path):
+        bos = around.get("bos_token")
+        without = bos is None
+    elif without:
         bos = None
     added = {token.get("content") for token in content.get("added_tokens") or ()}
     for usual in _USUAL:
