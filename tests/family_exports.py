@@ -53,7 +53,8 @@ RECIPE = """\
 enabled = false
 
 [data]
-paths = ["{stdlib}/email", "{stdlib}/asyncio"]
+paths = ["{stdlib}/json"]
+validation = 0
 
 [training]
 seq_len = 256
@@ -61,8 +62,14 @@ global_batch_size = 1
 steps = 1
 dtype = "float32"
 
+[optimizer]
+lr = 1e-5
+
 [checkpoint]
 also = [0]
+
+[metrics]
+validation_every = 0
 """
 
 
