@@ -111,6 +111,7 @@ class Row(NamedTuple):
 
     case: str
     taker: str
+    version: str
     check: str
     found: str
     right: bool
@@ -122,40 +123,63 @@ def main() -> int:
     parser.add_argument("tree", type=Path, help="a source tree of llama.cpp")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter with vllm")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one; can be given several times")
+    parser.add_argument("--out", type=Path, help="a JSON file to write; rows of what does not run now stay in it")
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     folder, tree = given.folder.resolve(), given.tree.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    takers = {name: python for name in ("vllm", "llama_cpp") if (python := getattr(given, name))}
-    versions = {name: metadata.version(name) for name in ("lighthouse-pretrain", "torch", "transformers")}
+    # Not resolved: the interpreter of a virtual environment is a link.
+    takers = {name: python.absolute() for name in ("vllm", "llama_cpp") if (python := getattr(given, name))}
     rows: list[Row] = []
-    for name, case in CASES.items():
+    for name in given.case or CASES:
+        case = CASES[name]
         place = folder / name.replace(", ", "-").replace(" ", "-")
         print(name, file=sys.stderr)
         original, export = exported(place, case, tree)
-        rows.append(Row(name, "strip", "tensors equal those imported", *same_tensors(original, export)))
+        rows.append(
+            Row(
+                name,
+                "strip",
+                metadata.version("lighthouse-pretrain"),
+                "tensors equal those imported",
+                *same_tensors(original, export),
+            )
+        )
         prompts, text = encoded(original)
         for taker, python in takers.items():
             try:
                 weights = export if taker == "vllm" else converted(tree, export, place / "export.gguf")
                 answer = asked(taker, python, place, weights, [*prompts])
-                versions[taker] = answer["version"]
-                rows += (Row(name, taker, *figure) for figure in compared(original, case, prompts, text, answer))
+                version = answer["version"]
+                rows += (
+                    Row(name, taker, version, *figure) for figure in compared(original, case, prompts, text, answer)
+                )
             except Exception as error:  # one taker's fault is a row, and the others still run
                 traceback.print_exc()
-                rows.append(Row(name, taker, type(error).__name__, (str(error).splitlines() or [""])[-1], False))
+                rows.append(Row(name, taker, "", type(error).__name__, (str(error).splitlines() or [""])[-1], False))
+        if given.out:
+            record(given.out, rows)
     cells = [
-        ("case", "taker", "check", "found", ""),
-        *((*row[:4], "right" if row.right else "WRONG") for row in rows),
+        ("case", "taker", "version", "check", "found", ""),
+        *((*row[:5], "right" if row.right else "WRONG") for row in rows),
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    widths = [max(len(line[column]) for line in cells) for column in range(6)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if given.out:
-        about = {"version": 1, "python": platform.python_version(), "versions": versions, "tolerance": TOLERANCE}
-        given.out.write_text(json.dumps(about | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     return int(not all(row.right for row in rows))
+
+
+def record(out: Path, rows: list[Row]) -> None:
+    """Write the rows, in the order of CASES, beside those that the file has of other cases and takers."""
+    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    anew = {(row.case, row.taker) for row in rows}
+    kept = [row for row in before if (row["case"], row["taker"]) not in anew]
+    order = list(CASES)
+    found = sorted([*kept, *(row._asdict() for row in rows)], key=lambda row: (order.index(row["case"]), row["taker"]))
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    about = {"version": 1, "python": platform.python_version(), "versions": versions, "tolerance": TOLERANCE}
+    out.write_text(json.dumps(about | {"rows": found}, indent=1) + "\n")
 
 
 def exported(place: Path, case: Case, tree: Path) -> tuple[Path, Path]:
@@ -173,7 +197,7 @@ def exported(place: Path, case: Case, tree: Path) -> tuple[Path, Path]:
 
 def made(path: Path, case: Case, tree: Path) -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/core")]
-    import test_families
+    from test_families import made as make
 
     path.mkdir(parents=True, exist_ok=True)
     changes: dict[str, Any] = {
@@ -188,7 +212,7 @@ def made(path: Path, case: Case, tree: Path) -> None:
     tokenizer = write_tokenizer(path, case.vocabulary, tree)
     for key, token in ENDS[case.vocabulary].items():
         changes[f"{key}_id"] = None if token is None else tokenizer.token_to_id(token)
-    test_families.made(path, case.family, case.dtype, rope=case.rope, **changes)
+    make(path, case.family, case.dtype, rope=case.rope, **changes)
 
 
 def write_tokenizer(path: Path, name: str, tree: Path) -> Any:
@@ -283,7 +307,7 @@ def asked(taker: str, python: Path, place: Path, weights: Path, prompts: list[st
     with (place / f"{taker}.log").open("w") as log:
         done = subprocess.run(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, timeout=600)
     if done.returncode or not answer.exists():
-        raise RuntimeError(f"{taker} failed: {log.name}")
+        raise RuntimeError(f"its process failed: see {taker}.log in {place.name}")
     return json.loads(answer.read_text())
 
 
