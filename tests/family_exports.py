@@ -6,7 +6,8 @@ For each case of CASES, transformers makes a small random model in FOLDER, with 
 taker loads the export and continues PROMPTS greedily, in float32 on the CPU. The takers must agree with transformers on
 the model as it was before the import, by these checks:
 
-- The ids of the prompts, and of 400 kB of text, are those of training.
+- The ids of the prompts, and of 400 kB of text, are those of training. The text is in Unicode's form NFC: Qwen's
+  tokenizers compose characters first, and llama.cpp does not.
 - The greedy tokens are transformers'.
 - The log-probability of every token, of the prompts and of what follows, is transformers' within TOLERANCE. Under a
   scaled RoPE, the longest prompt goes beyond the original length, and the positions there are also reported alone.
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import sysconfig
 import traceback
+import unicodedata
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -278,14 +280,20 @@ def equal(a: Any, b: Any) -> bool:
 
 def encoded(original: Path) -> tuple[dict[str, list[int]], list[int]]:
     """The prompts and their ids, and the ids of the sample of text, as transformers reads the original's tokenizer."""
-    from exports import sample
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(original)
-    text = sample()
+    text = composed()
     code = text[text.index("\ndef ") :]
     prompts = ["The", "def main(argument):\n    return", "naïve 中文 12345 ", code[:400], code[400:2400]]
     return {prompt: tokenizer(prompt).input_ids for prompt in prompts}, tokenizer(text, verbose=False).input_ids
+
+
+def composed() -> str:
+    """400 kB of text in Unicode's form NFC."""
+    from exports import sample
+
+    return unicodedata.normalize("NFC", sample())
 
 
 def converted(tree: Path, export: Path, out: Path) -> Path:
@@ -298,10 +306,8 @@ def converted(tree: Path, export: Path, out: Path) -> Path:
 
 def asked(taker: str, python: Path, place: Path, weights: Path, prompts: list[str]) -> dict[str, Any]:
     """What a taker makes of the prompts, in a process of its own interpreter."""
-    from exports import sample
-
     question, answer = place / f"{taker}-question.json", place / f"{taker}-answer.json"
-    question.write_text(json.dumps({"weights": str(weights), "prompts": prompts, "text": sample()}))
+    question.write_text(json.dumps({"weights": str(weights), "prompts": prompts, "text": composed()}))
     answer.unlink(missing_ok=True)
     command = [str(python), __file__, "--answer", taker, str(question), str(answer)]
     with (place / f"{taker}.log").open("w") as log:
