@@ -157,13 +157,7 @@ def give(folder: Path, tree: Path | None, name: str, special: list[str], config:
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not large)
     words = [pre_tokenizers.Split(Regex(WORDS), "isolated")] if large else []
     if file and file.is_file():
-        sys.path.insert(0, str(tree / "gguf-py"))
-        import gguf
-
-        fields = gguf.GGUFReader(file).fields
-        tokens = fields["tokenizer.ggml.tokens"].contents()
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-        kinds = fields["tokenizer.ggml.token_type"].contents()
+        tokens, kinds, merges = vocabulary(tree, name)
         vocab = {token: i for i, token in enumerate(tokens)}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=large))
         special = special + [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
@@ -183,6 +177,17 @@ def give(folder: Path, tree: Path | None, name: str, special: list[str], config:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer.save(str(out))
     return str(out), tokenizer.get_vocab_size() + above
+
+
+def vocabulary(tree: Path, name: str) -> tuple[list[str], list[int], list[tuple[str, str]]]:
+    """(tokens, the kind of each, merges) of a vocabulary of llama.cpp; one of pieces has no merges."""
+    sys.path.insert(0, str(tree / "gguf-py"))
+    import gguf
+
+    fields = gguf.GGUFReader(tree / f"models/ggml-vocab-{name}.gguf").fields
+    merges = fields["tokenizer.ggml.merges"].contents() if "tokenizer.ggml.merges" in fields else []
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    return fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents(), pairs
 
 
 def sample() -> str:
