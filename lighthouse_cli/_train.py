@@ -98,15 +98,53 @@ def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]", weight
 
 def _of_weights(recipe: "Recipe", weights: "Weights | None") -> "Iterator[str]":
     """What was read of them, and what the recipe changes."""
-    if weights is None:
-        return
+    if weights is not None:
+        yield _line("weights", f"{weights.path}: {weights.about}")
+        yield from (_line("changed", text) for text in _changed(recipe))
+
+
+def _changed(recipe: "Recipe") -> "Iterator[str]":
+    """What a recipe makes other than the model that it begins with."""
     from lighthouse_core.config.origin import changes, read_origin
 
-    yield _line("weights", f"{weights.path}: {weights.about}")
-    if (tokens := read_origin(recipe.model.origin).tokens) != recipe.training.seq_len:
-        yield _line("changed", f"length {tokens} -> {recipe.training.seq_len}")
+    origin = read_origin(recipe.model.origin)
+    if origin.tokens != recipe.training.seq_len:
+        yield f"length {origin.tokens} -> {recipe.training.seq_len}"
     for key, (there, here) in changes(recipe.model.origin, recipe.model.model_dump()).items():
-        yield _line("changed", f"model.{key} {_value(there)} -> {_value(here)}")
+        yield f"model.{key} {_value(there)} -> {_value(here)}"
+    if origin.tokenizer not in (None, recipe.data.tokenizer):
+        yield f"data.tokenizer {_value(origin.tokenizer)} -> {_value(recipe.data.tokenizer)}"
+
+
+def say_weights(recipe: "Recipe", weights: "Weights") -> None:
+    """Say which weights a new run begins with, and what its recipe changes."""
+    _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
+    for text in _changed(recipe):
+        _output.say(f"changed: {text}")
+    warn_of_rotation(recipe)
+
+
+def warn_of_rotation(recipe: "Recipe") -> None:
+    """Say so where a model is extended to a length that its rotation is not made for."""
+    from lighthouse_core.config.origin import read_origin
+
+    model, length = recipe.model, recipe.training.seq_len
+    origin = read_origin(model.origin) if model.origin else None
+    if origin is None or not origin.tokens or length <= origin.tokens:
+        return
+    scaling, page = model.rope_scaling, "docs/extending-context.md says how to choose"
+    if scaling is not None:
+        reach = scaling.factor * getattr(scaling, "original_max_position_embeddings", origin.tokens)
+        if reach < length:
+            _output.warn(f"model.rope_scaling reaches {reach:.0f} tokens, and training.seq_len is {length}: {page}")
+        return
+    # The slowest pair is to turn as far as before over the longer sequence.
+    least = origin.model["rope_theta"] * (length / origin.tokens) ** (model.head_dim / max(1, model.head_dim - 2))
+    if model.rope_theta < least:
+        _output.warn(
+            f"model.rope_theta {model.rope_theta:g} is below {least:.2g}, which {length} tokens need of a model of "
+            f"{origin.tokens} with {origin.model['rope_theta']:g}: {page}"
+        )
 
 
 def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":

@@ -191,7 +191,8 @@ def _recipe(spec: str, settings: "Sequence[str]") -> "tuple[Recipe, Run | None]"
     from lighthouse_core.runs.run import Run, with_own_tokenizer
 
     inside = Path(spec, "recipe.toml")
-    path = inside if inside.is_file() else find_recipe(spec)
+    named = Path("runs", spec, "recipe.toml")
+    path = inside if inside.is_file() else named if named.is_file() else find_recipe(spec)
     recipe, run = load_recipe(path, settings, trains=False), None
     if path.name in ("recipe.toml", "recover.toml"):
         with contextlib.suppress(RunError):

@@ -81,12 +81,15 @@ def pretrain(
     if name == "":
         raise UserError("--name is empty", hint="leave it out for the recipe's name and the time")
     if bool(recipe) == bool(resume):
-        raise UserError("give either a RECIPE or --resume RUN", hint="lighthouse pretrain recipes/quickstart.toml")
+        both = "a run that goes on has its recipe: leave RECIPE out" if recipe else ""
+        raise UserError(
+            "give either a RECIPE or --resume RUN", hint=both or "lighthouse pretrain recipes/quickstart.toml"
+        )
     if origin == "":
         raise UserError("--from is empty", hint="leave it out to draw the weights")
     if origin is not None:
         if resume:
-            raise UserError("--from is for a new run, --resume for an existing one")
+            raise UserError("--from is for a new run, --resume for an existing one", hint="leave out one of them")
         settings = [*(settings or ()), f"model.from={toml_value(find_origin(origin))}"]
     if resume:
         if name is not None:
@@ -127,10 +130,11 @@ def pretrain(
     _train.check_memory(resolved, processes, dry_run=dry_run)
     if dry_run:
         _train.warn_of_no_savings(resolved, found)
+        _train.warn_of_rotation(resolved)
         _train.describe(resolved, processes.world_size, found, weights)
         return
     if weights is not None:
-        _output.say(f"beginning with {weights.path}: {weights.about}; step, optimizer and place in the data are new")
+        _train.say_weights(resolved, weights)
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
         _finish(path, None, processes, f"run {path}", quiet, as_json)

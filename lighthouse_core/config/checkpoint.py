@@ -8,8 +8,8 @@ from lighthouse_core.config.section import NonNegative, Positive, Section, confl
 
 
 class CheckpointSection(Section):
-    """`interval` in steps; `also` lists further steps that are saved, 0 for the state before the first one; `keep` the
-    newest 2 or more, or 0 for all."""
+    """`interval` in steps; `also` lists further steps that are saved and kept, 0 for the state before the first one;
+    `keep` the newest 2 or more, or 0 for all."""
 
     interval: Positive = 500
     also: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()

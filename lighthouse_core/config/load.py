@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -13,6 +13,7 @@ from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.origin import Unfit, filled
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import TRAINS, Recipe
+from lighthouse_core.config.rope import RopeScaling
 from lighthouse_core.config.section import Section
 from lighthouse_core.errors import RecipeError, did_you_mean, nearest, refusal
 from lighthouse_core.reading import RECIPE_BYTES, parse_toml, read_regular
@@ -252,9 +253,10 @@ def _describe(problem: Any, path: KeyPath) -> str:
     if kind in _EXPECTED:
         return f"{key} must be {_EXPECTED[kind]}, not {_given(given)}"
     if kind == "union_tag_not_found":
-        return f"{key}.{_TAG} is missing"
+        older = f"; did you mean {key}.{_TAG} by type?" if isinstance(given, dict) and "type" in given else ""
+        return f"{key}.{_TAG} is missing{older}"
     if kind == "union_tag_invalid":
-        *names, last = (toml_value(name) for name in re.findall(r"'([^']*)'", context["expected_tags"]))
+        *names, last = (toml_value(name) for name in ["default", *re.findall(r"'([^']*)'", context["expected_tags"])])
         return f"{key} must be {', '.join(names)} or {last}, not {_value(given[_TAG])}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
@@ -278,7 +280,7 @@ def _given(value: Any) -> str:
 
 def _value(value: Any) -> str:
     """A value in an error: one line, not too long."""
-    return shortened(toml_value(value), 100)
+    return "null" if value is None else shortened(toml_value(value), 100)
 
 
 def _unknown_of_source(key: str) -> str:
@@ -300,7 +302,10 @@ def _unknown(path: KeyPath, given: Any) -> str:
     if path[:2] == ("data", "sources"):
         return _unknown_of_source(path[-1])
     if path[:2] == _SCALING and len(path) > 2:
-        return f"unknown key {'.'.join(path)} of such a rope_type"
+        if path[-1] == "type":
+            return f"unknown key {'.'.join(path)}; did you mean {'.'.join(_SCALING)}.{_TAG}?"
+        names = {name for kind in get_args(get_args(RopeScaling)[0]) for name in kind.model_fields}
+        return f"unknown key {'.'.join(path)} of such a rope_type{did_you_mean(path[-1], names)}"
     near = nearest(key, sections[section])
     if near:
         return f"unknown key {section}.{key}; did you mean {section}.{near}?"

@@ -20,6 +20,8 @@ FIXED = (
 )
 # What a recipe may change: the model learns the rest of its length.
 FREE = ("rope_theta", "rope_scaling")
+# What every recipe has that a run keeps.
+_KEPT = (*FIXED, "rope_theta", "embedding_std", "dense_layers")
 # That weights are stored in.
 DTYPES = ("bfloat16", "float16", "float32")
 # The folder of a run with what describes the weights that it began with, and the names of such files.
@@ -225,13 +227,13 @@ def filled(table: dict[str, Any]) -> tuple[dict[str, Any], Origin | None]:
     name = model.get("from") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(name, str) or not name or "\0" in name:
         return table, None
-    if all(key in model for key in (*FIXED, "rope_theta")):
+    data = table.get("data", {})
+    if isinstance(data, dict) and all(key in model for key in _KEPT) and "tokenizer" in data:
         return table, None
     origin = read_origin(name)
     for key in FIXED:
         if key in model and key in origin.model and not _same(model[key], origin.model[key]):
             raise _contradiction(key, model[key], origin)
-    data = table.get("data", {})
     if isinstance(data, dict) and "tokenizer" not in data:
         if origin.tokenizer is None:
             raise Unfit(

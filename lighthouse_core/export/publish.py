@@ -143,6 +143,7 @@ def strip(
         verified.append(f"weights equal the checkpoint's bit for bit, and are exactly {family.architecture}'s")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
         if given:
+            warnings += _short_limit(directory, recipe.training.seq_len)
             size, notes = check_given(directory, tokenizer, transformers=not problem)
             warnings += notes
             gives = f", and tokenizer.json gives the ids of training on {size / 1e6:.1f} MB of text" if size else ""
@@ -229,6 +230,16 @@ def _as_it_came(source: Source, config: dict[str, Any], *, keep_dtype: bool) -> 
     stored = given.get("dtype") or given.get("torch_dtype")
     kinds = {"dtype": stored, "torch_dtype": stored} if keep_dtype and stored in _DTYPES else {}
     return kept | config | kinds | {"max_position_embeddings": tokens}
+
+
+def _short_limit(directory: Path, tokens: int) -> list[str]:
+    """What to say where tokenizer_config.json has a smaller length than the model now has."""
+    path = directory / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    limit = found.get("model_max_length") if isinstance(found, dict) else None
+    if not is_count(limit) or limit >= tokens:
+        return []
+    return [f"tokenizer_config.json, as it came, still has model_max_length {limit}; the model was trained at {tokens}"]
 
 
 def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:

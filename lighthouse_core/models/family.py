@@ -6,6 +6,7 @@ pairs (0, 1), (2, 3), ... of a head, Hugging Face's (0, D/2), (1, D/2 + 1), ...
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from math import prod
@@ -54,6 +55,8 @@ _SILENT = frozenset(
         "pretraining_tp",
         *("id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict", "problem_type"),
         *("chunk_size_feed_forward", "is_encoder_decoder"),
+        # Notes of those who publish models.
+        *("is_llama_config", "unsloth_fixed", "unsloth_version", "max_sequence_length"),
         # Nothing is dropped here, in training neither.
         "attention_dropout",
     )
@@ -179,13 +182,14 @@ class Family:
         """
         for field, values in self.fixed.items():
             given = config.get(field, self.absent.get(field, values[0]))
-            if given not in values:
+            if given not in values and (given is not None or None in values):
                 absent = "" if field in config else ", which its absence stands for"
-                raise ValueError(f"{field} must be {values[0]!r} for a {self.name} here, not {given!r}{absent}")
+                wanted, found = json.dumps(values[0]), json.dumps(given)
+                raise ValueError(f"{field} must be {wanted} for the family {self.name}, not {found}{absent}")
         for field, value in config.items():
             # A null says nothing.
             if field not in _READ | _SILENT | self.fixed.keys() and value is not None and self.minds(field, value):
-                raise ValueError(f"the field {field} is not known of a {self.name}")
+                raise ValueError(f"the field {field} is not known of the family {self.name}")
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
             if config.get(field) is None:
                 raise ValueError(f"{field} is missing")
@@ -205,8 +209,9 @@ class Family:
             "head_dim": head_dim,
             "ffn_dim": config["intermediate_size"],
             "vocab_size": config["vocab_size"],
-            "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "tied_embeddings": config.get("tie_word_embeddings", False),
+            # A null stands for the default.
+            "norm_eps": 1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"],
+            "tied_embeddings": False if config.get("tie_word_embeddings") is None else config["tie_word_embeddings"],
         } | _rope_settings(config)
 
     def minds(self, field: str, value: Any) -> bool:
@@ -228,19 +233,19 @@ def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for field in ("rope_scaling", "rope_parameters"):
         given = config.get(field)
         if given is not None and not isinstance(given, dict):
-            raise ValueError(f"{field} must be a table, not {given!r}")
+            raise ValueError(f"{field} must be a table, not {json.dumps(given)}")
         rope |= given or {}
     # The older name.
     older = rope.pop("type", None)
-    kind = rope.pop("rope_type", older or "default")
-    if kind not in _ROPE:
-        known = ", ".join(map(repr, _ROPE))
-        raise ValueError(f"rope_type must be one of {known}, not {kind!r}")
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", None) or older or "default"
+    if not isinstance(kind, str) or kind not in _ROPE:
+        raise ValueError(f"rope_type must be one of {', '.join(_ROPE)}, not {json.dumps(kind)}")
+    thetas = rope.pop("rope_theta", None), config.get("rope_theta"), 10000.0
+    theta = next(one for one in thetas if one is not None)
     scaling = {name: value for name, value in rope.items() if value is not None}
-    if kind == "yarn":
+    if kind == "yarn" and (tokens := config.get("max_position_embeddings")) is not None:
         # Transformers fills this in, too.
-        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        scaling.setdefault("original_max_position_embeddings", tokens)
     for name in scaling:
         if name not in _ROPE[kind]:
             raise ValueError(f"the field {name} is not known of a rope_type {kind!r}")

@@ -1,6 +1,7 @@
 """The run, or the checkpoint of one, that a user means. Nothing here imports torch."""
 
 import os
+import re
 from pathlib import Path
 
 from lighthouse_core.config.origin import split_checkpoint
@@ -57,6 +58,11 @@ def find_origin(spec: str, output_dir: str | Path = "runs") -> str:
     try:
         return os.path.abspath(find_checkpoint(path, output_dir))
     except RunError:
+        if not path.exists() and not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+            raise RunError(
+                f"{spec} is not on this machine: --from takes a directory or a run",
+                hint=f"hf download {spec} --local-dir DIR fetches a model of the Hugging Face hub",
+            ) from None
         if not path.exists():
             raise
         # What is wrong with it is said of both kinds.

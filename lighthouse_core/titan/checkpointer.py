@@ -197,11 +197,12 @@ class Checkpointer(CheckpointManager):
         self._purge_stale_checkpoints()
 
     def _purge_stale_checkpoints(self) -> None:
-        """Delete what is sealed, and older than the newest that are to be kept."""
+        """Delete what is sealed and older than the newest that are to be kept, but for the steps of `also`."""
         if self.rank or not self.keep_latest_k:
             return
         folders = [Path(self._create_checkpoint_id(step)) for step in checkpoint_steps(self.path.parent)]
-        sound = [folder for folder in folders if not isinstance(read_manifest(folder), str)]
+        kept = {Path(self._create_checkpoint_id(step)) for step in self.also}
+        sound = [folder for folder in folders if folder not in kept and not isinstance(read_manifest(folder), str)]
         for folder in sound[: -self.keep_latest_k]:
             # Out of the way at once, so that nothing half deleted has the name of a checkpoint.
             doomed = folder.with_name(f".{folder.name}.deleting")

@@ -20,6 +20,9 @@ from lighthouse_core.models.family import EMBEDDING, HEAD, WORKED_OUT, Entry, to
 from lighthouse_core.weights.checkpoint import Source, find_source
 from lighthouse_core.weights.directory import COPY_ANEW, Stored, read_config, read_headers, words
 
+_COMPARE = "compare config.json with the weights"
+# That are compared at once.
+_ROWS = 4096
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -112,12 +115,15 @@ class _OfDirectory(Weights):
         for entry in model.kind.entries(model):
             found = stored.pop(entry.target, None)
             if found is None:
-                raise UserError(f"{path} has no tensor {entry.target}", hint=COPY_ANEW)
+                # As AutoModel saves one.
+                headless = entry.target.removeprefix("model.") in stored
+                hint = "save the whole causal language model, not its body" if headless else _COMPARE
+                raise UserError(f"{path} has no tensor {entry.target}", hint=hint)
             if found.shape != entry.shape:
                 raise UserError(
                     f"{entry.target} in {found.file} has shape {list(found.shape)}, and config.json says "
                     f"{list(entry.shape)}",
-                    hint=COPY_ANEW,
+                    hint=_COMPARE,
                 )
             if found.dtype not in _DTYPES:
                 raise UserError(
@@ -129,8 +135,8 @@ class _OfDirectory(Weights):
         self._twin = stored.pop(HEAD.target, None) if model.tied_embeddings else None
         if left := sorted(name for name in stored if not WORKED_OUT.fullmatch(name)):
             raise UserError(
-                f"{path} has a tensor that a {model.family} does not: {words(left[0])}",
-                hint="compare config.json with the weights",
+                f"{path} has a tensor that no model of the family {model.family} has: {words(left[0])}",
+                hint=_COMPARE,
             )
         kinds = {entry.target: _DTYPES[found.dtype] for entry, found in self._places.values()}
         self.dtype = Counter(kinds.values()).most_common(1)[0][0]
@@ -155,7 +161,8 @@ class _OfDirectory(Weights):
         weight = _tensor(stored, entry.target)
         if name == EMBEDDING.source and self._twin is not None:
             twin = _tensor(self._twin, HEAD.target)
-            if twin.shape != weight.shape or not torch.equal(twin.float(), weight.float()):
+            rows = zip(twin.split(_ROWS), weight.split(_ROWS), strict=False)
+            if twin.shape != weight.shape or not all(torch.equal(a.float(), b.float()) for a, b in rows):
                 raise UserError(
                     f"{HEAD.target} and {entry.target} of {self.path} differ, and config.json has tie_word_embeddings",
                     hint="set tie_word_embeddings to false in a copy of config.json, if the head is one of its own",

@@ -64,7 +64,13 @@ def test_no_step_changes_no_bit(place, one):
     shutil.rmtree(place / "same")
 
 
-@pytest.mark.parametrize("settings", [(), ("parallel.replicate=2", "parallel.shard=1")], ids=["sharded", "replicated"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((), id="sharded"),
+        pytest.param(("parallel.replicate=2", "parallel.shard=1"), id="replicated", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_give_the_losses_of_one(place, one, settings):
     run = begin(place, f"two-{len(settings)}", "given", "--nproc", "2", *options(*settings))
     assert equal(saved(run, 0), saved(one, 0))
@@ -118,9 +124,7 @@ def test_an_interruption_before_the_first_step_keeps_the_state_before_it(place, 
     words = interrupt("pretrain", "begin.toml", "--name", "early", "--from", "given", "--nproc", "1", *SETTINGS,
                       *options("training.steps=200"), after="stage 1", cwd=place)  # fmt: skip
     run = place / "runs/early"
-    if not run.exists():
-        assert "held no step and is removed" in words
-        return
+    assert run.exists(), words
     assert checkpoint_steps(run)[0] == 0
     assert equal(saved(run, 0), saved(one, 0))
 
