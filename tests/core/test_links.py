@@ -365,7 +365,7 @@ def test_eval_replaces_only_its_own(run, lighthouse, monkeypatch, kind):
     from lighthouse_core.evaluate import load
 
     subject = type("Subject", (), {"name": "one", "tokens": 1024, "model": None, "leaky": False})
-    monkeypatch.setattr(load, "load_checkpoint", lambda path, attention: (subject, run.recipe))
+    monkeypatch.setattr(load, "load_checkpoint", lambda path, **named: (subject, run.recipe))
     monkeypatch.setattr(evaluate, "evaluate", lambda *parts, **named: pytest.fail("it was measured"))
     folder = Path("out")
     folder.mkdir()

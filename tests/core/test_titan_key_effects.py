@@ -201,7 +201,7 @@ def timeout_of_a_later_launch(job, see):
     see.patch.setattr(trainer.titan_train.Trainer, "train_step", lambda self, batches: None)
     torchtitans = MagicMock(__name__="utils", set_pg_timeouts=lambda timeout, parallel_dims: set_to.append(timeout))
     see.patch.setattr(trainer.titan_train, "dist_utils", guard.NotingUtils(torchtitans, None, 0, 0.0))
-    parts = ("lr_schedulers", "effects", "guard", "parallel_dims", "checkpointer")
+    parts = ("lr_schedulers", "effects", "guard", "parallel_dims", "checkpointer", "dataloader")
     one.__dict__ |= dict(step=5, asked=4, begun=True, ranks=1, gradient_accumulation_steps=1, job_config=job)
     one.__dict__ |= {part: MagicMock() for part in parts} | {"stage": SimpleNamespace(recipe=recipe())}
     one.train_step(None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from directories import RECIPE, corpus, made, same_bits, tensors
 from jobs import options
-from test_pipeline import interrupt, rows, succeed
+from test_pipeline import rows, succeed
 
 from lighthouse_core.checkpoint import check_contents
 from lighthouse_core.checkpoint_reader import load
@@ -80,6 +80,7 @@ def test_two_processes_give_the_losses_of_one(place, one, settings):
         assert abs(other["grad_norm"] - row["grad_norm"]) < 1e-3 * row["grad_norm"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_another(place, one):
     """With another length, rotation, data and rate: new steps, a new optimizer, a new place in the data."""
     (place / "other").mkdir(exist_ok=True)
@@ -117,16 +118,6 @@ def test_a_run_goes_on_as_another(place, one):
     assert equal(saved(third, 0), saved(run, 3)) and Run(third).ledger["weights"]["recovered"] is True
     succeed("strip", "runs/third/checkpoints/step-0", "again", cwd=place)
     assert equal(tensors(place / "out"), tensors(place / "again"))
-
-
-def test_an_interruption_before_the_first_step_keeps_the_state_before_it(place, one):
-    # The second process of two waits for the first at the first step, so that there is time.
-    words = interrupt("pretrain", "begin.toml", "--name", "early", "--from", "given", "--nproc", "1", *SETTINGS,
-                      *options("training.steps=200"), after="stage 1", cwd=place)  # fmt: skip
-    run = place / "runs/early"
-    assert run.exists(), words
-    assert checkpoint_steps(run)[0] == 0
-    assert equal(saved(run, 0), saved(one, 0))
 
 
 def test_a_change_between_the_start_and_the_reading_is_one_line(place, monkeypatch):
