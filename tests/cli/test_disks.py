@@ -187,7 +187,7 @@ def world(template, here, lighthouse, trainer, monkeypatch):
     measured["by_position"] = bins
     subject = type("Subject", (), {"name": "whole step 107", "tokens": 1024, "model": None, "leaky": False})
     recipe = _recipe(here)
-    monkeypatch.setattr(load, "load_checkpoint", lambda path, attention: (subject, recipe))
+    monkeypatch.setattr(load, "load_checkpoint", lambda path, **named: (subject, recipe))
     monkeypatch.setattr(evaluate, "evaluate", lambda *given, **options: measured)
     monkeypatch.setattr(verify, "compare_logits", lambda *given: 0.0)
     monkeypatch.setattr(publish, "check_tokenizer", lambda *given, **options: 1.0)

@@ -219,7 +219,7 @@ def ask(lighthouse, corpus, monkeypatch):
             run = create_run(own, "tiny", "one")
             if data:
                 run.note(data=trained(own) if data == "as found" else data)
-        monkeypatch.setattr(load, "load_checkpoint", lambda path, attention: (subject, own))
+        monkeypatch.setattr(load, "load_checkpoint", lambda path, **named: (subject, own))
         shutil.rmtree(corpus / "out", ignore_errors=True)
         result = lighthouse("eval", "one", "--out", "out", "--only", "loss", *options)
         report = corpus / "out/results.json"

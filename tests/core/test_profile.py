@@ -515,10 +515,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "nproc", "message"),
     [
-        ("cuda", 1, r"a step of 98304 tokens takes about 47 GiB on each GPU, which has 30 for it"),
+        ("cuda", 1, r"a step of 98304 tokens takes about 42 GiB on each GPU, which has 26 for it"),
         ("cuda", 8, None),
-        ("cpu", 1, r"about 47 GiB on this machine, which has 20 for it"),
-        ("cpu", 2, r"about 86 GiB on this machine, which has 20 for it"),
+        ("cpu", 1, r"about 42 GiB on this machine, which has 20 for it"),
+        ("cpu", 2, r"about 77 GiB on this machine, which has 20 for it"),
     ],
 )
 def test_a_step_far_too_large_is_refused_before_it_starts(monkeypatch, tmp_path, kind, nproc, message):
@@ -526,7 +526,7 @@ def test_a_step_far_too_large_is_refused_before_it_starts(monkeypatch, tmp_path,
     from lighthouse_core.shelf import shipped_recipes
 
     monkeypatch.setattr(run, "device", lambda: torch.device(kind))
-    monkeypatch.setattr(run, "memory", lambda where: 30 * 2**30)
+    monkeypatch.setattr(run, "memory", lambda where: 26 * 2**30)
     monkeypatch.setattr(run, "free_memory", lambda where: 20 * 2**30)
     monkeypatch.setattr(run, "run_step", None)
     recipe = load_recipe(shipped_recipes()["530m_98k"])

@@ -115,10 +115,13 @@ def test_a_model_rotates_after_pooling(compiled):
     tokens = torch.randint(257, (1, 256), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(tokens, context=AttentionContext(dense=True)), plain(tokens))
     seen = []
-    hook = model.layers["1"].attention.inner_attention.register_forward_hook(lambda m, x, y: seen.append((x, y)))
+    hook = model.layers["1"].attention.inner_attention.register_forward_hook(
+        lambda m, x, named, y: seen.append((x, named, y)), with_kwargs=True
+    )
     logits = model(tokens)
     hook.remove()
-    ((q, k, v, _, rotary), out), *_ = seen
+    ((q, k, v, _), named, out), *_ = seen
+    rotary = named["rotary"]
     assert torch.equal(rotary, model.freqs_cis)
     assert torch.equal(out, lighthouse_attention(q, k, v, recipe.lighthouse.attention(), rotary=rotary))
     if compiled:
