@@ -148,7 +148,7 @@ def warn_of_rotation(recipe: "Recipe") -> None:
 
 
 def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
-    from lighthouse_core.estimate import estimate
+    from lighthouse_core.estimate import estimate, exchanged_bytes
 
     cost = estimate(recipe)
     training, counts = recipe.training, cost.parameters
@@ -169,13 +169,17 @@ def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
     for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
         if steps:
             yield _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
-    sharded = processes if recipe.parallel.shard == -1 else recipe.parallel.shard
+    parallel = recipe.parallel
+    sharded = processes // parallel.replicate if parallel.shard == -1 else parallel.shard * parallel.context
     state = cost.state_bytes / sharded
     yield _line(
         "memory (estimate)",
         f"{', '.join(f'{name} {_gib(state + size)}' for name, size in cost.stage_bytes.items())} a process over "
         f"{processes}, {_gib(state)} of it for weights, gradients and optimizer",
     )
+    if parallel.context > 1:
+        sent = _gib(exchanged_bytes(recipe))
+        yield _line("shared sequences", f"{parallel.context} processes each, {sent} sent by one a layer and pass")
 
 
 def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":

@@ -144,6 +144,20 @@ def profile_defaults(tokens: int) -> tuple[int, int, int]:
     return _MEASURED.get(tokens, (4, 3, max(128, tokens // 32 // 128 * 128)))
 
 
+def exchanged_bytes(recipe: Recipe) -> int:
+    """Bytes that a process sends to those it shares sequences with, in one layer's forward pass. The backward pass
+    sends as many, and so does a forward pass that is computed anew.
+
+    (R - 1) B (N / R) (2 h + 2 c) D bytes a number: queries and the output of h = H / R query heads, keys and values of
+    c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
+    """
+    model, training, context = recipe.model, recipe.training, recipe.parallel.context
+    width = 2 if training.dtype == "bfloat16" else 4
+    heads = 2 * (model.heads + max(model.kv_heads, context)) // context
+    rows = (context - 1) * training.local_batch_size * training.seq_len // context
+    return rows * heads * model.head_dim * width
+
+
 def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
@@ -154,7 +168,9 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     """
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
     width = 2 if training.dtype == "bfloat16" else 4
-    dense, q, kv = Method(), model.heads * model.head_dim, model.kv_heads * model.head_dim
+    # Processes that share sequences attend to whole ones, for some of the heads: per token of theirs, as for all heads.
+    context = recipe.parallel.context
+    dense, q, kv = Method(), model.heads * model.head_dim, max(model.kv_heads, context) * model.head_dim
     cfg, tokens = lighthouse.attention(), training.seq_len
 
     def kept(method: Method, mode: str) -> float:
@@ -163,6 +179,9 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
             return model.dim
         selective = mode == "selective"
         attention = method.kept_numbers(cfg, tokens, q, kv, selective=selective)
+        if context > 1 and not selective:
+            # The output also as the other processes have sent it.
+            attention += q
         # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.
         return attention + (model.dim + model.ffn_dim if selective else 4 * model.dim + 3 * model.ffn_dim)
 
@@ -177,5 +196,5 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         numbers += max(kept(method, "none") - kept(method, mode) for method in layers)
         numbers += 3 * model.ffn_dim + 5 * model.dim
         weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
-        found[name] = int(training.local_batch_size * tokens * numbers * width + weights)
+        found[name] = int(training.local_batch_size * tokens // context * numbers * width + weights)
     return found

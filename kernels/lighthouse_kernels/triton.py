@@ -36,11 +36,11 @@ def select(scores: tuple[Tensor, Tensor], g: Geometry) -> Selection:
 
 def select_drawn(key: Tensor, batch: int, kv_heads: int, score_block: int, g: Geometry) -> Selection:
     """The selection from scores drawn from `key`, one a window, or one a block of `score_block` tokens if not 0."""
-    return Selection(*select_op.select_drawn(_with_sample(key), batch, kv_heads, score_block, g.shape))
+    return Selection(*select_op.select_drawn(_whole(key), batch, kv_heads, score_block, g.shape))
 
 
-def _with_sample(key: Tensor) -> Tensor:
-    return key if key.numel() > 3 else torch.cat((key, key.new_zeros(1)))
+def _whole(key: Tensor) -> Tensor:
+    return key if key.numel() == 5 else torch.cat((key, key.new_zeros(5 - key.numel())))
 
 
 def given(indices: Tensor, g: Geometry) -> Selection:

@@ -26,7 +26,7 @@ def largest_blocks(k: Tensor, keep: int, size: int) -> Tensor:
 
 
 def drawn_blocks(key: Tensor, k: Tensor, keep: int, size: int) -> Tensor:
-    """Of every whole group one block at random, [B, groups, Hkv] int64, from `key`, int64 [3] or [4]."""
+    """Of every whole group one block at random, [B, groups, Hkv] int64, from `key`; see `uniform`."""
     groups = k.shape[1] // (keep * size)
     drawn = uniform(key.to(k.device), k.shape[0], k.shape[2], torch.arange(groups, device=k.device))
     return (drawn * keep).long().transpose(1, 2)

@@ -32,20 +32,35 @@ class Documents(NamedTuple):
         return self._replace(starts=self.starts.to(device))
 
 
+class Heads(NamedTuple):
+    """Which heads a call has of those of its layer, where processes share them out.
+
+    Attributes:
+        first: number of the first query head.
+        copies: processes that have query heads of the same key/value head.
+        group: the processes that share out the heads; None where `copies` is 1.
+    """
+
+    first: int
+    copies: int
+    group: ProcessGroup | None
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """One batch's facts for the attention of every layer. Nothing of it is written into a module.
 
     Attributes:
-        key: what selectors draw from: int64 (seed, step, layer[, sample]) of one call, or [layers, 3 or 4] of a model;
-            being a tensor, a new step compiles nothing anew.
+        key: what selectors draw from: int64 (seed, step, layer[, sample[, head]]) of one call, or [layers, 3 or 4] of a
+            model; being a tensor, a new step compiles nothing anew.
         settings: of this part of training; None for those that a layer was built with.
         dense: attend densely in every layer.
-        documents: that the sequences are packed from; None where all tokens of a sequence see each other.
-        positions: int32 [B, N], the place of each token within its document, by which RoPE turns it; None for its place
-            within the sequence.
-        group: processes that share the sequence; None for one process.
+        documents: that the whole sequences are packed from; None where all tokens of a sequence see each other.
+        positions: int32 [B, N], the place of each token of the whole sequences within its document, by which RoPE turns
+            it; None for its place within the sequence.
+        group: processes that share the sequences, each as many tokens, in their order; None for one process.
         first_position: position of the first token within the sequence.
+        heads: that a call has, where processes share them out; None for all heads of the layer.
     """
 
     key: Tensor | None = None
@@ -55,6 +70,7 @@ class AttentionContext:
     positions: Tensor | None = None
     group: ProcessGroup | None = None
     first_position: int = 0
+    heads: Heads | None = None
 
     def of_layer(self, number: int) -> AttentionContext:
         """The context of one layer's call, whose key is a row of the model's."""
@@ -105,14 +121,12 @@ def checked_key(key: Tensor | None, scorer: str) -> Tensor:
     """The key that a scorer draws from.
 
     Raises:
-        ValueError: there is none, or it is no int64 (seed, step, layer) or (seed, step, layer, sample).
+        ValueError: there is none, or it is no int64 (seed, step, layer[, sample[, head]]).
     """
     import torch
 
     if key is None:
         raise ValueError(f"scorer {scorer!r} draws its scores from `key`, an int64 tensor (seed, step, layer)")
-    if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4):
-        raise ValueError(
-            f"key must be int64 (seed, step, layer) or (seed, step, layer, sample); got {key.dtype} {tuple(key.shape)}"
-        )
+    if key.dtype != torch.int64 or key.dim() != 1 or key.numel() not in (3, 4, 5):
+        raise ValueError(f"key must be int64 (seed, step, layer[, sample[, head]]); got {key.dtype} {tuple(key.shape)}")
     return key

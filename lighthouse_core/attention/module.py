@@ -1,5 +1,7 @@
 """The attention calls as modules that take the place of a model's own attention."""
 
+from __future__ import annotations
+
 from torch import Tensor, nn
 
 from lighthouse_core.attention.call import Scores, attend
@@ -7,6 +9,7 @@ from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import DENSE_CAN, AttentionContext, check_context
 from lighthouse_core.attention.dense.call import dense_attention
 from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.attention.sharing import by_heads
 
 
 class LighthouseAttention(nn.Module):
@@ -45,15 +48,20 @@ class LighthouseAttention(nn.Module):
         """Attend causally.
 
         Args:
-            q: [B, N, H, D], after RoPE unless it `rotates`.
+            q: [B, N, H, D], after RoPE unless it `rotates`. Where processes share the sequences, here and in the output
+                the tokens of this one.
             k, v: [B, N, Hkv, D].
             context: of the batch, with the key of this layer.
-            rotary, scores: see `lighthouse_attention`.
+            rotary, scores: see `lighthouse_attention`. The rotary table is of the whole sequences.
 
         Returns:
             [B, N, H, D].
         """
-        return attend(q, k, v, self.cfg, context, rotary=rotary, scores=scores)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scores: Scores | None) -> Tensor:
+            return attend(q, k, v, self.cfg, context, rotary=rotary, scores=scores)
+
+        return by_heads(call, q, k, v, context, scores)
 
     def extra_repr(self) -> str:
         return str(self.cfg)
@@ -79,8 +87,12 @@ class DenseAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, scores: None = None) -> Tensor:
         """See `LighthouseAttention.forward`."""
-        check_context(context, DENSE_CAN, "dense")
-        return dense_attention(q, k, v, backend=self.backend, documents=context.documents)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scores: Scores | None) -> Tensor:
+            check_context(context, DENSE_CAN, "dense")
+            return dense_attention(q, k, v, backend=self.backend, documents=context.documents)
+
+        return by_heads(call, q, k, v, context)
 
     def extra_repr(self) -> str:
         return self.backend

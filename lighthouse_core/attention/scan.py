@@ -14,44 +14,46 @@ _CHUNK = 64
 
 
 @custom_op("lighthouse::gated_linear_attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
     """One operation, which a compiler leaves whole: the scan goes over as many chunks as there are."""
-    return (_fused if _INSTALLED and q.is_cuda else scan)(q, k, v).float()
+    return (_fused if _INSTALLED and q.is_cuda else scan)(q, k, v, first).float()
 
 
 @_attend.register_fake
-def _(q, k, v):
+def _(q, k, v, first):
     return torch.empty(q.shape, dtype=torch.float32, device=q.device)
 
 
-def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
     """By flash-linear-attention's kernel where it is installed, on a GPU; else by `scan`, whose arguments it has."""
-    return _attend(q, k, v)
+    return _attend(q, k, v, first)
 
 
-def log_decay(heads: int, device: torch.device | str) -> Tensor:
-    """Logarithm of what is left of each head's state after a token, float32 [H]."""
-    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device, dtype=torch.float32))))
+def log_decay(heads: int, device: torch.device | str, first: int = 0) -> Tensor:
+    """Logarithm of what is left of each head's state after a token, float32 [H], of heads that begin with `first`."""
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(first, first + heads, device=device, dtype=torch.float32))))
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
     from fla.ops.simple_gla import chunk_simple_gla
 
-    out, _ = chunk_simple_gla(q, k, v, g=log_decay(q.shape[2], q.device).expand(q.shape[:3]), scale=q.shape[3] ** -0.5)
+    decay = log_decay(q.shape[2], q.device, first)
+    out, _ = chunk_simple_gla(q, k, v, g=decay.expand(q.shape[:3]), scale=q.shape[3] ** -0.5)
     return out
 
 
-def scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def scan(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
     """o_t = sum over s <= t of decay^(t - s) (q_t . k_s) / sqrt(D) v_s, a chunk of tokens at a time, in float32.
 
     Args:
         q, k, v: [B, N, H, D].
+        first: number of the first head in its layer.
 
     Returns:
         [B, N, H, D] float32.
     """
     q, k, v = q.float() * q.shape[3] ** -0.5, k.float(), v.float()
-    decay = log_decay(q.shape[2], q.device)
+    decay = log_decay(q.shape[2], q.device, first)
     state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], q.shape[3])
     outs = []
     for start in range(0, q.shape[1], _CHUNK):

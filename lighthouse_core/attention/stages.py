@@ -18,6 +18,7 @@ from lighthouse_core.attention.rotary import rotate, rotate_entries
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.selectors.selector import Inputs
 from lighthouse_core.attention.settings import Settings
+from lighthouse_core.attention.sharing import of_all_query_heads
 from lighthouse_kernels.geometry import Geometry
 
 
@@ -160,5 +161,8 @@ def selected(
         found = selector_of(settings.scorer).select(Inputs(q, k, v, context, g, settings, ops, norms))
         if is_selection(found):
             return found
-        scores = found
+        # Of tokens, or of windows.
+        dim = 2 if found[0].shape == q.shape[:3] else 1
+        by_query, by_key = (of_all_query_heads(x, dim, context.heads) for x in found)
+        scores = by_query, by_key
     return ops.select(window_scores(scores, tuple(q.shape[:3]), k.shape[2], g), g)

@@ -8,13 +8,15 @@ from lighthouse_core.config.section import Section, conflict
 
 
 class ParallelSection(Section):
-    """`shard` is the FSDP degree, -1 for all processes; `replicate` copies of that group train side by side.
+    """`context` processes share each sequence. `shard` is the FSDP degree over groups of such, -1 for all of them;
+    `replicate` copies of all that train side by side. Weights are sharded over shard x context processes.
 
     A process that does not answer for `hang_seconds` ends the job.
     """
 
     shard: Annotated[int, Field(le=10**6)] = -1
     replicate: Annotated[int, Field(gt=0, le=10**6)] = 1
+    context: Annotated[int, Field(gt=0, le=10**6)] = 1
     hang_seconds: Annotated[int, Field(gt=0, le=10**7)] = 60
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, model_validator
 
 from lighthouse_core.attention.dense import BACKENDS
+from lighthouse_core.attention.heads import nearest_shares, shares_heads
 from lighthouse_core.config.checkpoint import CheckpointSection
 from lighthouse_core.config.data import DataSection
 from lighthouse_core.config.lighthouse import LighthouseSection
@@ -72,11 +73,27 @@ class Recipe(Section):
             raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
         if (last := max(self.checkpoint.also, default=0)) > self.training.steps + self.recover.steps:
             raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
+        self._check_context()
         if self.lighthouse.enabled:
             self._check_that_stage_1_is_not_dense()
         if self.data.packing == "documents" and (info.context or {}).get(TRAINS, True):
             self._check_documents()
         return self
+
+    def _check_context(self) -> None:
+        context, model = self.parallel.context, self.model
+        if self.training.seq_len % context:
+            raise conflict(
+                "parallel.context",
+                f"parallel.context ({context}) must divide training.seq_len ({self.training.seq_len})",
+            )
+        if not shares_heads(model.heads, model.kv_heads, context):
+            near = " or ".join(map(str, nearest_shares(model.heads, model.kv_heads, context)))
+            raise conflict(
+                "parallel.context",
+                f"parallel.context ({context}) must divide model.heads ({model.heads}), and divide or be a multiple of "
+                f"model.kv_heads ({model.kv_heads}); the nearest is {near}",
+            )
 
     def _check_documents(self) -> None:
         """Of documents that are kept apart in training: what only reads the data asks none of this."""

@@ -66,17 +66,20 @@ def plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint
 def check_world(recipe: Recipe, world_size: int) -> None:
     """Raise UserError unless the recipe's batch and its [parallel] section fit this number of processes."""
     training, parallel = recipe.training, recipe.parallel
-    if training.global_batch_size % (training.local_batch_size * world_size):
+    groups = parallel.replicate * max(parallel.shard, 1) * parallel.context
+    if world_size % groups or (parallel.shard > 0 and groups != world_size):
+        context = f" x parallel.context ({parallel.context})" * (parallel.context > 1)
+        raise UserError(
+            f"parallel.shard ({parallel.shard}) x parallel.replicate ({parallel.replicate}){context} does not make "
+            f"{world_size} processes"
+        )
+    ranks = world_size // parallel.context
+    if training.global_batch_size % (training.local_batch_size * ranks):
+        what = "processes" if parallel.context == 1 else f"groups of {parallel.context} processes"
         raise UserError(
             f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-            f"training.local_batch_size ({training.local_batch_size}) x {world_size} processes",
+            f"training.local_batch_size ({training.local_batch_size}) x {ranks} {what}",
             hint="use another --nproc or batch size",
-        )
-    groups = parallel.replicate * max(parallel.shard, 1)
-    if world_size % groups or (parallel.shard > 0 and groups != world_size):
-        raise UserError(
-            f"parallel.shard ({parallel.shard}) x parallel.replicate ({parallel.replicate}) does not make "
-            f"{world_size} processes"
         )
 
 

@@ -113,7 +113,7 @@ class Attention(nn.Module):
         Args:
             x: hidden states.
             turns: int32, the bits of the rotary table: of each position, [at least N, D/2, 2], or of each token,
-                [B, N, D/2, 2].
+                [B, N, D/2, 2]; where processes share the sequences, of all tokens.
             context: of this layer.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -126,6 +126,8 @@ class Attention(nn.Module):
         if self.inner_attention.rotates(context):
             out = self.inner_attention(q, k, v, context, rotary=rotary, scores=scores)
         else:
+            own = slice(context.first_position, context.first_position + x.shape[1])
+            rotary = rotary[own] if rotary.dim() == 3 else rotary[:, own]
             out = self.inner_attention(rotate(q, rotary), rotate(k, rotary), v, context, scores=scores)
         return self.wo(out.flatten(2))
 

@@ -134,7 +134,7 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
     training = recipe.training
     _check_step(recipe, nproc)
     _warn(device(), training.seq_len, say)
-    micro_batch = training.local_batch_size * nproc
+    micro_batch = training.local_batch_size * nproc // recipe.parallel.context
     notes, batch = [], min(training.global_batch_size, _MICRO_BATCHES * micro_batch)
     if batch < training.global_batch_size:
         notes.append(
@@ -179,7 +179,7 @@ def tune(
     _warn(where, training.seq_len, say)
 
     def run(more: list[str]) -> StepProfile:
-        batch = f"training.global_batch_size={training.local_batch_size * nproc}"
+        batch = f"training.global_batch_size={training.local_batch_size * nproc // recipe.parallel.context}"
         return run_step(path, [*settings, *more, batch], folder, nproc, say)
 
     with _explained():

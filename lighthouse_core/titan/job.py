@@ -74,7 +74,10 @@ def _decided(*keys: str) -> Refused:
     return Refused(f"{' and '.join(keys)} {'decide' if len(keys) > 1 else 'decides'} it", f"set {' or '.join(keys)}")
 
 
-_DATA_PARALLEL = Refused("only data parallelism is supported", "set parallel.shard or parallel.replicate")
+_DATA_PARALLEL = Refused(
+    "only data and context parallelism are supported", "set parallel.shard, parallel.replicate or parallel.context"
+)
+_BY_HEADS = Refused("processes that share a sequence share out its heads", "set parallel.context")
 _NOT_USED = Refused("it has no effect here")
 _RUNS_CODE = Refused("it runs code")
 _WRITES = Refused("it writes where it likes: what a run writes stays in its folder")
@@ -150,9 +153,9 @@ REFUSED = {
     "parallelism.pipeline_parallel_schedule_csv": _DATA_PARALLEL,
     "parallelism.pipeline_parallel_microbatch_size": _DATA_PARALLEL,
     "parallelism.pipeline_parallel_expert_parallel_overlap": _DATA_PARALLEL,
-    "parallelism.context_parallel_degree": _DATA_PARALLEL,
-    "parallelism.context_parallel_load_balancer": _DATA_PARALLEL,
-    "parallelism.context_parallel_rotate_method": _DATA_PARALLEL,
+    "parallelism.context_parallel_degree": _decided("parallel.context"),
+    "parallelism.context_parallel_load_balancer": _BY_HEADS,
+    "parallelism.context_parallel_rotate_method": _BY_HEADS,
     "parallelism.expert_parallel_degree": _DATA_PARALLEL,
     "parallelism.expert_tensor_parallel_degree": _DATA_PARALLEL,
     "parallelism.expert_parallel_comm_backend": _DATA_PARALLEL,
@@ -244,6 +247,7 @@ def _settings(recipe: "Recipe", run_dir: Path, steps: int) -> dict[str, Any]:
         "training.mixed_precision_reduce": "float32",
         "parallelism.data_parallel_shard_degree": recipe.parallel.shard,
         "parallelism.data_parallel_replicate_degree": recipe.parallel.replicate,
+        "parallelism.context_parallel_degree": recipe.parallel.context,
         "checkpoint.enable": True,
         "checkpoint.folder": "checkpoints",
         "checkpoint.interval": checkpoint.interval,
@@ -306,7 +310,9 @@ def check_overrides(recipe: "Recipe") -> None:
         "profiling.profiler_active": tracing,
         "profiling.profiler_warmup": tracing,
         "parallelism.fsdp_reshard_after_forward": (
-            recipe.parallel.shard != 1 or (recipe.parallel.replicate == 1 and recipe.training.dtype != "float32"),
+            recipe.parallel.shard != 1
+            or recipe.parallel.context > 1
+            or (recipe.parallel.replicate == 1 and recipe.training.dtype != "float32"),
             "without FSDP: parallel.shard is 1",
         ),
         "checkpoint.enable_first_step_checkpoint": (

@@ -141,10 +141,12 @@ class Metrics(MetricsProcessor):
 
     def conditions(self) -> dict[str, Any]:
         """What the time of a step depends on, beside the model: where it runs, and how."""
-        training = self.stage.recipe.training
+        training, context = self.stage.recipe.training, self.stage.recipe.parallel.context
         return {
             "device": self.device_memory_monitor.device_name,
             "devices": self.parallel_dims.world_size,
+            # Also of ledgers from before there was one.
+            **({"context": context} if context > 1 else {}),
             "peak_flops": self.gpu_peak_flops,
             "cudnn": torch.backends.cudnn.version(),
             "dense_backend": self.stage.recipe.lighthouse.dense_backend,

@@ -219,6 +219,50 @@ def _packed(
     return replace(context, documents=documents.to(device), positions=inputs["positions"].to(device))
 
 
+@dataclass(frozen=True)
+class _Sharers:
+    """The processes that share each sequence, `parallel.context` of them.
+
+    Attributes:
+        group: of them; None for one process.
+        count, rank: how many they are, and which of them this one is.
+    """
+
+    group: torch.distributed.ProcessGroup | None = None
+    count: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, parallel_dims) -> "_Sharers":
+        mesh = parallel_dims.get_optional_mesh("cp")
+        return cls() if mesh is None else cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of this process of [B, N]."""
+        size = x.shape[1] // self.count
+        return x[:, self.rank * size : (self.rank + 1) * size]
+
+    def within(self, context: AttentionContext, tokens: int) -> AttentionContext:
+        """The context of this process's part of sequences of N = `tokens`."""
+        return replace(context, group=self.group, first_position=self.rank * (tokens // self.count))
+
+
+class _WithoutContext:
+    """torchtitan's dimensions, which say that no sequences are shared: its validator would share them in its own way.
+
+    Args:
+        dimensions: torchtitan's.
+    """
+
+    cp_enabled = False
+
+    def __init__(self, dimensions):
+        self._dimensions = dimensions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dimensions, name)
+
+
 def _together(
     batches: Iterator[tuple[dict[str, Any], torch.Tensor]], meet: Callable[[DataError | None], None], count: int = 1
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
@@ -247,7 +291,8 @@ class Validator(TitanValidator):
         self.effects = effects
         # The step of the last validation that was written.
         self.done: int | None = None
-        self.parallel_dims = parts["parallel_dims"]
+        self.sharers = _Sharers.of(parts["parallel_dims"])
+        self.parallel_dims = _WithoutContext(parts["parallel_dims"])
         self.tokenizer = parts["tokenizer"]
         self.loss, self.loss_fn = parts["loss_fn"], self._loss
         self.validation_context = parts["validation_context"]
@@ -256,7 +301,7 @@ class Validator(TitanValidator):
         self.rank, self.ranks = parts["dp_rank"], parts["dp_world_size"]
         # The losses and the labels that count, summed over the micro-batches of a validation.
         self.total = torch.zeros(2, dtype=torch.float64, device=DEVICE_TYPE)
-        if stage.recipe.data.packing == "documents":
+        if stage.recipe.data.packing == "documents" or self.sharers.count > 1:
             self.metrics_processor.validation_loss = self._mean
         self.loader = _build_loader(stage, self.ranks, self.rank, split="validation")
         training = stage.recipe.training
@@ -294,11 +339,13 @@ class Validator(TitanValidator):
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
-        self.total[1] += (labels != IGNORED).sum()
         context = self.stage.context(max(self.step, 1), 0, sample, labels.device)
-        context = self.effects.send(_packed(context, input_dict, labels.device, self.stage.recipe))
+        context = _packed(context, input_dict, labels.device, self.stage.recipe)
+        context = self.effects.send(self.sharers.within(context, labels.shape[1]))
+        tokens, labels = self.sharers.own(input_dict["input"]), self.sharers.own(labels)
+        self.total[1] += (labels != IGNORED).sum()
         # torchtitan would ask the model for masks.
-        return input_dict["input"], labels, {"labels": labels, "context": context}, {}
+        return tokens, labels, {"labels": labels, "context": context}, {}
 
     def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = self.loss(output, labels)
@@ -307,9 +354,9 @@ class Validator(TitanValidator):
 
     def _mean(self) -> float:
         """The loss of all labels that count. The mean over batches, which torchtitan takes, would depend on how many
-        labels count in each, and so on the number of processes."""
-        if self.ranks > 1:
-            torch.distributed.all_reduce(self.total, group=self.parallel_dims.get_mesh("batch").get_group())
+        labels count in each, and so on the number of processes; and of shared sequences it counts one part of each."""
+        if (mesh := self.parallel_dims.get_optional_mesh("loss")) is not None:
+            torch.distributed.all_reduce(self.total, group=mesh.get_group())
         return float(self.total[0] / self.total[1])
 
 
@@ -351,6 +398,9 @@ class Trainer(titan_train.Trainer):
         self.ranks: int = 1 if mesh is None else mesh.size()
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()
         self.group = None if mesh is None else mesh.get_group()
+        self.sharers = _Sharers.of(self.parallel_dims)
+        # Of all processes with losses of their own.
+        mesh = self.parallel_dims.get_optional_mesh("loss")
         self._check_parts()
         self.effects.watch(self.model_parts[0])
         self.guard = Guard(
@@ -359,7 +409,7 @@ class Trainer(titan_train.Trainer):
             recipe.training.global_batch_size,
             list(self.optimizers),
             self.device,
-            self.group,
+            None if mesh is None else mesh.get_group(),
         )
         titan_train.dist_utils = NotingUtils(
             dist_utils,
@@ -466,13 +516,14 @@ class Trainer(titan_train.Trainer):
         if self.anywhere("measured_dense" in stage.run.ledger["stages"][-1]):
             return
         training = stage.recipe.training
-        shape = training.local_batch_size, training.seq_len
+        shape = training.local_batch_size, training.seq_len // self.sharers.count
+        context = self.sharers.within(self._first_documents(), training.seq_len)
         try:
             with self.maybe_enable_amp:
-                seconds = dense_seconds(self.model_parts[0], shape, self._first_documents())
+                seconds = dense_seconds(self.model_parts[0], shape, context)
         except torch.OutOfMemoryError:
             # Of several processes, the others would wait for this one.
-            if self.ranks > 1:
+            if torch.distributed.get_world_size() > 1:
                 raise
             logger.warning("a step with every layer dense does not fit the accelerator's memory, and is not measured")
             return
@@ -530,10 +581,11 @@ class Trainer(titan_train.Trainer):
         context = self._context(sample)
         if (documents := input_dict.get("documents")) is not None:
             self.metrics_processor.note_documents(documents.starts)
-        context = self.effects.send(_packed(context, input_dict, self.device, self.stage.recipe))
-        # The model makes its loss itself.
-        inputs = {"input": input_dict["input"], "labels": labels, "context": context}
-        return super().post_dataloading_process(inputs, labels)
+        context = _packed(context, input_dict, self.device, self.stage.recipe)
+        context = self.effects.send(self.sharers.within(context, labels.shape[1]))
+        tokens, labels = self.sharers.own(input_dict["input"]), self.sharers.own(labels)
+        # The model makes its loss itself. torchtitan would share sequences in its own way.
+        return tokens, labels, {"labels": labels, "context": context}, {}
 
     @property
     def averaged(self) -> int:
@@ -575,8 +627,8 @@ class Trainer(titan_train.Trainer):
         if not self.anywhere(fault is not None):
             return
         faults = [fault]
-        if self.ranks > 1:
-            faults = [None] * self.ranks
+        if (count := torch.distributed.get_world_size()) > 1:
+            faults = [None] * count
             torch.distributed.all_gather_object(faults, fault, group=self.checkpointer.group)
         fault = next(one for one in faults if one is not None)
         if fault.file is not None:
@@ -622,7 +674,7 @@ class Trainer(titan_train.Trainer):
     def anywhere(self, here: bool) -> bool:
         """Whether it is so on any process; the answer is the same on all of them."""
         answer = torch.tensor(here)
-        if self.ranks > 1:
+        if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX, group=self.checkpointer.group)
         return bool(answer)
 

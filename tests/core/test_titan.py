@@ -48,7 +48,7 @@ def test_titan_tables_reach_torchtitan(tmp_path):
         ('titan.comm.init_timeout_seconds="long"', "valid integer"),
         ("titan.nothing.at_all=1", "not a setting of torchtitan"),
         ("titan.training.seq_len=64", "training.seq_len decides it"),
-        ("titan.parallelism.tensor_parallel_degree=2", "only data parallelism"),
+        ("titan.parallelism.tensor_parallel_degree=2", "only data and context parallelism"),
         ("titan.lr_scheduler.min_lr_factor=0.5", "schedule"),
         ("titan.fault_tolerance.enable=true", "no effect"),
         ('titan.experimental.custom_import="os"', "runs code"),
@@ -141,25 +141,24 @@ def test_a_kernel_that_cannot_take_the_tensors_is_the_users_mistake():
     assert '"auto" takes' in refused.value.hint
 
 
-def micro_batch(recipe, monkeypatch, stage="lighthouse", step=7):
+def micro_batch(recipe, stage="lighthouse", step=7):
     """The context of rank 1 of 2, in its second micro-batch of 3 rows."""
-    monkeypatch.setattr(
-        trainer.titan_train.Trainer, "post_dataloading_process", lambda self, inputs, labels: inputs["context"]
-    )
     one = trainer.Trainer.__new__(trainer.Trainer)
     one.__dict__ |= dict(micro_batch=1, ranks=2, rank=1, step=step, device=torch.device("cpu"), effects=Effects("cpu"))
+    one.sharers = trainer._Sharers()
     one.stage = trainer.Stage(None, recipe, stage, 0, 100, False)
-    context = one.post_dataloading_process({"input": None}, torch.zeros(3, 32))
+    tokens = torch.zeros(3, 32)
+    *_, inputs, _ = one.post_dataloading_process({"input": tokens}, tokens)
     assert one.micro_batch == 2
-    return context
+    return inputs["context"]
 
 
-def test_selection_keys_name_the_step_the_layer_and_the_row(recipe, monkeypatch):
+def test_selection_keys_name_the_step_the_layer_and_the_row(recipe):
     """Its first row is number 9 of the global batch."""
-    context, seed = micro_batch(recipe, monkeypatch), recipe.training.seed
+    context, seed = micro_batch(recipe), recipe.training.seed
     assert context.key.tolist() == [[seed, 7, layer, 9] for layer in range(recipe.model.layers)]
     assert context.of_layer(2).key.tolist() == [seed, 7, 2, 9]
-    assert micro_batch(recipe, monkeypatch, "dense").key is None
+    assert micro_batch(recipe, "dense").key is None
 
 
 def writing(file, log) -> Metrics:
@@ -228,12 +227,12 @@ def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
 
 
-def test_windows_take_turns_over_stage_1(monkeypatch):
+def test_windows_take_turns_over_stage_1():
     settings = ['lighthouse.method="chunked"', "training.steps=7"]
     recipe = load_recipe("recipes/quickstart.toml", [*settings, "lighthouse.windows=[64, 128, 512]"])
-    windows = [micro_batch(recipe, monkeypatch, step=step).settings.window for step in range(1, 8)]
+    windows = [micro_batch(recipe, step=step).settings.window for step in range(1, 8)]
     assert windows == [64, 64, 64, 128, 128, 512, 512] and recipe.lighthouse.attention().window == 512
-    assert micro_batch(recipe, monkeypatch, "dense").settings is None
+    assert micro_batch(recipe, "dense").settings is None
     each = [load_recipe("recipes/quickstart.toml", [*settings, f"lighthouse.window={n}"]) for n in (64, 128, 512)]
     costs = [flops_per_token(one, "lighthouse") for one in each]
     share = sum(cost * steps for cost, steps in zip(costs, (3, 2, 2), strict=True)) / 7
@@ -242,11 +241,11 @@ def test_windows_take_turns_over_stage_1(monkeypatch):
     assert flops_per_token(recipe, "lighthouse", (3, 4)) == pytest.approx((costs[0] + costs[1]) / 2)
 
 
-def test_which_steps_of_stage_1_are_dense(monkeypatch):
+def test_which_steps_of_stage_1_are_dense():
     recipe = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=3"])
-    dense = [micro_batch(recipe, monkeypatch, step=step).dense for step in range(1, 7)]
+    dense = [micro_batch(recipe, step=step).dense for step in range(1, 7)]
     assert dense == [False, False, True] * 2
-    assert not micro_batch(recipe, monkeypatch, "dense", step=3).dense
+    assert not micro_batch(recipe, "dense", step=3).dense
     every = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=1"])
     assert flops_per_token(every, "lighthouse") == pytest.approx(flops_per_token(every, "dense"))
     plain = load_recipe("recipes/quickstart.toml")

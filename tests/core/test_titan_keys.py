@@ -108,7 +108,7 @@ def test_what_to_set_instead_is_a_key_of_a_recipe(key):
         ("checkpoint.last_save_in_hf", "lighthouse strip"),
         ("training.max_norm", r"set optimizer\.clip_norm"),
         ("validation.freq", r"set metrics\.validation_every"),
-        ("parallelism.context_parallel_degree", r"parallel\.shard"),
+        ("parallelism.context_parallel_degree", r"parallel\.context"),
     ],
 )
 def test_the_hint_names_what_to_use(key, words):

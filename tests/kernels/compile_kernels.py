@@ -52,7 +52,7 @@ def compile_all(tokens, p, levels, k, m, heads, kv_heads, dim, dtype):
     *rows, by_query, by_key = pyramid.pyramid(q, kv, kv, g, pooled=True, scored=True)
     indices, slots = select.select(g, 1, kv_heads, scores=(by_query, by_key))
     for block in (0, 64):
-        select.select(g, 1, kv_heads, key=torch.zeros(4, dtype=torch.int64), score_block=block)
+        select.select(g, 1, kv_heads, key=torch.zeros(5, dtype=torch.int64), score_block=block)
     gathered = gather.gather(q, kv, kv, rows, indices, g)
     gather.gather_backward(*gathered, slots, g)
     scatter.scatter(gathered[0], slots, g)

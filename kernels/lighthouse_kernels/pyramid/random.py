@@ -34,8 +34,9 @@ def uniform(key: Tensor, batch: int, heads: int, index: Tensor) -> Tensor:
     """Uniforms in [0, 1) with 24 random bits, one for each (batch row, head, index).
 
     Args:
-        key: int64 (seed, step, layer) or (seed, step, layer, sample); `sample` is the number of the first row within
-            the global batch, so that a row draws the same numbers however the batch is split. Default 0.
+        key: int64 (seed, step, layer[, sample[, head]]), by default 0. `sample` is the number of the first row within
+            the global batch, and `head` that of the first head within the layer: a row and a head draw the same numbers
+            however batch and heads are split.
         batch: rows B.
         heads: key/value heads; at most 65536.
         index: int64 [M], the windows or blocks, below 2**32.
@@ -46,9 +47,9 @@ def uniform(key: Tensor, batch: int, heads: int, index: Tensor) -> Tensor:
     Counter words: index; sample * 65536 + head; layer; step, each modulo 2**32. Key words: the halves of the seed.
     """
     seed, step, layer = key[0], key[1], key[2]
-    sample = key[3] if key.numel() > 3 else torch.zeros_like(seed)
+    sample, first = (key[n] if key.numel() > n else torch.zeros_like(seed) for n in (3, 4))
     row = (sample + torch.arange(batch, device=key.device))[:, None, None]
-    head = torch.arange(heads, device=key.device)[None, :, None]
+    head = (first + torch.arange(heads, device=key.device))[None, :, None]
     counter = (index[None, None, :] & _MASK, (row * 65536 + head) & _MASK, layer & _MASK, step & _MASK)
     bits = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return (bits >> 8).float() * 2.0**-24

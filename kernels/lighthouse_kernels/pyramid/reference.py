@@ -87,7 +87,7 @@ def random_scores(key: Tensor, batch: int, kv_heads: int, geometry: Geometry) ->
     """One independent uniform per window of every level above 0; no token of the sequence is read.
 
     Args:
-        key: int64 [3] or [4], see `uniform`.
+        key: see `uniform`.
 
     Returns:
         [B, Hkv, M] float32; level 0 (never compared) and windows of padding alone score -1.
@@ -103,7 +103,7 @@ def block_scores(key: Tensor, batch: int, kv_heads: int, block: int, geometry: G
     """One uniform per block of `block` tokens, shared by the windows inside it; a wider window takes the maximum.
 
     Args:
-        key: int64 [3] or [4], see `uniform`.
+        key: see `uniform`.
         block: tokens per block, a power of two.
 
     Returns:

@@ -29,7 +29,7 @@ def _(by_query, by_key, shape):
 
 @operation
 def select_drawn(key: Tensor, batch: int, kv_heads: int, score_block: int, shape: list[int]) -> tuple[Tensor, Tensor]:
-    """See `triton.select`; scores are drawn from `key`, int64 [4]."""
+    """See `triton.select`; scores are drawn from `key`, int64 [5]."""
     return kernel.select(layout(shape), batch, kv_heads, key=key.contiguous(), score_block=score_block)
 
 

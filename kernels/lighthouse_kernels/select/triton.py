@@ -32,7 +32,7 @@ def _ordered(score):
 def _drawn(p_key, i_b, i_h, index):
     """The 24 random bits of `pyramid/random.py` as int32."""
     seed, step, layer, sample = tl.load(p_key), tl.load(p_key + 1), tl.load(p_key + 2), tl.load(p_key + 3)
-    row = (sample + i_b) * 65536 + i_h
+    row = (sample + i_b) * 65536 + tl.load(p_key + 4) + i_h
     zeros = index * 0
     bits, _, _, _ = tl.philox(
         seed.to(tl.uint64), index.to(tl.uint32), (zeros + row).to(tl.uint32), (zeros + layer).to(tl.uint32),
@@ -210,7 +210,7 @@ def select(
         g: the pyramid; not `dense`.
         scores: (s_Q, s_K), [B, Hkv, M - N'] float32 contiguous: the levels above 0. s_Q may be [B, H, M - N'], of
             which each KV head takes the maximum of its query heads.
-        key: int64 [4], see `random.uniform`; in place of scores.
+        key: int64 [5], see `random.uniform`; in place of scores.
         score_block: tokens that share one draw; 0 for a draw a window.
 
     Returns:

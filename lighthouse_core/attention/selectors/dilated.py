@@ -22,7 +22,7 @@ class Dilated(Attending):
 
     name = "dilated"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: int) -> Tensor:
         return _among_every_fourth(q, k, v, settings.dense_backend)
 
 

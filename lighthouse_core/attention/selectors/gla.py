@@ -24,7 +24,7 @@ class Gla(Attending):
 
     name = "gla"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: int) -> Tensor:
         from lighthouse_core.attention.scan import gated_linear_attention
 
-        return gated_linear_attention(q, k, v)
+        return gated_linear_attention(q, k, v, first)

@@ -22,10 +22,13 @@ class Norm(Selector):
     in_pass = True
 
     def select(self, given: Inputs) -> Selection | Scores:
+        from lighthouse_core.attention.sharing import of_all_query_heads
+
         ops, norms = given.ops, given.norms
         if norms is None:
             norms = ops.norm_scores(given.q.detach(), given.k.detach(), given.geometry)
-        return ops.select(norms, given.geometry)
+        by_query, by_key = norms
+        return ops.select((of_all_query_heads(by_query, 1, given.context.heads), by_key), given.geometry)
 
     def before_qk_norm(self, q: Tensor, k: Tensor) -> Scores | None:
         return q.float().norm(dim=-1), k.float().norm(dim=-1)
