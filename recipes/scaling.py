@@ -112,7 +112,7 @@ def _losses(
         done = subprocess.run([*command, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             raise LighthouseError(f"exit code {done.returncode}: {done.stderr[-2000:]}")
-        rows = read_rows(folder / "run" / "metrics.jsonl")
+        rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
         return {
             "processes": count,
             "context": count,
