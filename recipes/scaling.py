@@ -5,7 +5,7 @@
     python recipes/scaling.py OUT --table     of what OUT holds
 
 A cell is a short run of a recipe; it leaves OUT/CELL.json. `fsdp-*` has a sequence a GPU, `context-*` one sequence that
-all GPUs share. `loss-*` is ten steps of that sequence.
+all GPUs share: its losses are compared with those of the one GPU that has the sequence alone.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from lighthouse_core.runs.rows import read_rows
 
 _HERE = Path(__file__).parent
 _COUNTS = (1, 2, 4, 8)
-_LOSS_STEPS = 10
+# With those that warm up and the traced one, ten steps.
+_TIMED = 6
 _WIDEST = ["lighthouse.windows=[]", "lighthouse.window=49152"]
 _NARROWEST = ["lighthouse.windows=[]", "lighthouse.window=2048"]
 _LEFT_OUT = ("breakdown", "trace", "stacks", "run")
-_DENSE = ["lighthouse.enabled=false"]
 # Recipe and settings by the name of what runs.
 _RUNS: dict[str, tuple[str, list[str]]] = {
     "pyramid": ("530m_98k", []),
@@ -41,8 +41,6 @@ _RUNS: dict[str, tuple[str, list[str]]] = {
     "dense": ("530m_98k_dense", []),
     "1m": ("272m_1m", []),
 }
-# Of these also the losses are compared.
-_LOSSES = ("pyramid", "window-2048", "dense")
 
 
 def cells(gpus: int) -> dict[str, Callable[[Path], dict[str, Any]]]:
@@ -54,10 +52,7 @@ def cells(gpus: int) -> dict[str, Callable[[Path], dict[str, Any]]]:
                 found[f"fsdp-{name}-{count}"] = _step(name, count, 1)
             if count > 1 or name == "1m":
                 found[f"context-{name}-{count}"] = _step(name, count, count)
-        for name in _LOSSES:
-            found[f"loss-{name}-{count}"] = _losses(name, count)
-        # One step: minutes.
-        found[f"recovery-1m-{count}"] = _losses("1m", count, [*_DENSE, "training.compile=true"], 1)
+        found[f"recovery-1m-{count}"] = _recovery(count)
     return found
 
 
@@ -68,13 +63,14 @@ def _settings(name: str, count: int, context: int) -> list[str]:
         f"training.global_batch_size={count // context}",
         "checkpoint.interval=100000",
         "schedule.warmup_steps=2",
+        "optimizer.lr=3e-4",
     ]
 
 
 def _step(name: str, count: int, context: int) -> Callable[[Path], dict[str, Any]]:
     def run(folder: Path) -> dict[str, Any]:
         recipe = _HERE / f"{_RUNS[name][0]}.toml"
-        found = run_step(recipe, _settings(name, count, context), folder, count, print)
+        found = run_step(recipe, _settings(name, count, context), folder, count, print, timed=_TIMED)
         costs = found.breakdown
         return {
             **{
@@ -87,54 +83,53 @@ def _step(name: str, count: int, context: int) -> Callable[[Path], dict[str, Any
             "exposed_communication_ms": costs.ms(COMMUNICATION),
             "hidden_communication_ms": costs.hidden_ms,
             "traced_ms": costs.wall_ms,
+            "losses": [row["loss"] for row in _rows(found.run)],
             "rows": {cost.name: cost.ms for cost in costs.rows},
         }
 
     return run
 
 
-def _losses(
-    name: str, count: int, more: list[str] | None = None, steps: int = _LOSS_STEPS
-) -> Callable[[Path], dict[str, Any]]:
+def _recovery(count: int) -> Callable[[Path], dict[str, Any]]:
+    """One dense step of a million tokens: minutes."""
+
     def run(folder: Path) -> dict[str, Any]:
         settings = [
-            *_settings(name, count, count),
-            *(more or ["optimizer.lr=3e-4"]),
-            f"training.steps={steps}",
+            *_settings("1m", count, count),
+            "lighthouse.enabled=false",
+            "training.steps=1",
+            "schedule.warmup_steps=1",
             "metrics.every=1",
-            "metrics.validation_every=0",
-            "metrics.measure_dense=false",
             f"output.dir={json.dumps(str(folder))}",
         ]
         options = [part for setting in settings for part in ("--set", setting)]
-        recipe = _HERE / f"{_RUNS[name][0]}.toml"
-        command = [*run_module("lighthouse_cli"), "pretrain", str(recipe), "--name", "run", "--nproc", str(count)]
-        done = subprocess.run([*command, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        command = [*run_module("lighthouse_cli"), "pretrain", str(_HERE / "272m_1m.toml"), "--name", "run"]
+        done = subprocess.run(
+            [*command, "--nproc", str(count), *options], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
             raise LighthouseError(f"exit code {done.returncode}: {done.stderr[-2000:]}")
-        rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
-        return {
-            "processes": count,
-            "context": count,
-            "losses": [row["loss"] for row in rows],
-            "seconds": [row["seconds"] for row in rows],
-            "memory_gib": max(row["memory_gib"] for row in rows),
-        }
+        (row,) = _rows(folder / "run")
+        return {"processes": count, "context": count, **{key: row[key] for key in ("loss", "seconds", "memory_gib")}}
 
     return run
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
 def table(folder: Path) -> str:
     """Losses first, then times, as Markdown."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    lines = ["| losses of shared sequences | GPUs | largest difference from one GPU's |", "|---|---|---|"]
+    lines = ["| losses of shared sequences | GPUs | steps | largest difference from one GPU's |", "|---|---|---|---|"]
     for name, cell in found.items():
-        what, _, count = name.removeprefix("loss-").rpartition("-")
-        alone = found.get(f"loss-{what}-1")
-        if not name.startswith("loss-") or count == "1" or alone is None:
-            continue
-        apart = max(abs(a - b) for a, b in zip(cell["losses"], alone["losses"], strict=True))
-        lines.append(f"| {what} | {count} | {apart:.2g} |")
+        what, alone = name.removeprefix("context-").rpartition("-")[0], None
+        if cell["context"] > 1 and "losses" in cell:
+            alone = found.get(f"fsdp-{what}-1") or found.get(f"context-{what}-1")
+        if alone and "losses" in alone:
+            apart = [abs(a - b) for a, b in zip(cell["losses"], alone["losses"], strict=True)]
+            lines.append(f"| {what} | {cell['context']} | {len(apart)} | {max(apart):.2g} |")
     lines += [
         "",
         "| step | GPUs | s | tok/s a GPU | of one GPU's | peak GiB | communication ms: exposed | hidden |",

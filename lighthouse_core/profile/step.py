@@ -22,7 +22,8 @@ from lighthouse_core.python import run_module
 from lighthouse_core.runs.rows import read_rows
 from lighthouse_core.runs.run import Run
 
-# Steps of the run: these, then those that are timed, one in which the profiler starts up, and the traced one.
+# Steps of the run: these, then those that are timed (so many, unless more are asked for), one in which the profiler starts
+# up, and the traced one.
 _WARM, _TIMED = 2, 5
 _LAST_LINES = 5
 
@@ -94,6 +95,7 @@ def run_step(
     say: Callable[[str], None],
     *,
     stage: str = "lighthouse",
+    timed: int = _TIMED,
 ) -> StepProfile:
     """Train a few steps of a recipe by `lighthouse pretrain` and trace the last one.
 
@@ -107,6 +109,7 @@ def run_step(
         nproc: processes; None for one a GPU.
         say: told what goes on.
         stage: "dense" has every layer dense, as in the recovery.
+        timed: steps of which the median is taken; the run has four more.
 
     Raises:
         UserError: the recipe cannot be trained here.
@@ -116,7 +119,7 @@ def run_step(
     notes = _notes(asked, stage)
     for note in notes:
         say(note)
-    chosen = [*settings, *_settings(asked, stage, folder)]
+    chosen = [*settings, *_settings(asked, stage, folder, timed)]
     recipe = load_recipe(recipe_path, chosen)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     name = f"{stage}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -133,7 +136,7 @@ def run_step(
     write_atomically(stacks, "".join(f"{line}\n" for line in folded(events, shapes)))
 
     run = Run(folder / "runs" / name)
-    rows = [row for row in read_rows(run.path / "metrics.jsonl") if _WARM < row["step"] <= _WARM + _TIMED]
+    rows = [row for row in read_rows(run.path / "metrics.jsonl") if _WARM < row["step"] <= _WARM + timed]
     machine = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
     del machine["argv"]
     machine |= run.ledger["stages"][-1]["conditions"]
@@ -186,9 +189,9 @@ def _notes(recipe: Recipe, stage: str) -> list[str]:
     return notes
 
 
-def _settings(recipe: Recipe, stage: str, folder: Path) -> list[str]:
+def _settings(recipe: Recipe, stage: str, folder: Path, timed: int) -> list[str]:
     chosen: dict[str, Any] = {
-        "training.steps": _WARM + _TIMED + 2,
+        "training.steps": _WARM + timed + 2,
         "schedule.decay_steps": 0,
         "checkpoint.also": [],
         "metrics.every": 1,
