@@ -22,8 +22,8 @@ from lighthouse_core.python import run_module
 from lighthouse_core.runs.rows import read_rows
 from lighthouse_core.runs.run import Run
 
-# Steps of the run: these, then those that are timed (so many, unless more are asked for), one in which the profiler starts
-# up, and the traced one.
+# Steps of the run: these, then those that are timed (so many, unless more are asked for), one in which the profiler
+# starts up, and the traced one.
 _WARM, _TIMED = 2, 5
 _LAST_LINES = 5
 
