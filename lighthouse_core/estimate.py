@@ -177,8 +177,10 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         """Numbers a token that are kept of one layer."""
         if mode == "full":
             return model.dim
+        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode)
+        if mode == "attention":
+            return model.dim + attention
         selective = mode == "selective"
-        attention = method.kept_numbers(cfg, tokens, q, kv, selective=selective)
         if context > 1 and not selective:
             # The output also as the other processes have sent it.
             attention += q

@@ -40,6 +40,7 @@ _RUNS: dict[str, tuple[str, list[str]]] = {
     "window-49152": ("530m_98k_growing", _WIDEST),
     "dense": ("530m_98k_dense", []),
     "1m": ("272m_1m", []),
+    "1m-full": ("272m_1m", ['training.activation_checkpointing="full"']),
 }
 
 
@@ -48,9 +49,9 @@ def cells(gpus: int) -> dict[str, Callable[[Path], dict[str, Any]]]:
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
     for count in (n for n in _COUNTS if n <= gpus):
         for name in _RUNS:
-            if name != "1m":
+            if not name.startswith("1m"):
                 found[f"fsdp-{name}-{count}"] = _step(name, count, 1)
-            if count > 1 or name == "1m":
+            if count > 1 or name.startswith("1m"):
                 found[f"context-{name}-{count}"] = _step(name, count, count)
         found[f"recovery-1m-{count}"] = _recovery(count)
     return found

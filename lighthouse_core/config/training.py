@@ -22,7 +22,7 @@ class TrainingSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = False
     loss_chunk: PositiveTokens = 1024
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "attention", "full"] = "none"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     deterministic: bool = False
     nonfinite: Literal["halt", "skip"] = "halt"

@@ -23,29 +23,29 @@ from lighthouse_core.models.decoder import Decoder
 from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 aten = torch.ops.aten
-# What selective checkpointing keeps of a dense layer, of torchtitan's list what this model can run, and attention on a
-# CPU. Of the matrix products it keeps every second.
-_DENSE = {
-    aten.mm.default,
-    # A choice of torch's own; the other kernels name theirs.
-    aten._scaled_dot_product_efficient_attention.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-}
+# Dense attention of torch's own choice; the kernels name theirs.
+_ATTENTION = {aten._scaled_dot_product_efficient_attention.default}
+# What selective checkpointing keeps besides, of torchtitan's list what this model can run. Of the matrix products it
+# keeps every second.
+_DENSE = {aten.mm.default, torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
 def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> set[OpOverload]:
     """Operations whose results activation checkpointing keeps.
 
     Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another
-    selection would give another gradient. `selective` also keeps the gathered rows, so that a compiled block recomputes
-    neither the pyramid nor, for the attention call, the tokens' q, k and v.
+    selection would give another gradient. "attention" also keeps what dense kernels make, and the rows that they are
+    given of a pyramid, so that a compiled block computes neither the pyramid anew nor, for the attention call, the
+    tokens' q, k and v. "selective" keeps every second matrix product besides.
 
     Args:
-        mode: "selective" or "full".
+        mode: "selective", "attention" or "full".
         cfg: settings of the Lighthouse layers, None where there are none.
         device_type: of the model.
     """
-    kept = _DENSE.union(*(kernel.kept for kernel in KERNELS.values())) if mode == "selective" else set()
+    kept = set() if mode == "full" else _ATTENTION.union(*(kernel.kept for kernel in KERNELS.values()))
+    if mode == "selective":
+        kept |= _DENSE
     return kept if cfg is None else kept | cfg.rule.kept(cfg, mode, device_type)
 
 
@@ -71,8 +71,8 @@ def parallelize(
     checkpointing = job_config.activation_checkpoint
     if checkpointing.mode != "none":
         kept = kept_results(checkpointing.mode, cfg, DEVICE_TYPE)
-        if checkpointing.mode == "full" and kept:
-            # torchtitan's "full" keeps nothing, so this is "selective" with next to nothing.
+        if checkpointing.mode != "selective" and kept:
+            # torchtitan's "full" keeps nothing, so this is "selective" with other operations.
             checkpointing = dataclasses.replace(checkpointing, mode="selective", selective_ac_option="op")
         apply_ac(model, checkpointing, model_compile_enabled=compiled, op_sac_save_list=kept)
     if compiled:

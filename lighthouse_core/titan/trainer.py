@@ -700,8 +700,8 @@ def _full_memory_explained():
             text += ": " + ". ".join(str(error).splitlines()[0].split(". ")[:3])
         raise TrainingError(
             text,
-            hint='training.activation_checkpointing = "selective" keeps less and "full" least; a run that goes '
-            "on takes it by --set, too",
+            hint='training.activation_checkpointing = "selective" keeps less, "attention" less than that and "full" '
+            "least; a run that goes on takes it by --set, too",
         ) from error
 
 

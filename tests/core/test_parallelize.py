@@ -108,7 +108,7 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("mode", "gathered"), [("none", 1), ("selective", 1), ("full", 2)])
+@pytest.mark.parametrize(("mode", "gathered"), [("none", 1), ("selective", 1), ("attention", 1), ("full", 2)])
 def test_a_selection_is_made_once(tmp_path, mode, gathered):
     cfg = config(backend="triton")
     built = prepared(cfg, tmp_path, mode, compiled=False)
@@ -145,7 +145,7 @@ def qwen(cfg, tmp_path=None, mode="none", compiled=False):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "selective", "attention", "full"])
 def test_nor_of_a_model_that_norms_its_heads(tmp_path, mode, compiled):
     """Also the names by which weights that exist are asked for."""
     cfg = config(backend="reference")
@@ -214,6 +214,9 @@ def test_what_is_kept():
     assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}
     assert aten._scaled_dot_product_cudnn_attention.default in selective
     assert aten._scaled_dot_product_flash_attention.default in selective
+    attention = kept_results("attention", config(backend="triton"), DEVICE)
+    assert full | {ops.gather.default, ops.flash4.default} < attention < selective
+    assert aten.mm.default not in attention
     assert kept_results("full", None, DEVICE) == set()
 
 

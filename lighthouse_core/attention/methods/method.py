@@ -95,17 +95,18 @@ class Method:
         that begins with token `first` of such a sequence; dense attention has half of that."""
         raise NotImplementedError
 
-    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, selective: bool) -> float:
+    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str) -> float:
         """Numbers that autograd keeps of a layer's attention for each token.
 
         Args:
             settings: of the call.
             tokens: N.
             q, kv: widths of the queries, H D, and of the keys, Hkv D.
-            selective: whether every second matrix product is computed anew, that of the keys among them.
+            mode: of activation checkpointing: "none"; "selective", where every second matrix product is computed anew,
+                that of the keys among them; "attention", where all of them are, and the output of attention is kept.
         """
         # Queries, keys, values and the output.
-        return 2 * q + (1 if selective else 2) * kv
+        return {"none": 2 * q + 2 * kv, "selective": 2 * q + kv, "attention": q}[mode]
 
     def words(self, settings: Settings) -> str:
         """Which attention that is, in a report."""
@@ -149,7 +150,7 @@ class Method:
 
     def kept(self, settings: Settings, mode: str, device_type: str) -> set[OpOverload]:
         """Operations whose results activation checkpointing keeps, beside those of the dense kernels: what decides a
-        selection always, and under "selective" what is better kept than made again."""
+        selection always, and under "selective" and "attention" what is better kept than made again."""
         return set()
 
     def run(

@@ -76,13 +76,13 @@ class Pyramid(Method):
         near = last(length, settings.window) if gathered < tokens else 0.0
         return gathered**2 / (2 * tokens) * (length / tokens) + near
 
-    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, selective: bool) -> float:
+    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str) -> float:
         """Of what was gathered; with a window of the tokens, too."""
-        whole = super().kept_numbers(settings, tokens, q, kv, selective=selective)
+        whole = super().kept_numbers(settings, tokens, q, kv, mode=mode)
         gathered = self.geometry(settings, tokens).gathered_length / tokens
         if gathered >= 1:
             return whole
-        return gathered * (2 * q + 2 * kv) + (0 if selective else q) + (whole if settings.window else 0)
+        return gathered * (2 * q + 2 * kv) + (q if mode == "none" else 0) + (whole if settings.window else 0)
 
     def words(self, settings: Settings) -> str:
         return f"{self.name}, window {settings.window}" if settings.window else ""
@@ -150,7 +150,7 @@ class Pyramid(Method):
 
         ops = kernels(settings.backend, device_type)
         # Kept, the gathered rows spare a compiled block the pyramid and, for the call, the tokens' q, k and v.
-        return {*ops.SELECTING, *(ops.GATHERING if mode == "selective" else ())}
+        return {*ops.SELECTING, *(() if mode == "full" else ops.GATHERING)}
 
     def run(
         self,
