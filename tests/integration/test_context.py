@@ -323,8 +323,8 @@ def test_two_processes_train_on_shared_sequences_as_one_does(workspace, one, set
 @pytest.mark.parametrize(
     ("method", "kv_heads", "steps"),
     [
-        # Of windows with nearly equal scores the last bit of the weights decides, and after some steps does.
-        (['lighthouse.scorer="norm"'], 1, 8),
+        # Of windows with nearly equal scores the last bit of the weights decides. Small steps keep the weights alike.
+        (['lighthouse.scorer="norm"', "optimizer.lr=1e-4"], 1, 20),
         (['lighthouse.scorer="random"'], 1, 20),
         (['lighthouse.scorer="block"', "lighthouse.window=0", 'data.packing="concat"'], 2, 20),
         (['lighthouse.method="chunked"', "lighthouse.windows=[32, 128]", "lighthouse.window=0"], 4, 20),
