@@ -34,6 +34,16 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the resolved recipe and its costs, check that it could start, and stop."),
 ]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="GIB",
+        callback=finite,
+        min=0,
+        help="With --dry-run: say what fits a GPU of so many GiB, rather than this machine's.",
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse to go on from an older checkpoint where the newest is damaged.")
 ]

@@ -27,8 +27,11 @@ _HOW = {
     "measured": "measured at the start",
     "estimated": "estimated from FLOPs; --measure-dense measures it",
 }
-# Times the memory that a step is tried with: its estimate is rough.
+# Times the memory that a step is tried with on a CPU, where the estimate is rough.
 _MARGIN = 1.5
+# Checkpointing by what it keeps, most first.
+_MODES = ("none", "selective", "attention", "full")
+_VERDICTS = {"close": "is close: the estimate may be off by 10 %"}
 # Seconds that a start, and a dry run of one, read for, where documents must be read to know their lengths.
 _LOOK = 3.0
 # Of a fault, and of the user's mistake.
@@ -77,7 +80,13 @@ def _pieces(recipe: "Recipe", found: "Sequence[Survey]") -> "list[int] | None":
     return mixed_pieces(found) if known else None
 
 
-def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]", weights: "Weights | None" = None) -> None:
+def describe(
+    recipe: "Recipe",
+    processes: int,
+    found: "Sequence[Survey]",
+    weights: "Weights | None" = None,
+    gpu: int | None = None,
+) -> None:
     """Print the resolved recipe, with what it costs and what its data is in comments, so that the output is itself a
     recipe. Nothing is printed before all of it is known.
 
@@ -86,20 +95,25 @@ def describe(recipe: "Recipe", processes: int, found: "Sequence[Survey]", weight
         processes: of the whole job.
         found: of `check_data`.
         weights: of `check_weights`, for a new run.
+        gpu: bytes of the GPU that it is to fit, if there is one.
 
     Raises:
         DataError: the data is not there.
     """
     from lighthouse_core.config import dump_recipe
 
-    lines = [*_costs(recipe, processes), *_of_data(recipe, found), *_of_weights(recipe, weights)]
+    lines = [*_costs(recipe, processes, gpu), *_of_data(recipe, found), *_of_weights(recipe, processes, weights)]
     _output.data("\n".join([dump_recipe(recipe), *lines]))
 
 
-def _of_weights(recipe: "Recipe", weights: "Weights | None") -> "Iterator[str]":
-    """What was read of them, and what the recipe changes."""
+def _of_weights(recipe: "Recipe", processes: int, weights: "Weights | None") -> "Iterator[str]":
+    """What was read of them, what reading all of them takes, and what the recipe changes."""
     if weights is not None:
+        from lighthouse_core.estimate import loading_bytes
+
         yield _line("weights", f"{weights.path}: {weights.about}")
+        host, device = loading_bytes(recipe, processes, weights.stored)
+        yield _line("loading (estimate)", f"{_gib(device)} a process, and {_gib(host)} of the machine's memory")
         yield from (_line("changed", text) for text in _changed(recipe))
 
 
@@ -147,8 +161,8 @@ def warn_of_rotation(recipe: "Recipe") -> None:
         )
 
 
-def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
-    from lighthouse_core.estimate import estimate, exchanged_bytes
+def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]":
+    from lighthouse_core.estimate import estimate, exchanged_bytes, process_bytes, state_bytes, verdict
 
     cost = estimate(recipe)
     training, counts = recipe.training, cost.parameters
@@ -169,14 +183,15 @@ def _costs(recipe: "Recipe", processes: int) -> "Iterator[str]":
     for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
         if steps:
             yield _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
-    parallel = recipe.parallel
-    sharded = processes // parallel.replicate if parallel.shard == -1 else parallel.shard * parallel.context
-    state = cost.state_bytes / sharded
+    parallel, needed = recipe.parallel, process_bytes(recipe, processes)
     yield _line(
         "memory (estimate)",
-        f"{', '.join(f'{name} {_gib(state + size)}' for name, size in cost.stage_bytes.items())} a process over "
-        f"{processes}, {_gib(state)} of it for weights, gradients and optimizer",
+        f"{', '.join(f'{name} {_gib(size)}' for name, size in needed.items())} a process over "
+        f"{processes}, {_gib(state_bytes(recipe, processes))} of it for weights, gradients and optimizer",
     )
+    if gpu is not None:
+        found = (f"{name} {_VERDICTS.get(word := verdict(size, gpu), word)}" for name, size in needed.items())
+        yield _line(f"GPU of {gpu / 2**30:.1f} GiB", ", ".join(found))
     if parallel.context > 1:
         sent = _gib(exchanged_bytes(recipe))
         yield _line("shared sequences", f"{parallel.context} processes each, {sent} sent by one a layer and pass")
@@ -452,6 +467,69 @@ def check_memory(recipe: "Recipe", plan: "Plan", *, dry_run: bool) -> None:
         if not dry_run:
             raise UserError(text, hint="use a smaller model, shorter sequences or a smaller training.local_batch_size")
         _output.warn(text)
+
+
+def check_gpu_memory(asked: float | None, *, dry_run: bool) -> None:
+    """Raise UserError where a start names another GPU than this machine's."""
+    from lighthouse_core.errors import UserError
+
+    if asked is not None and not dry_run:
+        raise UserError("--gpu-memory is for --dry-run", hint="a start compares with this machine's GPUs")
+
+
+def gpu_to_fit(asked: float | None) -> int | None:
+    """Bytes of the GPU that a run has to fit: as asked for in GiB, else of this machine; None where there is none."""
+    from lighthouse_core.job.plan import gpu_memory
+
+    return gpu_memory() if asked is None else int(asked * 2**30)
+
+
+def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str) -> None:
+    """Say so where a stage, or the recovery that follows it, may take more than a GPU has.
+
+    Args:
+        recipe: the recipe.
+        processes: of the whole job.
+        gpu: of `gpu_to_fit`.
+        stage: that is about to be trained, "lighthouse" or "dense".
+    """
+    from lighthouse_core.estimate import process_bytes, verdict
+
+    if gpu is None:
+        return
+    stages = {stage: "stage 1" if stage == "lighthouse" else "training with every layer dense"}
+    if stage == "lighthouse" and recipe.recover.steps:
+        stages["dense"] = "the recovery that follows"
+    needed = process_bytes(recipe, processes)
+    for name, words in stages.items():
+        found = verdict(needed[name], gpu)
+        if found != "fits":
+            fits = "does not fit" if found == "does not fit" else "may not fit"
+            _output.warn(
+                f"{words} {fits}: it takes about {_gib(needed[name])} a process, and the GPU has {_gib(gpu)}; "
+                f"set {_smaller(recipe, processes, name, gpu)}"
+            )
+
+
+def _smaller(recipe: "Recipe", processes: int, stage: str, gpu: int) -> str:
+    """Settings with which a stage takes less, and how much it then takes."""
+    from lighthouse_core.estimate import process_bytes, verdict
+
+    def with_training(**changed: Any) -> int:
+        training = recipe.training.model_copy(update=changed)
+        return process_bytes(recipe.model_copy(update={"training": training}), processes)[stage]
+
+    training, ways = recipe.training, []
+    now = process_bytes(recipe, processes)[stage]
+    modes = {mode: with_training(activation_checkpointing=mode) for mode in _MODES}
+    less = [mode for mode in _MODES if modes[mode] < now]
+    if less:
+        best = next((mode for mode in less if verdict(modes[mode], gpu) == "fits"), min(less, key=modes.__getitem__))
+        ways.append(f'training.activation_checkpointing = "{best}" ({_gib(modes[best])})')
+    for key, value in (("local_batch_size", max(1, training.local_batch_size // 2)), ("loss_chunk", 1024)):
+        if value < getattr(training, key) and (size := with_training(**{key: value})) < now:
+            ways.append(f"training.{key} = {value} ({_gib(size)})")
+    return ", ".join([*ways, "more processes that share weights (parallel.shard) or sequences (parallel.context)"])
 
 
 def _gib(count: float) -> str:

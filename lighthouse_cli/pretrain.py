@@ -56,6 +56,7 @@ def pretrain(
     rdzv_endpoint: _options.RdzvEndpoint = "",
     strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
+    memory: _options.GpuMemory = None,
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def pretrain(
     from lighthouse_core.runs.unfinished import foreign
 
     _output.set_quiet(quiet)
+    _train.check_gpu_memory(memory, dry_run=dry_run)
     if not dry_run:
         _caches.use_own()
     if measure_dense:
@@ -105,8 +107,10 @@ def pretrain(
             found = _train.check_data(run.recipe, dry_run=dry_run)
             processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
             _train.check(run.recipe, processes)
+            gpu = _train.gpu_to_fit(memory)
+            _train.warn_of_memory(run.recipe, processes.world_size, gpu, run.stage)
             if dry_run:
-                _train.describe(run.recipe, processes.world_size, found)
+                _train.describe(run.recipe, processes.world_size, found, gpu=gpu)
                 return
             if not node_rank:
                 run.set_aside(damaged)
@@ -128,10 +132,12 @@ def pretrain(
     if dry_run:
         check_free(resolved, name or "")
     _train.check_memory(resolved, processes, dry_run=dry_run)
+    gpu = _train.gpu_to_fit(memory)
+    _train.warn_of_memory(resolved, processes.world_size, gpu, "lighthouse" if resolved.lighthouse.enabled else "dense")
     if dry_run:
         _train.warn_of_no_savings(resolved, found)
         _train.warn_of_rotation(resolved)
-        _train.describe(resolved, processes.world_size, found, weights)
+        _train.describe(resolved, processes.world_size, found, weights, gpu)
         return
     if weights is not None:
         _train.say_weights(resolved, weights)

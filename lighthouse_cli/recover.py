@@ -38,6 +38,7 @@ def recover(
     rdzv_endpoint: _options.RdzvEndpoint = "",
     strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
+    memory: _options.GpuMemory = None,
     quiet: _options.Quiet = False,
     as_json: _options.Json = False,
 ) -> None:
@@ -51,6 +52,7 @@ def recover(
     from lighthouse_core.runs.recovery import plan_recovery
 
     _output.set_quiet(quiet)
+    _train.check_gpu_memory(memory, dry_run=dry_run)
     if not dry_run:
         _caches.use_own()
     if run is None and nnodes > 1:
@@ -87,8 +89,10 @@ def recover(
         processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
         found_data = _train.check_data(recovery.recipe, dry_run=dry_run)
         _train.check(recovery.recipe, processes, dense=True)
+        gpu = _train.gpu_to_fit(memory)
+        _train.warn_of_memory(recovery.recipe, processes.world_size, gpu, "dense")
         if dry_run:
-            _train.describe(recovery.recipe, processes.world_size, found_data)
+            _train.describe(recovery.recipe, processes.world_size, found_data, gpu=gpu)
             return
         found.set_aside(recovery.damaged)
         found.write_recovery(recovery)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from math import inf
+from math import inf, prod
 
 from lighthouse_core.attention.methods.method import Method
 from lighthouse_core.config import Recipe
@@ -21,6 +21,8 @@ _MEASURED = {
 }
 # Takes the place of a window.
 DENSE = -1
+# The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
+ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Estimate:
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
         state_bytes: weights, gradients and two Adam moments in float32, over all processes.
-        stage_bytes: of one process beside `state_bytes`, by the name of each stage.
+        stage_bytes: of one process beside its part of `state_bytes`, by the name of each stage.
     """
 
     parameters: Parameters
@@ -152,7 +154,73 @@ def exchanged_bytes(recipe: Recipe) -> int:
     c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
     """
     model, training, context = recipe.model, recipe.training, recipe.parallel.context
-    width = 2 if training.dtype == "bfloat16" else 4
+    width = 4 if training.dtype == "float32" else 2
+    heads = 2 * (model.heads + max(model.kv_heads, context)) // context
+    rows = (context - 1) * training.local_batch_size * training.seq_len // context
+    return rows * heads * model.head_dim * width
+
+
+def process_bytes(recipe: Recipe, processes: int) -> dict[str, int]:
+    """Peak of one process, by the name of each stage: what torch's allocator reserves on a GPU.
+
+    Args:
+        recipe: gives the model and how processes share it.
+        processes: of the whole job.
+    """
+    state = state_bytes(recipe, processes)
+    return {name: state + size for name, size in _stage_bytes(recipe).items()}
+
+
+def state_bytes(recipe: Recipe, processes: int) -> int:
+    """Weights, gradients and moments of one process of a job: its shard of them.
+
+    DDP, which is `replicate` alone, shards nothing, and holds gradients twice: in their place and in what is sent.
+    """
+    sharded = _shards(recipe, processes)
+    a_weight = 20 if sharded == 1 and recipe.parallel.replicate > 1 else 16
+    return a_weight * recipe.model.kind.parameters(recipe.model).total // sharded
+
+
+def _shards(recipe: Recipe, processes: int) -> int:
+    """Processes that share out one copy of the weights."""
+    parallel = recipe.parallel
+    return processes // parallel.replicate if parallel.shard == -1 else parallel.shard * parallel.context
+
+
+def loading_bytes(recipe: Recipe, processes: int, stored: str) -> tuple[int, int]:
+    """Peak of one process while it reads the weights that a run begins with: of the machine's memory and of the GPU's.
+
+    One tensor is in the machine's memory at a time: as its file has it, once more while it is checked or put into the
+    trainer's order, and in float32 or as flags. On the GPU there is that tensor in float32, and a shard of the model.
+
+    Args:
+        recipe: gives the model and how processes share it.
+        processes: of the whole job.
+        stored: type of most weights, "bfloat16", "float16" or "float32".
+    """
+    model = recipe.model
+    largest = max(prod(entry.shape) for entry in model.kind.entries(model))
+    width = 4 if stored == "float32" else 2
+    return (2 * width + 4) * largest, 4 * model.kind.parameters(model).total // _shards(recipe, processes) + 4 * largest
+
+
+def verdict(needed: int, there: int) -> str:
+    """Whether a process that is estimated to need so many bytes fits a GPU that has so many: "fits", "close" or "does
+    not fit". It is close where the estimate is within its error of what is there."""
+    if needed < there * (1 - ERROR):
+        return "fits"
+    return "does not fit" if needed > there * (1 + ERROR) else "close"
+
+
+def exchanged_bytes(recipe: Recipe) -> int:
+    """Bytes that a process sends to those it shares sequences with, in one layer's forward pass. The backward pass
+    sends as many, and so does a forward pass that is computed anew.
+
+    (R - 1) B (N / R) (2 h + 2 c) D bytes a number: queries and the output of h = H / R query heads, keys and values of
+    c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
+    """
+    model, training, context = recipe.model, recipe.training, recipe.parallel.context
+    width = 4 if training.dtype == "float32" else 2
     heads = 2 * (model.heads + max(model.kv_heads, context)) // context
     rows = (context - 1) * training.local_batch_size * training.seq_len // context
     return rows * heads * model.head_dim * width
@@ -161,31 +229,35 @@ def exchanged_bytes(recipe: Recipe) -> int:
 def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
-    At the peak the last layer's backward pass runs. What is kept of all layers is there; of the last one also
-    everything that was not kept, the gradients of its feed-forward and of two rows of the model's width; the hidden
-    states around the head; and weights of the head and of a layer in the compute type, with their gradients. Derived
-    from what torch.compile keeps, with the number of rows fitted to measured peaks (tests/recipes/test_recipes.py).
+    What is kept of all layers is there at the peak. Besides, the larger of two things. In the last layer's backward
+    pass: everything of that layer which was not kept, the gradients of its feed-forward and of two rows of the model's
+    width, the hidden states around the head, and weights of the head and of a layer in the compute type, with their
+    gradients. In the loss: the logits of a chunk, hidden states and their gradient, and the head's weights in the
+    compute type, with their gradient, which is float32 there. Derived from what torch.compile keeps, with the number of
+    rows fitted to measured peaks (docs/memory.md).
     """
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
-    width = 2 if training.dtype == "bfloat16" else 4
+    width = 4 if training.dtype == "float32" else 2
     # Processes that share sequences attend to whole ones, for some of the heads: per token of theirs, as for all heads.
     context = recipe.parallel.context
-    dense, q, kv = Method(), model.heads * model.head_dim, max(model.kv_heads, context) * model.head_dim
+    dense, q, kv = Method(), model.heads * model.head_dim, model.kv_heads * model.head_dim
+    copies = max(1, context // model.kv_heads) if context > 1 else 0
     cfg, tokens = lighthouse.attention(), training.seq_len
 
     def kept(method: Method, mode: str) -> float:
         """Numbers a token that are kept of one layer."""
         if mode == "full":
             return model.dim
-        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode)
+        how = {"mode": mode, "copies": copies, "compiled": training.compile}
+        attention = method.kept_numbers(cfg, tokens, q, kv, **how)
+        eager = not training.compile
         if mode == "attention":
-            return model.dim + attention
-        selective = mode == "selective"
-        if context > 1 and not selective:
-            # The output also as the other processes have sent it.
-            attention += q
+            return attention + model.dim
         # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.
-        return attention + (model.dim + model.ffn_dim if selective else 4 * model.dim + 3 * model.ffn_dim)
+        # Eager mode also keeps the feed-forward's last product, or what was normed and what the gate makes.
+        if mode == "selective":
+            return attention + model.dim * (1 + eager) + model.ffn_dim
+        return attention + model.dim * (4 + 2 * eager) + model.ffn_dim * (3 + eager)
 
     mode = training.activation_checkpointing
     stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}
@@ -193,10 +265,13 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         rules = [dense if layer in model.dense_layers else cfg.rule for layer in range(model.layers)]
         stages = {"lighthouse": rules, **stages}
     counts, found = model.kind.parameters(model), {}
+    rows = training.local_batch_size * tokens // context
+    logits = min(rows, training.loss_chunk) * model.vocab_size * width
+    loss = rows * 4 * model.dim * width + logits + counts.head * (2 * width + 4)
     for name, layers in stages.items():
-        numbers = sum(kept(method, mode) for method in layers)
-        numbers += max(kept(method, "none") - kept(method, mode) for method in layers)
+        numbers = max(kept(method, "none") - kept(method, mode) for method in layers)
         numbers += 3 * model.ffn_dim + 5 * model.dim
         weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
-        found[name] = int(training.local_batch_size * tokens // context * numbers * width + weights)
+        last = rows * numbers * width + weights
+        found[name] = int(rows * sum(kept(method, mode) for method in layers) * width + max(last, loss))
     return found

@@ -25,6 +25,7 @@ from lighthouse_core.errors import LighthouseError
 from lighthouse_core.profile.step import run_step
 from lighthouse_core.python import run_module
 from lighthouse_core.runs.rows import read_rows
+from lighthouse_core.runs.run import Run
 
 _HERE = Path(__file__).parent
 _COUNTS = (1, 2, 4, 8)
@@ -101,9 +102,9 @@ def _recovery(count: int) -> Callable[[Path], dict[str, Any]]:
             "training.steps=1",
             "schedule.warmup_steps=1",
             "metrics.every=1",
-            f"output.dir={json.dumps(str(folder))}",
         ]
-        options = [part for setting in settings for part in ("--set", setting)]
+        place = f"output.dir={json.dumps(str(folder))}"
+        options = [part for setting in [*settings, place] for part in ("--set", setting)]
         command = [*run_module("lighthouse_cli"), "pretrain", str(_HERE / "272m_1m.toml"), "--name", "run"]
         done = subprocess.run(
             [*command, "--nproc", str(count), *options], stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -111,7 +112,10 @@ def _recovery(count: int) -> Callable[[Path], dict[str, Any]]:
         if done.returncode:
             raise LighthouseError(f"exit code {done.returncode}: {done.stderr[-2000:]}")
         (row,) = _rows(folder / "run")
-        return {"processes": count, "context": count, **{key: row[key] for key in ("loss", "seconds", "memory_gib")}}
+        conditions = Run(folder / "run").ledger["stages"][-1]["conditions"]
+        ran = {"recipe": "272m_1m", "settings": settings, "stage": "dense", "conditions": conditions}
+        figures = {key: row[key] for key in ("loss", "seconds", "memory_gib")}
+        return {**ran, "processes": count, "context": count, **figures}
 
     return run
 

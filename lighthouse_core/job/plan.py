@@ -99,3 +99,13 @@ def local_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest local GPU, used or not; None where there is none.
+
+    By its properties: mem_get_info would begin a context on the GPU, which takes memory as long as this process lives.
+    """
+    import torch
+
+    return min((torch.cuda.get_device_properties(i).total_memory for i in range(local_gpus())), default=None)

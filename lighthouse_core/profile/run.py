@@ -12,7 +12,7 @@ from lighthouse_core.attention import LighthouseConfig, check_backends
 from lighthouse_core.attention.call import log_choices
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import LighthouseError, UserError
-from lighthouse_core.estimate import estimate
+from lighthouse_core.estimate import process_bytes
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
 from lighthouse_core.profile.machine import Roof, busy, describe, free_memory, memory, roof
@@ -51,8 +51,8 @@ def _check_step(recipe: Recipe, nproc: int) -> None:
     Raises:
         UserError: by the estimate of `pretrain --dry-run`.
     """
-    cost, where = estimate(recipe), device()
-    needed, there, place = cost.state_bytes / nproc + cost.activation_bytes, memory(where), "each GPU"
+    where = device()
+    needed, there, place = max(process_bytes(recipe, nproc).values()), memory(where), "each GPU"
     if where.type != "cuda":
         needed, there, place = needed * nproc, free_memory(where), "this machine"
     if needed > _MARGIN * there:

@@ -33,6 +33,7 @@ class Weights(ABC):
         path: of the directory, or of the checkpoint.
         dtype: that most tensors are exported in: that of the directory's.
         others: that of the other tensors, by their names in transformers' class.
+        stored: type of most tensors in the files.
         about: what they are, in a few words.
         recovered: whether they were last trained with every layer dense.
         files: that they are read from.
@@ -41,6 +42,7 @@ class Weights(ABC):
     path: Path
     dtype: str
     others: dict[str, str]
+    stored: str
     about: str
     recovered = True
     files: list[Path]
@@ -139,7 +141,7 @@ class _OfDirectory(Weights):
                 hint=_COMPARE,
             )
         kinds = {entry.target: _DTYPES[found.dtype] for entry, found in self._places.values()}
-        self.dtype = Counter(kinds.values()).most_common(1)[0][0]
+        self.dtype = self.stored = Counter(kinds.values()).most_common(1)[0][0]
         self.others = {name: kind for name, kind in kinds.items() if kind != self.dtype}
         files = sorted({found.file for _, found in self._places.values()})
         self.files = [path / "config.json", *files]
@@ -189,7 +191,7 @@ class _OfRun(Weights):
     def __init__(self, source: Source, model: ModelSection):
         self.path, self.recovered = source.path, source.recovered
         # An export of the new run is as one of this run would be.
-        self.dtype, self.others = source.dtype, source.others
+        self.dtype, self.others, self.stored = source.dtype, source.others, "float32"
         self.files = sorted(path for path in source.path.iterdir() if path.is_file())
         self.about = f"step {source.step} of run {source.run.name}"
         if not source.recovered:

@@ -70,10 +70,14 @@ class Compressed(Method):
         kept = f", keep {settings.keep}, scorer {settings.scorer}" if settings.keep else ""
         return f"{self.name} (compression {settings.compression}{kept})"
 
-    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str) -> float:
+    def kept_numbers(
+        self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str, copies: int = 0, compiled: bool = True
+    ) -> float:
         """More than dense attention by so many rows of the queries as recipes/evidence has peaks for."""
         more = 11 if settings.keep else 6
-        return super().kept_numbers(settings, tokens, q, kv, mode=mode) + more * q
+        # The output is merged of several, and of shared sequences, too, kept once.
+        there = max(1, copies) if mode == "none" else 1
+        return super().kept_numbers(settings, tokens, q, kv * there, mode=mode) + more * q
 
     def check_backends(self, settings: Settings, device_type: str, dtype: torch.dtype | None, dim: int | None) -> None:
         from lighthouse_core.attention.parts import check_parts

@@ -95,8 +95,10 @@ class Method:
         that begins with token `first` of such a sequence; dense attention has half of that."""
         raise NotImplementedError
 
-    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str) -> float:
-        """Numbers that autograd keeps of a layer's attention for each token.
+    def kept_numbers(
+        self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str, copies: int = 0, compiled: bool = True
+    ) -> float:
+        """Numbers that autograd keeps of a layer's attention for each token of a process.
 
         Args:
             settings: of the call.
@@ -104,9 +106,13 @@ class Method:
             q, kv: widths of the queries, H D, and of the keys, Hkv D.
             mode: of activation checkpointing: "none"; "selective", where every second matrix product is computed anew,
                 that of the keys among them; "attention", where all of them are, and the output of attention is kept.
+            copies: processes that are sent each key/value head, where processes share the sequences; else 0.
+            compiled: whether torch.compile leaves out what the backward pass does not need.
         """
-        # Queries, keys, values and the output.
-        return {"none": 2 * q + 2 * kv, "selective": 2 * q + kv, "attention": q}[mode]
+        # Queries, keys, values and the output; of shared sequences, also the output as the others have sent it.
+        if mode == "none":
+            return 2 * q + 2 * kv * max(1, copies) + (q if copies else 0)
+        return 2 * q + kv if mode == "selective" else q
 
     def words(self, settings: Settings) -> str:
         """Which attention that is, in a report."""

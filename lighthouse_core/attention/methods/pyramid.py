@@ -76,13 +76,22 @@ class Pyramid(Method):
         near = last(length, settings.window) if gathered < tokens else 0.0
         return gathered**2 / (2 * tokens) * (length / tokens) + near
 
-    def kept_numbers(self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str) -> float:
+    def kept_numbers(
+        self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str, copies: int = 0, compiled: bool = True
+    ) -> float:
         """Of what was gathered; with a window of the tokens, too."""
-        whole = super().kept_numbers(settings, tokens, q, kv, mode=mode)
         gathered = self.geometry(settings, tokens).gathered_length / tokens
         if gathered >= 1:
-            return whole
-        return gathered * (2 * q + 2 * kv) + (q if mode == "none" else 0) + (whole if settings.window else 0)
+            return super().kept_numbers(settings, tokens, q, kv, mode=mode, copies=copies)
+        there = max(1, copies)
+        kept = gathered * (2 * q + 2 * kv * there)
+        if mode == "none":
+            # The output is another tensor than that of the dense kernel, and of shared sequences, too, kept once.
+            return kept + q + (2 * q + 2 * kv * there if settings.window else 0)
+        if settings.window:
+            return kept + super().kept_numbers(settings, tokens, q, kv, mode=mode)
+        # The backward pass needs no product of the tokens, but repeats an exchange of them; and eager mode keeps all.
+        return kept + (q + kv if mode == "selective" and (copies or not compiled) else 0)
 
     def words(self, settings: Settings) -> str:
         return f"{self.name}, window {settings.window}" if settings.window else ""

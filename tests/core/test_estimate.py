@@ -1,0 +1,114 @@
+"""The memory estimate against bytes that are counted on a CPU: what a block keeps, and what reading weights takes.
+
+tests/recipes/test_memory.py compares whole peaks with those of GPUs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lighthouse_core.config import loads_recipe
+from lighthouse_core.config.model import ModelSection
+from lighthouse_core.estimate import estimate, loading_bytes
+
+HERE = Path(__file__).parent
+TEXT = """
+[model]
+dim = 256
+layers = 2
+heads = 4
+kv_heads = 4
+ffn_dim = 384
+vocab_size = 300
+rope_theta = 1e4
+
+[lighthouse]
+pooling = 2
+levels = 3
+topk = 16
+tile_parents = 16
+backend = "triton"
+
+[data]
+source = "python-sources"
+paths = ["stdlib"]
+tokenizer = "bytes"
+packing = "concat"
+
+[training]
+seq_len = 256
+global_batch_size = 1
+steps = 1
+dtype = "float32"
+compile = true
+
+[optimizer]
+lr = 1e-3
+
+[schedule]
+warmup_steps = 0
+"""
+SHARED, GROUPED = "parallel.context=2", "model.kv_heads=1"
+
+
+def checkpointing(mode):
+    return f'training.activation_checkpointing="{mode}"'
+
+
+CASES = [
+    ([], "dense"),
+    ([SHARED], "dense"),
+    ([SHARED, GROUPED], "dense"),
+    ([], "lighthouse"),
+    ([SHARED], "lighthouse"),
+    ([SHARED, "lighthouse.window=16", 'lighthouse.dense_backend="math"'], "lighthouse"),
+    ([SHARED, 'lighthouse.method="chunked"', "lighthouse.window=16"], "lighthouse"),
+    ([checkpointing("selective")], "dense"),
+    ([checkpointing("selective"), SHARED, GROUPED], "dense"),
+    ([checkpointing("selective")], "lighthouse"),
+    ([checkpointing("selective"), SHARED], "lighthouse"),
+    ([checkpointing("selective"), SHARED, GROUPED], "lighthouse"),
+    ([checkpointing("attention"), SHARED], "dense"),
+    ([checkpointing("attention"), SHARED], "lighthouse"),
+    ([checkpointing("full")], "lighthouse"),
+    (["training.compile=false"], "dense"),
+    (["training.compile=false", SHARED], "lighthouse"),
+]
+
+
+def run(script, *arguments, **environment):
+    command = [sys.executable, str(HERE / script), *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return run("kept_bytes.py", TEXT, json.dumps(CASES), TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join([*CASES[number][0], CASES[number][1]]))
+def test_what_a_layer_keeps_is_what_autograd_keeps(counted, number):
+    settings, stage = CASES[number]
+    two, three = (loads_recipe(TEXT, [*settings, f"model.layers={layers}"]) for layers in (2, 3))
+    # A third layer adds what is kept of one; weights are the same share.
+    layer = estimate(three).stage_bytes[stage] - estimate(two).stage_bytes[stage]
+    # Log-sum-exps, indices and one number a norm are not counted.
+    assert 0.94 * counted[number] < layer <= counted[number]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_reading_weights_takes_what_is_estimated(tmp_path, dtype):
+    model = ModelSection(dim=512, layers=2, heads=4, kv_heads=4, ffn_dim=1024, vocab_size=65536, rope_theta=1e4)
+    there = run("loading_peak.py", str(tmp_path), dtype, model.model_dump_json(by_alias=True))
+    recipe = loads_recipe(TEXT).model_copy(update={"model": model})
+    host, device = loading_bytes(recipe, 1, dtype)
+    assert 0.85 * host < there < host
+    total, largest = model.kind.parameters(model).total, 65536 * 512
+    assert device == 4 * total + 4 * largest < estimate(recipe).state_bytes
