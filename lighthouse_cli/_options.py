@@ -40,7 +40,8 @@ GpuMemory = Annotated[
         "--gpu-memory",
         metavar="GIB",
         callback=finite,
-        min=0,
+        min=0.001,
+        max=MOST,
         help="With --dry-run: say what fits a GPU of so many GiB, rather than this machine's.",
     ),
 ]

@@ -497,17 +497,16 @@ def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str
 
     if gpu is None:
         return
-    stages = {stage: "stage 1" if stage == "lighthouse" else "training with every layer dense"}
-    if stage == "lighthouse" and recipe.recover.steps:
-        stages["dense"] = "the recovery that follows"
     needed = process_bytes(recipe, processes)
-    for name, words in stages.items():
+    stages = {stage: ("stage 1" if stage == "lighthouse" else "training with every layer dense", "set")}
+    if stage == "lighthouse" and recipe.recover.steps:
+        stages["dense"] = "the recovery that follows", "recover with"
+    for name, (words, do) in stages.items():
         found = verdict(needed[name], gpu)
         if found != "fits":
-            fits = "does not fit" if found == "does not fit" else "may not fit"
             _output.warn(
-                f"{words} {fits}: it takes about {_gib(needed[name])} a process, and the GPU has {_gib(gpu)}; "
-                f"set {_smaller(recipe, processes, name, gpu)}"
+                f"{words} {found if found == 'does not fit' else 'may not fit'}: it takes about {_gib(needed[name])} a "
+                f"process, and the GPU has {_gib(gpu)}; {do} {_smaller(recipe, processes, name, gpu)}"
             )
 
 
@@ -515,21 +514,25 @@ def _smaller(recipe: "Recipe", processes: int, stage: str, gpu: int) -> str:
     """Settings with which a stage takes less, and how much it then takes."""
     from lighthouse_core.estimate import process_bytes, verdict
 
-    def with_training(**changed: Any) -> int:
-        training = recipe.training.model_copy(update=changed)
-        return process_bytes(recipe.model_copy(update={"training": training}), processes)[stage]
-
     training, ways = recipe.training, []
-    now = process_bytes(recipe, processes)[stage]
-    modes = {mode: with_training(activation_checkpointing=mode) for mode in _MODES}
-    less = [mode for mode in _MODES if modes[mode] < now]
-    if less:
-        best = next((mode for mode in less if verdict(modes[mode], gpu) == "fits"), min(less, key=modes.__getitem__))
+
+    def changed(**keys: Any) -> int:
+        other = recipe.model_copy(update={"training": training.model_copy(update=keys)})
+        return process_bytes(other, processes)[stage]
+
+    now = changed()
+    modes = {mode: size for mode in _MODES if (size := changed(activation_checkpointing=mode)) < now}
+    if modes:
+        best = next(
+            (mode for mode, size in modes.items() if verdict(size, gpu) == "fits"), min(modes, key=modes.__getitem__)
+        )
         ways.append(f'training.activation_checkpointing = "{best}" ({_gib(modes[best])})')
-    for key, value in (("local_batch_size", max(1, training.local_batch_size // 2)), ("loss_chunk", 1024)):
-        if value < getattr(training, key) and (size := with_training(**{key: value})) < now:
+    local = training.local_batch_size
+    fewer = max((count for count in range(1, local) if local % count == 0), default=local)
+    for key, value in (("local_batch_size", fewer), ("loss_chunk", min(1024, training.loss_chunk))):
+        if (size := changed(**{key: value})) < now:
             ways.append(f"training.{key} = {value} ({_gib(size)})")
-    return ", ".join([*ways, "more processes that share weights (parallel.shard) or sequences (parallel.context)"])
+    return ", ".join([*ways, "or more processes that share weights (parallel.shard) or sequences (parallel.context)"])
 
 
 def _gib(count: float) -> str:

@@ -131,7 +131,8 @@ def pretrain(
     _train.check(resolved, processes)
     if dry_run:
         check_free(resolved, name or "")
-    _train.check_memory(resolved, processes, dry_run=dry_run)
+    if memory is None:
+        _train.check_memory(resolved, processes, dry_run=dry_run)
     gpu = _train.gpu_to_fit(memory)
     _train.warn_of_memory(resolved, processes.world_size, gpu, "lighthouse" if resolved.lighthouse.enabled else "dense")
     if dry_run:

@@ -212,20 +212,6 @@ def verdict(needed: int, there: int) -> str:
     return "does not fit" if needed > there * (1 + ERROR) else "close"
 
 
-def exchanged_bytes(recipe: Recipe) -> int:
-    """Bytes that a process sends to those it shares sequences with, in one layer's forward pass. The backward pass
-    sends as many, and so does a forward pass that is computed anew.
-
-    (R - 1) B (N / R) (2 h + 2 c) D bytes a number: queries and the output of h = H / R query heads, keys and values of
-    c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
-    """
-    model, training, context = recipe.model, recipe.training, recipe.parallel.context
-    width = 4 if training.dtype == "float32" else 2
-    heads = 2 * (model.heads + max(model.kv_heads, context)) // context
-    rows = (context - 1) * training.local_batch_size * training.seq_len // context
-    return rows * heads * model.head_dim * width
-
-
 def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
@@ -248,9 +234,8 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         """Numbers a token that are kept of one layer."""
         if mode == "full":
             return model.dim
-        how = {"mode": mode, "copies": copies, "compiled": training.compile}
-        attention = method.kept_numbers(cfg, tokens, q, kv, **how)
         eager = not training.compile
+        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode, copies=copies, compiled=not eager)
         if mode == "attention":
             return attention + model.dim
         # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.

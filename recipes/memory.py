@@ -3,9 +3,9 @@
     python recipes/memory.py            print the tables of docs/memory.md
     python recipes/memory.py --write    put them into that page
 
-A measured peak is a `memory_gib` in recipes/results or in recipes/evidence/results: what torch's allocator reserved in one
-process. What ran is a whole `recipe`, or the name of one with its `settings` or its `command`, and the conditions that
-were noted with it.
+A measured peak is a `memory_gib` in recipes/results or in recipes/evidence/results: what torch's allocator reserved in
+one process. What ran is a whole `recipe`, or the name of one with its `settings` or its `command`, and the conditions
+that were noted with it.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def rows() -> Iterator[Row]:
 
 
 def _cells(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of a list. What `loss-*` cells of recipes/scaling.py ran, the cell of a step says that has the rest of its name."""
+    """Of a list. A cell `loss-*` of recipes/scaling.py ran what `context-*` ran, which says it."""
     named = {item.get("name"): item for item in found}
     for item in found:
         name = item.get("name", "")
@@ -120,7 +120,7 @@ def _recipe(item: dict[str, Any], source: str) -> Recipe:
         made = _MADE_WITH[0 if not about else 2 if "full checkpointing" in about else 1]
         return load_recipe(_HERE / "extend_131072.toml", (*_LLAMA_1B, *made))
     words = shlex.split(command) if isinstance(command, str) else command
-    settings = item.get("settings") or [value for name, value in zip(words, words[1:], strict=False) if name == "--set"]
+    settings = item.get("settings") or [value for name, value in itertools.pairwise(words) if name == "--set"]
     # `lighthouse pretrain RECIPE ...`
     return load_recipe(_HERE / f"{ran or Path(words[2]).stem}.toml", settings)
 

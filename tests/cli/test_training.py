@@ -12,7 +12,7 @@ from lighthouse_core import titan
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
-from lighthouse_core.job import launch
+from lighthouse_core.job import launch, plan
 from lighthouse_core.job.plan import Plan
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.run import Run
@@ -53,6 +53,56 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *(x for setting in windows for x in ("--set", setting)))
     assert "\n# windows               64 from step 1, 128 from step 18, 256 from step 35\n" in answer.out
     assert "\n# keys a query (mean)   32, then 64, then 128; dense 512\n" in answer.out
+
+
+def estimated(answer):
+    """GiB of each stage."""
+    [line] = [line for line in answer.out.splitlines() if line.startswith("# memory (estimate)")]
+    return {name: float(size) for name, size in re.findall(r"(lighthouse|dense) ([\d.]+) GiB", line)}
+
+
+def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
+    larger = ["model.layers=24", "training.seq_len=131072", "lighthouse.topk=512", "training.compile=true"]
+    larger.append('training.activation_checkpointing="selective"')
+    settings = [x for setting in larger for x in ("--set", setting)]
+    # What fits this machine, which has no GPU, is not asked.
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *settings)
+    assert answer.code == 0 and "GPU of" not in answer.out and not answer.err
+    needed = estimated(answer)
+    assert 1 < needed["lighthouse"] < 0.75 * needed["dense"]
+    for gpu, words, warnings in (
+        (1.3 * needed["dense"], "lighthouse fits, dense fits", []),
+        (1.05 * needed["dense"], "lighthouse fits, dense is close", ["the recovery that follows may not fit"]),
+        (0.85 * needed["dense"], "lighthouse fits, dense does not fit", ["the recovery that follows does not fit"]),
+        (0.8 * needed["lighthouse"], "lighthouse does not fit", ["stage 1 does not fit", "the recovery that follows"]),
+    ):
+        answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", f"{gpu:.4f}", *settings)
+        assert answer.code == 0 and f"# GPU of {gpu:.1f} GiB" in answer.out and words in answer.out
+        assert len(answer.err.splitlines()) == len(warnings)
+        for line, warning in zip(answer.err.splitlines(), warnings, strict=True):
+            assert line.startswith(f"warning: {warning}")
+            assert 'training.activation_checkpointing = "' in line and "parallel.context" in line
+    # Less is kept, and less is needed: what the warning names is what the estimate is with it.
+    mode, less = re.search(r'activation_checkpointing = "(\w+)" \(([\d.]+) GiB\)', answer.err.splitlines()[1]).groups()
+    changed = ["--set", f'training.activation_checkpointing="{mode}"']
+    assert estimated(lighthouse("pretrain", "tiny.toml", "--dry-run", *settings, *changed))["dense"] == float(less)
+    error = lighthouse("pretrain", "tiny.toml", "--gpu-memory", "80").error
+    assert error == "error: --gpu-memory is for --dry-run" and not trainer.launches
+    assert lighthouse("recover", "--gpu-memory", "80").error == error
+
+
+def test_a_start_warns_of_what_may_not_fit_its_gpu(lighthouse, trainer, monkeypatch):
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 2**20)
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert answer.code == 0 and len(trainer.launches) == 1
+    warnings = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
+    assert ["stage 1 does not fit" in warnings[0], "recovery that follows does not fit" in warnings[1]] == [True, True]
+    assert "the GPU has 0.00 GiB" in warnings[0] and len(warnings) == 2
+    answer = lighthouse("recover", "a")
+    warnings = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
+    assert answer.code == 0 and ["every layer dense does not fit" in line for line in warnings] == [True]
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 2**40)
+    assert "warning" not in lighthouse("pretrain", "tiny.toml", "--name", "b").err
 
 
 def test_dry_run_shows_a_mixture(lighthouse, trainer, here):

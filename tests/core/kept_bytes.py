@@ -19,6 +19,7 @@ from lighthouse_core.titan.parallelize import kept_results
 from torchtitan.config.job_config import ActivationCheckpoint  # isort: skip
 from torchtitan.distributed.activation_checkpoint import apply_ac  # isort: skip
 
+
 def kept(recipe: Recipe, stage: str) -> int:
     """Bytes."""
     torch._dynamo.reset()

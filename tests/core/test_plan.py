@@ -1,6 +1,9 @@
 """How many processes a job has, and which recipes fit them."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from tiny_recipe import RECIPE
 
 from lighthouse_core.config import loads_recipe
@@ -75,3 +78,12 @@ def test_batch_and_processes_must_fit(world, settings, fits):
     else:
         with pytest.raises(UserError, match=r"multiple of|does not make"):
             check_world(recipe, world)
+
+
+def test_the_smallest_gpu_is_what_a_run_has_to_fit(gpus, monkeypatch):
+    gpus(0)
+    assert planning.gpu_memory() is None
+    gpus(2)
+    sizes = (SimpleNamespace(total_memory=size) for size in (80, 40))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", dict(enumerate(sizes)).get)
+    assert planning.gpu_memory() == 40
