@@ -204,7 +204,7 @@ def loading_bytes(recipe: Recipe, processes: int, stored: str) -> tuple[int, int
     return (2 * width + 4) * largest, 4 * model.kind.parameters(model).total // _shards(recipe, processes) + 4 * largest
 
 
-def verdict(needed: int, there: int) -> str:
+def verdict(needed: float, there: float) -> str:
     """Whether a process that is estimated to need so many bytes fits a GPU that has so many: "fits", "close" or "does
     not fit". It is close where the estimate is within its error of what is there."""
     if needed < there * (1 - ERROR):
@@ -259,4 +259,7 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
         last = rows * numbers * width + weights
         found[name] = int(rows * sum(kept(method, mode) for method in layers) * width + max(last, loss))
+    if lighthouse.enabled and lighthouse.dense_every:
+        # Of stage 1, some steps are dense.
+        found["lighthouse"] = max(found.values())
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_a_directory_begins_a_run(lighthouse, trainer, place):
 def test_a_dry_run_says_what_is_read_and_what_changes(lighthouse, trainer, place):
     before = tree(place)
     answer = lighthouse("pretrain", "begin.toml", "--dry-run", "--from", "parts", "--set", "model.rope_theta=1e6")
+    assert re.search(
+        r"\n# loading \(estimate\) +\d+\.\d\d GiB a process, and \d+\.\d\d GiB of the machine's memory\n", answer.out
+    )
     assert answer.code == 0 and tree(place) == before, answer
     said = [" ".join(line.split()[1:]) for line in answer.out.splitlines() if line.startswith("# ")]
     assert any(line.startswith(f"weights {place / 'parts'}: Qwen3ForCausalLM, bfloat16, ") for line in said), said

@@ -32,18 +32,20 @@ def test_every_peak_is_within_the_error_that_a_verdict_allows_for(rows):
         # A GPU of just what was measured would be full.
         assert verdict(row.estimate, row.measured) == "close"
         assert verdict(row.estimate, row.measured * 0.999) != "fits"
+        # What CUDA and NCCL hold besides needs its room. A window beside a pyramid kept more in older code.
+        assert row.error > -ERROR / 2 or (row.recipe.lighthouse.method == "pyramid" and row.recipe.lighthouse.window)
 
 
 def test_no_peak_in_the_files_is_left_out(rows):
     """Of a run the largest one of each stage counts, of anything else every one."""
 
-    def peaks(found, stage=None):
+    def peaks(found):
         if isinstance(found, list):
-            yield from (peak for item in found for peak in peaks(item, stage))
+            yield from (peak for item in found for peak in peaks(item))
         elif isinstance(found, dict):
             if "memory_gib" in found and "packages" not in found:
                 yield found["memory_gib"]
-            yield from (peak for item in found.values() for peak in peaks(item, stage))
+            yield from (peak for item in found.values() for peak in peaks(item))
 
     files = [*RECIPES.glob("results/**/*.json"), *RECIPES.glob("evidence/results/*.json")]
     for file in files:
@@ -65,6 +67,11 @@ def test_the_page_is_what_the_command_prints(memory):
     text = memory.PAGE.read_text(encoding="utf-8")
     assert memory.page(text) == text
     assert text.count("](../recipes/") > 20
+
+
+def test_dense_steps_within_stage_1_take_what_dense_ones_take():
+    sizes = process_bytes(load_recipe(RECIPES / "530m_98k.toml", ["lighthouse.dense_every=10"]), 1)
+    assert sizes["lighthouse"] == sizes["dense"]
 
 
 def test_processes_share_weights_and_sequences():
