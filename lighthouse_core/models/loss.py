@@ -16,8 +16,8 @@ from lighthouse_core.models.labels import IGNORED
 _ROWS = 128
 # The same of the gradient's scaling.
 _SCALED_ROWS = 8192
-# The gradients of float16 logits are probabilities, of which many would be 0 or lose digits. They are kept times so much:
-# down to 2e-10, and what the hidden states get of them fits for weights up to 128.
+# The gradients of float16 logits are probabilities, of which many would be 0 or lose digits. They are kept times so
+# much: down to 2e-10, and what the hidden states get of them fits for weights up to 128.
 _ENLARGED = 2**8
 
 

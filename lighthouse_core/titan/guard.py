@@ -79,7 +79,8 @@ class Guard:
             optimizer.found_inf = self.verdict
             optimizer.register_step_pre_hook(self._before_update)
             optimizer.register_step_post_hook(self._after_update)
-        # (step, [in_row, disobeyed, misscaled, overflowed] on the host, its event) of the steps that the host has not looked at.
+        # (step, [in_row, disobeyed, misscaled, overflowed] on the host, its event) of the steps that it has yet to look
+        # at.
         self.pending: list[tuple[int, Tensor, Any]] = []
 
     def see(self, loss: Tensor, misscaled: Tensor | None = None) -> None:
