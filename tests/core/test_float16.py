@@ -17,8 +17,9 @@ from lighthouse_core import LighthouseConfig, dense_attention, lighthouse_attent
 from lighthouse_core.checkpoint import read_contents
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.config import load_recipe
-from lighthouse_core.errors import CheckpointError, TrainingError, UserError
+from lighthouse_core.errors import CheckpointError, ExportError, TrainingError, UserError
 from lighthouse_core.estimate import estimate
+from lighthouse_core.export import strip
 from lighthouse_core.job import stop
 from lighthouse_core.job.environment import MEETING
 from lighthouse_core.models.decoder import Head
@@ -296,7 +297,7 @@ def test_a_run_that_exists_keeps_its_dtype(tmp_path):
             run.change([f'training.dtype="{dtype}"'])
 
 
-def test_what_16_bits_cost_and_how_they_are_exported(tmp_path):
+def test_what_16_bits_cost(tmp_path):
     recipes = {dtype: new_run(tmp_path, dtype, 2).recipe for dtype in ("float16", "bfloat16", "float32")}
     bytes_of = {dtype: estimate(recipe).activation_bytes for dtype, recipe in recipes.items()}
     assert bytes_of["float16"] == bytes_of["bfloat16"] < bytes_of["float32"]
@@ -307,6 +308,14 @@ def test_weights_are_exported_in_what_they_were_trained_in(tmp_path):
     run = new_run(tmp_path, "float16", 1)
     train(run, tmp_path / "meeting")
     assert find_source(run.path).dtype == "float16"
+
+
+def test_weights_that_float16_cannot_hold_are_not_exported_in_it(tmp_path):
+    run = new_run(tmp_path, "float32", 1, "model.embedding_std=1e5")
+    train(run, tmp_path / "meeting")
+    with pytest.raises(ExportError, match=r"embed_tokens\.weight has numbers that float16 cannot hold"):
+        strip(run.path, tmp_path / "out", dtype="float16", allow_unrecovered=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
