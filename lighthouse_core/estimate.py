@@ -152,7 +152,7 @@ def exchanged_bytes(recipe: Recipe) -> int:
     c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
     """
     model, training, context = recipe.model, recipe.training, recipe.parallel.context
-    width = 2 if training.dtype == "bfloat16" else 4
+    width = 4 if training.dtype == "float32" else 2
     heads = 2 * (model.heads + max(model.kv_heads, context)) // context
     rows = (context - 1) * training.local_batch_size * training.seq_len // context
     return rows * heads * model.head_dim * width
@@ -167,7 +167,7 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     from what torch.compile keeps, with the number of rows fitted to measured peaks (tests/recipes/test_recipes.py).
     """
     model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
-    width = 2 if training.dtype == "bfloat16" else 4
+    width = 4 if training.dtype == "float32" else 2
     # Processes that share sequences attend to whole ones, for some of the heads: per token of theirs, as for all heads.
     context = recipe.parallel.context
     dense, q, kv = Method(), model.heads * model.head_dim, max(model.kv_heads, context) * model.head_dim
