@@ -18,7 +18,10 @@ def strip(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option("--dtype", help="Of the written weights; else of those that training began with, or bfloat16."),
+        typer.Option(
+            "--dtype",
+            help="Of the written weights; else of those that training began with, or the 16 bits it ran in.",
+        ),
     ] = None,
     allow_unrecovered: Annotated[
         bool, typer.Option("--allow-unrecovered", help="Also a checkpoint that never ran with dense attention.")

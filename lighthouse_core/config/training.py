@@ -13,6 +13,8 @@ class TrainingSection(Section):
     `loss_chunk` is how many tokens' logits exist at once: of all of a long sequence they fit no memory.
     `nonfinite` is what becomes of an update whose loss or gradient is NaN or infinite: "halt" ends the run there,
     "skip" leaves it out, and ends the run after `nonfinite_limit` in a row.
+    `dtype` is that of the computation; weights, gradients and moments are float32. "float16" is for GPUs without
+    bfloat16: the loss is scaled, and an update is left out where that made a gradient overflow, under "halt", too.
     """
 
     seq_len: PositiveTokens
@@ -23,7 +25,7 @@ class TrainingSection(Section):
     compile: bool = False
     loss_chunk: PositiveTokens = 1024
     activation_checkpointing: Literal["none", "selective", "attention", "full"] = "none"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     deterministic: bool = False
     nonfinite: Literal["halt", "skip"] = "halt"
     nonfinite_limit: Positive = 10

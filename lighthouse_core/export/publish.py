@@ -21,7 +21,7 @@ from torch import Tensor
 from lighthouse_core import vml
 from lighthouse_core.config.origin import FIXED, ORIGIN, other_end
 from lighthouse_core.data.checks import checked_tokenizer
-from lighthouse_core.errors import CheckpointError, SystemFault, UserError, refusal
+from lighthouse_core.errors import CheckpointError, ExportError, SystemFault, UserError, refusal
 from lighthouse_core.export import verify
 from lighthouse_core.export.tokenizer import (
     check_given,
@@ -76,7 +76,7 @@ def strip(
         checkpoint: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
         out: the directory to write; it must not exist or be empty.
         dtype: of the written weights; by default each tensor has that of the weights that training began with, or else
-            bfloat16.
+            float16 where it trained in float16, and bfloat16.
         allow_unrecovered: also export weights that were never trained with every layer dense.
         verify_length: one more sequence length, in tokens, at which logits are compared.
         shard_bytes: size above which the weights are split over several files.
@@ -311,6 +311,8 @@ def _write_weights(
         tensors = {}
         for entry in shard:
             weight = weights[entry.source].to(kinds[entry.target])
+            if not weight.isfinite().all():
+                raise ExportError(f"{entry.target} has numbers that float16 cannot hold", hint="strip --dtype bfloat16")
             tensors[entry.target] = to_half_split(weight, entry.rotary_heads) if entry.rotary_heads else weight
         save_file(tensors, directory / name, metadata={"format": "pt"})
         files.append(directory / name)

@@ -233,7 +233,7 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, context: AttentionContext = _NOTHING) -> Tensor:
         """What the head takes, [B, N, dim], of `tokens` [B, N] int64."""
         hidden = self.tok_embeddings(tokens)
-        # As integers: FSDP would cast floating-point inputs of a block to bfloat16.
+        # As integers: FSDP would cast floating-point inputs of a block to 16 bits.
         turns = self.freqs_cis.float().view(torch.int32)
         if context.positions is not None:
             turns = turns[context.positions.long()]

@@ -16,6 +16,9 @@ from lighthouse_core.models.labels import IGNORED
 _ROWS = 128
 # The same of the gradient's scaling.
 _SCALED_ROWS = 8192
+# The gradients of float16 logits are probabilities, of which many would be 0 or lose digits. They are kept times so
+# much: down to 2e-10, and what the hidden states get of them fits for weights up to 128.
+_ENLARGED = 2**8
 
 
 def linear_cross_entropy(
@@ -47,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, compiled, differentiated):
         precise = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.factor = factor = _ENLARGED if hidden.dtype == torch.float16 else 1
         loss = torch.zeros((), dtype=precise, device=hidden.device)
         if differentiated:
             hidden_grad = torch.empty_like(hidden)
@@ -56,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = hidden[rows] @ weight.T
             # The last rows are of another shape, not worth compiling for.
             finish = _compiled() if compiled and len(logits) == chunk else _finish_by_parts
-            loss += finish(logits, labels[rows])
+            loss += finish(logits, labels[rows], factor)
             if differentiated:
                 torch.mm(logits, weight, out=hidden_grad[rows])
                 _add_product(weight_grad, logits.T, hidden[rows])
@@ -70,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         unscaled, weight_grad = ctx.saved_tensors
+        grad = grad / ctx.factor
         hidden_grad = torch.empty_like(unscaled)
         # Not in their own type: one over the number of tokens would be rounded to it.
         for rows, out in zip(unscaled.split(_SCALED_ROWS), hidden_grad.split(_SCALED_ROWS), strict=True):
@@ -78,8 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, torch.mul(weight_grad, grad, out=scaled), None, None, None, None
 
 
-def _finish(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the cross-entropies [] of logits [C, V], which their own gradient overwrites."""
+def _finish(logits: Tensor, labels: Tensor, factor: int) -> Tensor:
+    """The sum of the cross-entropies [] of logits [C, V], which their own gradient times `factor` overwrites."""
     counted = (labels != IGNORED)[:, None]
     label = labels[:, None].where(counted, 0)
     log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -87,12 +92,15 @@ def _finish(logits: Tensor, labels: Tensor) -> Tensor:
     gradient = log_p.exp_()
     gradient -= (torch.arange(logits.shape[1], device=logits.device) == label).to(gradient)
     gradient.masked_fill_(~counted, 0)
+    if factor != 1:
+        gradient *= factor
     logits.copy_(gradient)
     return loss
 
 
-def _finish_by_parts(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([_finish(*part) for part in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]).sum()
+def _finish_by_parts(logits: Tensor, labels: Tensor, factor: int) -> Tensor:
+    parts = zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)
+    return torch.stack([_finish(*part, factor) for part in parts]).sum()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 
-from lighthouse_core.checkpoint import Contents
+from lighthouse_core.checkpoint import Contents, read_contents
 from lighthouse_core.checkpoint_reader import load
 from lighthouse_core.errors import PatchError, StorageError
 from lighthouse_core.job.clock import RunningClock
@@ -24,6 +24,8 @@ from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
 
 logger = logging.getLogger(__name__)
+# The name of the part of a checkpoint that float16 training alone has.
+LOSS_SCALE = "loss_scale"
 # For a save of processes whose launcher was killed.
 _PATIENCE_SECONDS = 240
 _POLL_SECONDS = 0.2
@@ -103,7 +105,11 @@ class Checkpointer(CheckpointManager):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **named: Any) -> None:
         # torch's own way runs what the pickles of a checkpoint ask for.
-        load(state_dict, Path(checkpoint_id), self.contents)
+        contents = self.contents or read_contents(Path(checkpoint_id))
+        if not any(name.startswith(f"{LOSS_SCALE}.") for name in contents.values):
+            # Of training in another dtype. The scale begins anew.
+            state_dict.pop(LOSS_SCALE, None)
+        load(state_dict, Path(checkpoint_id), contents)
         self.states[MODEL].load_state_dict(state_dict)
 
     def _finish(self, saved: Future[Any], temporary: Path, name: Path) -> None:

@@ -43,7 +43,7 @@ class Effects:
         model.register_forward_pre_hook(self._runs, with_kwargs=True)
         model.register_forward_hook(self._ran)
 
-    def begin(self, tokens: float | None = None) -> None:
+    def begin(self, tokens: float | Tensor | None = None) -> None:
         """Begin a step, or a validation.
 
         Args:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lighthouse_core.errors import PatchError, TrainingError
 from lighthouse_core.titan.runtime import HAS_ACCELERATOR
+from lighthouse_core.titan.scaling import LossScale
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ class Guard:
     compares the optimizer's step count and one weight with the verdict, on the device. The host reads the result with
     the verdict, so a torch whose optimizer ignores `found_inf` ends the run at the next step, and before any save.
 
+    With a loss scale, a gradient that overflowed is no fault, whatever the policy: the update is left out, the scale
+    halves, and the step neither counts as one of those in a row nor ends their row. A loss that is not finite stays a
+    fault, for the forward pass is not scaled; so does a gradient that overflows at scale 1.
+
     Args:
         policy: "skip" leaves out such updates; "halt" leaves out all from the first one on.
         limit: under "skip", updates in a row after which training ends.
@@ -32,15 +37,26 @@ class Guard:
         optimizers: torch optimizers with `fused=True`.
         device: of the parameters.
         group: of all processes with data of their own, or None for one process.
+        scale: of the loss, in float16 training; updated with each verdict.
 
     Raises:
         PatchError: an optimizer is not fused; only fused ones read `found_inf`.
     """
 
-    def __init__(self, policy: str, limit: int, sequences: int, optimizers, device: torch.device, group=None):
+    def __init__(
+        self,
+        policy: str,
+        limit: int,
+        sequences: int,
+        optimizers,
+        device: torch.device,
+        group=None,
+        scale: LossScale | None = None,
+    ):
         self.limit = 1 if policy == "halt" else limit
         self.sequences = sequences
         self.group = group
+        self.scale = scale
         self.loss_bad = torch.zeros((), device=device)
         # Left out in a row; once that reaches the limit, nothing is updated any more.
         self.in_row = torch.zeros((), device=device)
@@ -48,6 +64,8 @@ class Guard:
         # 1 where an optimizer did not do what the verdict says, and where a loss had another scale; read with `in_row`.
         self.disobeyed = torch.zeros((), device=device)
         self.misscaled = torch.zeros((), device=device)
+        # 1 where the update that was judged last is left out for an overflow that the loss scale explains.
+        self.overflowed = torch.zeros((), device=device)
         self.optimizers = list(optimizers)
         # The optimizers that have yet to make the update that was judged last; what they had before it.
         self.waiting: list[torch.optim.Optimizer] = []
@@ -61,7 +79,8 @@ class Guard:
             optimizer.found_inf = self.verdict
             optimizer.register_step_pre_hook(self._before_update)
             optimizer.register_step_post_hook(self._after_update)
-        # (step, [in_row, disobeyed, misscaled] on the host, its event) of the steps that the host has not looked at.
+        # (step, [in_row, disobeyed, misscaled, overflowed] on the host, its event) of the steps that it has yet to look
+        # at.
         self.pending: list[tuple[int, Tensor, Any]] = []
 
     def see(self, loss: Tensor, misscaled: Tensor | None = None) -> None:
@@ -76,7 +95,7 @@ class Guard:
 
         Args:
             step: number of the step.
-            grad_norm: of the whole gradient, the same on all processes.
+            grad_norm: of the whole gradient, unscaled, the same on all processes.
 
         Raises:
             PatchError: the update that was judged before has not been made.
@@ -84,13 +103,18 @@ class Guard:
         if self.waiting:
             raise PatchError(f"step {step} was judged twice, or an optimizer left out the update before it")
         self.waiting, self.judged, self.seen = list(self.optimizers), (step, self.seen), 0
-        bad = ((self.loss_bad > 0) | ~grad_norm.isfinite()).to(self.verdict)
+        found = torch.stack((self.loss_bad > 0, ~grad_norm.isfinite())).to(self.verdict)
         if self.group is not None:
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        ended = (self.in_row >= self.limit).to(bad)
-        self.in_row.copy_(torch.maximum((self.in_row + 1) * bad, self.in_row * ended))
+            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        bad, ended = found.amax(), (self.in_row >= self.limit).to(found)
+        if self.scale is not None:
+            self.overflowed.copy_(bad * (1 - found[0]) * (1 - ended) * self.scale.explains())
+        in_row = torch.maximum((self.in_row + 1) * bad, self.in_row * ended)
+        self.in_row.copy_(torch.where(self.overflowed > 0, self.in_row, in_row))
         self.verdict.copy_(torch.maximum(bad, ended))
         self.loss_bad.zero_()
+        if self.scale is not None:
+            self.scale.update(self.verdict, self.overflowed)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
         if optimizer not in self.waiting:
@@ -118,10 +142,10 @@ class Guard:
 
     def _tell(self, step: int) -> None:
         """Send the host what was found of a step."""
-        found, event = torch.stack((self.in_row, self.disobeyed, self.misscaled)), None
+        found, event = torch.stack((self.in_row, self.disobeyed, self.misscaled, self.overflowed)), None
         if found.is_cuda:
             # To pinned memory: into any other, the host would wait for it.
-            found = torch.empty(3, pin_memory=True).copy_(found, non_blocking=True)
+            found = torch.empty(len(found), pin_memory=True).copy_(found, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self.pending.append((step, found, event))
@@ -148,7 +172,7 @@ class Guard:
             step, found, event = self.pending.pop(0)
             if event:
                 event.synchronize()
-            in_row, disobeyed, misscaled = found.tolist()
+            in_row, disobeyed, misscaled, overflowed = found.tolist()
             if disobeyed:
                 raise PatchError(f"the optimizer did not obey the verdict on bad numbers in step {step}")
             if misscaled:
@@ -156,6 +180,9 @@ class Guard:
                     f"the gradient of the loss of step {step} is not one over the labels that count in the global "
                     "batch: something else divides the loss, or counts other labels"
                 )
+            if overflowed:
+                logger.info("step %d: the gradient overflowed; its update is left out, and the loss scale halves", step)
+                continue
             if not in_row:
                 continue
             data = f"sequences {(step - 1) * self.sequences} to {step * self.sequences - 1} of the training data"
@@ -196,13 +223,21 @@ class NotingUtils(ModuleType):
     Args:
         utils: torchtitan's.
         note: called with the norm of the gradient before it is clipped.
+        unscale: called with the parameters before that, to undo the scale of their gradients.
         parameters: how many are to be clipped.
         max_norm: that the gradient is to be clipped to.
     """
 
-    def __init__(self, utils: ModuleType, note: Callable[[Tensor], None], parameters: int, max_norm: float):
+    def __init__(
+        self,
+        utils: ModuleType,
+        note: Callable[[Tensor], None],
+        parameters: int,
+        max_norm: float,
+        unscale: Callable[[Any], None] | None = None,
+    ):
         super().__init__(utils.__name__)
-        self._utils, self._note = utils, note
+        self._utils, self._note, self._unscale = utils, note, unscale
         self._expected = parameters, max_norm
 
     def __getattr__(self, name: str) -> Any:
@@ -214,6 +249,8 @@ class NotingUtils(ModuleType):
                 f"{len(parameters)} parameters were to be clipped to {max_norm}, not {self._expected[0]} to "
                 f"{self._expected[1]}"
             )
+        if self._unscale is not None:
+            self._unscale(parameters)
         norm = self._utils.clip_grad_norm_(parameters, max_norm, **options)
         self._note(norm)
         return norm

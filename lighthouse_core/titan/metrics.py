@@ -22,6 +22,7 @@ from lighthouse_core.reading import read_regular
 from lighthouse_core.runs.rows import finite, parse_row
 from lighthouse_core.titan.loggers import TensorBoard, WeightsAndBiases
 from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
+from lighthouse_core.titan.scaling import LossScale
 from lighthouse_core.titan.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Metrics(MetricsProcessor):
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
     Where documents are kept apart `flops_per_token` and `dense_flops_per_token` count what is attended to.
+    In float16 training `loss_scale` is that of the next step, and `skipped_steps` counts the updates since the start of
+    the run that were left out because gradients overflowed.
     `spike` is there where the loss is one: its robust z-score among the last logged losses; `first_of_launch`, true, in
     the row of a launch's first step, which compiles.
     A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
@@ -105,6 +108,8 @@ class Metrics(MetricsProcessor):
         self.lengths: list[int] = []
         # Gives the loss of a validation in place of torchtitan's mean over batches.
         self.validation_loss: Callable[[], float] | None = None
+        # Of float16 training.
+        self.loss_scale: LossScale | None = None
 
     def begin(self, step: int, data: int) -> bool:
         """Open metrics.jsonl, without the rows of steps that are about to be repeated, and start the clocks.
@@ -207,6 +212,9 @@ class Metrics(MetricsProcessor):
             row["mfu"] = flops * per_device / self.gpu_peak_flops
         if self.stage.name == "lighthouse" and self.stage.recipe.lighthouse.windows:
             row["window"] = self.stage.recipe.lighthouse.window_at(step, training.steps)
+        if self.loss_scale is not None:
+            state = self.loss_scale.state_dict()
+            row |= {"loss_scale": state["factor"], "skipped_steps": state["skipped"]}
         if self.last_step == self.start_step:
             row["first_of_launch"] = True
         if spike := self.spikes.score(row["loss"]):

@@ -43,7 +43,7 @@ from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_
 from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.run import Run
 from lighthouse_core.runs.schedule import lr_factor
-from lighthouse_core.titan.checkpointer import Checkpointer
+from lighthouse_core.titan.checkpointer import LOSS_SCALE, Checkpointer
 from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.guard import Guard, NotingUtils
 from lighthouse_core.titan.job import MODEL, build_job
@@ -51,6 +51,7 @@ from lighthouse_core.titan.measure import dense_seconds
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
+from lighthouse_core.titan.scaling import LossScale
 from lighthouse_core.weights.origin import check_unchanged, find_weights
 
 logger = logging.getLogger(__name__)
@@ -403,6 +404,10 @@ class Trainer(titan_train.Trainer):
         mesh = self.parallel_dims.get_optional_mesh("loss")
         self._check_parts()
         self.effects.watch(self.model_parts[0])
+        # bfloat16 reaches as far as float32, and needs none.
+        self.loss_scale = LossScale(self.device) if recipe.training.dtype == "float16" else None
+        if self.loss_scale is not None:
+            self.checkpointer.states[LOSS_SCALE] = self.metrics_processor.loss_scale = self.loss_scale
         self.guard = Guard(
             recipe.training.nonfinite,
             recipe.training.nonfinite_limit,
@@ -410,12 +415,14 @@ class Trainer(titan_train.Trainer):
             list(self.optimizers),
             self.device,
             None if mesh is None else mesh.get_group(),
+            self.loss_scale,
         )
         titan_train.dist_utils = NotingUtils(
             dist_utils,
             lambda norm: self.guard.judge(self.step, norm),
             len(list(self.model_parts[0].parameters())),
             recipe.optimizer.clip_norm,
+            None if self.loss_scale is None else self.loss_scale.unscale,
         )
         self.checkpointer.before_save = self._check_before_save
         self.checkpointer.during_save = self.metrics_processor.left_out
@@ -550,7 +557,7 @@ class Trainer(titan_train.Trainer):
         training, micro_batches = self.stage.recipe.training, self.gradient_accumulation_steps
         # With documents kept apart some labels are ignored; the others are counted once the batches are there.
         some = self.stage.recipe.data.packing == "documents"
-        self.effects.begin(None if some else training.global_batch_size * training.seq_len / self.averaged)
+        self.effects.begin(None if some else training.global_batch_size * training.seq_len / self.divided)
         self.micro_batch = self.counted_labels = 0
         super().train_step(data_iterator)
         self.effects.check(f"step {self.step}", micro_batches, gradients=True)
@@ -593,14 +600,20 @@ class Trainer(titan_train.Trainer):
         adds gradients. DDP, which torchtitan takes for replication without sharding, averages them."""
         return 1 if self.parallel_dims.fsdp_enabled else self.ranks
 
+    @property
+    def divided(self) -> int | torch.Tensor:
+        """What the backward pass's loss has to be divided by to be this process's part of the loss: `averaged`, times
+        the loss scale of float16."""
+        return self.averaged if self.loss_scale is None else self.averaged * self.loss_scale.factor
+
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens) -> torch.Tensor:
         if self.micro_batch == 0 and self.stage.recipe.data.packing == "documents":
-            self.effects.scale(self._labels_of_step() / self.averaged)
+            self.effects.scale(self._labels_of_step() / self.divided)
         loss = super().forward_backward_step(
-            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / self.averaged
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / self.divided
         )
         self.guard.see(loss, self.effects.misscaled)
-        return loss / self.averaged
+        return loss / self.divided
 
     def should_continue_training(self) -> bool:
         self.asked = self.step

@@ -38,7 +38,9 @@ class Source:
     @property
     def dtype(self) -> str:
         """That an export's weights have unless another is asked for."""
-        return self.run.ledger.get("weights", {}).get("dtype", "bfloat16")
+        # What trains in float16 may have no bfloat16, which would also keep fewer digits.
+        drawn = "float16" if self.run.recipe.training.dtype == "float16" else "bfloat16"
+        return self.run.ledger.get("weights", {}).get("dtype", drawn)
 
     @property
     def others(self) -> dict[str, str]:

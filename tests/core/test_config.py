@@ -153,7 +153,7 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
         (
             "seq_len = 1024",
             'seq_len = 1024\ndtype = "fp8"',
-            'r.toml:19: training.dtype must be "bfloat16" or "float32", not "fp8"',
+            'r.toml:19: training.dtype must be "bfloat16", "float16" or "float32", not "fp8"',
         ),
     ],
 )

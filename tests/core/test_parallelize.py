@@ -228,7 +228,7 @@ def process_group(tmp_path):
     group.destroy_process_group()
 
 
-@pytest.mark.parametrize(("dtype", "sharded"), [("bfloat16", True), ("float32", False)])
+@pytest.mark.parametrize(("dtype", "sharded"), [("bfloat16", True), ("float16", True), ("float32", False)])
 def test_one_process_computes_in_the_type_of_the_recipe(tmp_path, process_group, dtype, sharded):
     """By FSDP, as several do; the loss is then that of the whole model cast."""
     cfg = config(scorer="block", backend="reference")

@@ -164,7 +164,7 @@ def test_selection_keys_name_the_step_the_layer_and_the_row(recipe):
 def writing(file, log) -> Metrics:
     metrics = Metrics.__new__(Metrics)
     metrics.logger, metrics.file, metrics.unwritten = SimpleNamespace(log=log), file, b""
-    metrics.lengths, metrics.validation_loss = [], None
+    metrics.lengths, metrics.validation_loss, metrics.loss_scale = [], None, None
     metrics.stage, metrics.leaky = SimpleNamespace(name="dense", run=SimpleNamespace(path=Path("nowhere"))), False
     return metrics
 
