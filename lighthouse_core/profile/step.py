@@ -141,8 +141,8 @@ def run_step(
     del machine["argv"]
     machine |= run.ledger["stages"][-1]["conditions"]
     tokens = recipe.training.global_batch_size * recipe.training.seq_len
-    timed = [row["seconds"] for row in rows]
-    seconds = statistics.median(timed)
+    times = [row["seconds"] for row in rows]
+    seconds = statistics.median(times)
     return StepProfile(
         recipe=recipe_path.stem,
         settings=[*settings],
@@ -153,7 +153,7 @@ def run_step(
         machine=machine,
         processes=machine["devices"],
         tokens=tokens,
-        timed=timed,
+        timed=times,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_gib=max(row["memory_gib"] for row in rows),
