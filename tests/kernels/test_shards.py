@@ -63,7 +63,7 @@ def test_draws_are_those_of_the_whole_sequence(pyramid, block, seed):
 @by_backends
 def test_every_backend_draws_alike(backend, shape):
     *sizes, count = shape
-    for block in (0, 4, 64):
+    for block in (0, 2):
         check_draws(
             kernels(backend, DEVICE), Geometry(*sizes), count, block, torch.tensor([9, 3, 5, 7, 2], device=DEVICE)
         )
