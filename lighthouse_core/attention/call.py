@@ -210,7 +210,7 @@ def log_choices(
     if pooled:
         cfg.rule.check_backends(cfg, device_type, dtype, dim)
     if pooled and cfg.pools and shared is not None and (why := cfg.rule.whole(cfg, *shared)):
-        log_once(f"{shared[1]} processes exchange all {shared[0]} tokens of a sequence, not what is gathered: {why}")
+        log_once(f"shared sequences: all {shared[0]} tokens are exchanged: {why}")
     if documents:
         documents_kernel(cfg.dense_backend, device_type, dtype, dim)
     else:

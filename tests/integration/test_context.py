@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import random
 import shutil
 from dataclasses import replace
@@ -17,7 +18,8 @@ from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig
-from lighthouse_core.attention.call import attend
+from lighthouse_core.attention import backends
+from lighthouse_core.attention.call import attend, log_choices
 from lighthouse_core.attention.context import AttentionContext, Documents
 from lighthouse_core.attention.heads import nearest_shares, shares_heads
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
@@ -312,6 +314,32 @@ def test_any_shape_is_attended_to_as_by_one_process(tmp_path, world):
     draw()
     assert len(cases) > 20 and sum(shards(case["cfg"], case["tokens"], world) for case in cases) > 10
     check(cases, on_processes(world, partial(all_cases, cases), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "processes", "why"),
+    [
+        ({}, 128, 4, None),
+        ({"window": 32}, 128, 4, None),
+        ({"window": 33}, 128, 4, "the window of 33 tokens is longer than a share of 32"),
+        ({}, 128, 8, "8 processes cannot share out 4 tiles (topk / tile_parents)"),
+        ({}, 120, 2, "the tiles end at 128 tokens"),
+        ({"scorer": "gla"}, 128, 2, "the scorer gla scores a token by others"),
+        ({"topk": 32}, 128, 2, "the call is dense"),
+        ({"method": "chunked", "window": 8}, 128, 2, "the method chunked attends to all tokens"),
+    ],
+)
+def test_when_processes_exchange_rows(settings, tokens, processes, why, caplog, monkeypatch):
+    """By what is the same on all of them; the log says why they do not, once for a pyramid."""
+    cfg = pyramid(**settings)
+    assert cfg.rule.whole(cfg, tokens, processes) == why
+    monkeypatch.setattr(backends, "_logged", set())
+    caplog.set_level(logging.INFO)
+    log_choices(cfg, "cpu", torch.float32, 8, pooled=True, shared=(tokens, processes))
+    said = [text for text in caplog.messages if "exchanged" in text]
+    assert said == (
+        [] if why is None or not cfg.pools else [f"shared sequences: all {tokens} tokens are exchanged: {why}"]
+    )
 
 
 def test_a_recipe_names_the_nearest_number_of_processes():

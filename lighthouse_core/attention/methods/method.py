@@ -85,7 +85,7 @@ class Method:
     def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
         """Why processes that share sequences of `tokens` attend to whole ones, each for some of the heads; None where
         each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes."""
-        return "it attends to all tokens"
+        return f"the method {self.name} attends to all tokens"
 
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""

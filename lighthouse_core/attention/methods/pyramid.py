@@ -68,13 +68,13 @@ class Pyramid(Method):
         if g.dense:
             return "the call is dense"
         if not selector_of(settings.scorer).by_shard:
-            return f"the scorer {settings.scorer} scores a token by other tokens"
+            return f"the scorer {settings.scorer} scores a token by others"
         if g.padded != tokens:
-            return f"its tiles end at {g.padded} tokens"
+            return f"the tiles end at {g.padded} tokens"
         if g.tiles % processes:
-            return f"its tiles (topk / tile_parents) are {g.tiles}"
-        if settings.window > tokens // processes:
-            return f"its window of {settings.window} is longer than the tokens of a process"
+            return f"{processes} processes cannot share out {g.tiles} tiles (topk / tile_parents)"
+        if settings.window > (share := tokens // processes):
+            return f"the window of {settings.window} tokens is longer than a share of {share}"
         return None
 
     def draws(self, settings: Settings) -> bool:
