@@ -193,8 +193,11 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
         found = (f"{name} {_VERDICTS.get(word := verdict(size, gpu), word)}" for name, size in needed.items())
         yield _line(f"GPU of {gpu / 2**30:.1f} GiB", ", ".join(found))
     if parallel.context > 1:
-        sent = _gib(exchanged_bytes(recipe))
-        yield _line("shared sequences", f"{parallel.context} processes each, {sent} sent by one a layer and pass")
+        kinds = {"dense": True} | ({"Lighthouse": False} if recipe.lighthouse.enabled else {})
+        sent = (
+            f"{exchanged_bytes(recipe, dense=dense) / 2**20:.1f} MiB a {kind} layer" for kind, dense in kinds.items()
+        )
+        yield _line("shared sequences", f"{parallel.context} processes each; one sends {', '.join(sent)} and pass")
 
 
 def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":

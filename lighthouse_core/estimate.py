@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from math import inf, prod
 
+from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.methods.method import Method
 from lighthouse_core.config import Recipe
 from lighthouse_core.models.family import Parameters
@@ -146,18 +147,48 @@ def profile_defaults(tokens: int) -> tuple[int, int, int]:
     return _MEASURED.get(tokens, (4, 3, max(128, tokens // 32 // 128 * 128)))
 
 
-def exchanged_bytes(recipe: Recipe) -> int:
+def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
     """Bytes that a process sends to those it shares sequences with, in one layer's forward pass. The backward pass
     sends as many, and so does a forward pass that is computed anew.
 
     (R - 1) B (N / R) (2 h + 2 c) D bytes a number: queries and the output of h = H / R query heads, keys and values of
-    c = max(Hkv, R) / R KV heads, for each of the R - 1 others. Scores that are exchanged, too, are not counted.
+    c = max(Hkv, R) / R KV heads, for each of the R - 1 others.
+
+    Of a pyramid whose shards are whole tiles (R - 1) B ((S / R) (2 h + 2 c) + (L - 1) h) D bytes a number: S gathered
+    rows, and outputs of L - 1 rows of the shard before. With a window also (R - 1) B (S / R + L - 1) h bytes of a
+    float32, the log-sum-exps, and B window 2 Hkv D bytes a number, keys and values for the next shard.
+
+    Scores and entries that are exchanged, too, are not counted.
+
+    Args:
+        recipe: gives sizes and settings; the window of stage 1 that takes most counts.
+        dense: of a dense layer; else of a Lighthouse layer in stage 1.
     """
     model, training, context = recipe.model, recipe.training, recipe.parallel.context
     width = 4 if training.dtype == "float32" else 2
-    heads = 2 * (model.heads + max(model.kv_heads, context)) // context
-    rows = (context - 1) * training.local_batch_size * training.seq_len // context
-    return rows * heads * model.head_dim * width
+    heads, more = model.heads // context, max(model.kv_heads, context) // context
+    others = (context - 1) * training.local_batch_size
+
+    def by_rows(cfg: LighthouseConfig) -> int:
+        g = cfg.geometry(training.seq_len)
+        rows, edge = g.gathered_length // context, g.levels - 1
+        sent = others * (rows * 2 * (heads + more) + edge * heads) * model.head_dim * width
+        if cfg.window:
+            sent += others * (rows + edge) * heads * 4
+            sent += training.local_batch_size * cfg.window * 2 * model.kv_heads * model.head_dim * width
+        return sent
+
+    def bytes_of(cfg: LighthouseConfig | None) -> int:
+        if cfg is not None and cfg.rule.whole(cfg, training.seq_len, context) is None:
+            return by_rows(cfg)
+        return others * training.seq_len // context * 2 * (heads + more) * model.head_dim * width
+
+    if context == 1:
+        return 0
+    if dense:
+        return bytes_of(None)
+    lighthouse = recipe.lighthouse
+    return max(bytes_of(lighthouse.attention(window)) for window in lighthouse.turns(training.steps))
 
 
 def process_bytes(recipe: Recipe, processes: int) -> dict[str, int]:
@@ -235,9 +266,14 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         if mode == "full":
             return model.dim
         eager = not training.compile
-        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode, copies=copies, compiled=not eager)
+        # Where only gathered rows are exchanged, those are there twice, and nothing else.
+        by_rows = copies > 0 and method.whole(cfg, tokens, context) is None
+        of_tokens = 0 if by_rows else copies
+        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
         if mode == "attention":
             return attention + model.dim
+        if by_rows and mode == "none":
+            attention += cfg.geometry(tokens).gathered_length / tokens * (q + 2 * kv * (copies - 1))
         # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.
         # Eager mode also keeps the feed-forward's last product, or what was normed and what the gate makes.
         if mode == "selective":

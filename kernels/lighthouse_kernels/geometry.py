@@ -6,7 +6,7 @@ index: all windows of level 0, then level 1, and so on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The Triton kernels pool a window this wide once, for all; their gather averages narrower ones from the tokens.
 STORED_TOKENS = 16
@@ -23,6 +23,8 @@ class Geometry:
         topk: k, parents expanded per level over all tiles.
         tile_parents: m, parents per tile.
         cover_prefix: window 0 of every level above 0 is always a parent.
+        first: of a shard, the place of its first token in the whole sequence.
+        whole: of a shard, the tokens of the whole sequence; 0 for a sequence that is no shard.
     """
 
     tokens: int
@@ -31,6 +33,8 @@ class Geometry:
     topk: int
     tile_parents: int
     cover_prefix: bool = True
+    first: int = 0
+    whole: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -44,13 +48,33 @@ class Geometry:
     @classmethod
     def of(cls, shape: Sequence[int]) -> "Geometry":
         """The pyramid that `shape` stands for."""
-        tokens, pooling, levels, topk, tile_parents, cover_prefix = shape
-        return cls(tokens, pooling, levels, topk, tile_parents, bool(cover_prefix))
+        tokens, pooling, levels, topk, tile_parents, cover_prefix, first, whole = shape
+        return cls(tokens, pooling, levels, topk, tile_parents, bool(cover_prefix), first, whole)
 
     @property
     def shape(self) -> list[int]:
         """The fields as integers, which is what an operation of torch can take."""
-        return [self.tokens, self.pooling, self.levels, self.topk, self.tile_parents, int(self.cover_prefix)]
+        cover = int(self.cover_prefix)
+        return [self.tokens, self.pooling, self.levels, self.topk, self.tile_parents, cover, self.first, self.whole]
+
+    def shard(self, number: int, count: int) -> "Geometry":
+        """The pyramid of one of `count` shards of the sequence, each of whole tiles. Its entries are those of the whole
+        sequence that are in it."""
+        assert self.padded == self.tokens and self.tiles % count == 0
+        tokens = self.tokens // count
+        return replace(
+            self,
+            tokens=tokens,
+            topk=self.topk // count,
+            cover_prefix=self.cover_prefix and number == 0,
+            first=number * tokens,
+            whole=self.tokens,
+        )
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.whole or self.tokens
 
     @property
     def tiles(self) -> int:

@@ -19,6 +19,16 @@ def ended_last(p_slots, o_level, o_n, m_n, LOG_P: tl.constexpr, level: tl.conste
 
 
 @triton.jit
+def ended_before(slot, p_indices, o_n, m_n, entries, LOG_P: tl.constexpr, level: tl.constexpr):
+    """The slots of `ended_last`, with that of the shard before where its last window of the level ended last. What it
+    keeps of these follows the entries of the shard."""
+    if level > 0:
+        kept = tl.load(p_indices + entries + level - 1) == -1 - level
+        slot = tl.where(m_n & kept & (((o_n + 1) >> (LOG_P * level)) == 0), entries + level - 1, slot)
+    return slot
+
+
+@triton.jit
 def ended_first(o_n, LOG_P: tl.constexpr, level: tl.constexpr):
     """The first token of that window; negative where there is none."""
     return (((o_n + 1) >> (LOG_P * level)) - 1) << (LOG_P * level)
@@ -26,9 +36,9 @@ def ended_first(o_n, LOG_P: tl.constexpr, level: tl.constexpr):
 
 @triton.jit
 def begun(p_begins, o_n, m_n, LOG_P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The first token of the document at each position, of which the windows of the coarsest level know it; 0 where a
-    sequence is one document."""
-    begin = tl.zeros_like(o_n)
+    """The first token of the document at each position, of which the windows of the coarsest level know it; before all
+    windows where a sequence is one document."""
+    begin = tl.zeros_like(o_n) - (1 << 40)
     if DOCUMENTS:
         begin = tl.load(p_begins + (o_n >> (LOG_P * (LEVELS - 1))), mask=m_n, other=0).to(o_n.dtype)
     return begin
@@ -36,9 +46,10 @@ def begun(p_begins, o_n, m_n, LOG_P: tl.constexpr, LEVELS: tl.constexpr, DOCUMEN
 
 @triton.jit
 def located(index, padded, LOG_P: tl.constexpr, LEVELS: tl.constexpr):
-    """The logarithm of the width of the windows of flat pyramid indices, and their places within their levels."""
-    log_window = tl.zeros_like(index)
-    o_window = index
+    """The logarithm of the width of the windows of flat pyramid indices, and their places within their levels. Those of
+    the shard before have negative indices, see `types.with_edge`."""
+    log_window = tl.where(index < 0, LOG_P * (-1 - index), 0)
+    o_window = tl.maximum(index, -1)
     o_level = tl.zeros([], tl.int64)
     for level in tl.static_range(1, LEVELS):
         o_level += padded >> (LOG_P * (level - 1))

@@ -54,6 +54,8 @@ class Layout:
         self.tokens, self.levels, self.pooling = g.tokens, g.levels, g.pooling
         self.log_p = g.pooling.bit_length() - 1
         self.padded = g.padded
+        # Of a whole sequence, which has no padding where it has shards.
+        self.first, self.whole = g.first, g.whole or g.padded
         self.windows = [g.windows(level) for level in range(g.levels)]
         self.pyramid_length = g.pyramid_length
         self.entries = g.selected_length

@@ -10,6 +10,8 @@ from lighthouse_core.attention.settings import BackendError, known
 from lighthouse_kernels.geometry import Geometry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from typing_extensions import TypeIs
 
@@ -82,6 +84,16 @@ def uniform(key: "torch.Tensor", batch: int, heads: int, index: "torch.Tensor") 
     from lighthouse_kernels.pyramid.random import uniform as draw
 
     return draw(key, batch, heads, index)
+
+
+def with_edge(
+    selection: "Selection", g: Geometry, from_previous: "Callable[[torch.Tensor], torch.Tensor]"
+) -> "Selection":
+    """The selection of a shard, with the entries of the shard before that serve its first positions; see
+    lighthouse_kernels.types. `from_previous` sends a tensor to the next process, and gives that of the one before."""
+    from lighthouse_kernels.types import last_kept, with_edge
+
+    return with_edge(selection, from_previous(last_kept(selection.indices, g)))
 
 
 def is_selection(found: object) -> "TypeIs[Selection]":

@@ -143,10 +143,13 @@ def attend(
         raise ValueError(f"rotate {cfg.rotate!r} {'needs the' if cfg.rotates else 'takes no'} rotary table")
     method = cfg.rule
     can, what = (DENSE_CAN, "dense") if context.dense else (method.can(cfg), cfg.method)
+    tokens = context.tokens(q)
+    if by_shard(cfg, context, tokens):
+        can |= {"group"}
     check_context(context, can, what)
     if context.documents is not None:
         alignment = 1 if context.dense else cfg.alignment
-        check_documents(context.documents, q.shape[0], q.shape[1], alignment, "that the attention method needs")
+        check_documents(context.documents, q.shape[0], tokens, alignment, "that the attention method needs")
     if context.dense:
         if cfg.rotates:
             q, k = (rotate(x, given["rotary"]) for x in (q, k))
@@ -159,6 +162,21 @@ def attend(
         return method.run(q, k, v, settings, context, scale=scale, **given)
 
 
+def by_shard(cfg: LighthouseConfig, context: AttentionContext, tokens: int) -> bool:
+    """Whether processes share the sequences and each calls `attend` with its own tokens, not with all tokens of some of
+    the heads.
+
+    Args:
+        cfg: settings of the call.
+        context: of the batch.
+        tokens: N, of whole sequences.
+    """
+    if context.group is None or context.dense:
+        return False
+    settings = cfg.constant() if torch.compiler.is_compiling() else cfg
+    return cfg.rule.whole(settings, tokens, context.group.size()) is None
+
+
 def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = True) -> None:
     """Raise ValueError unless the backends that `cfg` names are there on a device of this type, `pooled` for its
     Lighthouse calls, too. Touches no GPU."""
@@ -168,7 +186,14 @@ def check_backends(cfg: LighthouseConfig, device_type: str, *, pooled: bool = Tr
 
 
 def log_choices(
-    cfg: LighthouseConfig, device_type: str, dtype: torch.dtype, dim: int, *, pooled: bool, documents: bool = False
+    cfg: LighthouseConfig,
+    device_type: str,
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    pooled: bool,
+    documents: bool = False,
+    shared: tuple[int, int] | None = None,
 ) -> None:
     """Say in the log which backends such calls take, and why: a compiled call cannot.
 
@@ -177,12 +202,15 @@ def log_choices(
         device_type, dtype, dim: of their inputs; dim is D.
         pooled: whether any of them is a Lighthouse call.
         documents: whether they keep documents apart.
+        shared: N, and how many processes share sequences of it; None for one process.
 
     Raises:
         ValueError: for a backend that is not there.
     """
     if pooled:
         cfg.rule.check_backends(cfg, device_type, dtype, dim)
+    if pooled and cfg.pools and shared is not None and (why := cfg.rule.whole(cfg, *shared)):
+        log_once(f"shared sequences: all {shared[0]} tokens are exchanged: {why}")
     if documents:
         documents_kernel(cfg.dense_backend, device_type, dtype, dim)
     else:

@@ -76,6 +76,10 @@ class AttentionContext:
         """The context of one layer's call, whose key is a row of the model's."""
         return self if self.key is None or self.key.dim() == 1 else replace(self, key=self.key[number])
 
+    def tokens(self, x: Tensor) -> int:
+        """N, the tokens of whole sequences, of which `x` [B, n, ...] has those of this process."""
+        return x.shape[1] * (1 if self.group is None else self.group.size())
+
     @property
     def asks(self) -> frozenset[str]:
         """What it asks for that not every method can do: "documents", "group"."""

@@ -85,15 +85,21 @@ def of_entries(documents: Documents, indices: Tensor, g: Geometry) -> Documents:
         indices: [B, Hkv, S] flat pyramid indices in causal order.
         g: the pyramid.
     """
-    batch, heads, entries = indices.shape
+    return of_last_tokens(documents, last_tokens(indices.transpose(0, 1), g), g)
+
+
+def of_last_tokens(documents: Documents, last: Tensor, g: Geometry) -> Documents:
+    """`of_entries` of the last token of each entry's window in the whole sequence, integers [Hkv, B, S]; `g` is the
+    pyramid or one of its shards."""
+    heads, batch, entries = last.shape
     # A window that ends in padding belongs to the last document.
-    last = last_tokens(indices.transpose(0, 1), g).clamp(max=g.tokens - 1)
-    sequences = torch.arange(batch, device=indices.device)[:, None] * g.tokens
+    last = last.clamp(max=g.sequence - 1)
+    sequences = torch.arange(batch, device=last.device)[:, None] * g.sequence
     # In its last shape before it is made: Inductor of torch 2.11 searches no sequence that is a view of another tensor.
     numbers = _numbers(documents, (last + sequences).flatten(1))
-    wanted = torch.arange(len(documents.starts) - 1, device=indices.device).expand(heads, -1).contiguous()
+    wanted = torch.arange(len(documents.starts) - 1, device=last.device).expand(heads, -1).contiguous()
     starts = torch.searchsorted(numbers, wanted, out_int32=True)
-    starts += torch.arange(heads, dtype=torch.int32, device=indices.device)[:, None] * (batch * entries)
+    starts += torch.arange(heads, dtype=torch.int32, device=last.device)[:, None] * (batch * entries)
     end = starts.new_full((1,), heads * batch * entries)
     # A window is kept at most once, and all levels together have fewer than twice as many windows as tokens.
     most = 2 * (documents.longest + g.padded - g.tokens)
@@ -101,7 +107,8 @@ def of_entries(documents: Documents, indices: Tensor, g: Geometry) -> Documents:
 
 
 def of_windows(documents: Documents, batch: int, g: Geometry) -> Tensor:
-    """For each window of the coarsest level the first token of its document, int32 [B, N'/c_(L-1)].
+    """For each window of the coarsest level the first token of its document, int32 [B, N'/c_(L-1)]; tokens of a shard
+    are counted from its own first one.
 
     Args:
         documents: of B sequences of N tokens.
@@ -110,8 +117,21 @@ def of_windows(documents: Documents, batch: int, g: Geometry) -> Tensor:
     """
     coarsest = g.levels - 1
     first = torch.arange(g.windows(coarsest), device=documents.starts.device) * g.window(coarsest)
-    sequence = torch.arange(batch, dtype=torch.int32, device=first.device)[:, None] * g.tokens
+    sequence = torch.arange(batch, dtype=torch.int32, device=first.device)[:, None] * g.sequence + g.first
     return documents.starts[_numbers(documents, first.clamp(max=g.tokens - 1) + sequence)] - sequence
+
+
+def of_shard(documents: Documents, batch: int, first: int, tokens: int, whole: int) -> Documents:
+    """The documents of a part of each sequence. Those that are not in it are there without a token.
+
+    Args:
+        documents: of B sequences of N tokens.
+        batch, whole: B and N.
+        first, tokens: the part's first token within a sequence, and how many it has.
+    """
+    sequence, token = documents.starts // whole, documents.starts % whole
+    starts = sequence * tokens + (token - first).clamp(0, tokens)
+    return Documents(starts.int(), min(documents.longest, tokens))
 
 
 def _numbers(documents: Documents, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lighthouse_core.attention.call import Scores, attend
+from lighthouse_core.attention.call import Scores, attend, by_shard
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import DENSE_CAN, AttentionContext, check_context
 from lighthouse_core.attention.dense.call import dense_attention
@@ -61,6 +61,9 @@ class LighthouseAttention(nn.Module):
         def call(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scores: Scores | None) -> Tensor:
             return attend(q, k, v, self.cfg, context, rotary=rotary, scores=scores)
 
+        cfg = self.cfg if context.settings is None else context.settings
+        if by_shard(cfg, context, context.tokens(q)):
+            return call(q, k, v, context, scores)
         return by_heads(call, q, k, v, context, scores)
 
     def extra_repr(self) -> str:

@@ -14,8 +14,6 @@ from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.dense.call import kernel_beyond, packed
 from lighthouse_core.attention.dense.kernel import DenseKernel
 from lighthouse_core.attention.dense.math import wide
-from lighthouse_core.attention.documents import of_entries
-from lighthouse_kernels.geometry import Geometry
 
 _WITH_LSE = tuple(name for name, facts in BACKENDS.items() if facts.lse)
 _WITH_WINDOW = tuple(name for name, facts in BACKENDS.items() if facts.window)
@@ -78,9 +76,7 @@ def near_entries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: Tensor,
     documents: Documents,
-    g: Geometry,
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -90,15 +86,13 @@ def near_entries(
     Args:
         q: [B, S, H, D].
         k, v: [B, S, Hkv, D].
-        indices: [B, Hkv, S] flat pyramid indices of the rows, in causal order.
-        documents: of the tokens.
-        g: the pyramid.
+        documents: of the rows; see `documents.of_entries`.
         scale, backend: see `near`.
     """
-    batch, heads, _ = indices.shape
+    batch, heads = q.shape[0], k.shape[2]
     # Where a document ends among the rows differs from KV head to KV head: each is a sequence of its own.
     q, k, v = (x.unflatten(2, (heads, -1)).movedim(2, 0).flatten(1, 2) for x in (q, k, v))
-    found = near(q, k, v, 0, scale=scale, backend=backend, documents=of_entries(documents, indices, g))
+    found = near(q, k, v, 0, scale=scale, backend=backend, documents=documents)
     out, lse = (x.unflatten(1, (batch, -1)).movedim(0, 2).flatten(2, 3) for x in found)
     return Part(out, lse)
 

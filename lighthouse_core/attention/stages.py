@@ -3,22 +3,31 @@
 B batch, N tokens, H query heads, Hkv key/value heads, D head dimension, M windows of all levels, S entries.
 """
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lighthouse_core.attention.backends import is_selection, window_scores
+from lighthouse_core.attention.backends import is_selection, window_scores, with_edge
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.dense.call import dense_attention
-from lighthouse_core.attention.documents import of_windows
-from lighthouse_core.attention.parts import near, near_entries
-from lighthouse_core.attention.rotary import rotate, rotate_entries
+from lighthouse_core.attention.documents import of_last_tokens, of_shard, of_windows
+from lighthouse_core.attention.parts import Part, near, near_entries
+from lighthouse_core.attention.rotary import last_tokens, rotate, rotate_entries
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.selectors.selector import Inputs
 from lighthouse_core.attention.settings import Settings
-from lighthouse_core.attention.sharing import of_all_query_heads
+from lighthouse_core.attention.sharing import (
+    from_previous,
+    of_all_query_heads,
+    own_tokens,
+    rows_by_heads,
+    with_padding,
+    with_previous,
+)
 from lighthouse_kernels.geometry import Geometry
 
 
@@ -62,7 +71,7 @@ def stages(
         q: [B, N, H, D], of which shape, dtype and device are read.
         kv_heads: Hkv.
         settings, context: of the call.
-        g: its pyramid, not `dense`.
+        g: its pyramid, not `dense`; of this process's shard where the context has a group.
         ops: the pyramid's operations.
         scale: factor on the attention scores; 1/sqrt(D) by default.
         indices: [B, Hkv, S] that fix the selection.
@@ -79,7 +88,7 @@ def stages(
             f"indices must be int32 or int64 [B, Hkv, S] = {expected}; got {indices.dtype} {tuple(indices.shape)}"
         )
     how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
-    documents = context.documents
+    documents, group = context.documents, context.group
     in_pass = selector.in_pass and indices is None and scores is None
 
     def pyramid(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -98,25 +107,52 @@ def stages(
         q, k = (rotate_entries(x, selection.indices, rotary, g) for x in gathered[:2])
         return q, k, gathered[2]
 
-    def attend(gathered: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return dense_attention(*gathered, **how)
+    def dense(q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
+        """Of all rows of some heads, whose windows end with the tokens `last`, [heads, B, S]."""
+        if not settings.window:
+            return (dense_attention(q, k, v, **how),)
+        if documents is None:
+            return near(q, k, v, 0, **how)
+        assert last is not None
+        return near_entries(q, k, v, of_last_tokens(documents, last, g), **how)
 
-    def scatter(rows: Tensor, selection: Any) -> Tensor:
-        return ops.scatter(rows, selection, g)
+    def attend(gathered: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        found = dense(*gathered, None) if group is None else rows_by_heads(dense, *gathered, group, g.levels - 1)
+        return found[0]
 
     def part(gathered: tuple[Tensor, Tensor, Tensor], selection: Any) -> Any:
-        if documents is None:
-            return near(*gathered, 0, **how)
-        return near_entries(*gathered, selection.indices, documents, g, **how)
+        if group is None:
+            last = None if documents is None else last_tokens(selection.indices.transpose(0, 1), g)
+            out, lse = dense(*gathered, last)
+            return Part(out, lse)
+        last = None if documents is None else (last_tokens(selection.indices, g) + g.first).int()
+        out, lse = rows_by_heads(dense, *gathered, group, g.levels - 1, last)
+        return Part(out, lse)
+
+    def whole(selection: Any) -> Any:
+        """With the entries of the rows of the shard before."""
+        return selection if group is None else with_edge(selection, g, partial(from_previous, group=group))
+
+    def scatter(rows: Tensor, selection: Any) -> Tensor:
+        return ops.scatter(rows, whole(selection), g)
 
     def merge(near: Any, rows: Any, selection: Any) -> Tensor:
         begins = None if documents is None else of_windows(documents, len(rows.out), g)
-        return ops.merge(*near, *rows, selection, g, begins)
+        return ops.merge(*near, *rows, whole(selection), g, begins)
 
     def window(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return near(q, k, v, settings.window, **how, documents=documents)
+        if group is None:
+            return near(q, k, v, settings.window, **how, documents=documents)
+        # A shape here: with another window it is compiled again.
+        before = operator.index(settings.window)
+        q, (k, v) = with_padding(q, before, group), with_previous(k, v, before, group)
+        within = None
+        if documents is not None:
+            within = of_shard(documents, len(q), max(0, g.first - before), q.shape[1], g.sequence)
+        found = near(q, k, v, before, **how, documents=within)
+        return Part(own_tokens(found.out, before, group), own_tokens(found.lse, before, group))
 
     found = [
         Stage("pyramid + score", ("q", "k", "v"), "pyramid", pyramid),

@@ -127,7 +127,8 @@ def _build_model(stage: Stage, args: Args) -> Decoder:
         logger.info(f"stage 1: {recipe.lighthouse.described()}, {_layers(recipe)}")
     try:
         dtype, documents = getattr(torch, recipe.training.dtype), recipe.data.packing == "documents"
-        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled, documents=documents)
+        shared = (recipe.training.seq_len, recipe.parallel.context) if recipe.parallel.context > 1 else None
+        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled, documents=documents, shared=shared)
     except BackendError as error:
         raise UserError(str(error), hint=error.hint) from None
     use_dense(model, cfg.dense_backend)

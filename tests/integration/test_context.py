@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import logging
 import random
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +18,19 @@ from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig
+from lighthouse_core.attention import backends
+from lighthouse_core.attention.call import attend, log_choices
 from lighthouse_core.attention.context import AttentionContext, Documents
 from lighthouse_core.attention.heads import nearest_shares, shares_heads
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
+from lighthouse_core.attention.sharing import by_heads
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import exchanged_bytes
 from lighthouse_core.runs.run import Run
 from lighthouse_kernels import reference
 
-BATCH, TOKENS, DIM = 2, 96, 8
+BATCH, TOKENS, DIM = 2, 128, 8
 # Relative to the largest number of a tensor.
 TOLERANCE = 1e-6
 
@@ -52,7 +57,7 @@ def on_processes(world, function, folder):
 
 def pyramid(**settings):
     return LighthouseConfig(
-        **{"pooling": 2, "levels": 3, "topk": 8, "tile_parents": 4, "dense_backend": "math", "backend": "reference"}
+        **{"pooling": 2, "levels": 3, "topk": 16, "tile_parents": 4, "dense_backend": "math", "backend": "reference"}
         | settings
     )
 
@@ -63,20 +68,23 @@ METHODS = {
         f"{scorer}-{window}-{'cover' if cover else 'parity'}": pyramid(
             scorer=scorer, window=window, cover_prefix=cover, score_block=8
         )
-        for scorer, window, cover in itertools.product(("norm", "random", "block"), (0, 16), (True, False))
+        for scorer, window, cover in itertools.product(("norm", "random", "block"), (0, 32), (True, False))
     },
     "dilated": pyramid(scorer="dilated"),
     "gla": pyramid(scorer="gla"),
-    "rotated-after": pyramid(rotate="after", window=16),
+    "rotated-after": pyramid(rotate="after", window=32),
+    # Which no number of processes can have shards of: a window longer than a shard, and tiles that have padding.
+    "long-window": pyramid(window=100),
+    "padded": pyramid(topk=12),
     "chunked": pyramid(method="chunked", window=20),
     "sliding": pyramid(method="sliding", window=20),
     "compressed": pyramid(method="compressed", window=16, compression=4),
     "compressed-norm": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="norm"),
     "compressed-random": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="random"),
 }
-DOCUMENTS = ("dense", "norm-16-cover", "block-16-cover", "chunked", "sliding")
+DOCUMENTS = ("dense", "norm-32-cover", "block-32-parity", "rotated-after", "long-window", "chunked", "sliding")
 CASES = [*((name, False, False) for name in METHODS), *((name, True, False) for name in DOCUMENTS)]
-CASES += [("norm-16-cover", False, True)]
+CASES += [("norm-32-cover", False, True), ("norm-0-parity", False, True)]
 
 
 def inputs(heads, kv_heads, tokens=TOKENS, dim=DIM):
@@ -89,7 +97,9 @@ def inputs(heads, kv_heads, tokens=TOKENS, dim=DIM):
 
 
 def packed(tokens=TOKENS):
-    starts = [sequence * tokens + start for sequence in range(BATCH) for start in (0, 12, 40, 44) if start < tokens]
+    starts = [
+        sequence * tokens + start for sequence in range(BATCH) for start in (0, 12, 40, 44, 100) if start < tokens
+    ]
     return Documents(torch.tensor([*starts, BATCH * tokens], dtype=torch.int32), tokens)
 
 
@@ -105,8 +115,28 @@ class Selections:
         reference.given = self.original
 
 
-def attended(cfg, heads, kv_heads, documents, scored, tokens=TOKENS, group=None):
-    """Of a process's tokens the output and the gradients; and the indices of its heads, [B, heads, S], or None."""
+def shards(cfg, tokens, count):
+    """Whether processes select from their own tokens alone."""
+    return count > 1 and cfg is not None and cfg.rule.whole(cfg, tokens, count) is None
+
+
+def of_whole(indices, g):
+    """Indices of a shard as those of the whole sequence."""
+    whole = replace(g, tokens=g.whole, first=0, whole=0)
+    found = torch.zeros_like(indices)
+    for level in range(g.levels):
+        place = indices - g.offset(level)
+        inside = (place >= 0) & (place < g.windows(level))
+        found = torch.where(inside, whole.offset(level) + g.first // g.window(level) + place, found)
+    return found
+
+
+def attended(cfg, heads, kv_heads, documents, scored, tokens=TOKENS, group=None, forced=False):
+    """Of a process's tokens the output and the gradients; and the indices of its heads, [B, heads, S], or of its shard,
+    [B, Hkv, S / R], or None.
+
+    `forced` has the processes exchange all tokens where gathered rows would do.
+    """
     q, k, v, grad, lengths = inputs(heads, kv_heads, tokens)
     count, rank = (1, 0) if group is None else (group.size(), group.rank())
     first, last = rank * tokens // count, (rank + 1) * tokens // count
@@ -123,9 +153,21 @@ def attended(cfg, heads, kv_heads, documents, scored, tokens=TOKENS, group=None)
         angles = torch.arange(tokens)[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125])
         more["rotary"] = torch.stack((angles.cos(), angles.sin()), -1)
     with Selections() as seen:
-        out = layer(*leaves, context, **more)
+        if forced:
+
+            def call(q, k, v, context, scores):
+                return attend(
+                    q, k, v, cfg, context, scores=scores, **{name: more[name] for name in more if name == "rotary"}
+                )
+
+            out = by_heads(call, *leaves, context, more.get("scores"))
+        else:
+            out = layer(*leaves, context, **more)
     out.backward(grad[:, first:last])
-    return [out.detach(), *(x.grad for x in leaves)], seen[0] if seen else None
+    indices = seen[0] if seen else None
+    if shards(cfg, tokens, count) and not forced:
+        indices = of_whole(indices, cfg.geometry(tokens).shard(rank, count))
+    return [out.detach(), *(x.grad for x in leaves)], indices
 
 
 def all_cases(cases):
@@ -136,43 +178,62 @@ def all_cases(cases):
 def check(cases, found):
     """Indices are those of one process, and outputs and gradients nearly so; `found` is of each process."""
     for case, parts in zip(cases, zip(*found, strict=True), strict=True):
-        whole, indices = attended(**case)
+        whole, indices = attended(**case | {"forced": False})
         for ours, theirs in zip(zip(*(part[0] for part in parts), strict=True), whole, strict=True):
             error = (torch.cat(ours, 1) - theirs).abs().max() / theirs.abs().max()
             assert error <= TOLERANCE, (case, float(error))
         if indices is not None:
-            got = torch.cat([part[1] for part in parts], 1)
-            copies = max(1, len(found) // case["kv_heads"])
+            # Of all heads in each shard, or of all entries for some heads.
+            own = shards(case["cfg"], case.get("tokens", TOKENS), len(found)) and not case.get("forced")
+            got = torch.cat([part[1] for part in parts], 2 if own else 1)
+            copies = 1 if own else max(1, len(found) // case["kv_heads"])
             assert torch.equal(got, indices.repeat_interleave(copies, 1)), case
 
 
 def matrix(shapes):
-    """Every method, with and without documents and scores from before a QK-norm where it can, with so many heads."""
+    """Every method, with and without documents and scores from before a QK-norm where it can, with so many heads; where
+    rows are exchanged, all tokens, too."""
     return [
-        {"cfg": METHODS[name], "heads": heads, "kv_heads": kv_heads, "documents": documents, "scored": scored}
+        {"cfg": METHODS[name], "heads": heads, "kv_heads": kv_heads, "documents": documents, "scored": scored, **more}
         for (name, documents, scored), (heads, kv_heads) in itertools.product(CASES, shapes)
+        for more in ({}, {"forced": True})[: 1 + (shards(METHODS[name], TOKENS, 2) and kv_heads == shapes[-1][1])]
     ]
 
 
 # KV heads are more than, as many as, and fewer than the processes.
 TWO, FOUR = ([(4, 4), (4, 2), (4, 1)], [(8, 8), (4, 4), (8, 2), (4, 1)])
 SENT = [
-    {"cfg": METHODS[name], "heads": heads, "kv_heads": kv_heads, "documents": False, "scored": False}
-    for name, heads, kv_heads in (("dense", 8, 4), ("block-16-cover", 8, 2), ("chunked", 4, 1))
+    {
+        "cfg": METHODS[name],
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "documents": documents,
+        "scored": False,
+        "forced": forced,
+    }
+    for name, heads, kv_heads, documents, forced in (
+        ("dense", 8, 4, False, False),
+        ("chunked", 4, 1, False, False),
+        ("block-32-cover", 8, 2, False, True),
+        ("block-32-cover", 8, 2, False, False),
+        ("block-32-parity", 8, 2, True, False),
+        ("norm-0-cover", 4, 4, False, False),
+    )
 ]
 
 
 class Sent(TorchDispatchMode):
     """Bytes that this process sends to others by all-to-all, and names of other collectives."""
 
-    def __init__(self, processes):
+    def __init__(self, rank):
         super().__init__()
-        self.processes, self.bytes, self.others = processes, 0, set()
+        self.rank, self.bytes, self.others = rank, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         if name.startswith("all_to_all_single"):
-            self.bytes += args[0].nbytes * (self.processes - 1) // self.processes
+            parts = args[2]
+            self.bytes += args[0].nbytes * (sum(parts) - parts[self.rank]) // sum(parts)
         elif "c10d" in function.namespace and "wait" not in name and "wrap" not in name:
             self.others.add(name)
         return function(*args, **(kwargs or {}))
@@ -183,7 +244,7 @@ def everything(cases):
     group = torch.distributed.group.WORLD
     sent = []
     for case in SENT:
-        with Sent(group.size()) as found:
+        with Sent(group.rank()) as found:
             attended(**case, group=group)
         sent.append((found.bytes, found.others))
     x = torch.zeros(1, 4, group.size() + 1, DIM)
@@ -200,8 +261,22 @@ def test_processes_select_and_attend_as_one(tmp_path, world, shapes):
     for case, counts in zip(SENT, zip(*sent, strict=True), strict=True):
         sizes = [f"model.{name}={case[name]}" for name in ("heads", "kv_heads")] + [f"model.head_dim={DIM}"]
         batch = [f"training.seq_len={TOKENS}", f"training.local_batch_size={BATCH}", 'training.dtype="float32"']
-        more = ["lighthouse.enabled=false", f"parallel.context={world}", f"model.dim={DIM * case['heads']}"]
-        bytes_sent = 2 * exchanged_bytes(load_recipe(jobs.RECIPE, [*sizes, *batch, *more]))
+        more = [f"parallel.context={world}", f"model.dim={DIM * case['heads']}"]
+        cfg = case["cfg"]
+        rows = shards(cfg, TOKENS, world) and not case["forced"]
+        if rows:
+            names = ("pooling", "levels", "topk", "tile_parents", "window")
+            more += [f"lighthouse.{name}={getattr(cfg, name)}" for name in names]
+            more += [f'lighthouse.scorer="{cfg.scorer}"']
+        else:
+            more += ["lighthouse.enabled=false"]
+        bytes_sent = 2 * exchanged_bytes(load_recipe(jobs.RECIPE, [*sizes, *batch, *more]), dense=not rows)
+        if rows:
+            # Integers, forward alone: which entries of the shard before serve this one, and where each entry ends.
+            g = cfg.geometry(TOKENS)
+            bytes_sent += 4 * BATCH * case["kv_heads"] * (g.levels - 1)
+            heads = max(case["kv_heads"], world) // world
+            bytes_sent += 4 * (world - 1) * BATCH * g.gathered_length // world * heads * case["documents"]
         assert list(counts) == [(bytes_sent, set())] * world and bytes_sent > 0
     heads = world + 1
     assert set(refused) == {f"{world} processes cannot share out {heads} query heads and {heads} key/value heads"}
@@ -219,10 +294,11 @@ def test_any_shape_is_attended_to_as_by_one_process(tmp_path, world):
         kv_heads = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
         heads = kv_heads * data.draw(st.integers(1, 4))
         name, documents, scored = data.draw(st.sampled_from(CASES))
-        tokens = world * data.draw(st.integers(12, 40))
-        if documents:
-            # Documents begin at multiples of the coarsest window.
-            tokens = -(-tokens // (4 * world)) * 4 * world
+        tokens = world * data.draw(st.integers(23, 80))
+        if documents or data.draw(st.booleans()):
+            # Documents begin at multiples of the coarsest window. Shards may be whole tiles.
+            unit = data.draw(st.sampled_from([4, 16])) * world
+            tokens = -(-tokens // unit) * unit
         if shares_heads(heads, kv_heads, world):
             cases.append(
                 {
@@ -236,8 +312,34 @@ def test_any_shape_is_attended_to_as_by_one_process(tmp_path, world):
             )
 
     draw()
-    assert len(cases) > 20
+    assert len(cases) > 20 and sum(shards(case["cfg"], case["tokens"], world) for case in cases) > 10
     check(cases, on_processes(world, partial(all_cases, cases), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "processes", "why"),
+    [
+        ({}, 128, 4, None),
+        ({"window": 32}, 128, 4, None),
+        ({"window": 33}, 128, 4, "the window of 33 tokens is longer than a share of 32"),
+        ({}, 128, 8, "8 processes cannot share out 4 tiles (topk / tile_parents)"),
+        ({}, 120, 2, "the tiles end at 128 tokens"),
+        ({"scorer": "gla"}, 128, 2, "the scorer gla scores a token by others"),
+        ({"topk": 32}, 128, 2, "the call is dense"),
+        ({"method": "chunked", "window": 8}, 128, 2, "the method chunked attends to all tokens"),
+    ],
+)
+def test_when_processes_exchange_rows(settings, tokens, processes, why, caplog, monkeypatch):
+    """By what is the same on all of them; the log says why they do not, once for a pyramid."""
+    cfg = pyramid(**settings)
+    assert cfg.rule.whole(cfg, tokens, processes) == why
+    monkeypatch.setattr(backends, "_logged", set())
+    caplog.set_level(logging.INFO)
+    log_choices(cfg, "cpu", torch.float32, 8, pooled=True, shared=(tokens, processes))
+    said = [text for text in caplog.messages if "exchanged" in text]
+    assert said == (
+        [] if why is None or not cfg.pools else [f"shared sequences: all {tokens} tokens are exchanged: {why}"]
+    )
 
 
 def test_a_recipe_names_the_nearest_number_of_processes():
@@ -271,6 +373,8 @@ TINY = [
         'data.paths=["texts.jsonl"]',
     ),
     *("data.validation=0.2", "lighthouse.window=32", "lighthouse.dense_every=3", "training.steps=4"),
+    # Four tiles, and so shards of whole ones.
+    "lighthouse.tile_parents=4",
     *("training.deterministic=true", "checkpoint.interval=2", "checkpoint.keep=0", "metrics.tensorboard=false"),
 ]
 FIGURES = ("loss", "grad_norm", "val_loss", "flops_per_token", "dense_flops_per_token")

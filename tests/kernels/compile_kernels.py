@@ -55,11 +55,14 @@ def compile_all(tokens, p, levels, k, m, heads, kv_heads, dim, dtype):
         select.select(g, 1, kv_heads, key=torch.zeros(5, dtype=torch.int64), score_block=block)
     gathered = gather.gather(q, kv, kv, rows, indices, g)
     gather.gather_backward(*gathered, slots, g)
-    scatter.scatter(gathered[0], slots, g)
-    scatter.scatter_backward(q, indices, g)
-    parts = q, torch.zeros(1, heads, tokens), gathered[0], torch.zeros(1, heads, indices.shape[2])
-    merged = merge.merge(*parts, slots, g)
-    merge.merge_backward(q, merged[1], *parts, indices, slots, g)
+    # With and without rows of the shard before.
+    for indices in (indices, torch.cat((indices, indices[..., 1 - levels :]), 2)):  # noqa: B020
+        rows = q.new_zeros(1, indices.shape[2], heads, dim)
+        scatter.scatter(rows, indices, slots, g)
+        scatter.scatter_backward(q, indices, g)
+        parts = q, torch.zeros(1, heads, tokens), rows, torch.zeros(1, heads, indices.shape[2])
+        merged = merge.merge(*parts, indices, slots, g)
+        merge.merge_backward(q, merged[1], *parts, indices, slots, g)
 
 
 compile_all(12288, 4, 3, 128, 128, 8, 8, 128, torch.bfloat16)

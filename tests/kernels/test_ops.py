@@ -36,7 +36,7 @@ def test_operations_keep_the_rules_of_torch():
     q, k, v, cfg = call(batch=1)
     ops = torch.ops.lighthouse
     assert operations
-    shape = [q.shape[1], cfg.pooling, cfg.levels, cfg.topk, cfg.tile_parents, 1]
+    shape = cfg.geometry(q.shape[1]).shape
     detached = [x.detach() for x in (q, k, v)]
     *rows, by_query, by_key = ops.pyramid(*detached, shape, True, True)
     indices, slots = ops.select(by_query, by_key, shape)

@@ -16,7 +16,7 @@ def merge(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `triton.merge`. Differentiable in the first four, but for the log-sum-exp that it returns."""
     x, rows = map(rows_contiguous, (x, rows))
-    return kernel.merge(x, lse.contiguous(), rows, row_lse.contiguous(), slots, layout(shape), begins)
+    return kernel.merge(x, lse.contiguous(), rows, row_lse.contiguous(), indices, slots, layout(shape), begins)
 
 
 @register_fake("lighthouse::merge")

@@ -90,9 +90,16 @@ def random_scores(key: Tensor, batch: int, kv_heads: int, geometry: Geometry) ->
         key: see `uniform`.
 
     Returns:
-        [B, Hkv, M] float32; level 0 (never compared) and windows of padding alone score -1.
+        [B, Hkv, M] float32; level 0 (never compared) and windows of padding alone score -1. A window of a shard scores
+        what it does in the whole sequence.
     """
-    index = torch.arange(geometry.pyramid_length, device=key.device)
+    places = []
+    for level in range(geometry.levels):
+        # Of the whole sequence, the windows of finer levels and those of this one that come before.
+        before = sum((geometry.whole or geometry.padded) // geometry.window(finer) for finer in range(level))
+        before += geometry.first // geometry.window(level)
+        places.append(torch.arange(before, before + geometry.windows(level), device=key.device))
+    index = torch.cat(places)
     scores = uniform(key, batch, kv_heads, index)
     scores[..., : geometry.windows(0)] = PADDING_SCORE
     return mask_padding(scores, geometry)
@@ -109,6 +116,7 @@ def block_scores(key: Tensor, batch: int, kv_heads: int, block: int, geometry: G
     Returns:
         [B, Hkv, M] float32.
     """
-    blocks = -(-geometry.tokens // block)
-    scores = uniform(key, batch, kv_heads, torch.arange(blocks, device=key.device))
-    return window_scores(scores.repeat_interleave(block, dim=-1)[..., : geometry.tokens], geometry)
+    first, begin = geometry.first // block, geometry.first % block
+    blocks = -(-(begin + geometry.tokens) // block)
+    scores = uniform(key, batch, kv_heads, first + torch.arange(blocks, device=key.device))
+    return window_scores(scores.repeat_interleave(block, dim=-1)[..., begin : begin + geometry.tokens], geometry)

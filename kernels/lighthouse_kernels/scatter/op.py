@@ -12,7 +12,7 @@ from lighthouse_kernels.scatter import triton as kernel
 @operation
 def scatter(rows: Tensor, indices: Tensor, slots: Tensor, shape: list[int]) -> Tensor:
     """See `triton.scatter`. Differentiable in the rows."""
-    return kernel.scatter(rows_contiguous(rows), slots, layout(shape))
+    return kernel.scatter(rows_contiguous(rows), indices, slots, layout(shape))
 
 
 @register_fake("lighthouse::scatter")

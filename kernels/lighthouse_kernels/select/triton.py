@@ -69,7 +69,7 @@ def _threshold(p_order, count, wanted, BLOCK: tl.constexpr):
 @triton.jit
 def _select_kernel(
     p_sq, p_sk, p_key, p_indices, p_slots, p_scratch,
-    tokens, padded, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
+    tokens, padded, first_token, whole, kv_heads, tiles, coarse, tile_entries, windows, entries, scratch_length,
     GROUP: tl.constexpr, HALF: tl.constexpr, LOG_P: tl.constexpr, LEVELS: tl.constexpr, COVER: tl.constexpr,
     DRAWN: tl.constexpr, LOG_BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -111,16 +111,21 @@ def _select_kernel(
                     score = tl.maximum(score, tl.load(p_sq + o_query + o_level + window, mask=m, other=-1.0))
                 key = _ordered(score)
             else:
+                # Its place in the whole sequence.
+                place = window.to(tl.int64) + (first_token >> (LOG_P * level))
                 if DRAWN == "random":
-                    key = _drawn(p_key, i_b, i_h, o_level + window)
+                    o_whole = tl.zeros([], tl.int64)
+                    for j in tl.static_range(level):
+                        o_whole += whole >> (LOG_P * j)
+                    key = _drawn(p_key, i_b, i_h, o_whole + place)
                 else:
                     if LOG_P * level <= LOG_BLOCK_TOKENS:
-                        key = _drawn(p_key, i_b, i_h, window.to(tl.int64) >> (LOG_BLOCK_TOKENS - LOG_P * level))
+                        key = _drawn(p_key, i_b, i_h, place >> (LOG_BLOCK_TOKENS - LOG_P * level))
                     else:
                         key = tl.full([BLOCK], -1, tl.int32)
                         for x in range(1 << (LOG_P * level - LOG_BLOCK_TOKENS)):
-                            block = (window.to(tl.int64) << (LOG_P * level - LOG_BLOCK_TOKENS)) + x
-                            inside = (block << LOG_BLOCK_TOKENS) < tokens
+                            block = (place << (LOG_P * level - LOG_BLOCK_TOKENS)) + x
+                            inside = (block << LOG_BLOCK_TOKENS) < first_token + tokens
                             key = tl.maximum(key, tl.where(inside, _drawn(p_key, i_b, i_h, block), -1))
                 key = tl.where((window.to(tl.int64) << (LOG_P * level)) < tokens, key, -1)
             if COVER:
@@ -229,7 +234,8 @@ def select(
     with target(by):
         _select_kernel[(batch * kv_heads * g.tiles,)](
             by_query, by_key, by, indices, slots, scratch,
-            g.tokens, g.padded, kv_heads, g.tiles, coarse, entries // g.tiles, windows, entries, scratch.shape[1],
+            g.tokens, g.padded, g.first, g.whole, kv_heads, g.tiles, coarse, entries // g.tiles, windows, entries,
+            scratch.shape[1],
             GROUP=by_query.shape[1] // kv_heads, HALF=g.geometry.tile_parents // 2, LOG_P=g.log_p,
             LEVELS=g.levels, COVER=g.geometry.cover_prefix,
             DRAWN="norm" if scores is not None else "block" if score_block else "random",

@@ -82,6 +82,11 @@ class Method:
         """What a call does of what a context may ask for: "documents", "group"."""
         return frozenset()
 
+    def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
+        """Why processes that share sequences of `tokens` attend to whole ones, each for some of the heads; None where
+        each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes."""
+        return f"the method {self.name} attends to all tokens"
+
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""
         return False

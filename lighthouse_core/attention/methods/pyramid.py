@@ -63,6 +63,20 @@ class Pyramid(Method):
         """Within a document each position is served by its own token at least, which is in its window."""
         return frozenset(("documents",) if settings.window else ())
 
+    def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
+        g = self.geometry(settings, tokens)
+        if g.dense:
+            return "the call is dense"
+        if not selector_of(settings.scorer).by_shard:
+            return f"the scorer {settings.scorer} scores a token by others"
+        if g.padded != tokens:
+            return f"the tiles end at {g.padded} tokens"
+        if g.tiles % processes:
+            return f"{processes} processes cannot share out {g.tiles} tiles (topk / tile_parents)"
+        if settings.window > (share := tokens // processes):
+            return f"the window of {settings.window} tokens is longer than a share of {share}"
+        return None
+
     def draws(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).draws
 
@@ -181,7 +195,7 @@ class Pyramid(Method):
         from lighthouse_core.attention.rotary import rotate
         from lighthouse_core.attention.stages import run, stages
 
-        g = self.geometry(settings, q.shape[1])
+        g = self.geometry(settings, context.tokens(q))
         # Also for a call that turns out dense: a backend that is not there is refused.
         ops = kernels(settings.backend, q.device.type, q.dtype)
         if g.dense:
@@ -193,6 +207,11 @@ class Pyramid(Method):
                 q, k = rotate(q, rotary), rotate(k, rotary)
             how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
             return dense_unchecked(q, k, v, **how, documents=context.documents)
+        if context.group is not None:
+            g = g.shard(context.group.rank(), context.group.size())
+            if rotary is not None:
+                own = slice(g.first, g.first + g.tokens)
+                rotary = rotary[own] if rotary.dim() == 3 else rotary[:, own]
         values = {"q": q, "k": k, "v": v}
         given: dict[str, Any] = {"scale": scale, "indices": indices, "scores": scores, "rotary": rotary}
         for stage in stages(q, k.shape[2], settings, context, g, ops, **given):

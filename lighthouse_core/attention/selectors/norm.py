@@ -20,6 +20,7 @@ class Norm(Selector):
     name = "norm"
     leaks = True
     in_pass = True
+    by_shard = True
 
     def select(self, given: Inputs) -> Selection | Scores:
         from lighthouse_core.attention.sharing import of_all_query_heads

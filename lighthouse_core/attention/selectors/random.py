@@ -19,6 +19,7 @@ class Random(Selector):
     name = "random"
     leaks = False
     draws = True
+    by_shard = True
 
     def block(self, settings: Settings) -> int:
         """Tokens that share one draw; 0 for one draw a window."""

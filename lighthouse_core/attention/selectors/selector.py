@@ -48,6 +48,7 @@ class Selector:
             windows of one tile by what is in them does.
         draws: whether it draws from the context's key.
         attends: whether it attends to make its scores: it then needs v, and q and k after RoPE.
+        by_shard: whether what a shard of whole tiles keeps follows from its tokens and its place, `geometry.first`.
         in_pass: whether its scores are the norms that the pass over q, k and v gives that pools them.
     """
 
@@ -55,6 +56,7 @@ class Selector:
     leaks: ClassVar[bool]
     draws: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+    by_shard: ClassVar[bool] = False
     in_pass: ClassVar[bool] = False
 
     def select(self, given: Inputs) -> Selection | Scores:
