@@ -267,7 +267,7 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
             return model.dim
         eager = not training.compile
         # Where only gathered rows are exchanged, those are there twice, and nothing else.
-        by_rows = copies > 0 and method.whole(cfg, tokens, context) is None
+        by_rows = copies > 0 and method.pools and method.whole(cfg, tokens, context) is None
         of_tokens = 0 if by_rows else copies
         attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
         if mode == "attention":
