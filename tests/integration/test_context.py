@@ -514,8 +514,8 @@ def test_gpus_attend_as_one(tmp_path):
     for parts in on_processes(world, partial(on_gpus, cases), tmp_path):
         for case, tensors in zip(cases, parts, strict=True):
             for number, (theirs, ours) in enumerate(tensors):
-                # An output is the same call of the same kernel, but for a window whose tokens come after others. Of a KV
-                # head's copies the gradients add up in bfloat16, and so do those of the rows at the edge of a shard.
+                # An output is the same call of the same kernel, but for a window beside shards. Gradients add up
+                # in bfloat16 of a KV head's copies, and of the rows at the edge of a shard.
                 exact = number < 2 or case[2] > 1
                 if shards(case[0], 2048, world):
                     exact = number == 0 and not case[0].window
