@@ -22,7 +22,8 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
 
-import children  # noqa: E402  (it lies there)
+import children  # noqa: E402  (they lie there)
+import forked  # noqa: E402
 
 # Derandomised, so that a failure on one machine is a failure on every machine.
 settings.register_profile(
@@ -87,6 +88,7 @@ def _no_process_is_left():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTHOUSE_TESTS", mark)
         yield
+    forked.end()
 
     def left() -> dict[int, str]:
         found = {}

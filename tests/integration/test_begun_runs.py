@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from directories import RECIPE, corpus, made, same_bits, tensors
@@ -25,7 +26,8 @@ def place(tmp_path_factory):
     made(folder / "given", "qwen3", "bfloat16", tie_word_embeddings=True, shards="60KB")
     (folder / "begin.toml").write_text(RECIPE)
     corpus(folder)
-    return folder
+    with forked.workers():
+        yield folder
 
 
 def begin(place: Path, name: str, origin: str, *more: str) -> Path:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import children
+import forked
 import jobs
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Done(NamedTuple):
 
 
 def lighthouse(*arguments: str, cwd: Path) -> Done:
-    """The command line in this process, which has imported torch; what it starts are processes of their own."""
+    """The command line in this process, which has imported torch; what trains are processes of their own."""
     with (
         contextlib.chdir(cwd),
         pytest.MonkeyPatch.context() as patch,
@@ -114,7 +115,9 @@ def workspace(tmp_path_factory):
     ran = tmp_path_factory.mktemp("ran")
     for name in CANARIES:
         (folder / f"{name}.py").write_text(f"open({str(ran / name)!r}, 'w').close()\n")
-    yield folder
+    # Those of `interrupt` are not: they import all for themselves.
+    with forked.workers():
+        yield folder
     assert [path.name for path in ran.iterdir()] == []
 
 
