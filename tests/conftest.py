@@ -1,6 +1,7 @@
 """What every test shares: where the slow truth lives, how hypothesis draws, and a small seeded call."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -19,6 +21,9 @@ if not torch.cuda.is_available():
 # The processes of the tests share the cores, as those of a job do: threads that wait for each other spin, and take the
 # cores from the other processes.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+# One parser for all calls of the command line in this process; a process of a user makes one, too.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
 
