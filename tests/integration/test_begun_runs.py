@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from directories import RECIPE, corpus, made, same_bits, tensors
@@ -26,8 +25,7 @@ def place(tmp_path_factory):
     made(folder / "given", "qwen3", "bfloat16", tie_word_embeddings=True, shards="60KB")
     (folder / "begin.toml").write_text(RECIPE)
     corpus(folder)
-    with forked.workers():
-        yield folder
+    return folder
 
 
 def begin(place: Path, name: str, origin: str, *more: str) -> Path:
@@ -124,7 +122,7 @@ def test_a_run_goes_on_as_another(place, one):
 
 def test_a_change_between_the_start_and_the_reading_is_one_line(place, monkeypatch):
     """The launcher has read a file that the processes find changed."""
-    from test_pipeline import lighthouse
+    from forked import lighthouse
 
     from lighthouse_core.job import launch
 

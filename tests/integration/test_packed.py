@@ -6,7 +6,6 @@ import random
 import shutil
 from pathlib import Path
 
-import forked
 import jobs
 import pytest
 import torch
@@ -34,8 +33,7 @@ def workspace(tmp_path_factory):
         for _ in range(400):
             text = "".join(draw.choices("abcdefgh ", k=round(2 ** draw.uniform(1, 11))))
             file.write(json.dumps({"text": text}) + "\n")
-    with forked.workers():
-        yield folder
+    return folder
 
 
 def pretrain(workspace: Path, name: str, *settings: str, more: tuple[str, ...] = ()) -> Path:

@@ -1,9 +1,9 @@
 """Training processes that are forked from one that has imported what they need.
 
-The imports of a training process take several seconds, more than all the steps of a tiny job. Within `workers()` the
-launcher of this process has its training processes forked from a server. They run the program of lighthouse_core.worker
-as any other does, in a session, an environment and a folder of their own. What a new interpreter does before is tested
-with the real command: see the interrupted jobs of tests/integration/test_pipeline.py.
+The imports of a training process take several seconds, more than all the steps of a tiny job. `lighthouse` calls the
+command line in this process, and has its training processes forked from a server. They run the program of
+lighthouse_core.worker as any other does, in a session, an environment and a folder of their own. What a new interpreter
+does before is tested with the real command: see `interrupt` in tests/integration/test_pipeline.py.
 """
 
 import contextlib
@@ -12,20 +12,59 @@ import json
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from pathlib import Path
+from typing import IO, NamedTuple
 from unittest import mock
 
 import children
 import torch
 
+from lighthouse_cli import _output
+from lighthouse_cli.app import main
 from lighthouse_core.job import processes
 from lighthouse_core.job.environment import PARENT
 
 # What libraries read while they are loaded, before a job can say it. MKL_CBWR is that of deterministic runs.
 LOADED = {"OMP_NUM_THREADS": "1", "MKL_DYNAMIC": "FALSE", "MKL_CBWR": "AVX2"}
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lighthouse(*arguments: str, cwd: Path) -> Done:
+    """The command line in this process, which has imported torch; what trains are processes of their own."""
+    with (
+        contextlib.chdir(cwd),
+        _workers(),
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as words,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(words),
+        mock.patch.object(sys, "argv", ["lighthouse", *arguments]),
+        mock.patch.object(_output, "_quiet", False),
+        # What it puts into its environment is for its own children.
+        mock.patch.dict(os.environ),
+    ):
+        code, stderr = 0, os.dup(2)
+        os.dup2(words.fileno(), 2)  # of the training processes
+        try:
+            with children.default_signals():
+                main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        for file in (out, words):
+            file.seek(0)
+        return Done(code, out.read(), words.read())
 
 
 class _Forked:
@@ -60,26 +99,26 @@ class _Forked:
 
 
 @functools.cache
-def _server() -> socket.socket:
-    """Ends when our end of its socket is closed, at the latest with this process."""
+def _server() -> tuple[socket.socket, subprocess.Popen]:
+    """Our end of its socket, and the server. It ends when this is closed, at the latest with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        children.start(
+        process = children.start(
             [sys.executable, __file__, theirs.fileno()],
             seconds=24 * 3600,
             env=os.environ | LOADED,
             pass_fds=[theirs.fileno()],
         )
-    return ours
+    return ours, process
 
 
 @contextlib.contextmanager
-def workers() -> Iterator[None]:
+def _workers() -> Iterator[None]:
     """Have training processes forked; on a GPU, which no forked process may use, they are started as ever."""
     if torch.cuda.is_available():
         yield
         return
-    stand_in = mock.Mock(wraps=processes.subprocess, Popen=functools.partial(_Forked, _server()))
+    stand_in = mock.Mock(wraps=processes.subprocess, Popen=functools.partial(_Forked, _server()[0]))
     with mock.patch.object(processes, "subprocess", stand_in):
         yield
 
@@ -87,7 +126,9 @@ def workers() -> Iterator[None]:
 def end() -> None:
     """End the server, if there is one."""
     if _server.cache_info().currsize:
-        _server().close()
+        connection, process = _server()
+        connection.close()
+        process.wait(60)
         _server.cache_clear()
 
 
