@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from math import inf
 
@@ -173,6 +173,7 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     dense, q, kv = Method(), model.heads * model.head_dim, max(model.kv_heads, context) * model.head_dim
     cfg, tokens = lighthouse.attention(), training.seq_len
 
+    @cache  # layers share few methods
     def kept(method: Method, mode: str) -> float:
         """Numbers a token that are kept of one layer."""
         if mode == "full":
@@ -188,7 +189,8 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     mode = training.activation_checkpointing
     stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}
     if lighthouse.enabled:
-        rules = [dense if layer in model.dense_layers else cfg.rule for layer in range(model.layers)]
+        rule = cfg.rule
+        rules = [dense if layer in model.dense_layers else rule for layer in range(model.layers)]
         stages = {"lighthouse": rules, **stages}
     counts, found = model.kind.parameters(model), {}
     for name, layers in stages.items():

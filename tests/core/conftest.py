@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def short_samples(monkeypatch):
-    """Exports are compared on fewer texts; those of test_export.py and test_export_tokenizer.py on all of them."""
+    """Exports are compared on fewer texts; those of test_export_tokenizer.py on all of them."""
     monkeypatch.setattr("lighthouse_core.export.tokenizer._SAMPLE_BYTES", 50_000)
 
 
