@@ -117,6 +117,15 @@ def _no_process_is_left():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """The processes that tests start have as many threads as this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "OMP_NUM_THREADS" not in os.environ:
+            patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """What this program remembers about files goes to a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
