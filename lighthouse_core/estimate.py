@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from math import inf, prod
 
@@ -261,6 +261,7 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     copies = max(1, context // model.kv_heads) if context > 1 else 0
     cfg, tokens = lighthouse.attention(), training.seq_len
 
+    @cache  # layers share few methods
     def kept(method: Method, mode: str) -> float:
         """Numbers a token that are kept of one layer."""
         if mode == "full":
@@ -283,7 +284,8 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     mode = training.activation_checkpointing
     stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}
     if lighthouse.enabled:
-        rules = [dense if layer in model.dense_layers else cfg.rule for layer in range(model.layers)]
+        rule = cfg.rule
+        rules = [dense if layer in model.dense_layers else rule for layer in range(model.layers)]
         stages = {"lighthouse": rules, **stages}
     counts, found = model.kind.parameters(model), {}
     rows = training.local_batch_size * tokens // context

@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 # Parts of a file have digests of their own, so that all cores can work on a large one.
 PART_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
+# To read so much takes less than to start a process.
+_LITTLE_BYTES = 8 << 20
 _MOST_BYTES = 1 << 62
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -118,16 +120,23 @@ def _damage(folder: Path, threads: int | None) -> str | None:
 
 
 class Verification:
-    """`damage` of a folder in a process of its own, begun now: this one may hold the interpreter's lock meanwhile."""
+    """`damage` of a folder in a process of its own, begun now: this one may hold the interpreter's lock meanwhile. What
+    is small is read when it is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._process = None
+        size = sealed_bytes(folder)
+        if size is None or size <= _LITTLE_BYTES:
+            return
         command = [*run_module("lighthouse_core.seal"), str(folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         atexit.register(self._process.kill)
 
     def result(self) -> str | None:
         """What `damage` returns."""
+        if self._process is None:
+            return damage(self.folder)
         answer, _ = self._process.communicate()
         # A process that did not come to its end proves nothing.
         return json.loads(answer) if self._process.returncode == 0 else damage(self.folder)

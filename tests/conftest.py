@@ -1,6 +1,7 @@
 """What every test shares: where the slow truth lives, how hypothesis draws, and a small seeded call."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -20,9 +22,13 @@ if not torch.cuda.is_available():
 # cores from the other processes.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
+# One parser for all calls of the command line in this process; a process of a user makes one, too.
+typer.main.get_command = functools.cache(typer.main.get_command)
+
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("kernels", "reliability")]
 
-import children  # noqa: E402  (it lies there)
+import children  # noqa: E402  (they lie there)
+import forked  # noqa: E402
 
 # Derandomised, so that a failure on one machine is a failure on every machine.
 settings.register_profile(
@@ -87,6 +93,7 @@ def _no_process_is_left():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTHOUSE_TESTS", mark)
         yield
+    forked.end()
 
     def left() -> dict[int, str]:
         found = {}
@@ -107,6 +114,15 @@ def _no_process_is_left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert not found, "tests left processes behind"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """The processes that tests start have as many threads as this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "OMP_NUM_THREADS" not in os.environ:
+            patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

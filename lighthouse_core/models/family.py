@@ -139,10 +139,12 @@ class Family:
 
     def parameters(self, model: ModelSection) -> Parameters:
         """How many weights the model that [model] describes has."""
-        sizes = {entry.source: prod(entry.shape) for entry in self.entries(model)}
+        # All layers are alike, and there may be thousands.
+        one = self.entries(model.model_copy(update={"layers": 1}))
+        sizes = {entry.source: prod(entry.shape) for entry in one}
         embedding = sizes.pop(EMBEDDING.source)
         head = sizes.pop(HEAD.source, None)
-        body = sum(sizes.values())
+        body = sum(size * (model.layers if name.startswith("layers.") else 1) for name, size in sizes.items())
         return Parameters(0, body, embedding) if head is None else Parameters(embedding, body, head)
 
     def config(

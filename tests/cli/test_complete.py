@@ -1,5 +1,6 @@
 """Shell completion, through the environment variables with which the shells ask for it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,33 @@ finally:
     print(heavy or "", end="", file=sys.stderr)
 """
 
+# The same for many questions: each is answered by a fork of one process, which has imported the command.
+ANSWERS = """
+import json, os, sys
+from lighthouse_cli.app import main
+for line in sys.stdin:
+    environment, folder, place = json.loads(line)
+    if os.fork():
+        os.wait()
+        print(flush=True)
+        continue
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(f"{place}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        heavy = [name for name in ("torch", "numpy", "lighthouse_core.config") if name in sys.modules]
+        print(heavy or "", end="", file=sys.stderr)
+        sys.stdout.flush()
+        os.write(2, str(code).encode())
+        os._exit(0)
+"""
+
 NOTHING = """
 import typer
 app = typer.Typer()
@@ -27,15 +55,36 @@ app(prog_name="lighthouse")
 """
 
 
-def ask(words: str, cwd, shell: str = "bash", script: str = SCRIPT) -> list[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment |= {"_LIGHTHOUSE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "_TYPER_COMPLETE_ARGS": words}
-    environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+def asking(words: str, shell: str) -> dict[str, str]:
+    """What a shell's completion puts into the environment."""
+    asked = {"_LIGHTHOUSE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "_TYPER_COMPLETE_ARGS": words}
+    return asked | {"COMP_CWORD": str(len(words.split(" ")) - 1)}
+
+
+def run(words: str, cwd, script: str) -> None:
+    """A question to a process of its own."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | asking(words, "bash")
     answer = subprocess.run(
         [sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )
     assert (answer.returncode, answer.stderr) == (0, "")
-    return answer.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", ANSWERS], env=environment, **pipes) as process:
+
+        def ask(words: str, cwd, shell: str = "bash") -> list[str]:
+            print(json.dumps([asking(words, shell), str(cwd), str(folder)]), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "\n"
+            assert (folder / "2").read_text() == "0"
+            return (folder / "1").read_text().split()
+
+        yield ask
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -49,7 +98,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_what_is_offered(place):
+def test_what_is_offered(place, ask):
     names = {"pretrain", "recover", "strip", "profile", "runs", "recipes", "data", "tokenizer"}
     assert names <= set(ask("lighthouse ", place))
     assert ask("lighthouse profile ", place) == ["step", "tune", "selection"]
@@ -73,7 +122,7 @@ def test_what_is_offered(place):
     assert ask("lighthouse recover ", place / "runs") == []
 
 
-def test_zsh(place):
+def test_zsh(place, ask):
     assert ask("lighthouse recover o", place, "zsh") == ["_arguments", "'*:", ':(("older"))\'']
     assert ask("lighthouse pretrain recipes/", place, "zsh") == ["_files"]
 
@@ -83,7 +132,7 @@ def test_it_is_quick(place):
 
     def seconds(script):
         before = os.times()
-        ask("lighthouse strip ", place, script=script)
+        run("lighthouse strip ", place, script)
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 

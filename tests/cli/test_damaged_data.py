@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
+from lighthouse_cli import _train
 from lighthouse_core.runs.run import Run
 
 SETTINGS = (
@@ -47,12 +46,10 @@ def test_a_start_refuses_what_a_dry_run_refuses(lighthouse, trainer, here, whole
     assert not trainer.launches and not (here / "runs").exists()
 
 
-# As the command, whose start reads nothing: the damage is too far on for it.
-COMMAND = "from lighthouse_cli import _train, app; _train._LOOK = 0.0; app.main()"
-
-
 @pytest.mark.parametrize("found", ["in training", pytest.param("in validation", marks=pytest.mark.slow)])
-def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_mended(here, whole, found):
+def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_mended(here, whole, found, monkeypatch):
+    # The start reads nothing: the damage is too far on for it.
+    monkeypatch.setattr(_train, "_LOOK", 0.0)
     options, last = OPTIONS, 60
     if found == "in validation":
         late = (
@@ -63,20 +60,15 @@ def test_a_run_that_finds_damage_saves_its_last_step_and_goes_on_with_the_file_m
         )
         options, last = (*OPTIONS, *(part for setting in late for part in ("--set", setting))), 4
 
-    def run(*arguments):
-        command = [sys.executable, "-c", COMMAND, "pretrain", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
     (here / "src/b.jsonl.gz").write_bytes(whole[: len(whole) // 4])
-    ended = run("tiny.toml", "--name", "a", *options, "--nproc", "2")
+    _, _, words = ended = forked.lighthouse("pretrain", "tiny.toml", "--name", "a", *options, "--nproc", "2", cwd=here)
     [step] = Run("runs/a").checkpoint_steps()
-    assert ended.returncode == 2 and 1 < step < last, ended.stderr
-    assert ended.stderr.count("error: ") == 1 and "b.jsonl.gz: cut off within its gzip data" in ended.stderr
-    assert "hint: restore this file, or mend it there, and change no other" in ended.stderr
-    assert f"step {step} is saved. Continue with: lighthouse pretrain --resume runs/a" in ended.stderr
+    assert ended.returncode == 2 and 1 < step < last, words
+    assert words.count("error: ") == 1 and "b.jsonl.gz: cut off within its gzip data" in words
+    assert "hint: restore this file, or mend it there, and change no other" in words
+    assert f"step {step} is saved. Continue with: lighthouse pretrain --resume runs/a" in words
     (here / "src/b.jsonl.gz").write_bytes(whole)
-    done = run("--resume", "a", "--nproc", "1")
+    done = forked.lighthouse("pretrain", "--resume", "a", "--nproc", "1", cwd=here)
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, Path("runs/a/metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, last + 1))

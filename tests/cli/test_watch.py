@@ -125,10 +125,11 @@ def terminal(here):
             textwrap.dedent(f"""
             import sys
             import typer
-            from lighthouse_cli import _train
+            from lighthouse_cli import _train, _watch
             from lighthouse_core.job import launch
             from lighthouse_core.runs.run import Run
             launch.command = lambda run_dir: [sys.executable, "worker.py"]
+            _watch._REDRAW_SECONDS = 0.5
             run = Run({str(made.path)!r})
             try:
                 _train.train(run.path, run, launch.Plan(1), "again")
@@ -173,8 +174,8 @@ def rows(*steps):
 
 def test_words_stay_above_the_view(terminal):
     code, seen = terminal(
-        ROW + "print('words of the job', file=sys.stderr, flush=True); rows(1); time.sleep(2.8)\n"
-        "os.write(2, b'cut'); time.sleep(2); print(' short', flush=True); rows(100)"
+        ROW + "print('words of the job', file=sys.stderr, flush=True); rows(1); time.sleep(1.4)\n"
+        "os.write(2, b'cut'); time.sleep(1); print(' short', flush=True); rows(100)"
     )
     assert code == 0
     assert seen.index("words of the job\r\n") < seen.index("cut short\r\n") < seen.rindex("step 100/100")
@@ -183,7 +184,7 @@ def test_words_stay_above_the_view(terminal):
 
 
 def test_a_traceback_is_whole_and_comes_last(terminal):
-    code, seen = terminal(ROW + "rows(1); time.sleep(2)\nraise ZeroDivisionError('here')")
+    code, seen = terminal(ROW + "rows(1); time.sleep(1)\nraise ZeroDivisionError('here')")
     assert code == 1
     trace = seen[seen.index("Traceback") :]
     assert "ZeroDivisionError: here\r\n" in trace

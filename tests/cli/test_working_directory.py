@@ -33,6 +33,9 @@ def test_the_trap_works(trapped):
 
 def test_a_verification_in_a_process_of_its_own(trapped, tmp_path):
     (tmp_path / "sealed").mkdir()
+    # Of what is small there is none.
+    with (tmp_path / "sealed/a").open("wb") as file:
+        file.truncate(16 << 20)
     seal(tmp_path / "sealed")
     verification = Verification(tmp_path / "sealed")
     assert verification.result() is None and verification._process.returncode == 0

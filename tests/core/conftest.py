@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture
+def short_samples(monkeypatch):
+    """Exports are compared on fewer texts; those of test_export_tokenizer.py on all of them."""
+    monkeypatch.setattr("lighthouse_core.export.tokenizer._SAMPLE_BYTES", 50_000)
+
+
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory) -> Path:
     """A directory of Python sources: a few hundred kilobytes of the standard library."""

@@ -21,6 +21,8 @@ from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 from lighthouse_core.weights.origin import check_unchanged, find_weights
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):

@@ -149,6 +149,7 @@ def test_losses_of_other_text_are_named(make, tmp_path, monkeypatch, capsys, tex
         ledger["stages"][0]["data"] = data
         (run.path / "ledger.json").write_text(json.dumps(ledger))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lighthouse_core.evaluate.compare.plot", lambda curves, folder: [])
     runs = [str(tmp_path / f"run{number}") for number in range(len(texts))]
     monkeypatch.setattr(sys, "argv", ["lighthouse", "compare", *runs, "--json"])
     with suppress(SystemExit):

@@ -359,7 +359,7 @@ def test_compiled(name):
         return lighthouse_attention(q, k, v, cfg, key=KEY, documents=documents)
 
     compiled = torch.compile(call, fullgraph=True, backend=count)
-    for turn in range(6):
+    for turn in range(4):
         settings = SETTINGS[name] | ({"window": 20 + 9 * turn} if name != "dense" else {})
         cfg = LighthouseConfig(backend="reference", dense_backend="math", **settings)
         documents = packing(turn, 200, 4)

@@ -20,6 +20,8 @@ from lighthouse_core.export import publish, strip, verify
 from lighthouse_core.models.family import Family
 from lighthouse_core.seal import seal
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 transformers = pytest.importorskip("transformers")
 
 RECIPE = """

@@ -15,6 +15,8 @@ from lighthouse_core.errors import SystemFault, UserError
 from lighthouse_core.export import publish, verify
 from lighthouse_core.export.publish import strip
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 
 @pytest.fixture
 def disk(tmp_path, small_disk):

@@ -7,7 +7,10 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import children
 import pytest
@@ -18,8 +21,8 @@ from children import ends, wait_for, wait_until
 def job(tmp_path):
     """Run a small worker through the real launcher; the result has code and stderr."""
 
-    def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300, patch: str = ""):
-        (tmp_path / "worker.py").write_text(
+    def run(body: str, nproc: int = 1, after=None, ignoring=(), patience: float = 300, patch: str = "", at=tmp_path):
+        (at / "worker.py").write_text(
             "import os, signal, sys, time\nfrom lighthouse_core.job.exits import report_exit\n" + textwrap.dedent(body)
         )
         script = f"""
@@ -29,16 +32,27 @@ def job(tmp_path):
             processes._SHUTDOWN_SECONDS, processes._KILL_SECONDS = {patience}, {min(patience, 20)}
             {patch}
             launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
-            sys.exit(launch.launch(Path({str(tmp_path)!r}), launch.Plan({nproc})))
+            sys.exit(launch.launch(Path({str(at)!r}), launch.Plan({nproc})))
         """
         command = [sys.executable, "-c", textwrap.dedent(script)]
         process = children.start(command, ignoring=ignoring, stderr=subprocess.PIPE, text=True)
         if after:
-            threading.Thread(target=after, args=(process, tmp_path), daemon=True).start()
+            threading.Thread(target=after, args=(process, at), daemon=True).start()
         _, stderr = process.communicate(timeout=120)
         return process.returncode, stderr
 
     return run
+
+
+def at_once(case: Callable[..., None], tmp_path: Path, *cases: tuple[Any, ...]) -> None:
+    """Call `case` with a folder of its own and each of these, all at the same time: most of it is waiting."""
+    with ThreadPoolExecutor(len(cases)) as pool:
+        begun = []
+        for number, given in enumerate(cases):
+            (tmp_path / str(number)).mkdir()
+            begun.append(pool.submit(case, tmp_path / str(number), *given))
+        for each in begun:
+            each.result()
 
 
 def test_a_users_mistake_is_the_workers_words_alone(job):
@@ -96,35 +110,39 @@ def test_a_signal_has_the_worker_save_first(job, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_whoever_started_it_had_it_ignore_stays_ignored(job, tmp_path, number):
+def test_a_signal_that_whoever_started_it_had_it_ignore_stays_ignored(job, tmp_path):
     """As nohup does with SIGHUP, and a script with SIGINT for what it starts in the background."""
 
-    def interrupt(process, folder):
-        worker = int(wait_for(folder / "ready", process))
-        process.send_signal(number)
-        time.sleep(0.5)
-        ignored.append(process.poll() is None and not (folder / "saving").exists())
-        # The worker begins with the default all the same.
-        status = Path(f"/proc/{worker}/status").read_text()
-        masks.append(int(status.split("SigIgn:")[1].split()[0], 16))
-        process.send_signal(signal.SIGTERM)
+    def case(at, number):
+        def interrupt(process, folder):
+            worker = int(wait_for(folder / "ready", process))
+            process.send_signal(number)
+            time.sleep(0.5)
+            ignored.append(process.poll() is None and not (folder / "saving").exists())
+            # The worker begins with the default all the same.
+            status = Path(f"/proc/{worker}/status").read_text()
+            masks.append(int(status.split("SigIgn:")[1].split()[0], 16))
+            process.send_signal(signal.SIGTERM)
 
-    ignored, masks = [], []
-    assert job(WORKER.format(saving=0), after=interrupt, ignoring=(number,)) == (143, "")
-    assert ignored == [True] and not masks[0] & 1 << (number - 1)
-    assert (tmp_path / "saved").exists()
+        ignored, masks = [], []
+        assert job(WORKER.format(saving=0), after=interrupt, ignoring=(number,), at=at) == (143, "")
+        assert ignored == [True] and not masks[0] & 1 << (number - 1)
+        assert (at / "saved").exists()
+
+    at_once(case, tmp_path, (signal.SIGINT,), (signal.SIGHUP,))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_what_asks_a_job_to_save_counts_whoever_started_it(job, tmp_path, number):
-    def interrupt(process, folder):
-        wait_for(folder / "ready", process)
-        process.send_signal(number)
+def test_what_asks_a_job_to_save_counts_whoever_started_it(job, tmp_path):
+    def case(at, number):
+        def interrupt(process, folder):
+            wait_for(folder / "ready", process)
+            process.send_signal(number)
 
-    everything = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-    assert job(WORKER.format(saving=0), after=interrupt, ignoring=everything) == (143, "")
-    assert (tmp_path / "saved").exists()
+        everything = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+        assert job(WORKER.format(saving=0), after=interrupt, ignoring=everything, at=at) == (143, "")
+        assert (at / "saved").exists()
+
+    at_once(case, tmp_path, (signal.SIGTERM,), (signal.SIGUSR1,))
 
 
 def test_a_second_signal_ends_everything_at_once(job, tmp_path):
@@ -141,18 +159,20 @@ def test_a_second_signal_ends_everything_at_once(job, tmp_path):
     assert ends(int((tmp_path / "ready").read_text()))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_every_process_at_once_is_one_request(job, tmp_path, number, code):
+def test_a_signal_to_every_process_at_once_is_one_request(job, tmp_path):
     """So does a batch system; the launcher sends its own on to processes that have theirs already."""
 
-    def interrupt(process, folder):
-        wait_for(folder / "ready1")
-        wait_for(folder / "ready")
-        for pid in children.tree(process.pid):
-            os.kill(pid, number)
+    def case(at, number, code):
+        def interrupt(process, folder):
+            wait_for(folder / "ready1")
+            wait_for(folder / "ready")
+            for pid in children.tree(process.pid):
+                os.kill(pid, number)
 
-    assert job(WORKER.format(saving=3), nproc=2, after=interrupt) == (code, "")
-    assert (tmp_path / "saved").exists()
+        assert job(WORKER.format(saving=3), nproc=2, after=interrupt, at=at) == (code, "")
+        assert (at / "saved").exists()
+
+    at_once(case, tmp_path, (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130))
 
 
 def test_a_process_that_does_not_answer_is_named_and_ends_the_job(job, tmp_path):
@@ -184,15 +204,15 @@ STUBBORN = """
 """
 
 
-@pytest.mark.parametrize(
-    ("end", "words"), [("os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"), ("sys.exit(7)", "")]
-)
-def test_the_others_of_a_process_that_fails_have_their_time_and_no_more(job, tmp_path, end, words):
-    begin = time.monotonic()
-    code, stderr = job(STUBBORN.format(end=end), nproc=2, patience=2)
-    assert code == 1 and words in stderr
-    assert 2 < time.monotonic() - begin < 30
-    assert all(ends(int(pid)) for pid in (tmp_path / "ready").read_text().split())
+def test_the_others_of_a_process_that_fails_have_their_time_and_no_more(job, tmp_path):
+    def case(at, end, words):
+        begin = time.monotonic()
+        code, stderr = job(STUBBORN.format(end=end), nproc=2, patience=2, at=at)
+        assert code == 1 and words in stderr
+        assert 2 < time.monotonic() - begin < 30
+        assert all(ends(int(pid)) for pid in (at / "ready").read_text().split())
+
+    at_once(case, tmp_path, ("os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"), ("sys.exit(7)", ""))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")

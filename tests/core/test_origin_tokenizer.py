@@ -27,6 +27,8 @@ from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 from lighthouse_core.weights.origin import find_weights
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 SEQ, ROWS = 256, 400
 TEXTS = [
     "the quick  brown fox\n\n it's 12345 e\u0301 ü 中文\x00 👩\u200d👧",

@@ -360,7 +360,6 @@ def test_a_table_and_a_figure(make, lettered, tmp_path):
         labels = ("position (tokens)", "layer.KV head", "tokens at level 0 (%)", "tiny step")
         assert all(label in svg for label in labels) and ("tokens at level 0 that stay (%)" in svg) == (name == "both")
         # The two ends of the map's scale: where nothing is kept, and where the most is.
-        colors = {
-            tuple(color) for color in (255 * imread(files[0])[..., :3]).round().astype(int).reshape(-1, 3).tolist()
-        }
-        assert {tuple(colormaps["viridis"](end, bytes=True)[:3]) for end in (0.0, 1.0)} <= colors
+        colors = (255 * imread(files[0])[..., :3]).round().astype(int)
+        for end in (0.0, 1.0):
+            assert (colors == colormaps["viridis"](end, bytes=True)[:3]).all(-1).any()

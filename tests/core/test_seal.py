@@ -90,6 +90,19 @@ def test_a_digest_is_that_of_the_file_where_it_is_one_part(tmp_path):
     assert entry == {"bytes": 90, "sha256": [hashlib.sha256(b"abc" * 30).hexdigest()]}
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """A process for a folder of any size."""
+    monkeypatch.setattr(seal, "_LITTLE_BYTES", 0)
+
+
+def test_what_is_small_is_read_without_a_process(folder):
+    ahead = seal.Verification(folder)
+    (folder / "a.bin").write_bytes(b"")
+    assert ahead._process is None and ahead.result() == seal.damage(folder) == "a.bin has 0 bytes, not 250"
+
+
+@pytest.mark.usefixtures("apart")
 def test_a_process_of_its_own_finds_the_same(folder):
     assert seal.Verification(folder).result() is None
     content = bytearray((folder / "a.bin").read_bytes())
@@ -98,6 +111,7 @@ def test_a_process_of_its_own_finds_the_same(folder):
     assert seal.Verification(folder).result() == seal.damage(folder) == "a.bin is damaged: its SHA-256 is another"
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_process_that_was_killed_proves_nothing(folder):
     (folder / "a.bin").write_bytes(b"")
     ahead = seal.Verification(folder)

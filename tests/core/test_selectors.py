@@ -91,9 +91,11 @@ def test_every_selector_makes_a_call(name):
     assert not indices.requires_grad and indices.shape == (2, 2, cfg.geometry(150).gathered_length)
     out = lighthouse_attention(*inputs, cfg, key=KEY)
     assert torch.equal(out, lighthouse_attention(*inputs, cfg, indices=indices))
-    torch._dynamo.reset()
-    compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs, cfg, key=KEY), out)
+    # The others are compiled, and with gradients, in test_attention.py.
+    if name not in ("norm", "random", "block"):
+        torch._dynamo.reset()
+        compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs, cfg, key=KEY), out)
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
 
 

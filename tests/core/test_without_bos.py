@@ -28,6 +28,8 @@ from lighthouse_core.export import strip
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.seal import seal
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 SEQ, EOS = 40, 256
 DOCUMENTS = {f"{i}.txt": f"{i}{'é鍵' * i}" + "\n" * (i % 3) + "x" * (90 * (i % 4 == 3)) for i in range(9)}
 

@@ -122,7 +122,7 @@ def test_a_run_goes_on_as_another(place, one):
 
 def test_a_change_between_the_start_and_the_reading_is_one_line(place, monkeypatch):
     """The launcher has read a file that the processes find changed."""
-    from test_pipeline import lighthouse
+    from forked import lighthouse
 
     from lighthouse_core.job import launch
 

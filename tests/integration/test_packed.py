@@ -9,6 +9,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from test_pipeline import succeed
 from torch.nn.functional import cross_entropy
 
 from lighthouse_core.attention.context import AttentionContext, selection_keys
@@ -37,7 +38,7 @@ def workspace(tmp_path_factory):
 
 def pretrain(workspace: Path, name: str, *settings: str, more: tuple[str, ...] = ()) -> Path:
     options = jobs.options(*TINY, *settings)
-    jobs.succeed("pretrain", str(jobs.RECIPE), "--name", name, *options, *more, cwd=workspace)
+    succeed("pretrain", str(jobs.RECIPE), "--name", name, *options, *more, cwd=workspace)
     return workspace / "runs" / name
 
 
@@ -101,7 +102,7 @@ def test_two_processes_and_other_micro_batches_give_the_same(one, workspace):
 def test_a_resumed_run_repeats_an_uninterrupted_one(one, workspace):
     resumed = workspace / "runs/resumed"
     shutil.rmtree(resumed / "checkpoints/step-4")
-    jobs.succeed("pretrain", "--resume", "resumed", cwd=workspace)
+    succeed("pretrain", "--resume", "resumed", cwd=workspace)
     for key in ("loss", "grad_norm", "val_loss", "flops_per_token"):
         expected = {step: row[key] for step, row in jobs.rows(one, key).items() if step <= 4}
         assert {step: row[key] for step, row in jobs.rows(resumed, key).items()} == expected and expected
@@ -111,7 +112,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(one, workspace):
 @pytest.mark.slow
 def test_recovery_goes_on_with_documents_and_its_export_is_verified(one, workspace):
     resumed = workspace / "runs/resumed"
-    jobs.succeed("recover", "resumed", cwd=workspace)
+    succeed("recover", "resumed", cwd=workspace)
     recipe, rows = Run(resumed).recipe, jobs.rows(resumed)
     assert recipe.data.packing == "documents" and recipe.alignment == 16
     assert [rows[step]["stage"] for step in (5, 6)] == ["dense"] * 2
@@ -121,5 +122,5 @@ def test_recovery_goes_on_with_documents_and_its_export_is_verified(one, workspa
     mean = sum(rows[step]["flops_per_token"] for step in (1, 2, 3, 4)) / 4
     assert ledger["stages"][0]["flops"] == pytest.approx(mean * 4 * 4 * 512)
     pytest.importorskip("transformers")
-    job = jobs.succeed("strip", "resumed", "out", cwd=workspace)
-    assert "logits equal the trainer's" in job.words and (workspace / "out/config.json").exists()
+    done = succeed("strip", "resumed", "out", cwd=workspace)
+    assert "logits equal the trainer's" in done.stderr and (workspace / "out/config.json").exists()

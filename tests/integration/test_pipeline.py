@@ -1,25 +1,20 @@
 """The main job through the command line: pretrain, recover, strip; on one process and on two."""
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import children
 import jobs
 import pytest
 import torch
+from forked import Done, lighthouse
 from jobs import options
 
-from lighthouse_cli import _output
-from lighthouse_cli.app import main
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.job.environment import MEETING
@@ -38,40 +33,6 @@ class Seen(NamedTuple):
     addresses: set[str]
     meeting: Path
     mode: int
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def lighthouse(*arguments: str, cwd: Path) -> Done:
-    """The command line in this process, which has imported torch; what it starts are processes of their own."""
-    with (
-        contextlib.chdir(cwd),
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryFile("w+") as out,
-        tempfile.TemporaryFile("w+") as words,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(words),
-    ):
-        patch.setattr(sys, "argv", ["lighthouse", *arguments])
-        patch.setattr(_output, "_quiet", False)
-        code, stderr = 0, os.dup(2)
-        os.dup2(words.fileno(), 2)  # of the training processes
-        try:
-            # What it puts into its environment is for its own children.
-            with children.default_signals(), mock.patch.dict(os.environ):
-                main()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        for file in (out, words):
-            file.seek(0)
-        return Done(code, out.read(), words.read())
 
 
 def succeed(*arguments: str, cwd: Path) -> Done:

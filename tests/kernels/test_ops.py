@@ -77,7 +77,7 @@ def test_one_graph_and_the_same_results(scorer):
 
 def test_a_compiled_call_takes_any_shape():
     compiled = torch.compile(attention, fullgraph=True, backend=COMPILER)
-    for tokens, batch, heads in ((21, 1, 2), (21, 1, 4), (32, 1, 2), (37, 2, 2)):
+    for tokens, batch, heads in ((21, 1, 2), (32, 1, 4), (37, 2, 2)):
         *tensors, cfg = call(tokens, batch, heads, dense_backend="math")
         results = [attend(*tensors, cfg) for attend in (compiled, attention)]
         torch.testing.assert_close(*results)
