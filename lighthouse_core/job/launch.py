@@ -193,6 +193,8 @@ def _watch(
                 processes.kill()
             else:
                 processes.terminate(fault.grace)
+            if fault.saves:
+                machines.asked.say(f"{fault.error}: saving and ending here, too")
     # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
     while pipe is not None and select.select([pipe], [], [], 0)[0]:
         pipe = _pass_on(pipe, watcher, 0)

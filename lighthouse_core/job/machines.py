@@ -1,8 +1,8 @@
-"""The machines of a job: their launchers meet before they start processes, and hear of each other while these train.
+"""The machines of a job: their launchers meet before they start processes, and hear of each other afterwards.
 
-Machine 0 keeps a store of torch's at the endpoint, in its launcher, where the processes of the job meet afterwards. Each
-launcher says there what it was asked for, so that a machine with another command is refused before anything starts. From
-then on each one counts up once a second, and leaves a word when it ends.
+The launcher of machine 0 keeps a store of torch's at the endpoint, where the processes of the job meet afterwards. Each
+launcher says there what it was asked for, so that a machine with another command is refused before anything starts.
+From then on each one counts up once a second, and leaves a word when it ends.
 """
 
 import contextlib
@@ -184,20 +184,21 @@ class Machines:
         """What has become of another machine, if that concerns the processes here."""
         now = self._note()
         ends = {rank: end for rank, end in self._ends().items() if end[0]}
-        for rank, (code, words) in sorted(
-            ends.items(), key=lambda one: (killed_by(one[1][0]) in SIGNALS, not one[1][1])
-        ):
-            if killed_by(code) in SIGNALS:
-                return Fault(LighthouseError(f"{self.name(rank)} was stopped"), saves=True)
+        stopped = [rank for rank, (code, _) in ends.items() if killed_by(code) in SIGNALS]
+        # One that says why it failed is the cause, rather than one that does not.
+        for rank in sorted(ends.keys() - stopped, key=lambda rank: not ends[rank][1]):
+            code, words = ends[rank]
             what = words or f"exit code {code}; its own output says why"
             kind = UserError if code == UserError.exit_code else LighthouseError
             return Fault(kind(f"{self.name(rank)} has ended: {what}"), grace=self.patience if words else None)
+        if stopped:
+            return Fault(LighthouseError(f"{self.name(stopped[0])} was stopped"), saves=True)
         # Machine 0 takes the store with it when it ends.
         if 0 in self._ends():
             return None
         if self._broken is not None:
             return Fault(LighthouseError(f"{self.name(0)} has ended without a word"), saves=True)
-        return self._silence(now, self.patience)
+        return self._silence(now, self.patience, "parallel.hang_seconds is how long it may take")
 
     def cause(self) -> Fault | None:
         """What has become of another machine, once a process here has failed, as it may of that: waits a few seconds
@@ -222,7 +223,7 @@ class Machines:
         """Exit code and last words of each other machine that has ended."""
         return {n: end for n, (_, end) in enumerate(self._states) if end is not None and n != self.plan.node_rank}
 
-    def _silence(self, now: float, patience: float) -> Fault | None:
+    def _silence(self, now: float, patience: float, hint: str | None = None) -> Fault | None:
         ends = self._ends()
         silent = [n for n, (_, since) in sorted(self._heard.items()) if n not in ends and now - since > patience]
         if not silent:
@@ -231,7 +232,7 @@ class Machines:
         silent = silent[:1] if silent[0] == 0 else silent
         names = " and ".join(map(self.name, silent))
         text = f"{names} did not answer for {round(patience)} s"
-        return Fault(LighthouseError(text, hint="parallel.hang_seconds is how long it may take"), grace=0.0)
+        return Fault(LighthouseError(text, hint=hint), grace=0.0)
 
     def leave(self, code: int, words: str = "") -> None:
         """Tell the others how this machine ends, and talk no more."""

@@ -1,4 +1,4 @@
-"""How the processes of a job find each other: through a file on one machine, at the launcher of machine 0 on several."""
+"""How the processes of a job find each other: through a file on one machine, the launcher of machine 0 on several."""
 
 import contextlib
 import os

@@ -44,7 +44,7 @@ def step(environment: Mapping[str, str]) -> Step | None:
     if most > 1:
         raise UserError(
             f"srun starts {most} tasks on a machine, and each would train the whole run",
-            hint="srun --ntasks-per-node=1: lighthouse starts a process for each GPU itself; --nnodes 1 takes each task alone",
+            hint="srun --ntasks-per-node=1: lighthouse starts a process for each GPU. --nnodes 1 keeps tasks apart",
         )
     nnodes = _number(environment, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     if nnodes == 1:

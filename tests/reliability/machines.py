@@ -2,10 +2,11 @@
 
     python tests/reliability/machines.py [--only WORD] [--json FILE]
 
-Each machine has its own network namespace, host name and launcher, and one training process (gloo). They share the folder
-of the run, as on a cluster's file system. Prints a row for each situation: what was wanted, what was seen, and seconds.
-Ends with 1 if one of them is wrong, and with 2 where network namespaces cannot be made, which takes root. The namespaces
-are removed at the end, also after Ctrl-C or SIGTERM. `--only` leaves out the situations whose names lack the word.
+Each machine has its own network namespace, host name and launcher, and one training process (gloo). They share the
+folder of the run, as on a cluster's file system. Prints a row for each situation: what was wanted, what was seen, and
+seconds. Ends with 1 if one of them is wrong, and with 2 where network namespaces cannot be made, which takes root. The
+namespaces are removed at the end, also after Ctrl-C or SIGTERM. `--only` leaves out the situations whose names lack the
+word; `--words` prints what the commands of a wrong one printed.
 """
 
 import argparse
@@ -87,7 +88,7 @@ init_timeout_seconds = {meet}
 
 
 class Network:
-    """Namespaces that a bridge joins, in one more namespace, so that nothing is added to the network of this machine."""
+    """Namespaces that a bridge joins, in one more namespace: the network of this machine stays as it is."""
 
     def __init__(self) -> None:
         self.names = [f"lighthouse-{os.getpid()}-{number}" for number in range(MACHINES)]
@@ -304,12 +305,12 @@ class Drill:
         yield "a run directory that is not shared", "both refuse", self._unshared
         yield (
             "another host as endpoint on machine 1",
-            "both end within the limit, and say where they waited",
+            "both end after 15 s, and say where they waited",
             self._host,
         )
         yield (
             "another port as endpoint on machine 1",
-            "both end within the limit, and say where they waited",
+            "both end after 15 s, and say where they waited",
             self._port,
         )
         yield "an endpoint that is not machine 0's", "machine 0 refuses at once", self._foreign
@@ -451,7 +452,7 @@ class Drill:
 
     def _nproc(self):
         first = self.new()
-        return self._pair("--nproc", [*first, "--nproc", "1"], [*first, "--nproc", "2"])
+        return self._pair("--nproc", [*first, "--nproc", "1"], [*first, "--nproc", "3"])
 
     def _set(self):
         self.alone(1, "checkpoint.interval=4")
@@ -496,7 +497,8 @@ class Drill:
         return seen, checks | {"a run is left": not self.run.exists()}
 
     def _busy(self):
-        code = f"import socket, time; s = socket.create_server(('{ADDRESSES[0]}', {PORT})); print(1, flush=True); time.sleep(99)"
+        place = ADDRESSES[0], PORT
+        code = f"import socket, time; s = socket.create_server({place}); print(1, flush=True); time.sleep(99)"
         with subprocess.Popen([*self.network.within(0), sys.executable, "-c", code], stdout=subprocess.PIPE) as taker:
             assert taker.stdout is not None and taker.stdout.readline()
             try:
@@ -547,6 +549,7 @@ class Drill:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="leave out the situations whose names lack this")
+    parser.add_argument("--words", action="store_true", help="print what the commands of wrong ones printed")
     parser.add_argument("--json", help="file to write")
     arguments = parser.parse_args()
     # What is left of jobs and namespaces is cleared away then, too.
@@ -579,13 +582,13 @@ def main() -> int:
             row = Row(situation, wanted, seen.replace(name, ""), round(time.monotonic() - since, 1), wrong)
             found.append(row)
             print(
-                f"{'wrong' if wrong else 'well ':<6} {row.seconds:5.1f} s  {situation}\n    wanted: {wanted}",
+                f"{'wrong' if wrong else 'well':<6} {row.seconds:5.1f} s  {situation}\n    wanted: {wanted}",
                 flush=True,
             )
             print(f"    seen: {row.seen}", flush=True)
             if wrong:
                 print(f"    WRONG: {'; '.join(wrong)}", flush=True)
-                for job in drill.jobs if os.environ.get("WORDS") else ():
+                for job in drill.jobs if arguments.words else ():
                     print("      | " + job.words[-1500:].replace("\n", "\n      | "), flush=True)
     network.remove()
     failed = sum(bool(row.wrong) for row in found)
