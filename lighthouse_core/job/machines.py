@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lighthouse_core.errors import LighthouseError, UserError
@@ -27,6 +29,7 @@ from lighthouse_core.job.clock import RunningClock
 from lighthouse_core.job.exits import killed_by
 from lighthouse_core.job.plan import Asked, Plan
 from lighthouse_core.job.stop import SIGNALS
+from lighthouse_core.runs.create import git_commit
 
 _BEAT_SECONDS = 1.0
 # Between two looks while machines are waited for.
@@ -71,7 +74,7 @@ class Machines:
         self.plan, self.asked = plan, asked
         self.host, self.port = network.endpoint(plan.rdzv_endpoint)
         self.patience = asked.patience
-        own = {"--nnodes": plan.nnodes, "--nproc": plan.nproc, **asked.facts}
+        own = {"--nnodes": plan.nnodes, "--nproc": plan.nproc, **asked.facts, **_versions()}
         self._facts = {name: json.dumps(value, default=str) for name, value in own.items()}
         self._token = secrets.token_hex(8)
         self._hosts = {plan.node_rank: socket.gethostname()}
@@ -407,6 +410,13 @@ def connect(host: str, port: int, timeout: timedelta) -> dist.Store:
         torch.distributed.DistError: it does not answer.
     """
     return dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout)
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "the version of lighthouse": git_commit() or metadata.version("lighthouse-pretrain"),
+        "the version of torch": torch.__version__,
+    }
 
 
 def _contents(run_dir: Path) -> str:
