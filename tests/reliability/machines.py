@@ -36,7 +36,8 @@ from lighthouse_core.seal import damage
 MACHINES = 3
 HANG = 8  # parallel.hang_seconds
 MEET = 15  # seconds within which the machines must meet
-GRACE = 12  # for ending what runs on two busy cores
+GRACE = 12  # for ending what runs, on busy cores
+START = 30  # for a command to start there
 # No situation waits longer for a job to end.
 LIMIT = 75
 PORT = 29500
@@ -432,12 +433,12 @@ class Drill:
         return f"exit code {codes[0]} after {seconds:.0f} s; {line}", {
             f"exit code {codes[0]}": codes == [1],
             f"the line: {line}": "machine 1 " in line and f"within {MEET} s" in line,
-            f"{seconds:.0f} seconds": seconds < MEET + GRACE,
+            f"{seconds:.0f} seconds": seconds < MEET + START,
             "a run is left": not self.run.exists(),
         }
 
     def _pair(self, words: str, first: list[str], second: list[str]):
-        seen, checks = self.refused([self.start(0, 2, *first), self.start(1, 2, *second)], words, within=MEET + GRACE)
+        seen, checks = self.refused([self.start(0, 2, *first), self.start(1, 2, *second)], words, within=MEET + START)
         return seen, checks | {"a run is left": not self.run.exists()}
 
     def _recipe(self):
@@ -461,16 +462,16 @@ class Drill:
                 shutil.rmtree(self.run / name)
         resume = ["pretrain", "--resume", self.run.name]
         jobs = [self.start(0, 2, *resume), self.start(1, 2, *resume, *options("checkpoint.keep=7"))]
-        return self.refused(jobs, "--set", within=MEET + GRACE)
+        return self.refused(jobs, "--set", within=MEET + START)
 
     def _nnodes(self):
         first = self.new()
-        return self.refused([self.start(0, 2, *first), self.start(1, 3, *first)], "--nnodes", within=MEET + GRACE)
+        return self.refused([self.start(0, 2, *first), self.start(1, 3, *first)], "--nnodes", within=MEET + START)
 
     def _ranks(self):
         first = self.new()
         jobs = [self.start(0, 3, *first), self.start(1, 3, *first, rank=1), self.start(2, 3, *first, rank=1)]
-        return self.refused(jobs, r"machine-1.*machine-2|machine-2.*machine-1", within=MEET + GRACE)
+        return self.refused(jobs, r"machine-1.*machine-2|machine-2.*machine-1", within=MEET + START)
 
     def _unshared(self):
         first = self.new()
@@ -479,21 +480,21 @@ class Drill:
         for name in ("recipe.toml", "text.txt"):
             shutil.copy(self.folder / name, other / name)
         jobs = [self.start(0, 2, *first), self.start(1, 2, *first, cwd=other)]
-        return self.refused(jobs, "not shared|share", within=MEET + GRACE)
+        return self.refused(jobs, "not shared|share", within=MEET + START)
 
     def _host(self):
         first = self.new()
         jobs = [self.start(0, 2, *first), self.start(1, 2, *first, host="10.213.7.99")]
-        return self.refused(jobs, r"machine [01] .*(10\.213\.7\.1|10\.213\.7\.99)", within=MEET + GRACE, code=1)
+        return self.refused(jobs, r"machine [01] .*(10\.213\.7\.1|10\.213\.7\.99)", within=MEET + START, code=1)
 
     def _port(self):
         first = self.new()
         jobs = [self.start(0, 2, *first), self.start(1, 2, *first, port=PORT + 1)]
-        return self.refused(jobs, rf"machine [01] .*({PORT}|{PORT + 1})", within=MEET + GRACE, code=1)
+        return self.refused(jobs, rf"machine [01] .*({PORT}|{PORT + 1})", within=MEET + START, code=1)
 
     def _foreign(self):
         job = self.start(0, 2, *self.new(), host="10.213.7.2")
-        seen, checks = self.refused([job], "no address of this machine", within=GRACE)
+        seen, checks = self.refused([job], "no address of this machine", within=START)
         return seen, checks | {"a run is left": not self.run.exists()}
 
     def _busy(self):
@@ -503,7 +504,7 @@ class Drill:
             assert taker.stdout is not None and taker.stdout.readline()
             try:
                 job = self.start(0, 2, *self.new())
-                seen, checks = self.refused([job], f"port {PORT}: Address already in use", within=GRACE)
+                seen, checks = self.refused([job], f"port {PORT}: Address already in use", within=START)
             finally:
                 taker.kill()
         return seen, checks | {"a run is left": not self.run.exists()}
