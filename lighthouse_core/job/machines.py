@@ -29,6 +29,7 @@ from lighthouse_core.job.clock import RunningClock
 from lighthouse_core.job.exits import killed_by
 from lighthouse_core.job.plan import Asked, Plan
 from lighthouse_core.job.stop import SIGNALS
+from lighthouse_core.reading import read_regular
 from lighthouse_core.runs.create import git_commit
 
 _BEAT_SECONDS = 1.0
@@ -44,6 +45,7 @@ _QUIET_SECONDS = 3.0
 _SHARED_SECONDS = 15.0
 # Within a run, rewritten by each job of several machines.
 MARK = "logs/machines.json"
+_MARK_BYTES = 1000
 _SAME = "run the same command, of the same versions, on every machine, but for --node-rank"
 
 
@@ -171,7 +173,7 @@ class Machines:
         limit = self._clock() + _SHARED_SECONDS
         while self._clock() < limit and not stopping():
             with contextlib.suppress(OSError):
-                mark = (run_dir / MARK).read_text(errors="replace")
+                mark = read_regular(run_dir / MARK, _MARK_BYTES).decode(errors="replace")
                 if self._verdict["mark"] in mark and _contents(run_dir) in mark:
                     return
             time.sleep(_LOOK_SECONDS)
@@ -424,7 +426,7 @@ def _contents(run_dir: Path) -> str:
     digest = hashlib.sha256()
     for name in ("recipe.toml", "recover.toml", "ledger.json"):
         with contextlib.suppress(FileNotFoundError):
-            digest.update((run_dir / name).read_bytes())
+            digest.update(read_regular(run_dir / name))
     return digest.hexdigest()
 
 
