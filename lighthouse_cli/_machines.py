@@ -36,4 +36,8 @@ def machines(nnodes: int | None, node_rank: int | None, rdzv_endpoint: str) -> t
             f"this job of Slurm has {count} machines, and this one alone trains: srun --ntasks-per-node=1 lighthouse "
             "... takes all"
         )
+    if nnodes is not None and nnodes > 1:
+        # Before torch is loaded: it would tell stderr of every name that it does not find, and show where in torch a
+        # connection ended, for which we have words.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return nnodes or 1, node_rank or 0, rdzv_endpoint

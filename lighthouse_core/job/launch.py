@@ -132,9 +132,17 @@ def _launch(run_dir: Path, plan: Plan, watcher: Watcher | None, machines: "Machi
     if fault is not None and not fault.saves and reported != UserError.exit_code:
         raise fault.error
     code = conclude(code, reported, received, first_rank + number, left)
-    if machines is not None and code == LighthouseError.exit_code and (fault := fault or machines.cause()):
-        # What the processes here met may be no more than its consequence.
-        raise fault.error
+    # What the processes here met may be no more than a consequence.
+    if machines is not None and code not in (0, UserError.exit_code) and not received:
+        fault = fault or machines.cause()
+        if fault is not None and code == LighthouseError.exit_code:
+            raise fault.error
+        if fault is not None:
+            text = f"stopped, because {fault.error}"
+            if watcher is not None and watcher.takes_words:
+                watcher.words(f"{text}\n".encode())
+            else:
+                machines.asked.say(text)
     return code
 
 
@@ -193,8 +201,6 @@ def _watch(
                 processes.kill()
             else:
                 processes.terminate(fault.grace)
-            if fault.saves:
-                machines.asked.say(f"{fault.error}: saving and ending here, too")
     # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
     while pipe is not None and select.select([pipe], [], [], 0)[0]:
         pipe = _pass_on(pipe, watcher, 0)
