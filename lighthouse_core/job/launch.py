@@ -129,7 +129,7 @@ def _launch(run_dir: Path, plan: Plan, watcher: Watcher | None, machines: "Machi
     first_rank = plan.node_rank * plan.nproc
     left = " and ".join(f"rank {first_rank + number} (process {pid})" for number, pid in processes.left)
     number, code = processes.failed or (0, 0)
-    if fault is not None and not fault.saves and reported != UserError.exit_code:
+    if fault is not None and not fault.saves and code and reported != UserError.exit_code:
         raise fault.error
     code = conclude(code, reported, received, first_rank + number, left)
     # What the processes here met may be no more than a consequence.

@@ -292,7 +292,7 @@ class Machines:
                 socket.create_connection((self.host, self.port), _CONNECT_SECONDS).close()
                 wait = timedelta(seconds=self.asked.seconds)
                 return dist.PrefixStore("machines", connect(self.host, self.port, wait))
-            self._wake.wait(_LOOK_SECONDS)
+            self._wake.wait(_CONNECT_SECONDS / 4)
         return None
 
     def _state(self) -> str:
