@@ -37,9 +37,11 @@ _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.1
 # Of one attempt to connect.
 _CONNECT_SECONDS = 2.0
-# What a machine that failed waits to hear of another's end, and machine 0 for the others to read its last word.
+# What a machine that failed waits to hear whether another one is the cause.
+_CAUSE_SECONDS = 5.0
+# What machine 0 waits for the others to read its last word.
 _LAST_WORDS_SECONDS = 4.0
-# A launcher without a beat for so long does not hold up the end of another.
+# A launcher without a beat for so long is taken for one that has gone, where another one ends.
 _QUIET_SECONDS = 3.0
 # For the others to see what machine 0 has written into the run: file systems of a network keep what they looked up.
 _SHARED_SECONDS = 15.0
@@ -208,14 +210,16 @@ class Machines:
     def cause(self) -> Fault | None:
         """What has become of another machine, once a process here has failed, as it may of that: waits a few seconds
         for the word."""
-        begun = self._clock()
-        while (passed := self._clock() - begun) < _LAST_WORDS_SECONDS:
+        limit = self._note() + _CAUSE_SECONDS
+        before = dict(self._heard)
+        while self._clock() < limit:
             if found := self.fault():
                 return found
-            if all(self._heard[rank][1] > begun for rank in self._heard.keys() - self._ends().keys()):
+            # Of the first beat machine 0 may have heard before.
+            if all(self._heard[rank][0] > before[rank][0] + 1 for rank in before.keys() - self._ends().keys()):
                 return None
             time.sleep(_LOOK_SECONDS)
-        return self._silence(self._note(), passed - _LOOK_SECONDS)
+        return self._silence(self._note(), _QUIET_SECONDS)
 
     def _note(self) -> float:
         now = self._clock()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -173,6 +174,15 @@ def test_the_end_of_a_machine(meet, code, saves, words):
     launchers[1].leave(code)
     fault = wait_for_fault(launchers[0])
     assert (fault.saves, fault.error.exit_code) == (saves, 2 if code == 2 else 1) and words in str(fault.error)
+
+
+def test_a_machine_that_has_gone_is_the_cause_of_a_failure_here(meet):
+    launchers, _ = meet((1, 3, 0), (1, 3, 1), (1, 3, 2))
+    # While all of them beat none is.
+    assert [launcher.cause() for launcher in launchers[:2]] == [None, None]
+    launchers[2]._exchange = lambda store: time.sleep(0.5)
+    for launcher in launchers[:2]:
+        assert re.fullmatch(r"machine 2 \(.*\) did not answer for 3 s", str(launcher.cause().error))
 
 
 def test_a_machine_that_is_done_is_no_fault(meet):

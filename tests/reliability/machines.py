@@ -6,7 +6,7 @@ Each machine has its own network namespace, host name and launcher, and one trai
 folder of the run, as on a cluster's file system. Prints a row for each situation: what was wanted, what was seen, and
 seconds. Ends with 1 if one of them is wrong, and with 2 where network namespaces cannot be made, which takes root. The
 namespaces are removed at the end, also after Ctrl-C or SIGTERM. `--only` leaves out the situations whose names lack the
-word; `--words` prints what the commands of a wrong one printed.
+word, of which a file that is there keeps the rows; `--words` prints what the commands of a wrong one printed.
 """
 
 import argparse
@@ -602,6 +602,13 @@ def main() -> int:
             "seconds": round(seconds),
             "situations": [asdict(row) for row in found],
         }
+        if arguments.only and Path(arguments.json).exists():
+            again = {row.situation for row in found}
+            earlier = json.loads(Path(arguments.json).read_text())
+            kept = [row for row in earlier["situations"] if row["situation"] not in again]
+            order = [situation for situation, *_ in drill.situations()]
+            together = sorted([*kept, *figures["situations"]], key=lambda row: order.index(row["situation"]))
+            figures = earlier | {"situations": together}
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return int(failed > 0 or not found)
 
