@@ -24,9 +24,19 @@ Nproc = Annotated[
 MOST = 10**9
 MOST_TOKENS = 2**30
 Nnodes = Annotated[
-    int, typer.Option("--nnodes", metavar="N", min=1, max=10**5, help="Machines; run the same command on each.")
+    int | None,
+    typer.Option(
+        "--nnodes",
+        metavar="N",
+        min=1,
+        max=10**5,
+        help="Machines; run the same command on each. Else those of Slurm's srun, or 1.",
+        show_default=False,
+    ),
 ]
-NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="Number of this machine, from 0.")]
+NodeRank = Annotated[
+    int | None, typer.Option("--node-rank", metavar="R", help="Number of this machine, from 0.", show_default=False)
+]
 RdzvEndpoint = Annotated[
     str, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machine 0 can be reached.")
 ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lighthouse_core.config import Recipe
     from lighthouse_core.data.survey import Survey
-    from lighthouse_core.job.plan import Plan
+    from lighthouse_core.job.plan import Asked, Plan
     from lighthouse_core.runs.run import Run
     from lighthouse_core.seal import Verification
     from lighthouse_core.weights.origin import Weights
@@ -258,8 +258,39 @@ def _of_documents(recipe: "Recipe", found: "Sequence[Survey]") -> "Iterator[str]
     yield from _of_attention(recipe, lengths)
 
 
+def values(recipe: "Recipe") -> "dict[str, Any]":
+    """Every value of a recipe, by its key."""
+    from lighthouse_core.config.positions import flatten
+
+    table = flatten(recipe.model_dump(mode="json", by_alias=True))
+    return {".".join(key): value for key, value in table.items() if not isinstance(value, dict)}
+
+
+def asked(command: str, run_dir: Path, recipe: "Recipe", more: "dict[str, Any]") -> "Asked":
+    """What the machines of a job must have been asked for alike.
+
+    Args:
+        command: of the command line.
+        run_dir: of the run.
+        recipe: of the run, with the limits.
+        more: what decides the run besides, by name.
+    """
+    from lighthouse_core.job.plan import MEET_SECONDS, Asked
+
+    facts = {"the command": command, "the run": run_dir.name} | more
+    seconds = recipe.titan.get("comm", {}).get("init_timeout_seconds", MEET_SECONDS)
+    return Asked(facts, recipe.parallel.hang_seconds, seconds, _output.say)
+
+
 def train(
-    run_dir: Path, run: "Run | None", plan: "Plan", resume: str, *, quiet: bool = False, as_json: bool = False
+    run_dir: Path,
+    run: "Run | None",
+    plan: "Plan",
+    resume: str,
+    asked: "Asked",
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Launch the run's last stage. The caller holds the run's lock.
 
@@ -268,6 +299,7 @@ def train(
         run: None on a machine other than the first: that one keeps the run.
         plan: the processes.
         resume: the command that goes on after an interruption.
+        asked: of this machine, where there are several.
         quiet: show errors only.
         as_json: print every logged row on stdout.
 
@@ -284,7 +316,7 @@ def train(
     watcher = _watch.watcher(run, plan, quiet=quiet, as_json=as_json) if run is not None else _watch.Silence(quiet)
     outcome = "failed"
     try:
-        code = launch(run_dir, plan, watcher)
+        code = launch(run_dir, plan, watcher, *([asked] if plan.nnodes > 1 else ()))
         outcome = "done" if code == 0 else "stopped" if code in _INTERRUPTED else outcome
     except LighthouseError as error:
         if run is not None and (steps := run.checkpoint_steps()):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighthouse_cli import _caches, _complete, _options, _output, _train
+from lighthouse_cli import _caches, _complete, _machines, _options, _output, _train
 
 if TYPE_CHECKING:
-    from lighthouse_core.job.plan import Plan
+    from lighthouse_core.job.plan import Asked, Plan
     from lighthouse_core.runs.run import Newest, Run
 
 
@@ -51,8 +51,8 @@ def pretrain(
         typer.Option("--measure-dense", help="Time a dense step first, for the savings in the ledger."),
     ] = False,
     nproc: _options.Nproc = "auto",
-    nnodes: _options.Nnodes = 1,
-    node_rank: _options.NodeRank = 0,
+    nnodes: _options.Nnodes = None,
+    node_rank: _options.NodeRank = None,
     rdzv_endpoint: _options.RdzvEndpoint = "",
     strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
@@ -78,6 +78,7 @@ def pretrain(
     _train.check_gpu_memory(memory, dry_run=dry_run)
     if not dry_run:
         _caches.use_own()
+    nnodes, node_rank, rdzv_endpoint = _machines.machines(nnodes, node_rank, rdzv_endpoint)
     if measure_dense:
         settings = [*(settings or ()), "metrics.measure_dense=true"]
     if name == "":
@@ -116,8 +117,9 @@ def pretrain(
                 run.set_aside(damaged)
                 if settings:
                     run.write_recipe()
-            words = f"resuming {run.path}: steps {step + 1} to {run.end}"
-            _finish(run.path, None if node_rank else run, processes, words, quiet, as_json)
+            words = f"run {run.path}" if node_rank else f"resuming {run.path}: steps {step + 1} to {run.end}"
+            same = _train.asked("pretrain --resume", run.path, run.recipe, {"--set": settings or []})
+            _finish(run.path, None if node_rank else run, processes, words, quiet, as_json, same)
         return
 
     path = find_recipe(recipe or "")
@@ -144,7 +146,8 @@ def pretrain(
         _train.say_weights(resolved, weights)
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
-        _finish(path, None, processes, f"run {path}", quiet, as_json)
+        same = _train.asked("pretrain", path, resolved, _train.values(resolved))
+        _finish(path, None, processes, f"run {path}", quiet, as_json, same)
         return
     run = create_run(
         resolved, path.stem, name or "", source=str(path), weights=None if weights is None else weights.facts
@@ -152,7 +155,8 @@ def pretrain(
     try:
         with run.lock():
             _train.warn_of_no_savings(resolved, found)
-            _finish(run.path, run, processes, f"run {run.path}", quiet, as_json)
+            same = _train.asked("pretrain", run.path, resolved, _train.values(resolved))
+            _finish(run.path, run, processes, f"run {run.path}", quiet, as_json, same)
     except BaseException:
         # What ends before the first step leaves nothing worth keeping, and frees the name.
         if not run.checkpoint_steps() and not _has_metrics(run):
@@ -189,11 +193,13 @@ def _has_metrics(run: "Run") -> bool:
         return False
 
 
-def _finish(run_dir: Path, run: "Run | None", processes: "Plan", words: str, quiet: bool, as_json: bool) -> None:
+def _finish(
+    run_dir: Path, run: "Run | None", processes: "Plan", words: str, quiet: bool, as_json: bool, same: "Asked"
+) -> None:
     """Train, and say what comes next. The caller holds the run, where this machine keeps it."""
     _output.say(words)
     again = f"lighthouse pretrain --resume {run_dir}"
-    _train.train(run_dir, run, processes, again, quiet=quiet, as_json=as_json)
+    _train.train(run_dir, run, processes, again, same, quiet=quiet, as_json=as_json)
     if run is not None:
         after = f"recover {run_dir}" if run.stage == "lighthouse" else f"strip {run_dir} OUT"
         _output.final(f"done; go on with: lighthouse {after}")

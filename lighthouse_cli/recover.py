@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lighthouse_cli import _caches, _complete, _options, _output, _train
+from lighthouse_cli import _caches, _complete, _machines, _options, _output, _train
 
 
 def recover(
@@ -33,8 +33,8 @@ def recover(
     ] = None,
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
-    nnodes: _options.Nnodes = 1,
-    node_rank: _options.NodeRank = 0,
+    nnodes: _options.Nnodes = None,
+    node_rank: _options.NodeRank = None,
     rdzv_endpoint: _options.RdzvEndpoint = "",
     strict: _options.Strict = False,
     dry_run: _options.DryRun = False,
@@ -55,6 +55,7 @@ def recover(
     _train.check_gpu_memory(memory, dry_run=dry_run)
     if not dry_run:
         _caches.use_own()
+    nnodes, node_rank, rdzv_endpoint = _machines.machines(nnodes, node_rank, rdzv_endpoint)
     if run is None and nnodes > 1:
         raise UserError("name the RUN when several machines recover it")
     # Before a checkpoint is read, which can take minutes.
@@ -67,10 +68,12 @@ def recover(
                 f"the newest run, {found.path}, was dense from the start", hint=f"lighthouse recover {found.path}"
             )
         _output.say(f"newest run: {found.path}")
+    asked = {"--steps": steps, "--extend": extend, "--set": settings or []}
     if node_rank and not dry_run:
         _train.check_data(found.recipe)
         # Machine 0 keeps the ledger; the workers read it after they have met there.
-        _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", quiet=quiet)
+        same = _train.asked("recover", found.path, found.recipe, asked)
+        _train.train(found.path, None, plan(nproc, nnodes, node_rank, rdzv_endpoint), "", same, quiet=quiet)
         return
     with nullcontext() if dry_run else found.lock():
         ahead = _train.verify_ahead(found)
@@ -98,7 +101,8 @@ def recover(
         found.write_recovery(recovery)
         _output.say(f"recovering {found.path}: steps {recovery.step + 1} to {recovery.end}, every layer dense")
         again = f"lighthouse recover {found.path}"
-        _train.train(found.path, found, processes, again, quiet=quiet, as_json=as_json)
+        same = _train.asked("recover", found.path, recovery.recipe, asked)
+        _train.train(found.path, found, processes, again, same, quiet=quiet, as_json=as_json)
     _output.final(f"done; go on with: lighthouse strip {found.path} OUT")
     if not as_json:
         _output.data(str(found.path))

@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     # Read when the kernels are imported, by whichever test does it first.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tests may be run within a job of Slurm, whose machines are not theirs.
+for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    del os.environ[name]
+
 # The processes of the tests share the cores, as those of a job do: threads that wait for each other spin, and take the
 # cores from the other processes.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

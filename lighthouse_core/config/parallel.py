@@ -11,7 +11,7 @@ class ParallelSection(Section):
     """`context` processes share each sequence. `shard` is the FSDP degree over groups of such, -1 for all of them;
     `replicate` copies of all that train side by side. Weights are sharded over shard x context processes.
 
-    A process that does not answer for `hang_seconds` ends the job.
+    A process, or a machine, that does not answer for `hang_seconds` ends the job.
     """
 
     shard: Annotated[int, Field(le=10**6)] = -1

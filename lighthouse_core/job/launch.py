@@ -7,15 +7,18 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
-from lighthouse_core.errors import LighthouseError
+from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.job.environment import QUIET, command, environment, ranks
 from lighthouse_core.job.exits import conclude, reported_exit
 from lighthouse_core.job.heartbeat import Listener
-from lighthouse_core.job.plan import Plan
+from lighthouse_core.job.plan import Asked, Plan
 from lighthouse_core.job.processes import Processes
 from lighthouse_core.job.stop import SAME_REQUEST_SECONDS, SIGNALS
+
+if TYPE_CHECKING:
+    from lighthouse_core.job.machines import Fault, Machines
 
 # Between two looks at a job.
 _POLL_SECONDS = 0.2
@@ -44,8 +47,10 @@ class Watcher(Protocol):
         """Called with what the processes have printed since the last time; may end within a line."""
 
 
-def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
+def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None, asked: Asked | None = None) -> int:
     """Train the run's last stage in `plan`'s processes and wait for it, while `watcher` shows it.
+
+    Of several machines, all must have been `asked` for the same. One that has ended, or is silent, ends the others.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 (of batch systems, before a time limit) all go on to the workers as SIGTERM,
     upon which they save a checkpoint and end (SIGINT would leave tracebacks wherever Python is still importing). A
@@ -57,8 +62,27 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
         worker has printed its traceback).
 
     Raises:
-        LighthouseError: a worker was killed and could not say why, or does not answer, or has not ended.
+        LighthouseError: a worker was killed and could not say why, or does not answer, or has not ended; or another
+            machine did not come, or has failed.
+        UserError: another machine was asked for something else, or has ended with a user's mistake.
     """
+    if plan.nnodes == 1:
+        return _launch(run_dir, plan, watcher, None)
+    from lighthouse_core.job.machines import Machines
+
+    machines = Machines(plan, asked or Asked())
+    code, words = LighthouseError.exit_code, ""
+    try:
+        code = _launch(run_dir, plan, watcher, machines)
+    except LighthouseError as error:
+        code, words = error.exit_code, str(error)
+        raise
+    finally:
+        machines.leave(code, words)
+    return code
+
+
+def _launch(run_dir: Path, plan: Plan, watcher: Watcher | None, machines: "Machines | None") -> int:
     received: list[int] = []
     processes = Processes()
     first: float | None = None
@@ -74,13 +98,15 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
             processes.kill()
 
     with tempfile.TemporaryDirectory(prefix="lighthouse-", ignore_cleanup_errors=True) as name, stop_signals(forward):
+        if machines is not None and not machines.meet(run_dir, lambda: bool(received)):
+            return 128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM)
         folder = Path(name)
         surroundings = environment(plan, os.environ, folder)
         if watcher is not None and watcher.quiet:
             surroundings[QUIET] = "1"
         environments = [surroundings | own for own in ranks(plan)]
         with contextlib.ExitStack() as pipes:
-            words = written = None
+            words = written = fault = None
             if watcher is not None and watcher.takes_words:
                 words, written = (
                     pipes.enter_context(open(end, mode, buffering=0))
@@ -93,17 +119,31 @@ def launch(run_dir: Path, plan: Plan, watcher: Watcher | None = None) -> int:
                 if written is not None:
                     # Else there would be no end to read.
                     written.close()
-                _watch(processes, words, watcher, Listener(folder), received)
+                fault = _watch(processes, words, watcher, Listener(folder), received, machines)
             except BaseException:
                 # The job must not go on without its launcher.
                 processes.terminate()
-                _watch(processes, words, None, None, received)
+                _watch(processes, words, None, None, received, None)
                 raise
         reported = reported_exit(folder)
     first_rank = plan.node_rank * plan.nproc
     left = " and ".join(f"rank {first_rank + number} (process {pid})" for number, pid in processes.left)
     number, code = processes.failed or (0, 0)
-    return conclude(code, reported, received, first_rank + number, left)
+    if fault is not None and not fault.saves and code and reported != UserError.exit_code:
+        raise fault.error
+    code = conclude(code, reported, received, first_rank + number, left)
+    # What the processes here met may be no more than a consequence.
+    if machines is not None and code not in (0, UserError.exit_code) and not received:
+        fault = fault or machines.cause()
+        if fault is not None and code == LighthouseError.exit_code:
+            raise fault.error
+        if fault is not None:
+            text = f"stopped, because {fault.error}"
+            if watcher is not None and watcher.takes_words:
+                watcher.words(f"{text}\n".encode())
+            else:
+                machines.asked.say(text)
+    return code
 
 
 @contextlib.contextmanager
@@ -134,13 +174,18 @@ def _watch(
     watcher: Watcher | None,
     listener: Listener | None,
     received: list[int],
-) -> None:
+    machines: "Machines | None",
+) -> "Fault | None":
     """Wait for the job, and give the watcher its turns.
+
+    Returns:
+        What had become of another machine before any process here failed, upon which these were ended.
 
     Raises:
         LighthouseError: a process does not answer any more. The job has been ended.
     """
     pipe = words.fileno() if words else None
+    fault: Fault | None = None
     while processes.running():
         pipe = _pass_on(pipe, watcher, _POLL_SECONDS)
         if watcher is not None:
@@ -151,9 +196,15 @@ def _watch(
                 " and ".join(str(pulse) for pulse in silent) + f" did not answer for {silent[0].patience} s",
                 hint="parallel.hang_seconds is how long it may take",
             )
+        if machines is not None and fault is None and processes.failed is None and (fault := machines.fault()):
+            if fault.grace == 0:
+                processes.kill()
+            else:
+                processes.terminate(fault.grace)
     # Its last words. A process that outlives the job may hold the pipe open, so do not wait for the end of it.
     while pipe is not None and select.select([pipe], [], [], 0)[0]:
         pipe = _pass_on(pipe, watcher, 0)
+    return fault
 
 
 def _pass_on(pipe: int | None, watcher: Watcher | None, seconds: float) -> int | None:

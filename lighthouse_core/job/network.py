@@ -62,6 +62,30 @@ def own_address(host: str, port: int) -> tuple[socket.AddressFamily, str]:
     return family, address
 
 
+def listen(host: str, port: int, waiting: int) -> socket.socket:
+    """A socket of machine 0 that listens at an endpoint, on that address alone.
+
+    Args:
+        host, port: the endpoint.
+        waiting: how many may wait there to be let in.
+
+    Raises:
+        UserError: it is none of this machine, or another process listens there.
+    """
+    family, address = own_address(host, port)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((address, port))
+        listening.listen(waiting)
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"--rdzv-endpoint: cannot listen at {host}, port {port}: {error.strerror}", hint="choose another port"
+        ) from None
+    return listening
+
+
 def interface_towards(host: str, port: int) -> str | None:
     """Name of the interface through which this machine reaches a host; None where that cannot be told."""
     with contextlib.suppress(OSError, UnicodeError):

@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from lighthouse_core.config import Recipe
 from lighthouse_core.errors import UserError
@@ -28,6 +30,27 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.nproc * self.nnodes
+
+
+# Within which the machines of a job must meet, unless titan.comm.init_timeout_seconds says otherwise.
+MEET_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a machine was asked for.
+
+    Attributes:
+        facts: by name, what all machines must have alike; compared as JSON.
+        patience: seconds without a word after which machine 0 has a machine given up.
+        seconds: within which all machines must meet.
+        say: is given what a person should know meanwhile.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    patience: int = 60
+    seconds: int = MEET_SECONDS
+    say: Callable[[str], None] = lambda text: None
 
 
 def check_plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> None:

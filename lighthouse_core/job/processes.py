@@ -54,13 +54,13 @@ class Processes:
             )
             self._children.append(child)
 
-    def terminate(self) -> None:
-        """Have every process save and end; those that have not after 300 seconds are killed."""
+    def terminate(self, seconds: float | None = None) -> None:
+        """Have every process save and end; those that have not after so many seconds, by default 300, are killed."""
         for child in self._children[self._told :]:
             child.terminate()
         # A second signal would end them at once.
         self._told = len(self._children)
-        self._end = min(self._end, self.clock() + _SHUTDOWN_SECONDS)
+        self._end = min(self._end, self.clock() + (_SHUTDOWN_SECONDS if seconds is None else seconds))
 
     def kill(self) -> None:
         """End every process at once, with what it has started, stopped ones too."""

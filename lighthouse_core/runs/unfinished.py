@@ -11,7 +11,7 @@ _OWN = re.compile(
     rf"(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|tokenizer\.(json|model)|wandb-id"
     rf"|{'|'.join(map(re.escape, COMPANIONS))}"
     rf"|{ORIGIN}/({'|'.join(map(re.escape, DESCRIPTIONS))})|{TOKENIZER}/({'|'.join(map(re.escape, DESCRIPTIONS))})"
-    r"|logs/rank[0-9]+\.log|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
+    r"|logs/(rank[0-9]+\.log|machines\.json)|tb/([^/]+/)?events\.out\.tfevents\.[^/]+|wandb/.*"
     r"|\.(recipe\.toml|environment\.json|ledger\.json|metrics\.jsonl|wandb-id)\.[0-9a-f]+"
     r"|checkpoints/\.step-[0-9]+\.(saving|deleting)/.*)"
 )

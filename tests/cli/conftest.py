@@ -15,6 +15,7 @@ from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core.attention import backends
 from lighthouse_core.job import launch, plan
+from lighthouse_core.job.plan import Asked
 from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import seal
 
@@ -75,10 +76,13 @@ class Trainer:
         self.code = 0
         self.rows: list[dict] = []
         self.fault: Exception | None = None
+        # Of a job of several machines.
+        self.asked: Asked | None = None
         self.watcher: launch.Watcher | None = None
 
-    def __call__(self, run_dir: Path, plan: launch.Plan, watcher: launch.Watcher) -> int:
+    def __call__(self, run_dir: Path, plan: launch.Plan, watcher: launch.Watcher, asked: Asked | None = None) -> int:
         self.launches.append((str(run_dir), plan))
+        self.asked = asked
         self.watcher = watcher
         if self.rows:
             # Training replaces the file.

@@ -159,6 +159,6 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
-            meeting._store(f"127.0.0.1:{port}", 0, 2, datetime.timedelta(seconds=1))
+            network.listen("127.0.0.1", port, 2)
     with pytest.raises(LighthouseError, match=f"machine 0 does not answer at 127.0.0.1, port {port}"):
-        meeting._store(f"127.0.0.1:{port}", 1, 2, datetime.timedelta(seconds=1))
+        meeting._store(f"127.0.0.1:{port}", 2, datetime.timedelta(seconds=1))

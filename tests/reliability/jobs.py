@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,26 @@ def options(*settings: str) -> list[str]:
 
 
 class Job:
-    """One `lighthouse` command in progress. What it prints, and leaves of temporary files, goes to the folder `cwd`."""
+    """One `lighthouse` command in progress. What it prints, and leaves of temporary files, goes to the folder `cwd`.
+
+    `within` is a command that replaces itself by the one that follows it, as `ip netns exec NAME` does.
+    """
 
     number = 0
 
-    def __init__(self, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        *arguments: str,
+        cwd: Path,
+        environment: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
+    ):
         Job.number += 1
         self.words_path = cwd / f"words-{Job.number}.txt"
         self.begun = time.monotonic()
         with self.words_path.open("wb") as file:
             self.process = children.start(
-                [*children.LIGHTHOUSE, *arguments],
+                [*within, *children.LIGHTHOUSE, *arguments],
                 # The scripts have limits of their own.
                 seconds=24 * 3600,
                 cwd=cwd,

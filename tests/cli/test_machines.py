@@ -1,0 +1,213 @@
+"""Several machines on the command line: what is compared, what comes from Slurm, and the examples of the docs."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import children
+import pytest
+import yaml
+
+from lighthouse_core.job.plan import Plan
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "node1,node2",
+}
+START = ("pretrain", "tiny.toml", "--name", "a")
+SEVERAL = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def trainer(trainer):
+    trainer.code = 1  # on another machine than the first it would look for the run
+    return trainer
+
+
+def test_what_is_missing_comes_from_slurm(lighthouse, trainer, slurm):
+    answer = lighthouse(*START)
+    assert "from Slurm: --nnodes 2 --node-rank 1 --rdzv-endpoint node1:15007\n" in answer.err
+    assert trainer.launches == [("runs/a", Plan(1, 2, 1, "node1:15007"))]
+    # What is given wins, whatever else is missing.
+    assert "from Slurm: --node-rank 1\n" in lighthouse(*START, "--nnodes", "4", "--rdzv-endpoint", "host:1").err
+    assert "Slurm" not in lighthouse(*START, *SEVERAL).err
+    assert [plan for _, plan in trainer.launches[1:]] == [Plan(1, 4, 1, "host:1"), Plan(1, 2, 1, "host:29500")]
+
+
+def test_a_task_may_train_alone(lighthouse, trainer, slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
+    assert "srun starts 2 tasks on a machine" in lighthouse(*START).error and not trainer.launches
+    trainer.code = 0
+    assert lighthouse(*START, "--nnodes", "1").code == 0
+    assert trainer.launches == [("runs/a", Plan(1))] and trainer.asked is None
+
+
+def test_a_script_of_slurm_is_told_of_srun(lighthouse, trainer, slurm, monkeypatch):
+    monkeypatch.delenv("SLURM_STEP_ID")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    trainer.code = 0
+    answer = lighthouse(*START)
+    assert answer.code == 0 and "warning: this job of Slurm has 2 machines, and this one alone trains" in answer.err
+    monkeypatch.setenv("SLURM_NNODES", "1")
+    assert "Slurm" not in lighthouse("recover", "a").err
+
+
+def test_torchrun_is_refused(lighthouse, trainer, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert "torchrun" in lighthouse(*START).error and not trainer.launches
+
+
+def test_what_machines_compare(lighthouse, trainer):
+    set_titan = ("--set", "titan.comm.init_timeout_seconds=9", "--set", "parallel.hang_seconds=8")
+    lighthouse(*START, *SEVERAL, *set_titan)
+    new = trainer.asked
+    assert (new.seconds, new.patience) == (9, 8)
+    assert (new.facts["the command"], new.facts["the run"], new.facts["optimizer.lr"]) == ("pretrain", "a", 1e-3)
+    lighthouse(*START, *SEVERAL, *set_titan, "--set", "optimizer.lr=1e-4")
+    facts = trainer.asked.facts
+    assert {name for name in facts if facts[name] != new.facts[name]} == {"optimizer.lr"}
+    json.dumps(facts)
+    trainer.stop, trainer.code = 40, 143
+    assert lighthouse(*START).code == 143
+    trainer.code = 1
+    lighthouse("pretrain", "--resume", "a", *SEVERAL, "--set", "checkpoint.keep=7")
+    assert trainer.asked.facts == {"the command": "pretrain --resume", "the run": "a", "--set": ["checkpoint.keep=7"]}
+    assert trainer.asked.seconds == 300
+    lighthouse("recover", "a", "--steps", "5", *SEVERAL)
+    facts = trainer.asked.facts
+    assert (facts["the command"], facts["--steps"], facts["--extend"], facts["--set"]) == ("recover", 5, None, [])
+
+
+# The examples of docs/machines.md.
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Puts scripts on PATH; what `lighthouse` was given is in calls.txt, a line each."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def put(**scripts: str) -> None:
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    put(lighthouse=f'printf "%q " "$@" >>{tmp_path}/calls.txt; echo >>{tmp_path}/calls.txt')
+    return put
+
+
+def calls(folder: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in (folder / "calls.txt").read_text().splitlines()]
+
+
+def test_the_script_for_slurm_is_sound():
+    answer = subprocess.run(["shellcheck", EXAMPLES / "slurm.sh"], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (0, "")
+
+
+def run_script(folder: Path, *arguments: str, **environment: str):
+    command = ["bash", EXAMPLES / "slurm.sh", *arguments]
+    return children.start(command, cwd=folder, env={**os.environ, "SLURM_JOB_ID": "7", **environment})
+
+
+def test_the_script_for_slurm_resumes_and_queues_again(lighthouse, trainer, here, programs):
+    programs(srun='"$@"', scontrol=f'echo "$@" >>{here}/scontrol.txt', scancel=f'echo "$@" >>{here}/scancel.txt')
+    assert run_script(here, "tiny.toml", "a").wait(20) == 0
+    (here / "runs/a/checkpoints/step-5").mkdir(parents=True)
+    assert run_script(here, "tiny.toml", "a").wait(20) == 0
+    assert calls(here) == [["pretrain", "tiny.toml", "--name", "a"], ["pretrain", "--resume", "a"]]
+    # Before the time limit Slurm tells the script, which has the launchers end, and then queues itself.
+    programs(srun=f"trap 'exit 143' TERM; touch {here}/ready; while :; do sleep 0.05; done")
+    programs(scancel=f'echo "$@" >>{here}/scancel.txt; kill -TERM $(pgrep -P $PPID -f srun)')
+    script = run_script(here, "tiny.toml", "a")
+    children.wait_until((here / "ready").exists, script)
+    script.send_signal(10)
+    assert script.wait(20) == 143
+    assert (here / "scancel.txt").read_text() == "--signal=TERM 7\n"
+    assert (here / "scontrol.txt").read_text() == "requeue 7\n"
+    # Not where it is cancelled.
+    (here / "ready").unlink()
+    script = run_script(here, "tiny.toml", "a")
+    children.wait_until((here / "ready").exists, script)
+    subprocess.run(["pkill", "-TERM", "-P", str(script.pid), "-f", "srun"], check=True)
+    assert script.wait(20) == 143 and (here / "scontrol.txt").read_text() == "requeue 7\n"
+
+
+def test_the_job_for_kubernetes(lighthouse, trainer, here, programs, monkeypatch):
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    # The name of the first pod: JOB-0, in the domain of the service.
+    name, namespace = service["metadata"]["name"], "default"
+    assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == name
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    host = f"{job['metadata']['name']}-0.{name}.{namespace}.svc.cluster.local"
+    assert environment["ENDPOINT"].partition(":")[0] == host
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (here / "runs/my-run").mkdir(parents=True)
+    for made in (False, True):
+        if made:
+            (here / "runs/my-run/checkpoints/step-5").mkdir(parents=True)
+        given = {**os.environ, **environment, "RECIPE": "tiny.toml", "JOB_COMPLETION_INDEX": "1"}
+        subprocess.run([*container["command"], *container["args"]], cwd=here, env=given, check=True)
+    count = job["spec"]["completions"]
+    assert job["spec"]["parallelism"] == count
+    first, again = calls(here)
+    assert first[:4] == ["pretrain", "tiny.toml", "--name", "my-run"] and again[:3] == [
+        "pretrain",
+        "--resume",
+        "my-run",
+    ]
+    # The command line takes it.
+    lighthouse(*first)
+    assert trainer.launches == [("runs/my-run", Plan(1, count, 1, environment["ENDPOINT"]))]
+
+
+SRUN = """
+for task in 0 1; do
+  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_STEP_NODELIST='node[1-2]' \
+    SLURM_PROCID=$task SLURM_NODEID=$task "$@" &
+  tasks+=($!)
+done
+code=0
+for task in "${tasks[@]}"; do wait $task || code=$?; done
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_train_by_the_script_for_slurm(here, programs):
+    programs(
+        srun=SRUN,
+        scontrol="[ \"$*\" = 'show hostnames node[1-2]' ] && printf '127.0.0.1\\n127.0.0.2\\n'",
+        lighthouse=f'exec {sys.executable} -P -m lighthouse_cli "$@"',
+    )
+    text = (here / "tiny.toml").read_text()
+    data = '[data]\nsource = "files"\npaths = ["text.txt"]\nvalidation = 0.0\n'
+    (here / "text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
+    (here / "tiny.toml").write_text(text.replace("steps = 100", "steps = 2").replace("[data]\n", data))
+    job = str(time.time_ns() % 10**8)
+    script = run_script(here, "tiny.toml", "a", SLURM_JOB_ID=job, OMP_NUM_THREADS="1", NO_COLOR="1")
+    assert script.wait(200) == 0
+    rows = [json.loads(line) for line in (here / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2 and (here / "runs/a/checkpoints/step-2").is_dir()
+    assert (here / "runs/a/logs/rank1.log").exists()
