@@ -145,7 +145,7 @@ def attend(
     can, what = (DENSE_CAN, "dense") if context.dense else (method.can(cfg), cfg.method)
     tokens = context.tokens(q)
     if by_shard(cfg, context, tokens):
-        can |= {"group"}
+        can = can.union(("group",))
     check_context(context, can, what)
     if context.documents is not None:
         alignment = 1 if context.dense else cfg.alignment
