@@ -409,7 +409,7 @@ def test_content_free_scorers_need_a_key(scorer):
         lighthouse_attention(q, k, v, cfg)
     with pytest.raises(USER_ERRORS, match="key"):
         select_indices(q, k, cfg)
-    for wrong in (torch.tensor([1, 2]), torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1.0, 2.0, 3.0])):
+    for wrong in (torch.tensor([1, 2]), torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([1.0, 2.0, 3.0])):
         with pytest.raises(USER_ERRORS, match="key"):
             select_indices(q, k, cfg, key=wrong)
 

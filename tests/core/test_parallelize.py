@@ -144,13 +144,19 @@ def qwen(cfg, tmp_path=None, mode="none", compiled=False):
     return built
 
 
+MODES = "none", "selective", "attention", "full"
+
+
 # Of a Llama every mode is compiled above.
 @pytest.mark.parametrize(
     ("mode", "compiled"),
     [
-        *(pytest.param(mode, False, id=f"{mode}-eager") for mode in ("none", "selective", "attention", "full")),
+        *(pytest.param(mode, False, id=f"{mode}-eager") for mode in MODES),
         pytest.param("selective", True, id="selective-compiled"),
-        *(pytest.param(mode, True, id=f"{mode}-compiled", marks=pytest.mark.slow) for mode in ("none", "attention", "full")),
+        *(
+            pytest.param(mode, True, id=f"{mode}-compiled", marks=pytest.mark.slow)
+            for mode in ("none", "attention", "full")
+        ),
     ],
 )
 def test_nor_of_a_model_that_norms_its_heads(tmp_path, mode, compiled):
