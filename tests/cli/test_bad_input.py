@@ -241,6 +241,8 @@ ROW |= {"steps": 100, "tokens_per_second": 1.0, "seconds": 1.0, "data_seconds": 
 NUMBERED = {
     "recover --steps": ("recover", "run"),
     "recover --extend": ("recover", "run"),
+    "pretrain --gpu-memory": ("pretrain", "tiny.toml", "--dry-run"),
+    "recover --gpu-memory": ("recover", "run", "--dry-run"),
     "recover --nproc": ("recover", "run"),
     "recover --nnodes": ("recover", "run", "--rdzv-endpoint", "h:1"),
     "recover --node-rank": ("recover", "run"),

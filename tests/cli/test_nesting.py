@@ -16,6 +16,7 @@ KNOWN = {
     "data/rows.py": "it takes a RecursionError for a bad line",
     "data/tokenizers/huggingface.py": "what a library wrote of its own state",
     "export/tokenizer.py": "what a library wrote of its own state",
+    "job/machines.py": "of launchers that one person has started",
     "profile/step.py": "of a run that this command has just made",
     "profile/trace.py": "of a trace that this command has just made",
     "seal.py": "a damaged manifest; and the words of a process of ours",

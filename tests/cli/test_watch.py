@@ -127,12 +127,13 @@ def terminal(here):
             import typer
             from lighthouse_cli import _train, _watch
             from lighthouse_core.job import launch
+            from lighthouse_core.job.plan import Asked
             from lighthouse_core.runs.run import Run
             launch.command = lambda run_dir: [sys.executable, "worker.py"]
             _watch._REDRAW_SECONDS = 0.5
             run = Run({str(made.path)!r})
             try:
-                _train.train(run.path, run, launch.Plan(1), "again")
+                _train.train(run.path, run, launch.Plan(1), "again", Asked())
             except typer.Exit as end:
                 sys.exit(end.exit_code)
             """)

@@ -202,8 +202,11 @@ def timeout_of_a_later_launch(job, see):
     torchtitans = MagicMock(__name__="utils", set_pg_timeouts=lambda timeout, parallel_dims: set_to.append(timeout))
     see.patch.setattr(trainer.titan_train, "dist_utils", guard.NotingUtils(torchtitans, None, 0, 0.0))
     parts = ("lr_schedulers", "effects", "guard", "parallel_dims", "checkpointer", "dataloader")
-    one.__dict__ |= dict(step=5, asked=4, begun=True, ranks=1, gradient_accumulation_steps=1, job_config=job)
+    one.__dict__ |= dict(
+        step=5, asked=4, begun=True, ranks=1, loss_scale=None, gradient_accumulation_steps=1, job_config=job
+    )
     one.__dict__ |= {part: MagicMock() for part in parts} | {"stage": SimpleNamespace(recipe=recipe())}
+    see.patch.setattr(trainer.Trainer, "anywhere", lambda self, here: here)
     one.train_step(None)
     return set_to
 
