@@ -74,17 +74,8 @@ def rows() -> Iterator[Row]:
     for path in itertools.chain.from_iterable(map(sorted, files)):
         found = json.loads(path.read_text(encoding="utf-8"))
         source = path.relative_to(_HERE).as_posix()
-        for item in _cells(found) if isinstance(found, list) else _items(found):
+        for item in found if isinstance(found, list) else _items(found):
             yield from _of(item, source)
-
-
-def _cells(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of a list. A cell `loss-*` of recipes/scaling.py ran what `context-*` ran, which says it."""
-    named = {item.get("name"): item for item in found}
-    for item in found:
-        name = item.get("name", "")
-        step = named[name.replace("loss-", "context-")] if name.startswith("loss-") else {}
-        yield {key: step[key] for key in ("recipe", "settings", "stage", "machine") if key in step} | item
 
 
 def _items(found: dict[str, Any]) -> Iterator[dict[str, Any]]:

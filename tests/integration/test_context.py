@@ -1,9 +1,7 @@
 """Sequences that processes share: attention calls, gradients and whole runs, against one process."""
 
 import itertools
-import json
 import logging
-import random
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -354,11 +352,8 @@ def test_a_recipe_names_the_nearest_number_of_processes():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("context"), random.Random(0)
-    with (folder / "texts.jsonl").open("w") as file:
-        for _ in range(400):
-            text = "".join(draw.choices("abcdefgh ", k=round(2 ** draw.uniform(1, 11))))
-            file.write(json.dumps({"text": text}) + "\n")
+    folder = tmp_path_factory.mktemp("context")
+    jobs.write_texts(folder / "texts.jsonl")
     return folder
 
 

@@ -1,8 +1,6 @@
 """A run whose documents are kept apart, through the command line: the same on any number of processes and in any
 micro-batches, with and without an interruption, and to its export."""
 
-import json
-import random
 import shutil
 from pathlib import Path
 
@@ -28,11 +26,8 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("packed"), random.Random(0)
-    with (folder / "texts.jsonl").open("w") as file:
-        for _ in range(400):
-            text = "".join(draw.choices("abcdefgh ", k=round(2 ** draw.uniform(1, 11))))
-            file.write(json.dumps({"text": text}) + "\n")
+    folder = tmp_path_factory.mktemp("packed")
+    jobs.write_texts(folder / "texts.jsonl")
     return folder
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -28,6 +29,15 @@ TINY = [
     "metrics.validation_batches=1",
 ]
 _POLL_SECONDS = 0.02
+
+
+def write_texts(path: Path) -> None:
+    """Documents of 2 to 2048 characters, always the same."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(400):
+            text = "".join(draw.choices("abcdefgh ", k=round(2 ** draw.uniform(1, 11))))
+            file.write(json.dumps({"text": text}) + "\n")
 
 
 def options(*settings: str) -> list[str]:
