@@ -156,7 +156,8 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
 
     Of a pyramid whose shards are whole tiles (R - 1) B ((S / R) (2 h + 2 c) + (L - 1) h) D bytes a number: S gathered
     rows, and outputs of L - 1 rows of the shard before. With a window also (R - 1) B (S / R + L - 1) h bytes of a
-    float32, the log-sum-exps, and B window 2 Hkv D bytes a number, keys and values for the next shard.
+    float32, the log-sum-exps. Of a window, beside a pyramid or alone, B window 2 Hkv D bytes a number: keys and values
+    for the next shard. Of chunks that fill the shards nothing.
 
     Scores and entries that are exchanged, too, are not counted.
 
@@ -175,12 +176,12 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
         sent = others * (rows * 2 * (heads + more) + edge * heads) * model.head_dim * width
         if cfg.window:
             sent += others * (rows + edge) * heads * 4
-            sent += training.local_batch_size * cfg.window * 2 * model.kv_heads * model.head_dim * width
         return sent
 
     def bytes_of(cfg: LighthouseConfig | None) -> int:
         if cfg is not None and cfg.rule.whole(cfg, training.seq_len, context) is None:
-            return by_rows(cfg)
+            previous = cfg.rule.previous(cfg) * 2 * model.kv_heads * model.head_dim * width
+            return training.local_batch_size * previous + (by_rows(cfg) if cfg.pools else 0)
         return others * training.seq_len // context * 2 * (heads + more) * model.head_dim * width
 
     if context == 1:

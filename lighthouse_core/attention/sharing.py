@@ -3,7 +3,7 @@
 One all-to-all turns "my tokens, all heads" into "all tokens, my heads". The attention call then sees whole sequences,
 as on one device, and its output goes back the same way (DeepSpeed-Ulysses, arXiv 2309.14509). A pyramid whose shards
 are whole tiles does this to its gathered rows alone (`rows_by_heads`). Its other stages need a few rows of the shard
-before.
+before, and a window needs the last tokens before the shard (`with_last_tokens`).
 
 All processes run the same graph, also the first and the last one: a compiler must not leave out on one of them what the
 others wait for. So shards form a ring, and what the first one gets of the last one takes no part in its attention.
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
-from lighthouse_core.attention.context import AttentionContext, Heads
+from lighthouse_core.attention.context import AttentionContext, Documents, Heads
+from lighthouse_core.attention.documents import of_shard
 from lighthouse_core.attention.heads import shares_heads
 
 Scores = tuple[Tensor, Tensor]
@@ -104,6 +105,37 @@ def from_previous(x: Tensor, group: ProcessGroup) -> Tensor:
     """Send `x` to the next process; what comes back is the previous one's, zeros for the first. No gradient."""
     # Zeroed where it is sent: the first process reads what it got as all others do.
     return _shifted(x * (group.rank() < group.size() - 1), group, 1)
+
+
+def with_last_tokens(
+    call: Callable[[Tensor, Tensor, Tensor, Documents | None], tuple[Tensor, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: int,
+    context: AttentionContext,
+) -> tuple[Tensor, ...]:
+    """What `call` makes of a shard that has the keys and values of the last `rows` tokens before it, too.
+
+    Args:
+        call: (q, k, v, documents) -> tensors [B, n + rows, H, ...]; is given [B, n + rows, H, D], and twice
+            [B, n + rows, Hkv, D].
+        q: [B, n, H, D].
+        k, v: [B, n, Hkv, D].
+        rows: at most n.
+        context: of the batch, with a group.
+
+    Returns:
+        [B, n, H, ...].
+    """
+    group = context.group
+    assert group is not None
+    batch, whole = len(q), context.tokens(q)
+    q, (k, v) = with_padding(q, rows, group), with_previous(k, v, rows, group)
+    documents = context.documents
+    if documents is not None:
+        documents = of_shard(documents, batch, max(0, context.first_position - rows), q.shape[1], whole)
+    return tuple(own_tokens(x, rows, group) for x in call(q, k, v, documents))
 
 
 def with_previous(k: Tensor, v: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lighthouse_core.attention.backends import is_selection, window_scores, with_edge
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.attention.dense.call import dense_attention
-from lighthouse_core.attention.documents import of_last_tokens, of_shard, of_windows
+from lighthouse_core.attention.documents import of_last_tokens, of_windows
 from lighthouse_core.attention.parts import Part, near, near_entries
 from lighthouse_core.attention.rotary import last_tokens, rotate, rotate_entries
 from lighthouse_core.attention.selectors import selector_of
@@ -23,10 +23,8 @@ from lighthouse_core.attention.settings import Settings
 from lighthouse_core.attention.sharing import (
     from_previous,
     of_all_query_heads,
-    own_tokens,
     rows_by_heads,
-    with_padding,
-    with_previous,
+    with_last_tokens,
 )
 from lighthouse_kernels.geometry import Geometry
 
@@ -147,12 +145,11 @@ def stages(
             return near(q, k, v, settings.window, **how, documents=documents)
         # A shape here: with another window it is compiled again.
         before = operator.index(settings.window)
-        q, (k, v) = with_padding(q, before, group), with_previous(k, v, before, group)
-        within = None
-        if documents is not None:
-            within = of_shard(documents, len(q), max(0, g.first - before), q.shape[1], g.sequence)
-        found = near(q, k, v, before, **how, documents=within)
-        return Part(own_tokens(found.out, before, group), own_tokens(found.lse, before, group))
+
+        def over(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Part:
+            return near(q, k, v, before, **how, documents=documents)
+
+        return Part(*with_last_tokens(over, q, k, v, before, context))
 
     found = [
         Stage("pyramid + score", ("q", "k", "v"), "pyramid", pyramid),

@@ -129,14 +129,14 @@ class Job:
         return len(stopped)
 
 
-def succeed(*arguments: str, cwd: Path) -> Job:
-    """Run a command to its end.
+def succeed(*arguments: str, cwd: Path, seconds: float = 240) -> Job:
+    """Run a command to its end, which comes within so many seconds.
 
     Raises:
         RuntimeError: it did not end with 0.
     """
     job = Job(*arguments, cwd=cwd)
-    code = job.wait()
+    code = job.wait(seconds)
     if code:
         raise RuntimeError(f"{job.words}\nlighthouse {' '.join(arguments)} ended with {code}")
     return job

@@ -28,6 +28,10 @@ class Chunked(Method):
     def can(self, settings: Settings) -> frozenset[str]:
         return frozenset(("documents",))
 
+    def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
+        share = tokens // processes
+        return f"chunks of {settings.window} tokens do not fill a share of {share}" if share % settings.window else None
+
     def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
         """A document may begin within a chunk."""
         window, length = settings.window, tokens if length is None else length
@@ -59,13 +63,16 @@ class Chunked(Method):
         from torch.nn.functional import pad
 
         from lighthouse_core.attention.dense.call import dense_unchecked, fuses_documents
-        from lighthouse_core.attention.documents import cut
+        from lighthouse_core.attention.documents import cut, of_shard
 
         batch, tokens = q.shape[:2]
+        within = context.documents
+        if within is not None and context.group is not None:
+            within = of_shard(within, batch, context.first_position, tokens, context.tokens(q))
         how: dict[str, Any] = {"scale": scale, "backend": settings.dense_backend}
         given = settings.dense_backend, q.device.type, q.dtype, q.shape[3]
-        if context.documents is not None or fuses_documents(*given):
-            documents = cut(context.documents, batch, tokens, settings.window, q.device)
+        if within is not None or fuses_documents(*given):
+            documents = cut(within, batch, tokens, settings.window, q.device)
             return dense_unchecked(q, k, v, **how, documents=documents)
         size = min(operator.index(settings.window), tokens)
         chunks = -(-tokens // size)

@@ -87,6 +87,10 @@ class Method:
         each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes."""
         return f"the method {self.name} attends to all tokens"
 
+    def previous(self, settings: Settings) -> int:
+        """Tokens before its own whose keys and values each process needs, where `whole` returns None."""
+        return 0
+
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""
         return False
@@ -182,3 +186,8 @@ def last(tokens: float, window: float) -> float:
     """Keys that a query sees of the last `window` tokens, on average over a causal sequence."""
     window = min(window, tokens)
     return window * (1 - window / (2 * tokens))
+
+
+def too_long(window: int, share: int) -> str | None:
+    """Why a process with `share` tokens of a sequence cannot have the window from the process before alone."""
+    return f"the window of {window} tokens is longer than a share of {share}" if window > share else None

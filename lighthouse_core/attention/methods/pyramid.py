@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lighthouse_core.attention.methods.method import Method, Proposal, last
+from lighthouse_core.attention.methods.method import Method, Proposal, last, too_long
 from lighthouse_core.attention.selectors import selector_of
 from lighthouse_core.attention.settings import SettingError
 from lighthouse_kernels.geometry import Geometry
@@ -73,9 +73,10 @@ class Pyramid(Method):
             return f"the tiles end at {g.padded} tokens"
         if g.tiles % processes:
             return f"{processes} processes cannot share out {g.tiles} tiles (topk / tile_parents)"
-        if settings.window > (share := tokens // processes):
-            return f"the window of {settings.window} tokens is longer than a share of {share}"
-        return None
+        return too_long(settings.window, tokens // processes)
+
+    def previous(self, settings: Settings) -> int:
+        return settings.window
 
     def draws(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).draws
