@@ -103,8 +103,8 @@ class Phase:
         """The settings of one of its steps."""
         return replace(self.attention, window=self.window_at(step))
 
-    def layers(self, layers: int) -> int:
-        """How many of so many layers are not dense."""
+    def sparse_layers(self, layers: int) -> int:
+        """How many of a model's `layers` layers are not dense."""
         return 0 if self.dense else layers - len(self.dense_layers)
 
     @property

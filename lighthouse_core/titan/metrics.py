@@ -15,6 +15,7 @@ import torch
 from torchtitan.components.metrics import BaseLogger, DeviceMemoryMonitor, LoggerContainer, MetricsProcessor
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
+from lighthouse_core.config.phases import Phase, overlaps
 from lighthouse_core.errors import UserError
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.files import open_to_append, replacing
@@ -37,6 +38,10 @@ class _Peak(NamedTuple):
 
     max_reserved_gib: float
     max_reserved_pct: float
+
+
+def _leaks(phase: Phase) -> bool:
+    return not phase.dense and phase.attention.leaks
 
 
 class _HostMemoryMonitor:
@@ -72,6 +77,7 @@ class Metrics(MetricsProcessor):
     start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
+    Of a recipe with phases `phase` is the number, from 1, of the step's phase, and `window` the step's window in tokens.
     Where documents are kept apart `flops_per_token` and `dense_flops_per_token` count what is attended to.
     In float16 training `loss_scale` is that of the next step, and `skipped_steps` counts the updates since the start of
     the run that were left out because gradients overflowed.
@@ -94,7 +100,6 @@ class Metrics(MetricsProcessor):
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.optimizers = self.lr_schedulers = self.model_parts = None
-        self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.attention().leaks
         self.spikes = Spikes()
         self.unwritten = b""
         # Whether something else has the name of the file.
@@ -210,8 +215,8 @@ class Metrics(MetricsProcessor):
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             row["mfu"] = flops * per_device / self.gpu_peak_flops
-        if self.stage.name == "lighthouse" and self.stage.recipe.lighthouse.windows:
-            row["window"] = self.stage.recipe.lighthouse.window_at(step, training.steps)
+        if (phase := self.stage.phase(step)) and self.stage.recipe.lighthouse.phases:
+            row |= {"phase": phase.number} | ({} if phase.dense else {"window": phase.window_at(step)})
         if self.loss_scale is not None:
             state = self.loss_scale.state_dict()
             row |= {"loss_scale": state["factor"], "skipped_steps": state["skipped"]}
@@ -222,23 +227,26 @@ class Metrics(MetricsProcessor):
             logger.warning(
                 "step %d: loss %.4f is a spike, %.1f robust deviations above the last", step, row["loss"], spike
             )
-        self._write(step, row)
+        # Of any of the steps that the row is the mean of.
+        self._write(step, row, any(map(_leaks, overlaps(self.stage.phases, self.last_step + 1, step))))
         self.last_step, self.last_time = step, now
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        self._write(step, {"val_loss": float(loss) if self.validation_loss is None else self.validation_loss()})
+        value = float(loss) if self.validation_loss is None else self.validation_loss()
+        phase = self.stage.phase(max(step, 1))
+        self._write(step, {"val_loss": value}, phase is not None and _leaks(phase))
         self.validated = step
 
-    def _write(self, step: int, row: dict[str, Any]) -> None:
+    def _write(self, step: int, row: dict[str, Any], leaky: bool) -> None:
         try:
             self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
         except OSError as error:
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
-            row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
+            row = {"step": step, "stage": self.stage.name, "leaky": leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             self._write_rows(step)
 
