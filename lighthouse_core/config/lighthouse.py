@@ -31,7 +31,7 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
             dense_layers: of the model, for phases without a list of their own.
         """
         if not self.enabled or not self.phases:
-            attention = self._of_dense({}) if self.phases else self._config({})
+            attention = self._last(self.phases[-1]) if self.phases else self._config({})
             return (Phase(1, 1, steps, attention, attention.window, None, not self.enabled, dense_layers),)
         return tuple(
             Phase(

@@ -15,6 +15,7 @@ from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 from lighthouse_core import figures
+from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
@@ -573,6 +574,8 @@ def losses_by_time(lines: list[tuple[Trial, Line]], folder: Path) -> list[Path]:
 def write(files: list[Path], out: Path) -> None:
     files = sorted(files, key=lambda file: file.stem)
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for run in itertools.chain.from_iterable(sweep["runs"].values() for sweep in sweeps):
+        run["recipe"] = of_older_run(run["recipe"])
     alone = paces({file.stem: sweep for file, sweep in zip(files, sweeps, strict=True)})
     measurements = [trials(sweep, alone) for sweep in sweeps]
     known: list[Machine] = []
