@@ -220,17 +220,17 @@ def test_its_selection_is_by_the_norms_before_they_are_levelled():
 
 def test_what_is_kept():
     ops = torch.ops.lighthouse
-    full = kept_results("full", config(backend="triton"), DEVICE)
+    full = kept_results("full", [config(backend="triton")], DEVICE)
     assert full == {ops.select.default, ops.select_drawn.default}
-    selective = kept_results("selective", config(backend="triton"), DEVICE)
+    selective = kept_results("selective", [config(backend="triton")], DEVICE)
     aten = torch.ops.aten
     assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}
     assert aten._scaled_dot_product_cudnn_attention.default in selective
     assert aten._scaled_dot_product_flash_attention.default in selective
-    attention = kept_results("attention", config(backend="triton"), DEVICE)
+    attention = kept_results("attention", [config(backend="triton")], DEVICE)
     assert full | {ops.gather.default, ops.flash4.default} < attention < selective
     assert aten.mm.default not in attention
-    assert kept_results("full", None, DEVICE) == set()
+    assert kept_results("full", [], DEVICE) == set()
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
 @pytest.mark.slow
 def test_windows_grow_also_after_an_interruption(workspace):
     method = ['lighthouse.method="chunked"', "model.dense_layers=[]", "checkpoint.interval=50", "checkpoint.keep=0"]
-    also = ["lighthouse.windows=[64, 256]", "checkpoint.also=[2, 4]"]
+    also = ["lighthouse.phases=[{window=64}, {window=256}]", "checkpoint.also=[2, 4]"]
     run = pretrain(workspace, "growing", *options(*method, *also))
     assert checkpoint_steps(run) == [2, 4, 6]
     losses = {step: row["loss"] for step, row in rows(run).items()}

@@ -187,7 +187,7 @@ def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     # A key that came later.
-    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["windows"] = []
+    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["phases"] = []
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
     assert module.repetitions([module.trials(sweep)]) == ""
