@@ -127,8 +127,9 @@ def _of_phase(phase: Phase, seen: Callable[[LighthouseConfig | None], float], fi
     if phase.growth is None:
         return seen(phase.attention)
     # Of many steps, some at equal distances.
-    some = min(_SAMPLES, last - first + 1)
-    steps = [first + (last - first) * (2 * i + 1) // (2 * some) for i in range(some)]
+    count = last + 1 - first
+    some = min(_SAMPLES, count)
+    steps = [first + count * (2 * i + 1) // (2 * some) for i in range(some)]
     return sum(seen(phase.settings(step)) for step in steps) / some
 
 

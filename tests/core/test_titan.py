@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ from lighthouse_core.attention import backends
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError, UserError
-from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 from lighthouse_core.titan import build_job, check_overrides, trainer
 from lighthouse_core.titan import metrics as metrics_module
 from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.metrics import Metrics
+from lighthouse_core.titan.trainer import Stage
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def writing(file, log) -> Metrics:
     metrics = Metrics.__new__(Metrics)
     metrics.logger, metrics.file, metrics.unwritten = SimpleNamespace(log=log), file, b""
     metrics.lengths, metrics.validation_loss, metrics.loss_scale = [], None, None
-    metrics.stage, metrics.leaky = SimpleNamespace(name="dense", run=SimpleNamespace(path=Path("nowhere"))), False
+    metrics.stage = Stage(SimpleNamespace(path=Path("nowhere")), None, "dense", 0, 9, False)
     return metrics
 
 
@@ -204,7 +205,7 @@ def test_the_time_of_a_step_has_neither_saves_nor_evaluations(recipe, monkeypatc
     now = 0.0
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now)
     metrics = writing(io.BytesIO(), lambda row, step: None)
-    metrics.stage = SimpleNamespace(name="dense", recipe=recipe, run=SimpleNamespace(path=Path("nowhere")))
+    metrics.stage = replace(metrics.stage, recipe=recipe)
     metrics.device_memory_monitor = metrics_module._HostMemoryMonitor()
     metrics.gpu_peak_flops, metrics.spikes, metrics.data_loading_times = None, metrics_module.Spikes(), []
     metrics.start_step = metrics.last_step = metrics.last_time = 0
