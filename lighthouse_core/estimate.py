@@ -75,9 +75,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
 def gathered(recipe: Recipe) -> int:
     """S at the recipe's sequence length, of the phase that gathers most."""
     tokens = recipe.training.seq_len
-    return max(
-        phase.attention.geometry(tokens).gathered_length for phase in _pooled(recipe) if phase.attention.pools
-    )
+    return max(phase.attention.geometry(tokens).gathered_length for phase in _pooled(recipe) if phase.attention.pools)
 
 
 def _pooled(recipe: Recipe) -> list[Phase]:

@@ -148,7 +148,9 @@ class Recipe(Section):
         """Every phase has steps, and attends to less than dense attention unless it is meant to be dense."""
         tokens, steps, phases = self.training.seq_len, self.training.steps, self.phases
         if len(phases) > steps:
-            raise conflict("lighthouse.phases", f"lighthouse.phases are {len(phases)}, more than training.steps ({steps})")
+            raise conflict(
+                "lighthouse.phases", f"lighthouse.phases are {len(phases)}, more than training.steps ({steps})"
+            )
         if all(phase.dense for phase in phases):
             raise conflict("lighthouse.phases", "every phase is dense: write lighthouse.enabled = false without phases")
         for phase in phases:

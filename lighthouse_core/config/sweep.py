@@ -131,7 +131,7 @@ def load_sweep(path: Path) -> Sweep:
             )
         if run.other_phases and any(map(_sets_more_than_phases, run.set)):
             raise RecipeError(
-                f"{path}: run {name}: with stage_1 only lighthouse.phases can be set: the rest is that of {run.stage_1}",
+                f"{path}: run {name}: with stage_1 only lighthouse.phases can be set: the rest is of {run.stage_1}",
                 hint="recover_set holds for the recovery",
             )
         if run.at and not parent:
@@ -188,7 +188,9 @@ def _check_other_phases(run: RunSection, parent: Recipe, own: Recipe) -> None:
         ends = [phase.end for phase in recipe.phases[:-1]]
         if run.at not in ends:
             steps = f"phases end after {', '.join(map(str, ends))}" if ends else "there is one phase"
-            raise RecipeError(f"at = {run.at} is no step that a phase of {whose} ends with before the last one: {steps}")
+            raise RecipeError(
+                f"at = {run.at} is no step that a phase of {whose} ends with before the last one: {steps}"
+            )
     for one, other in zip(parent.phases, own.phases, strict=False):
         if one.end <= run.at and one != other:
             raise RecipeError(

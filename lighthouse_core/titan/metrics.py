@@ -77,7 +77,7 @@ class Metrics(MetricsProcessor):
     start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
-    Of a recipe with phases `phase` is the number, from 1, of the step's phase, and `window` the step's window in tokens.
+    Of a recipe with phases `phase` is the number, from 1, of the step's phase, and `window` the step's window.
     Where documents are kept apart `flops_per_token` and `dense_flops_per_token` count what is attended to.
     In float16 training `loss_scale` is that of the next step, and `skipped_steps` counts the updates since the start of
     the run that were left out because gradients overflowed.

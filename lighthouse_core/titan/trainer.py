@@ -412,9 +412,9 @@ class Trainer(titan_train.Trainer):
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
         self.effects.autocast = not isinstance(self.maybe_enable_amp, contextlib.nullcontext)
-        # A layer is compiled for each phase, dense or not, with gradients and without, and anew once a window that grows
-        # has changed; torch gives up after 8 times.
-        torch._dynamo.config.recompile_limit += 8 * (len(stage.phases) - 1) + 4 * any(p.growth for p in stage.phases)
+        # A layer is compiled for each phase, sparse and dense, with gradients and without, and once more where a window
+        # varies; torch gives up after 8 times.
+        torch._dynamo.config.recompile_limit += 8 * (len(stage.phases) - 1)
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks: int = 1 if mesh is None else mesh.size()
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()

@@ -49,7 +49,11 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     assert "# S                     192 of 1024 tokens\n" in answer.out
     for name in ("parameters", "FLOPs per token", "tokens per step", "memory (estimate)"):
         assert f"\n# {name}" in answer.out
-    windows = ("lighthouse.phases=[{window=64}, {window=128}, {window=256}]", "training.steps=50", 'lighthouse.method="chunked"')
+    windows = (
+        "lighthouse.phases=[{window=64}, {window=128}, {window=256}]",
+        "training.steps=50",
+        'lighthouse.method="chunked"',
+    )
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *(x for setting in windows for x in ("--set", setting)))
     for words in ("1               steps 1-17: chunked, window 64", "3               steps 35-50: chunked, window 256"):
         assert f"\n# phase {words}; dense layers 0, 3\n" in answer.out

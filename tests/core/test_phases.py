@@ -2,6 +2,8 @@
 
 import math
 import re
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +46,7 @@ def stage(recipe):
 def test_every_step_is_in_one_phase_and_shares_hold_within_a_step(shares, steps):
     found = spans(shares, steps)
     assert found[0][0] == 1 and found[-1][1] == steps
-    assert all(end + 1 == begin for (_, end), (begin, _) in zip(found, found[1:], strict=False))
+    assert all(end + 1 == begin for (_, end), (begin, _) in pairwise(found))
     for share, (begin, end) in zip(shares, found, strict=True):
         assert end - begin + 1 == pytest.approx(share / sum(shares) * steps, abs=1.001)
 
@@ -111,7 +113,7 @@ def test_a_phase_overrides_the_section():
     assert (one.attention.scorer, one.dense_layers) == ("random", (0, 3))
     assert (other.attention.scorer, other.dense_layers, other.attention.dense_backend) == ("block", (), "math")
     assert loads_recipe(dump_recipe(made)) == made
-    text = open(RECIPE).read().replace("[data]", "[[lighthouse.phases]]\nwindow = 32\n\n[data]", 1)
+    text = Path(RECIPE).read_text().replace("[data]", "[[lighthouse.phases]]\nwindow = 32\n\n[data]", 1)
     assert loads_recipe(text).phases[0].attention.window == 32
     # Without phases it is one.
     (whole,) = load_recipe(RECIPE).phases
@@ -166,7 +168,9 @@ def test_phases_that_cannot_be(phases, words):
 
 def test_an_error_names_the_line_of_its_phase(tmp_path):
     text = (
-        open(RECIPE).read().replace("[data]", "[[lighthouse.phases]]\n\n[[lighthouse.phases]]\ntopk = 7\n\n[data]", 1)
+        Path(RECIPE)
+        .read_text()
+        .replace("[data]", "[[lighthouse.phases]]\n\n[[lighthouse.phases]]\ntopk = 7\n\n[data]", 1)
     )
     line = text.splitlines().index("topk = 7") + 1
     with pytest.raises(RecipeError, match=rf"^mine.toml:{line}: lighthouse.phases\[1\].topk must be"):
@@ -203,7 +207,7 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path):
     planned = plan_recovery(run, ahead=SimpleNamespace(folder=run.checkpoint_dir(100), result=lambda: None))
     assert planned.recipe.lighthouse == made.lighthouse
     path.write_text(old.replace("enabled = true\n", "enabled = true\ndense_every = 3\nwindows = []\n", 1))
-    with pytest.raises(RecipeError, match="lighthouse.dense_every = 3: this run has single dense steps"):
+    with pytest.raises(RecipeError, match=r"lighthouse\.dense_every = 3: this run has single dense steps"):
         _ = Run(run.path).recipe
     # Phases of a dense baseline were never read.
     path.write_text(

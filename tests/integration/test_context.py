@@ -367,7 +367,12 @@ TINY = [
         'data.source="files"',
         'data.paths=["texts.jsonl"]',
     ),
-    *("data.validation=0.2", "lighthouse.window=32", "training.steps=4", "lighthouse.phases=[{share=3}, {enabled=false}]"),
+    *(
+        "data.validation=0.2",
+        "lighthouse.window=32",
+        "training.steps=4",
+        "lighthouse.phases=[{share=3}, {enabled=false}]",
+    ),
     # Four tiles, and so shards of whole ones.
     "lighthouse.tile_parents=4",
     *("training.deterministic=true", "checkpoint.interval=2", "checkpoint.keep=0", "metrics.tensorboard=false"),

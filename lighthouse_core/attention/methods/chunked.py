@@ -78,7 +78,7 @@ class Chunked(Method):
 
 
 def growing_windows(tokens: int) -> tuple[int, ...]:
-    """Windows of phases that follow each other in stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
+    """Windows of the phases of stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
     530m_98k_growing at 98304, and something like them at other lengths."""
     first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
     second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))
