@@ -313,10 +313,17 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     recipe = run.recipe
     if not recipe.lighthouse.enabled:
         raise UserError(f"run {run.name} is dense from the start: it selects nothing")
-    if not recipe.data.validation:
-        raise DataError(f"run {run.name} held no text out: its data.validation is 0")
     end = run.start if run.recovering else inf
     steps = [step for step in run.checkpoint_steps() if step <= end] if one is None else [one]
+    phase = phase_at(recipe.phases, steps[-1] if steps else recipe.training.steps)
+    of = f" in phase {phase.number}" if len(recipe.phases) > 1 else ""
+    if not phase.dense and not phase.attention.pools:
+        method = phase.attention.method
+        raise UserError(f"the method {method!r} of run {run.name}{of} selects nothing: it has no pyramid")
+    if not phase.sparse_layers(recipe.model.layers):
+        raise UserError(f"every layer of run {run.name}{of} is dense: it selects nothing")
+    if not recipe.data.validation:
+        raise DataError(f"run {run.name} held no text out: its data.validation is 0")
     if not steps:
         raise CheckpointError(
             f"run {run.name} keeps no checkpoint of stage 1",
@@ -324,12 +331,5 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
         )
     if steps[0] > end:
         raise UserError(f"{path} is of the recovery, which is dense: it selects nothing")
-    phase = phase_at(recipe.phases, steps[-1])
-    of = f" in phase {phase.number}" if len(recipe.phases) > 1 else ""
-    if not phase.dense and not phase.attention.pools:
-        method = phase.attention.method
-        raise UserError(f"the method {method!r} of run {run.name}{of} selects nothing: it has no pyramid")
-    if not phase.sparse_layers(recipe.model.layers):
-        raise UserError(f"every layer of run {run.name}{of} is dense: it selects nothing")
     # Selections of other phases may be of other sizes.
     return run, [step for step in steps if phase_at(recipe.phases, step) == phase]

@@ -18,7 +18,6 @@ from jobs import options
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.job.environment import MEETING
-from lighthouse_core.models.decoder import lighthouse_layers
 from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.runs.run import Run
 from lighthouse_core.runs.schedule import lr_factor
