@@ -85,7 +85,7 @@ class Phase:
         """The window of one of its steps, in tokens.
 
         Between the first and the last step it is rounded down to a multiple of 128 tokens, the tile of the dense
-        kernels; where the first window is shorter, to a multiple of the largest power of two in that window.
+        kernels; where the first window is shorter, of the largest power of two up to that window.
         """
         first, last, steps = self.first_window, self.attention.window, self.end - self.begin
         done = step - self.begin

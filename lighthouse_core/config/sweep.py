@@ -155,7 +155,7 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: the run {run.stage_1} ends at step {recipe.training.steps}, before {run.at}"
             )
-        dense_at_the_end = run.recover or not recipe.lighthouse.enabled
+        dense_at_the_end = run.recover or recipe.phases[-1].dense
         if sweep.evaluate and "switch" in sweep.evaluate.named and dense_at_the_end:
             raise RecipeError(
                 f"{path}: run {name}: evaluate.only has switch, and the run ends dense",

@@ -46,7 +46,8 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     shared = before_switch and not wanted.recover and any(other.stage_1 == name for other in sweep.runs.values())
     own = not wanted.stage_1 or wanted.other_phases
     switches = shared or (before_switch and wanted.recover and own)
-    if evaluate and switches and report(path, "switch") is None:
+    # After a dense phase there is no switch to measure.
+    if evaluate and switches and not run.recipe.phases[-1].dense and report(path, "switch") is None:
         return _eval(sweep, path, "switch", evaluate.at_switch)
     if wanted.recover and not run.recovering:
         return recover

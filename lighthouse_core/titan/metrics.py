@@ -15,7 +15,6 @@ import torch
 from torchtitan.components.metrics import BaseLogger, DeviceMemoryMonitor, LoggerContainer, MetricsProcessor
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
-from lighthouse_core.config.phases import Phase, overlaps
 from lighthouse_core.errors import UserError
 from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.files import open_to_append, replacing
@@ -38,10 +37,6 @@ class _Peak(NamedTuple):
 
     max_reserved_gib: float
     max_reserved_pct: float
-
-
-def _leaks(phase: Phase) -> bool:
-    return not phase.dense and phase.attention.leaks
 
 
 class _HostMemoryMonitor:
@@ -227,25 +222,24 @@ class Metrics(MetricsProcessor):
             logger.warning(
                 "step %d: loss %.4f is a spike, %.1f robust deviations above the last", step, row["loss"], spike
             )
-        # Of any of the steps that the row is the mean of.
-        self._write(step, row, any(map(_leaks, overlaps(self.stage.phases, self.last_step + 1, step))))
+        self._write(step, row)
         self.last_step, self.last_time = step, now
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        value = float(loss) if self.validation_loss is None else self.validation_loss()
-        phase = self.stage.phase(max(step, 1))
-        self._write(step, {"val_loss": value}, phase is not None and _leaks(phase))
+        self._write(step, {"val_loss": float(loss) if self.validation_loss is None else self.validation_loss()})
         self.validated = step
 
-    def _write(self, step: int, row: dict[str, Any], leaky: bool) -> None:
+    def _write(self, step: int, row: dict[str, Any]) -> None:
         try:
             self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
         except OSError as error:
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
+            phase = self.stage.phase(step)
+            leaky = phase is not None and not phase.dense and phase.attention.leaks
             row = {"step": step, "stage": self.stage.name, "leaky": leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             self._write_rows(step)

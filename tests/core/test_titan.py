@@ -190,13 +190,13 @@ def test_rows_wait_until_there_is_room_for_them(caplog):
     disk = Disk()
     metrics = writing(disk, full)
     for step in range(3):
-        metrics._write(step, {"loss": 1.0}, leaky=False)
+        metrics._write(step, {"loss": 1.0})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "no more is logged to TensorBoard or Weights & Biases",
         *(f"step {step} waits to be written to metrics.jsonl" for step in range(3)),
     ]
     disk.room = 10_000
-    metrics._write(3, {"loss": 1.0}, leaky=False)
+    metrics._write(3, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [0, 1, 2, 3]
 
 
@@ -223,6 +223,6 @@ def test_the_time_of_a_step_has_neither_saves_nor_evaluations(recipe, monkeypatc
 
 def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     metrics = writing(io.BytesIO(), lambda row, step: None)
-    metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5}, leaky=False)
+    metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5})
     row = json.loads(metrics.file.getvalue(), parse_constant=pytest.fail)
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
