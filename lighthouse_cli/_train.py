@@ -484,8 +484,10 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
     try:
-        for phase in recipe.phases:
-            check_backends(phase.attention, "cuda" if local_gpus() else "cpu", pooled=not (dense or phase.dense))
+        device = "cuda" if local_gpus() else "cpu"
+        check_backends(recipe.lighthouse.dense_attention, device, pooled=False)
+        for phase in () if dense else recipe.phases:
+            check_backends(phase.attention, device, pooled=not phase.dense)
     except ValueError as error:
         raise UserError(str(error), hint=getattr(error, "hint", None)) from None
 

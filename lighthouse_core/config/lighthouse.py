@@ -48,6 +48,11 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
             )
         )
 
+    @property
+    def dense_attention(self) -> LighthouseConfig:
+        """Settings of the dense stage, which belongs to no phase. Only `dense_backend` counts."""
+        return self._of_dense({})
+
     def _config(self, given: dict[str, Any]) -> LighthouseConfig:
         return LighthouseConfig(**{field.name: getattr(self, field.name) for field in fields(Settings)} | given)
 

@@ -115,14 +115,8 @@ class Recipe(Section):
                     f'data.packing "documents", the default, is not for {said} "{attention.method}"{without}: '
                     'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
                 )
-            if not BACKENDS[attention.dense_backend].documents:
-                others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
-                key, said = self._key(phase, "dense_backend")
-                raise conflict(
-                    key,
-                    f'{said} "{attention.dense_backend}" is not for data.packing "documents": write '
-                    f'data.packing = "concat", or choose one of {others}',
-                )
+            self._check_packs(attention.dense_backend, *self._key(phase, "dense_backend"))
+        self._check_packs(self.lighthouse.dense_backend, *["lighthouse.dense_backend"] * 2)
         tokens, align = self.training.seq_len, self.alignment or 1
         if align % self._needed_alignment:
             raise conflict(
@@ -135,6 +129,16 @@ class Recipe(Section):
                 "training.seq_len",
                 f"training.seq_len ({tokens}) must be a multiple of the {align} tokens that documents are padded to"
                 + f"; the nearest is {' or '.join(map(str, near))}" * bool(near),
+            )
+
+    @staticmethod
+    def _check_packs(backend: str, key: str, said: str) -> None:
+        if not BACKENDS[backend].documents:
+            others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
+            raise conflict(
+                key,
+                f'{said} "{backend}" is not for data.packing "documents": write '
+                f'data.packing = "concat", or choose one of {others}',
             )
 
     def _key(self, phase: Phase, name: str) -> tuple[str, str]:

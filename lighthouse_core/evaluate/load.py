@@ -58,9 +58,9 @@ def load_checkpoint(
     recipe = source.run.recipe
     # Of step 0, the attention that the first step has.
     step = min(max(source.step, 1), recipe.training.steps)
-    phase = phase_at(recipe.phases, step)
-    cfg = phase.settings(step)
-    pooled = attention == "trained" and not phase.dense and _in_stage_1(source)
+    phase, as_trained = phase_at(recipe.phases, step), attention == "trained" and _in_stage_1(source)
+    cfg = phase.settings(step) if as_trained else recipe.lighthouse.dense_attention
+    pooled = as_trained and not phase.dense
     dtype = getattr(torch, recipe.training.dtype)
     try:
         check_backends(cfg, device.type, pooled=pooled)

@@ -140,14 +140,18 @@ def _build_model(stage: Stage, args: Args) -> Decoder:
         dtype, shared = getattr(torch, recipe.training.dtype), None
         if recipe.parallel.context > 1:
             shared = recipe.training.seq_len, recipe.parallel.context
-        for phase in stage.phases or recipe.phases[-1:]:
+        documents = recipe.data.packing == "documents"
+        for phase in stage.phases:
             # A compiled window that grows takes the kernels of documents: see `Chunked`.
-            documents = recipe.data.packing == "documents" or (phase.growth is not None and recipe.training.compile)
-            what: dict[str, Any] = {"pooled": phase in stage.pooled, "documents": documents, "shared": shared}
+            packs = documents or (phase.growth is not None and recipe.training.compile)
+            what: dict[str, Any] = {"pooled": not phase.dense, "documents": packs, "shared": shared}
             log_choices(phase.attention, DEVICE_TYPE, dtype, recipe.model.head_dim, **what)
+        if not stage.phases:
+            cfg = recipe.lighthouse.dense_attention
+            log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=False, documents=documents)
     except BackendError as error:
         raise UserError(str(error), hint=error.hint) from None
-    use_dense(model, recipe.phases[-1].attention.dense_backend)
+    use_dense(model, recipe.lighthouse.dense_backend)
     if stage.pooled:
         # What is dense in some phases alone, the context of a step says.
         always = set.intersection(*(set(phase.dense_layers) for phase in stage.pooled))

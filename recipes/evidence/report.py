@@ -115,10 +115,17 @@ class Trial:
         """The same with the seconds of another machine, if its steps are known there: see `timed`."""
         return self if machine == self.machine else replace(self, alone=False, timed_on=machine)
 
-    @staticmethod
-    def part(row: dict) -> str:
-        """Steps of one part take equally long: a stage, or of stage 1 the time of one of several windows."""
-        return f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
+    def part(self, row: dict) -> str:
+        """Steps of one part take equally long: a stage, or a phase of stage 1, by its settings; in a phase whose window
+        grows they count as if they did."""
+        part = f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
+        if "phase" not in row:
+            return part
+        own = self.run["recipe"]["lighthouse"]["phases"][row["phase"] - 1]
+        more = {key: value for key, value in own.items() if key not in ("share", "enabled", "window")}
+        if not own["enabled"]:
+            return f"{row['stage']} dense"
+        return f"{row['stage']} {json.dumps(more | {'window': own.get('window')})}" if more else part
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""

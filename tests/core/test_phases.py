@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lighthouse_core.attention import dense_attention
 from lighthouse_core.attention.config import LighthouseConfig
-from lighthouse_core.attention.context import Documents
+from lighthouse_core.attention.context import AttentionContext, Documents
+from lighthouse_core.attention.module import DenseAttention
 from lighthouse_core.config import dump_recipe, load_recipe
 from lighthouse_core.config.load import loads_recipe
 from lighthouse_core.config.phases import Phase, overlaps, phase_at, spans
-from lighthouse_core.errors import RecipeError
+from lighthouse_core.errors import RecipeError, UserError
 from lighthouse_core.estimate import DENSE, flops_per_token, keys_of_stage_1, mean_keys, process_bytes
 from lighthouse_core.models.decoder import Decoder, DecoderArgs, attention_layers, use_dense
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
-from lighthouse_core.runs.run import Run
+from lighthouse_core.runs.run import Run, check_resumable
 from lighthouse_core.titan.trainer import Stage, _build_model
 
 RECIPE = "recipes/quickstart.toml"
@@ -372,3 +374,26 @@ def test_a_dense_phase_is_dense_attention():
     plain = run(dense, type(mixed.context(1, 1, 0, CPU))())[0]
     assert torch.equal(losses[1], plain) and torch.equal(losses[2], plain)
     assert torch.equal(losses[0], losses[3]) and not torch.equal(losses[0], plain)
+
+
+def test_the_recovery_has_the_sections_dense_kernel():
+    made = small("{scorer='norm', dense_backend='math'}", 'lighthouse.dense_backend="flash"')
+    recovery = Stage(SimpleNamespace(checkpoint_steps=list), made, "dense", 100, 120, recovery=True)
+    assert recovery.phases == () and recovery.context(101, 101, 0, CPU) == AttentionContext()
+    model = _build_model(recovery, DecoderArgs.of(made.model, 160))
+    assert [layer.inner_attention.backend for layer in attention_layers(model)] == ["flash"] * 2
+    # In a phase a dense layer has that phase's kernel.
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    layer, context = DenseAttention("cudnn"), stage(made).context(1, 1, 0, CPU)
+    assert torch.equal(layer(q, k, v, context), dense_attention(q, k, v, backend="math"))
+    with pytest.raises(ValueError, match="cudnn"):
+        layer(q, k, v, AttentionContext())
+    with pytest.raises(RecipeError, match=r'lighthouse.dense_backend "cudnn" is not for data.packing "documents"'):
+        recipe(
+            "{window=64, dense_backend='math'}", CHUNKED, 'data.packing="documents"', 'lighthouse.dense_backend="cudnn"'
+        )
+
+
+def test_a_checkpoint_decides_the_phases():
+    with pytest.raises(UserError, match="the checkpoint decides lighthouse.phases"):
+        check_resumable(["lighthouse.phases=[{window=64}]"])
