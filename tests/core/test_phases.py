@@ -395,5 +395,5 @@ def test_the_recovery_has_the_sections_dense_kernel():
 
 
 def test_a_checkpoint_decides_the_phases():
-    with pytest.raises(UserError, match="the checkpoint decides lighthouse.phases"):
+    with pytest.raises(UserError, match=r"the checkpoint decides lighthouse\.phases"):
         check_resumable(["lighthouse.phases=[{window=64}]"])
