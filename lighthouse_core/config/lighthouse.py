@@ -96,11 +96,13 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
             return
         if first.rule.window_is_a_shape:
             others = ", ".join(name for name, method in METHODS.items() if not method.window_is_a_shape)
-            problem = f"is not for the method {first.method}, compiled anew for each window; others are {others}"
+            problem = f"is not for the method {first.method}, which compiles anew for each window; use one of {others}"
             raise SettingError("window_end", problem)
         if not DENSE_BACKENDS[first.dense_backend].documents:
             others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.documents)
-            problem = f"{first.dense_backend!r} is compiled anew for each window that grows; use one of {others}"
+            problem = (
+                f"{first.dense_backend!r} compiles anew for each window, which then cannot grow; use one of {others}"
+            )
             raise SettingError("dense_backend", problem)
         if not 0 < first.window <= phase.window_end:
             raise SettingError("window_end", f"must be at least the phase's window, above 0 ({first.window})")

@@ -92,6 +92,12 @@ class Stage:
         """The phases that are not dense."""
         return [phase for phase in self.phases if not phase.dense]
 
+    @property
+    def compilations(self) -> int:
+        """How often a layer may be compiled for phases beyond the first one: each time as a sparse layer and as a dense
+        one, with gradients and without, and as often again where a window grows."""
+        return 8 * len(self.phases[1:])
+
     def phase(self, step: int) -> Phase | None:
         """The phase of a step, which the step alone decides; None in a dense stage."""
         return phase_at(self.phases, step) if self.phases else None
@@ -416,9 +422,8 @@ class Trainer(titan_train.Trainer):
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
         self.effects.autocast = not isinstance(self.maybe_enable_amp, contextlib.nullcontext)
-        # A layer is compiled for each phase, sparse and dense, with gradients and without, and once more where a window
-        # varies; torch gives up after 8 times.
-        torch._dynamo.config.recompile_limit += 8 * (len(stage.phases) - 1)
+        # Torch gives up after 8 times, which suffice for a stage without further phases.
+        torch._dynamo.config.recompile_limit += stage.compilations
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks: int = 1 if mesh is None else mesh.size()
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()
