@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lighthouse_core.config import Recipe
+    from lighthouse_core.config.phases import Phase
     from lighthouse_core.data.survey import Survey
     from lighthouse_core.job.plan import Asked, Plan
     from lighthouse_core.runs.run import Run
@@ -174,9 +175,8 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
     if cost.lighthouse_flops is not None:
         if cost.gathered is not None:
             yield _line("S", f"{cost.gathered} of {training.seq_len} tokens")
-        turns = recipe.lighthouse.turns(training.steps)
-        if recipe.lighthouse.windows:
-            yield _line("windows", ", ".join(f"{window} from step {begin}" for window, begin in turns.items()))
+        for phase in recipe.phases if recipe.lighthouse.phases else ():
+            yield _line(f"phase {phase.number}", f"steps {phase.begin}-{phase.end}: {_of_phase(phase, recipe)}")
     if recipe.data.packing == "concat":
         yield from _of_attention(recipe, None)
     yield _line("tokens per step", f"{cost.tokens_per_step}")
@@ -198,6 +198,16 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
             f"{exchanged_bytes(recipe, dense=dense) / 2**20:.1f} MiB a {kind} layer" for kind, dense in kinds.items()
         )
         yield _line("shared sequences", f"{parallel.context} processes each; one sends {', '.join(sent)} and pass")
+
+
+def _of_phase(phase: "Phase", recipe: "Recipe") -> str:
+    """What a phase of stage 1 attends to, and in which layers."""
+    if phase.dense:
+        return phase.described()
+    dense = f"; dense layers {', '.join(map(str, phase.dense_layers))}" if phase.dense_layers else ""
+    gathers = phase.attention.pools and len(recipe.phases) > 1
+    gathered = f", S {phase.attention.geometry(recipe.training.seq_len).gathered_length}" if gathers else ""
+    return f"{phase.described()}{gathered}{dense}"
 
 
 def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":
@@ -474,8 +484,10 @@ def check(recipe: "Recipe", plan: "Plan", *, dense: bool = False) -> None:
     check_world(recipe, plan.world_size)
     check_loggers(recipe)
     try:
-        pooled = recipe.lighthouse.enabled and not dense
-        check_backends(recipe.lighthouse.attention(), "cuda" if local_gpus() else "cpu", pooled=pooled)
+        device = "cuda" if local_gpus() else "cpu"
+        check_backends(recipe.lighthouse.dense_attention, device, pooled=False)
+        for phase in () if dense else recipe.phases:
+            check_backends(phase.attention, device, pooled=not phase.dense)
     except ValueError as error:
         raise UserError(str(error), hint=getattr(error, "hint", None)) from None
 

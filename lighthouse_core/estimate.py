@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import accumulate, pairwise
-from math import inf, prod
+from functools import cache
+from itertools import accumulate
+from math import prod
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.methods.method import Method
 from lighthouse_core.config import Recipe
+from lighthouse_core.config.phases import Phase, overlaps
 from lighthouse_core.models.family import Parameters
 
 # (pooling, levels, topk) at lengths where the published release was measured.
@@ -20,8 +21,10 @@ _MEASURED = {
     524288: (4, 4, 2048),
     1048576: (4, 5, 2048),
 }
-# Takes the place of a window.
+# Takes the place of a phase's number.
 DENSE = -1
+# Steps of a window that grows, over which a mean is taken.
+_SAMPLES = 64
 # The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
 ERROR = 0.1
 
@@ -32,7 +35,7 @@ class Estimate:
 
     Attributes:
         parameters: exact.
-        gathered: S, the tokens a Lighthouse layer attends over; None for a dense run, and for methods that gather none.
+        gathered: S, the most tokens that a Lighthouse layer of a phase gathers; None where no phase gathers any.
         lighthouse_flops: per token of stage 1, forward and backward; None for a dense run.
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
@@ -60,7 +63,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
-        gathered=gathered(recipe) if lighthouse and recipe.lighthouse.attention().pools else None,
+        gathered=gathered(recipe) if any(phase.attention.pools for phase in _pooled(recipe)) else None,
         lighthouse_flops=flops_per_token(recipe, "lighthouse", lengths=lengths) if lighthouse else None,
         dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
@@ -70,52 +73,73 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
 
 
 def gathered(recipe: Recipe) -> int:
-    """S at the recipe's sequence length."""
-    return recipe.lighthouse.attention().geometry(recipe.training.seq_len).gathered_length
+    """S at the recipe's sequence length, of the phase that gathers most."""
+    tokens = recipe.training.seq_len
+    return max(phase.attention.geometry(tokens).gathered_length for phase in _pooled(recipe) if phase.attention.pools)
+
+
+def _pooled(recipe: Recipe) -> list[Phase]:
+    """The phases of stage 1 that are not dense."""
+    return [phase for phase in recipe.phases if not phase.dense]
 
 
 def mean_keys(recipe: Recipe, lengths: Sequence[int] | None = None) -> dict[int, float]:
-    """Keys that a query sees, on average: by each window of stage 1, and by -1 with dense attention.
+    """Keys that a query sees, on average: in a Lighthouse layer by the number of each phase of stage 1, and by -1 with
+    dense attention. A window that grows counts with the mean over its steps.
 
     Args:
         recipe: gives the attention and N.
         lengths: tokens of each document of such sequences, one behind another, where documents are kept apart; a
             document a sequence by default.
     """
+    seen = _counter(recipe, lengths)
+    found = {DENSE: seen(None)}
+    if recipe.lighthouse.enabled:
+        for phase in recipe.phases:
+            found[phase.number] = _of_phase(phase, seen, phase.begin, phase.end)
+    return found
+
+
+def _counter(recipe: Recipe, lengths: Sequence[int] | None) -> Callable[[LighthouseConfig | None], float]:
+    """Gives the mean keys of a query with such settings, None for dense attention; `lengths` as in `mean_keys`."""
     tokens = recipe.training.seq_len
     lengths = lengths or [tokens]
     total = sum(lengths)
     # How many documents are alike in their length and place: in short ones there are many.
     found = Counter(zip(lengths, (end % tokens for end in accumulate(lengths, initial=0)), strict=False))
 
-    def mean(keys: Callable[[int, int], float]) -> float:
-        return sum(length * number / total * keys(length, first) for (length, first), number in found.items())
+    @cache
+    def mean(cfg: LighthouseConfig | None) -> float:
+        return sum(
+            length * number / total * (length / 2 if cfg is None else cfg.keys(tokens, length, first))
+            for (length, first), number in found.items()
+        )
 
-    seen = {DENSE: mean(lambda length, first: length / 2)}
-    if recipe.lighthouse.enabled:
-        for window in recipe.lighthouse.turns(recipe.training.steps):
-            seen[window] = mean(partial(recipe.lighthouse.attention(window).keys, tokens))
-    return seen
+    return mean
 
 
-def keys_of_stage_1(recipe: Recipe, seen: dict[int, float], steps: tuple[int, int] | None = None) -> float:
-    """Keys that a query sees in a Lighthouse layer, on average over steps of stage 1: dense steps within it, and its
-    windows, count with their share.
+def _of_phase(phase: Phase, seen: Callable[[LighthouseConfig | None], float], first: int, last: int) -> float:
+    """Keys of a Lighthouse layer on average over these steps of a phase."""
+    if phase.dense:
+        return seen(None)
+    if phase.growth is None:
+        return seen(phase.attention)
+    # Of many steps, some at equal distances.
+    count = last + 1 - first
+    some = min(_SAMPLES, count)
+    steps = [first + count * (2 * i + 1) // (2 * some) for i in range(some)]
+    return sum(seen(phase.settings(step)) for step in steps) / some
+
+
+def keys_of_stage_1(recipe: Recipe, seen: dict[int, float]) -> float:
+    """Keys that a query sees in a Lighthouse layer, on average over stage 1: phases count with their steps.
 
     Args:
-        recipe: gives the steps and windows.
+        recipe: gives the phases.
         seen: of `mean_keys`.
-        steps: the first and the last one; all of stage 1 by default.
     """
-    first, last = steps or (1, recipe.training.steps)
-    turns = recipe.lighthouse.turns(recipe.training.steps)
-    keys = 0.0
-    for window, (begin, end) in zip(turns, pairwise([*turns.values(), inf]), strict=True):
-        share = (min(last + 1, end) - max(first, begin)) / (last + 1 - first)
-        keys += seen[window] * max(0.0, share)
-    if every := recipe.lighthouse.dense_every:
-        keys += (seen[DENSE] - keys) / every
-    return keys
+    steps = recipe.training.steps
+    return sum((phase.end - phase.begin + 1) / steps * seen[phase.number] for phase in recipe.phases)
 
 
 def flops_per_token(
@@ -124,7 +148,7 @@ def flops_per_token(
     """Forward and backward, causal work counted once.
 
     6 (body + head) + 6 d N for each dense layer + 6 d S^2 / N for each Lighthouse layer, d = heads * head_dim; or 12 d
-    times the keys that a query sees there. Dense steps within stage 1, and its windows, count with their share.
+    times the keys that a query sees there. The phases of stage 1 count with their steps.
 
     Args:
         recipe: gives the model and N.
@@ -132,14 +156,18 @@ def flops_per_token(
         steps: the first and the last one that it is the mean over; all of stage 1 by default.
         lengths: as in `mean_keys`.
     """
-    model, seen = recipe.model, mean_keys(recipe, lengths)
+    model, seen = recipe.model, _counter(recipe, lengths)
     counts = model.kind.parameters(model)
-    dense = model.layers if stage == "dense" else len(model.dense_layers)
-    flops: float = 6 * (counts.body + counts.head) + 12 * model.heads * model.head_dim * seen[DENSE] * dense
-    if dense < model.layers:
-        keys = keys_of_stage_1(recipe, seen, steps)
-        flops += 12 * model.heads * model.head_dim * keys * (model.layers - dense)
-    return float(flops)
+    # Keys of all layers.
+    keys = model.layers * seen(None)
+    if stage == "lighthouse":
+        first, last = steps or (1, recipe.training.steps)
+        keys = 0.0
+        for phase, own in overlaps(recipe.phases, first, last).items():
+            of_layer = _of_phase(phase, seen, max(first, phase.begin), min(last, phase.end))
+            sparse = phase.sparse_layers(model.layers)
+            keys += own / (last + 1 - first) * (sparse * of_layer + (model.layers - sparse) * seen(None))
+    return float(6 * (counts.body + counts.head) + 12 * model.heads * model.head_dim * keys)
 
 
 def profile_defaults(tokens: int) -> tuple[int, int, int]:
@@ -162,7 +190,7 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
     Scores and entries that are exchanged, too, are not counted.
 
     Args:
-        recipe: gives sizes and settings; the window of stage 1 that takes most counts.
+        recipe: gives sizes and settings; the phase of stage 1 that takes most counts.
         dense: of a dense layer; else of a Lighthouse layer in stage 1.
     """
     model, training, context = recipe.model, recipe.training, recipe.parallel.context
@@ -188,8 +216,7 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
         return 0
     if dense:
         return bytes_of(None)
-    lighthouse = recipe.lighthouse
-    return max(bytes_of(lighthouse.attention(window)) for window in lighthouse.turns(training.steps))
+    return max(bytes_of(phase.attention) for phase in _pooled(recipe))
 
 
 def process_bytes(recipe: Recipe, processes: int) -> dict[str, int]:
@@ -254,17 +281,19 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     compute type, with their gradient, which is float32 there. Derived from what torch.compile keeps, with the number of
     rows fitted to measured peaks (docs/memory.md).
     """
-    model, training, lighthouse = recipe.model, recipe.training, recipe.lighthouse
+    model, training = recipe.model, recipe.training
     width = 4 if training.dtype == "float32" else 2
     # Processes that share sequences attend to whole ones, for some of the heads: per token of theirs, as for all heads.
     context = recipe.parallel.context
     dense, q, kv = Method(), model.heads * model.head_dim, model.kv_heads * model.head_dim
     copies = max(1, context // model.kv_heads) if context > 1 else 0
-    cfg, tokens = lighthouse.attention(), training.seq_len
+    tokens, plain = training.seq_len, recipe.phases[-1].attention
 
     @cache  # layers share few methods
-    def kept(method: Method, mode: str) -> float:
-        """Numbers a token that are kept of one layer."""
+    def kept(cfg: LighthouseConfig | None, mode: str) -> float:
+        """Numbers a token that are kept of one layer with such settings, None for a dense one."""
+        method = dense if cfg is None else cfg.rule
+        cfg = plain if cfg is None else cfg
         if mode == "full":
             return model.dim
         eager = not training.compile
@@ -283,22 +312,24 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
         return attention + model.dim * (4 + 2 * eager) + model.ffn_dim * (3 + eager)
 
     mode = training.activation_checkpointing
-    stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}
-    if lighthouse.enabled:
-        rule = cfg.rule
-        rules = [dense if layer in model.dense_layers else rule for layer in range(model.layers)]
-        stages = {"lighthouse": rules, **stages}
-    counts, found = model.kind.parameters(model), {}
+    stages: dict[str, list[list[LighthouseConfig | None]]] = {"dense": [[None] * model.layers]}
+    if recipe.lighthouse.enabled:
+        each: list[list[LighthouseConfig | None]] = []
+        for phase in recipe.phases:
+            sparse = phase.sparse_layers(model.layers)
+            each.append([phase.attention] * sparse + [None] * (model.layers - sparse))
+        stages = {"lighthouse": each, **stages}
+    counts = model.kind.parameters(model)
     rows = training.local_batch_size * tokens // context
     logits = min(rows, training.loss_chunk) * model.vocab_size * width
     loss = rows * 4 * model.dim * width + logits + counts.head * (2 * width + 4)
-    for name, layers in stages.items():
-        numbers = max(kept(method, "none") - kept(method, mode) for method in layers)
+
+    def needed(layers: list[LighthouseConfig | None]) -> int:
+        numbers = max(kept(layer, "none") - kept(layer, mode) for layer in layers)
         numbers += 3 * model.ffn_dim + 5 * model.dim
         weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
         last = rows * numbers * width + weights
-        found[name] = int(rows * sum(kept(method, mode) for method in layers) * width + max(last, loss))
-    if lighthouse.enabled and lighthouse.dense_every:
-        # Of stage 1, some steps are dense.
-        found["lighthouse"] = max(found.values())
-    return found
+        return int(rows * sum(kept(layer, mode) for layer in layers) * width + max(last, loss))
+
+    # Of a stage, the phase that takes most.
+    return {name: max(map(needed, phases)) for name, phases in stages.items()}

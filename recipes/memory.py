@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lighthouse_core.config import Recipe, load_recipe
+from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.estimate import process_bytes
 
 _HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ _LLAMA_1B = (
     *("model.dim=2048", "model.layers=16", "model.heads=32", "model.kv_heads=8", "model.head_dim=64"),
     *("model.ffn_dim=8192", "model.vocab_size=128256", "model.tied_embeddings=true", 'data.tokenizer="bytes"'),
 )
-_PYRAMID = ('lighthouse.method="pyramid"', "lighthouse.windows=[]", "lighthouse.window=512", "lighthouse.topk=2048")
+_PYRAMID = ('lighthouse.method="pyramid"', "lighthouse.phases=[]", "lighthouse.window=512", "lighthouse.topk=2048")
 _MADE_WITH = (
     (),
     (*_PYRAMID, 'lighthouse.scorer="random"'),
@@ -105,13 +106,15 @@ def _recipe(item: dict[str, Any], source: str) -> Recipe:
     """What ran."""
     ran, command = item.get("recipe"), item.get("command", [])
     if isinstance(ran, dict):
-        return Recipe.model_validate(ran)
+        return Recipe.model_validate(of_older_run(ran))
     if source == f"results/{_EXTENSION}.json":
         about = item.get("about", "")
         made = _MADE_WITH[0 if not about else 2 if "full checkpointing" in about else 1]
         return load_recipe(_HERE / "extend_131072.toml", (*_LLAMA_1B, *made))
     words = shlex.split(command) if isinstance(command, str) else command
     settings = item.get("settings") or [value for name, value in itertools.pairwise(words) if name == "--set"]
+    # As an earlier release named the phases that a setting took away.
+    settings = [setting.replace("lighthouse.windows=[]", "lighthouse.phases=[]") for setting in settings]
     # `lighthouse pretrain RECIPE ...`
     return load_recipe(_HERE / f"{ran or Path(words[2]).stem}.toml", settings)
 
@@ -130,12 +133,12 @@ def _under(recipe: Recipe, conditions: dict[str, Any]) -> Recipe:
 
 def _attention(row: Row) -> str:
     """Of stage 1, in a few words."""
-    lighthouse = row.recipe.lighthouse
     if row.stage == "dense":
         return "dense"
-    window = ", ".join(map(str, lighthouse.windows or ([lighthouse.window] if lighthouse.window else [])))
-    kept = f", keep {lighthouse.keep}" if lighthouse.attention().rule.keeps_blocks and lighthouse.keep else ""
-    return f"{lighthouse.method}{kept}" + (f", window {window}" if window else "")
+    cfg = row.recipe.phases[-1].attention
+    window = ", ".join(phase.window_words for phase in row.recipe.phases if phase.window_words)
+    kept = f", keep {cfg.keep}" if cfg.rule.keeps_blocks and cfg.keep else ""
+    return f"{cfg.method}{kept}" + (f", window {window}" if window else "")
 
 
 def measured_table() -> str:

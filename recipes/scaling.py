@@ -31,8 +31,8 @@ _HERE = Path(__file__).parent
 _COUNTS = (1, 2, 4, 8)
 # With those that warm up and the traced one, ten steps.
 _TIMED = 6
-_WIDEST = ["lighthouse.windows=[]", "lighthouse.window=49152"]
-_NARROWEST = ["lighthouse.windows=[]", "lighthouse.window=2048"]
+_WIDEST = ["lighthouse.phases=[]", "lighthouse.window=49152"]
+_NARROWEST = ["lighthouse.phases=[]", "lighthouse.window=2048"]
 _LEFT_OUT = ("breakdown", "trace", "stacks", "run")
 # Recipe and settings by the name of what runs.
 _RUNS: dict[str, tuple[str, list[str]]] = {

@@ -28,14 +28,14 @@ CASES = {
     "quickstart": [],
     "norm": [*SMALL, 'lighthouse.scorer="norm"'],
     "norm, window": [*SMALL, 'lighthouse.scorer="norm"', "lighthouse.window=100"],
-    "block, every third step dense": [*SMALL, 'lighthouse.scorer="block"', "lighthouse.dense_every=3"],
+    "block": [*SMALL, 'lighthouse.scorer="block"'],
     "compressed, keep": [
         *SMALL,
         'lighthouse.method="compressed"',
         *("lighthouse.window=96", "lighthouse.compression=8", "lighthouse.keep=2", "lighthouse.score_block=16"),
     ],
     "sliding": [*SMALL, 'lighthouse.method="sliding"', "lighthouse.window=100"],
-    "growing": [*SMALL, 'lighthouse.method="chunked"', "lighthouse.windows=[64, 200, 500]"],
+    "growing": [*SMALL, 'lighthouse.method="chunked"', "lighthouse.phases=[{window=64}, {window=200}, {window=500}]"],
     "dense": [*SMALL, "lighthouse.enabled=false"],
     "bfloat16, selective": [*SMALL, 'training.dtype="bfloat16"', 'training.activation_checkpointing="selective"'],
     "compiled, full": [*SMALL, "training.compile=true", 'training.activation_checkpointing="full"'],
@@ -91,7 +91,8 @@ def main() -> int:
             losses[name] = train(name, CASES[name], folder)
         verdict = "recorded"
         if before:
-            verdict = "equal" if losses[name] == before["losses"][name] else "DIFFERENT"
+            earlier = before["losses"].get(name)
+            verdict = "new" if earlier is None else "equal" if losses[name] == earlier else "DIFFERENT"
         different += [name] * (verdict == "DIFFERENT")
         print(f"{name:32} {losses[name]['loss'][-1]:.17g}  {verdict}", flush=True)
     if args.out:

@@ -55,6 +55,7 @@ class AttentionContext:
             model; being a tensor, a new step compiles nothing anew.
         settings: of this part of training; None for those that a layer was built with.
         dense: attend densely in every layer.
+        dense_layers: numbers of the layers that attend densely in this part of training.
         documents: that the whole sequences are packed from; None where all tokens of a sequence see each other.
         positions: int32 [B, N], the place of each token of the whole sequences within its document, by which RoPE turns
             it; None for its place within the sequence.
@@ -66,6 +67,7 @@ class AttentionContext:
     key: Tensor | None = None
     settings: LighthouseConfig | None = None
     dense: bool = False
+    dense_layers: tuple[int, ...] = ()
     documents: Documents | None = None
     positions: Tensor | None = None
     group: ProcessGroup | None = None
@@ -74,7 +76,11 @@ class AttentionContext:
 
     def of_layer(self, number: int) -> AttentionContext:
         """The context of one layer's call, whose key is a row of the model's."""
-        return self if self.key is None or self.key.dim() == 1 else replace(self, key=self.key[number])
+        key = self.key if self.key is None or self.key.dim() == 1 else self.key[number]
+        if key is self.key and not self.dense_layers:
+            return self
+        # The list itself stays here: a layer that is compiled does not depend on it.
+        return replace(self, key=key, dense=self.dense or number in self.dense_layers, dense_layers=())
 
     def tokens(self, x: Tensor) -> int:
         """N, the tokens of whole sequences, of which `x` [B, n, ...] has those of this process."""

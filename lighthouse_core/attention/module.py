@@ -74,7 +74,7 @@ class DenseAttention(nn.Module):
     """Dense causal attention, whatever the context says of stage 1.
 
     Args:
-        backend: see `dense_attention`.
+        backend: see `dense_attention`; settings of the context have their own.
     """
 
     def __init__(self, backend: str = "auto"):
@@ -93,7 +93,8 @@ class DenseAttention(nn.Module):
 
         def call(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scores: Scores | None) -> Tensor:
             check_context(context, DENSE_CAN, "dense")
-            return dense_attention(q, k, v, backend=self.backend, documents=context.documents)
+            backend = self.backend if context.settings is None else context.settings.dense_backend
+            return dense_attention(q, k, v, backend=backend, documents=context.documents)
 
         return by_heads(call, q, k, v, context)
 

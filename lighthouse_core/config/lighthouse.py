@@ -1,61 +1,112 @@
 """[lighthouse]: the attention of stage 1."""
 
 from dataclasses import fields
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
+from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import SettingError, Settings
-from lighthouse_core.config.section import Ints, NonNegative, Section, conflict
+from lighthouse_core.config.phases import Phase, PhaseSection, spans
+from lighthouse_core.config.section import Section, conflict
 
 
 # pydantic's hints make every model a dataclass that can be changed, whatever `frozen` says.
 class LighthouseSection(Section, Settings):  # type: ignore[misc]
-    """`enabled = false` trains a dense baseline. Every `dense_every`-th step of stage 1 is dense in all layers, 0 for
-    none; a `metrics.every` that it divides keeps the ledger's medians fair. `windows`, shortest first, take turns as
-    `window` over equal parts of stage 1. The other keys are those of `Settings`, with their defaults.
+    """`enabled = false` trains a dense baseline, whatever the other keys say. `phases` follow each other in stage 1,
+    and override the keys here; without them stage 1 is one phase. The other keys are those of `Settings`, with their
+    defaults.
     """
 
     enabled: bool = True
-    dense_every: NonNegative = 0
-    windows: Ints = ()
+    phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = ()
 
-    def attention(self, window: int | None = None) -> LighthouseConfig:
-        """The same settings as the attention call takes them, with this window, or else the last one of stage 1."""
-        if window is None:
-            window = self.windows[-1] if self.windows else self.window
-        settings = {field.name: getattr(self, field.name) for field in fields(Settings)}
-        return LighthouseConfig(**settings | {"window": window})
+    def resolved(self, steps: int, dense_layers: tuple[int, ...]) -> tuple[Phase, ...]:
+        """The phases of a stage 1, first to last; of a dense baseline one that is dense.
 
-    def described(self) -> str:
-        """The attention of stage 1 in a few words: method, settings, windows, dense steps."""
-        cfg = self.attention()
-        windows = [window for window in self.windows or (self.window,) if window]
-        said = [cfg.rule.described(cfg), *([f"window {', then '.join(map(str, windows))}"] if windows else [])]
-        if self.dense_every:
-            said.append(f"one step in {self.dense_every} dense")
-        return ", ".join(said)
+        Args:
+            steps: of stage 1.
+            dense_layers: of the model, for phases without a list of their own.
+        """
+        if not self.enabled or not self.phases:
+            attention = self._last(self.phases[-1]) if self.phases else self._config({})
+            return (Phase(1, 1, steps, attention, attention.window, None, not self.enabled, dense_layers),)
+        return tuple(
+            Phase(
+                number,
+                *span,
+                self._last(phase),
+                self._first(phase).window,
+                (phase.growth or "linear") if phase.window_end else None,
+                not phase.enabled,
+                dense_layers if phase.dense_layers is None else phase.dense_layers,
+            )
+            for number, (phase, span) in enumerate(
+                zip(self.phases, spans([phase.share for phase in self.phases], steps), strict=True), 1
+            )
+        )
 
-    def turns(self, steps: int) -> dict[int, int]:
-        """Every window of a stage 1 of so many steps, with the step that its turn begins with."""
-        windows = self.windows or (self.window,)
-        return {window: -(-number * steps // len(windows)) + 1 for number, window in enumerate(windows)}
+    @property
+    def dense_attention(self) -> LighthouseConfig:
+        """Settings of the dense stage, which belongs to no phase. Only `dense_backend` counts."""
+        return self._of_dense({})
 
-    def window_at(self, step: int, steps: int) -> int:
-        """The window of a step, 1 to `steps`, of a stage 1 of so many."""
-        return max((begin, window) for window, begin in self.turns(steps).items() if begin <= step)[1]
+    def _config(self, given: dict[str, Any]) -> LighthouseConfig:
+        return LighthouseConfig(**{field.name: getattr(self, field.name) for field in fields(Settings)} | given)
+
+    def _of_dense(self, given: dict[str, Any]) -> LighthouseConfig:
+        """Settings of dense attention, which reads no other key."""
+        return LighthouseConfig(dense_backend=given.get("dense_backend", self.dense_backend))
+
+    def _first(self, phase: PhaseSection) -> LighthouseConfig:
+        return self._config(phase.given) if phase.enabled else self._of_dense(phase.given)
+
+    def _last(self, phase: PhaseSection) -> LighthouseConfig:
+        """The settings of a phase's last step."""
+        grown = {"window": phase.window_end} if phase.window_end else {}
+        return self._config(phase.given | grown) if phase.enabled else self._first(phase)
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":
-        if self.windows and self.window:
-            raise conflict("window", "lighthouse.windows take the place of lighthouse.window")
-        if list(self.windows) != sorted(set(self.windows)):
-            raise conflict("windows", f"lighthouse.windows must grow: {list(self.windows)}")
+        for number, phase in enumerate(self.phases):
+            try:
+                self._check_phase(phase)
+            except SettingError as error:
+                raise conflict(f"phases.{number}.{error.field}", f"lighthouse.phases[{number}].{error}") from None
         try:
-            for window in self.windows or (self.window,):
-                self.attention(window)
+            if not self.phases:
+                self._config({})
         except SettingError as error:
-            if error.field == "window" and self.windows:
-                raise conflict("windows", f"lighthouse.windows: {error}") from None
             raise conflict(error.field, f"lighthouse.{error}") from None
         return self
+
+    def _check_phase(self, phase: PhaseSection) -> None:
+        """Raise SettingError for keys that do not go together."""
+        if not phase.enabled:
+            growth = {"window_end": phase.window_end, "growth": phase.growth, "dense_layers": phase.dense_layers}
+            for key, value in (phase.given | growth).items():
+                if value is not None and key != "dense_backend":
+                    raise SettingError(key, "is not for a phase with enabled = false: every layer is dense")
+        if phase.growth and not phase.window_end:
+            raise SettingError("growth", "needs a window_end to grow to")
+        first = self._first(phase)
+        if not phase.window_end:
+            return
+        if first.rule.window_is_a_shape:
+            others = ", ".join(name for name, method in METHODS.items() if not method.window_is_a_shape)
+            problem = f"is not for the method {first.method}, which compiles anew for each window; use one of {others}"
+            raise SettingError("window_end", problem)
+        if not DENSE_BACKENDS[first.dense_backend].documents:
+            others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.documents)
+            problem = (
+                f"{first.dense_backend!r} compiles anew for each window, which then cannot grow; use one of {others}"
+            )
+            raise SettingError("dense_backend", problem)
+        if not 0 < first.window <= phase.window_end:
+            raise SettingError("window_end", f"must be at least the phase's window, above 0 ({first.window})")
+        try:
+            self._last(phase)
+        except SettingError as error:
+            raise SettingError("window_end" if error.field == "window" else error.field, error.problem) from None

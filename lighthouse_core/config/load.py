@@ -1,7 +1,7 @@
 """Reading recipes. Every error is one RecipeError that names the place: `file:line` or `--set key`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.origin import Unfit, filled
+from lighthouse_core.config.phases import PhaseSection, of_older_run
 from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
 from lighthouse_core.config.recipe import TRAINS, Recipe
 from lighthouse_core.config.rope import RopeScaling
@@ -46,6 +47,20 @@ _DERIVED = {("model", "kv_heads"), ("model", "head_dim")}
 _SCALING, _TAG = ("model", "rope_scaling"), "rope_type"
 
 
+def _of_windows(windows: Any) -> str:
+    listed = windows if isinstance(windows, list) and windows else [2048, 8192]
+    return "write lighthouse.phases = " + toml_value([{"window": window} for window in listed])
+
+
+# Keys of earlier releases, and what to write in their place.
+_REMOVED: dict[KeyPath, Callable[[Any], str]] = {
+    ("lighthouse", "windows"): _of_windows,
+    ("lighthouse", "dense_every"): lambda every: (
+        "dense phases took its place: write lighthouse.phases = [{share = 0.75}, {share = 0.25, enabled = false}]"
+    ),
+}
+
+
 def find_recipe(spec: str | Path) -> Path:
     """The file a user means: a path, or the bare name of a recipe that comes with the package.
 
@@ -67,7 +82,9 @@ def find_recipe(spec: str | Path) -> Path:
     raise RecipeError(f"no recipe {spec}{meant}", hint=f"give a path, or one of {', '.join(sorted(shipped))}")
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, trains: bool = True) -> Recipe:
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, trains: bool = True, of_run: bool = False
+) -> Recipe:
     """The recipe in a file, with `a.b=value` overrides in TOML's grammar.
 
     Args:
@@ -75,11 +92,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
         overrides: of its keys.
         trains: whether the recipe is to be trained. If it is not, its attention need not go with its `data.packing`:
             what only reads text, or measures a model on it, needs no such attention.
+        of_run: whether it is the file of a run, which an earlier release may have written.
 
     Raises:
         RecipeError: unreadable, invalid, or asking for something impossible.
     """
-    return loads_recipe(read_toml(path), overrides, source=str(path), trains=trains)
+    return loads_recipe(read_toml(path), overrides, source=str(path), trains=trains, of_run=of_run)
 
 
 def read_toml(path: Path | str) -> str:
@@ -98,7 +116,14 @@ def read_toml(path: Path | str) -> str:
         raise RecipeError(f"{path}: {problem}", hint=hint) from None
 
 
-def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recipe>", *, trains: bool = True) -> Recipe:
+def loads_recipe(
+    text: str,
+    overrides: Sequence[str] = (),
+    source: str = "<recipe>",
+    *,
+    trains: bool = True,
+    of_run: bool = False,
+) -> Recipe:
     """As load_recipe, from text; `source` stands for the file in errors.
 
     Raises:
@@ -109,6 +134,8 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
         table = parse_toml(text)
     except ValueError as error:
         raise RecipeError(_syntax_error(source, text, str(error))) from None
+    if of_run:
+        table = of_older_run(table)
     flags: dict[KeyPath, str] = {}
     headers: dict[KeyPath, str] = {}
     for override in overrides:
@@ -140,7 +167,8 @@ def loads_recipe(text: str, overrides: Sequence[str] = (), source: str = "<recip
             # What the recipe leaves out is what is said there.
             lines |= {("model", key): str(origin.file) for key in origin.model if key not in table["model"]}
         # A flag replaces the file's value, but a table that both write to begins in the file.
-        raise RecipeError(_first_problem(error, headers | lines, flags, source)) from None
+        problem, hint = _first_problem(error, headers | lines, flags, source)
+        raise RecipeError(problem, hint=hint) from None
 
 
 def parse_override(override: str) -> dict[str, Any]:
@@ -161,10 +189,13 @@ def parse_override(override: str) -> dict[str, Any]:
     except ValueError:
         wanted = _wanted(key)
         if "[" in key:
+            whole = key.partition("[")[0]
             raise RecipeError(
-                f"{label} names an entry of a list", hint="a list is set as a whole: data.sources=[...]"
+                f"{label} names an entry of a list", hint=f"a list is set as a whole: {whole}=[...]"
             ) from None
-        if value[:1] in ("[", "{") or wanted == "a list":
+        if key == "lighthouse.phases":
+            hint = "phases are written [{share = 0.25, window = 2048}, {share = 0.75, window = 8192}]"
+        elif value[:1] in ("[", "{") or wanted == "a list":
             hint = 'a list is written ["a", "b"]'
         elif wanted == "a string" or value.lower() in ("true", "false"):
             suggestion = value.lower() if value.lower() in ("true", "false") else toml_value(value.strip("\"'"))
@@ -217,8 +248,10 @@ def _without_a_shape(error: ValidationError) -> bool:
     return all(problem["type"] == "missing" for problem in problems) and shape <= places
 
 
-def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: dict[KeyPath, str], source: str) -> str:
-    """One line for the problem to solve first: a misspelt key explains a missing one.
+def _first_problem(
+    error: ValidationError, places: dict[KeyPath, str], flags: dict[KeyPath, str], source: str
+) -> tuple[str, str | None]:
+    """One line for the problem to solve first, and a hint, if any: a misspelt key explains a missing one.
 
     Of keys that conflict, one that a flag set is to blame: the file was right without it.
     """
@@ -238,7 +271,9 @@ def _first_problem(error: ValidationError, places: dict[KeyPath, str], flags: di
             path = involved[0]
     places = places | flags
     known = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
-    return f"{known}: {_describe(problem, path)}"
+    if problem["type"] == "extra_forbidden" and path in _REMOVED:
+        return f"{known}: {'.'.join(path)} is no key any more", _REMOVED[path](problem["input"])
+    return f"{known}: {_describe(problem, path)}", None
 
 
 def _describe(problem: Any, path: KeyPath) -> str:
@@ -301,6 +336,9 @@ def _unknown(path: KeyPath, given: Any) -> str:
     section, key = path[0], path[1]
     if path[:2] == ("data", "sources"):
         return _unknown_of_source(path[-1])
+    if path[:2] == ("lighthouse", "phases"):
+        known = PhaseSection.names_of_keys()
+        return f"unknown key lighthouse.phases[{path[2]}].{path[-1]}{did_you_mean(path[-1], known)}"
     if path[:2] == _SCALING and len(path) > 2:
         if path[-1] == "type":
             return f"unknown key {'.'.join(path)}; did you mean {'.'.join(_SCALING)}.{_TAG}?"

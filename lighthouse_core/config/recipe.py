@@ -1,5 +1,6 @@
 """The root of the recipe language: every section, and the checks that need more than one of them."""
 
+from math import lcm
 from typing import Any
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -14,6 +15,7 @@ from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.optimizer import OptimizerSection
 from lighthouse_core.config.output import OutputSection
 from lighthouse_core.config.parallel import ParallelSection
+from lighthouse_core.config.phases import Phase
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.config.schedule import ScheduleSection
 from lighthouse_core.config.section import MOST_TOKENS, Section, conflict
@@ -42,6 +44,11 @@ class Recipe(Section):
     titan: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Of stage 1, first to last; of a dense baseline one that is dense."""
+        return self.lighthouse.resolved(self.training.steps, self.model.dense_layers)
+
+    @property
     def alignment(self) -> int | None:
         """Tokens of which every document takes a whole multiple, in both stages; None with `data.packing` "concat"."""
         if self.data.packing == "concat":
@@ -50,7 +57,8 @@ class Recipe(Section):
 
     @property
     def _needed_alignment(self) -> int:
-        return self.lighthouse.attention().alignment if self.lighthouse.enabled else 1
+        """What every phase can take: the data are the same in all of them."""
+        return lcm(*(phase.attention.alignment for phase in self.phases if not phase.dense))
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> "Recipe":
@@ -75,7 +83,7 @@ class Recipe(Section):
             raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
         self._check_context()
         if self.lighthouse.enabled:
-            self._check_that_stage_1_is_not_dense()
+            self._check_phases()
         if self.data.packing == "documents" and (info.context or {}).get(TRAINS, True):
             self._check_documents()
         return self
@@ -97,21 +105,18 @@ class Recipe(Section):
 
     def _check_documents(self) -> None:
         """Of documents that are kept apart in training: what only reads the data asks none of this."""
-        attention = self.lighthouse.attention()
-        if self.lighthouse.enabled and "documents" not in attention.rule.can(attention):
-            without = "" if attention.window else " without a lighthouse.window"
-            raise conflict(
-                "data.packing",
-                f'data.packing "documents", the default, is not for lighthouse.method "{attention.method}"{without}: '
-                'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
-            )
-        if not BACKENDS[attention.dense_backend].documents:
-            others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
-            raise conflict(
-                "lighthouse.dense_backend",
-                f'lighthouse.dense_backend "{attention.dense_backend}" is not for data.packing "documents": write '
-                f'data.packing = "concat", or choose one of {others}',
-            )
+        for phase in self.phases:
+            attention = phase.attention
+            if not phase.dense and "documents" not in attention.rule.can(attention):
+                key, said = self._key(phase, "method")
+                without = "" if attention.window else f" without a {self._key(phase, 'window')[1]}"
+                raise conflict(
+                    "data.packing" if not self.lighthouse.phases else key,
+                    f'data.packing "documents", the default, is not for {said} "{attention.method}"{without}: '
+                    'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
+                )
+            self._check_packs(attention.dense_backend, *self._key(phase, "dense_backend"))
+        self._check_packs(self.lighthouse.dense_backend, *["lighthouse.dense_backend"] * 2)
         tokens, align = self.training.seq_len, self.alignment or 1
         if align % self._needed_alignment:
             raise conflict(
@@ -126,16 +131,61 @@ class Recipe(Section):
                 + f"; the nearest is {' or '.join(map(str, near))}" * bool(near),
             )
 
-    def _check_that_stage_1_is_not_dense(self) -> None:
-        tokens, cfg = self.training.seq_len, self.lighthouse.attention()
-        if cfg.window >= tokens:
-            key = "lighthouse.windows" if self.lighthouse.windows else "lighthouse.window"
-            raise conflict(key, f"{key} ({cfg.window}) is not below training.seq_len ({tokens})")
-        if len(self.lighthouse.windows) > self.training.steps:
-            raise conflict("lighthouse.windows", "lighthouse.windows are more than training.steps")
-        if cfg.pools and (call := cfg.geometry(tokens)).dense:
+    @staticmethod
+    def _check_packs(backend: str, key: str, said: str) -> None:
+        if not BACKENDS[backend].documents:
+            others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
             raise conflict(
-                "lighthouse.topk",
+                key,
+                f'{said} "{backend}" is not for data.packing "documents": write '
+                f'data.packing = "concat", or choose one of {others}',
+            )
+
+    def _key(self, phase: Phase, name: str) -> tuple[str, str]:
+        """A key that decides a phase: its place for `conflict`, and as sentences name it."""
+        number = phase.number - 1
+        if not self.lighthouse.phases:
+            return f"lighthouse.{name}", f"lighthouse.{name}"
+        return f"lighthouse.phases.{number}.{name}", f"lighthouse.phases[{number}].{name}"
+
+    def _check_phases(self) -> None:
+        """Every phase has steps, and attends to less than dense attention unless it is meant to be dense."""
+        tokens, steps, phases = self.training.seq_len, self.training.steps, self.phases
+        if len(phases) > steps:
+            raise conflict(
+                "lighthouse.phases", f"lighthouse.phases are {len(phases)}, more than training.steps ({steps})"
+            )
+        if all(phase.dense for phase in phases):
+            raise conflict("lighthouse.phases", "every phase is dense: write lighthouse.enabled = false without phases")
+        for phase in phases:
+            if phase.end < phase.begin:
+                key, said = self._key(phase, "share")
+                raise conflict(key, f"{said} is too small: the phase has none of the {steps} steps of stage 1")
+            if phase.growth and phase.end == phase.begin:
+                key, said = self._key(phase, "window_end")
+                raise conflict(key, f"{said} is for a phase of two steps or more, and this one has one")
+            self._check_dense_layers(phase)
+            if not phase.dense:
+                self._check_that_it_saves(phase, tokens)
+
+    def _check_dense_layers(self, phase: Phase) -> None:
+        key, said = self._key(phase, "dense_layers")
+        for layer in phase.dense_layers:
+            if not 0 <= layer < self.model.layers:
+                most = self.model.layers - 1
+                raise conflict(key, f"{said}: layer {layer} is outside 0..{most} (model.layers)")
+            if phase.dense_layers.count(layer) > 1:
+                raise conflict(key, f"{said} lists layer {layer} more than once")
+
+    def _check_that_it_saves(self, phase: Phase, tokens: int) -> None:
+        cfg = phase.attention
+        if cfg.window >= tokens:
+            key, said = self._key(phase, "window_end" if phase.growth else "window")
+            raise conflict(key, f"{said} ({cfg.window}) is not below training.seq_len ({tokens})")
+        if cfg.pools and (call := cfg.geometry(tokens)).dense:
+            key, said = self._key(phase, "topk")
+            raise conflict(
+                key,
                 f"the gathered sequence (S = {call.selected_length}) is not shorter than training.seq_len "
-                f"({tokens}); use a smaller lighthouse.topk or more lighthouse.levels",
+                f"({tokens}); use a smaller {said} or more {self._key(phase, 'levels')[1]}",
             )

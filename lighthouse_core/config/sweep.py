@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from lighthouse_core.config.load import load_recipe, parse_override, read_toml
+from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import (
     MOST_TOKENS,
     NonNegative,
@@ -27,7 +28,9 @@ class RunSection(Section):
     """One run: `set` overrides the recipe; `recover` steps follow (0 for none), with `recover_set`.
 
     `stage_1` names another run of the sweep, whose first stage this one begins from, as it was after `at` steps (0 for
-    its end): several recoveries of one. A run that is dense from the start has such, too: decays of its rate.
+    its end): several recoveries of one. A run that is dense from the start has such, too: decays of its rate. With a
+    `set` of `lighthouse.phases` this one goes on with the stage 1 of the other one in other phases: those up to step
+    `at` are the same.
     """
 
     set: Strings = ()
@@ -35,6 +38,11 @@ class RunSection(Section):
     recover_set: Strings = ()
     stage_1: str = ""
     at: NonNegative = 0
+
+    @property
+    def other_phases(self) -> bool:
+        """Whether it goes on with another run's stage 1 in phases of its own."""
+        return bool(self.stage_1 and self.set)
 
 
 class EvaluateSection(Section):
@@ -86,7 +94,7 @@ class Sweep(Section):
     def settings(self, name: str) -> list[str]:
         """What the first stage of a run sets, be it another run's."""
         run = self.runs[name]
-        return [*self.set, *(self.runs[run.stage_1] if run.stage_1 else run).set]
+        return [*self.set, *(self.runs[run.stage_1].set if run.stage_1 else ()), *run.set]
 
     def branches(self, name: str) -> list[int]:
         """Steps of a run's first stage that `at` of others names."""
@@ -117,8 +125,15 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: the stage 1 of {run.stage_1} is that of {parent.stage_1}: name that"
             )
-        if parent and (run.set or not run.recover):
-            raise RecipeError(f"{path}: run {name}: with stage_1 there is a recover, and recover_set rather than set")
+        if parent and not run.set and not run.recover:
+            raise RecipeError(
+                f"{path}: run {name}: with stage_1 there is a recover, or a set of lighthouse.phases that follow"
+            )
+        if run.other_phases and any(map(_sets_more_than_phases, run.set)):
+            raise RecipeError(
+                f"{path}: run {name}: with stage_1 only lighthouse.phases can be set: the rest is of {run.stage_1}",
+                hint="recover_set holds for the recovery",
+            )
         if run.at and not parent:
             raise RecipeError(f"{path}: run {name}: at is a step of the run that stage_1 names, and there is none")
         try:
@@ -126,6 +141,8 @@ def load_sweep(path: Path) -> Sweep:
             # Which keys a recovery may set, lighthouse_core.sweep.check knows.
             load_recipe(base, [*sweep.settings(name), *run.recover_set])
             keeping = [recipe, load_recipe(base, [*sweep.settings(name), *parent.recover_set])] if parent else []
+            if run.other_phases:
+                _check_other_phases(run, load_recipe(base, sweep.settings(run.stage_1)), recipe)
         except RecipeError as error:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
         if run.recover and recipe.schedule.decay_steps:
@@ -138,7 +155,7 @@ def load_sweep(path: Path) -> Sweep:
             raise RecipeError(
                 f"{path}: run {name}: the run {run.stage_1} ends at step {recipe.training.steps}, before {run.at}"
             )
-        dense_at_the_end = run.recover or not recipe.lighthouse.enabled
+        dense_at_the_end = run.recover or recipe.phases[-1].dense
         if sweep.evaluate and "switch" in sweep.evaluate.named and dense_at_the_end:
             raise RecipeError(
                 f"{path}: run {name}: evaluate.only has switch, and the run ends dense",
@@ -158,6 +175,34 @@ def load_sweep(path: Path) -> Sweep:
         evaluate = sweep.evaluate.model_copy(update={"recipe": str(held_out)})
         sweep = sweep.model_copy(update={"evaluate": evaluate})
     return sweep
+
+
+def _sets_more_than_phases(override: str) -> bool:
+    addition = parse_override(override)
+    return addition.keys() != {"lighthouse"} or addition["lighthouse"].keys() != {"phases"}
+
+
+def _check_other_phases(run: RunSection, parent: Recipe, own: Recipe) -> None:
+    """Raise RecipeError unless two recipes have the same stage 1 up to a step that ends a phase in both."""
+    for recipe, whose in ((parent, f"the run {run.stage_1}"), (own, "its own lighthouse.phases")):
+        ends = [phase.end for phase in recipe.phases[:-1]]
+        if run.at not in ends:
+            steps = f"phases end after {', '.join(map(str, ends))}" if ends else "there is one phase"
+            raise RecipeError(
+                f"at = {run.at} is no step that a phase of {whose} ends with before the last one: {steps}"
+            )
+    for one, other in zip(parent.phases, own.phases, strict=False):
+        if one.end <= run.at and one != other:
+            raise RecipeError(
+                f"phase {one.number} is another than that of the run {run.stage_1}, up to whose step {run.at} the two "
+                "are to be the same"
+            )
+    if parent.alignment != own.alignment:
+        raise RecipeError(
+            f"its phases pad documents to {own.alignment} tokens and those of the run {run.stage_1} to "
+            f"{parent.alignment}, so that they see other data",
+            hint="set data.align for both, a common multiple",
+        )
 
 
 def _first_problem(error: ValidationError) -> str:

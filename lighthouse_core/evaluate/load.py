@@ -17,6 +17,7 @@ from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.dense.call import documents_kernel
 from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.config import Recipe
+from lighthouse_core.config.phases import phase_at
 from lighthouse_core.data.documents import Tokenizer
 from lighthouse_core.data.tokenizer import build_tokenizer
 from lighthouse_core.errors import DataError, UserError
@@ -41,8 +42,8 @@ def load_checkpoint(
 
     Args:
         path: a run directory (its newest checkpoint) or one of its checkpoints/step-N.
-        attention: "trained" keeps the Lighthouse layers of a checkpoint of stage 1; "dense" replaces them, as a
-            recovery does.
+        attention: "trained" keeps the Lighthouse layers of a checkpoint of stage 1, as its last step had them; "dense"
+            replaces them, as a recovery does.
         device: where it runs; a GPU if there is one.
         step: of the checkpoint, where `path` is a run.
         tokens: the longest sequence that it is to run on, where that is longer than those of training.
@@ -55,10 +56,11 @@ def load_checkpoint(
     device = device or _device()
     source = find_source(path if step is None else path / "checkpoints" / f"step-{step}")
     recipe = source.run.recipe
-    pooled = attention == "trained" and _in_stage_1(source)
     # Of step 0, the attention that the first step has.
     step = min(max(source.step, 1), recipe.training.steps)
-    cfg = recipe.lighthouse.attention(recipe.lighthouse.window_at(step, recipe.training.steps))
+    phase, as_trained = phase_at(recipe.phases, step), attention == "trained" and _in_stage_1(source)
+    cfg = phase.settings(step) if as_trained else recipe.lighthouse.dense_attention
+    pooled = as_trained and not phase.dense
     dtype = getattr(torch, recipe.training.dtype)
     try:
         check_backends(cfg, device.type, pooled=pooled)
@@ -72,7 +74,7 @@ def load_checkpoint(
     model.load_state_dict(load_weights(source, recipe.model.kind.entries(recipe.model)), assign=True)
     use_dense(model, cfg.dense_backend)
     if pooled:
-        use_lighthouse(model, cfg, recipe.model.dense_layers)
+        use_lighthouse(model, cfg, phase.dense_layers)
     angles = model.freqs_cis
     model.to(device, dtype).eval()
     # Not in the type of the weights.

@@ -52,7 +52,7 @@ def advise(
     model, training = recipe.model, recipe.training
     dtype = training.dtype if device.type == "cuda" else "float32"
     shape = Shape(training.seq_len, model.heads, model.kv_heads, model.head_dim, dtype)
-    trained = recipe.lighthouse.attention()
+    trained = recipe.phases[-1].attention
     # A pyramid's settings, whatever the recipe's method is.
     base = replace(trained, method=_PYRAMID.name, window=0, keep=0, rotate="before", dense_backend="auto")
     own = None
@@ -93,7 +93,7 @@ def advise(
         # The training process needs it.
         torch.cuda.empty_cache()
     say("training a few steps with the fastest of them")
-    settings = {"enabled": True, "dense_every": 0, "windows": [], **fastest.settings}
+    settings = {"enabled": True, "phases": [], **fastest.settings}
     # The pyramids that are searched have no window, and the calls that are timed no documents.
     packing = 'data.packing="concat"'
     step = run([packing, *(f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items())])

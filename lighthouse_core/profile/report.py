@@ -45,7 +45,7 @@ _DRIFT = "A CPU's speed drifts from call to call by more than p10 and p90 show: 
 _FIRST = "Rows are of the first process; its communication includes waiting for the others."
 _FIGURES = [f"{name}.{suffix}" for name in ("latency", "memory", "selection") for suffix in ("png", "svg")]
 _LEFT = re.compile(
-    rf"pretrain\.log|runs|traces|trace\.json\.gz|stacks\.folded|dense|window-[0-9]+|\.{STAGING}[0-9a-f]+"
+    rf"pretrain\.log|runs|traces|trace\.json\.gz|stacks\.folded|dense|(window|phase)-[0-9]+|\.{STAGING}[0-9a-f]+"
 )
 # A file that says that a profile was begun here, until its report is there: the names above may be anybody's.
 _BEGUN = ".profile-begun"
@@ -431,7 +431,9 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             )
             for cost in costs.rows
         ]
-        what = f"{profile.recipe}, {profile.stage} step" + (f", window {profile.window}" if profile.window else "")
+        what = f"{profile.recipe}, {profile.stage} step"
+        what += f" of phase {profile.phase}" if profile.stage == "lighthouse" and len(profiles) > 2 else ""
+        what += f", window {profile.window}" if profile.window else ""
         low, high = (f"{1e3 * seconds:.0f}" for seconds in (min(profile.timed), max(profile.timed)))
         title = (
             f"{what}: {costs.wall_ms:.0f} ms under the profiler, {profile.seconds * 1e3:.0f} ms without (median of "
@@ -459,11 +461,11 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
         if len(stage_1) == 1:
             faster = f"The step of stage 1 is {ratios} times as fast as the dense one"
         else:
-            windows = ", ".join(str(profile.window) for profile in stage_1)
-            mean = sum(profile.seconds for profile in stage_1) / len(stage_1)
+            phases, steps = ", ".join(str(profile.phase) for profile in stage_1), sum(one.steps for one in stage_1)
+            mean = sum(profile.seconds * profile.steps for profile in stage_1) / steps
             faster = (
-                f"Steps with windows of {windows} are {ratios} times as fast as the dense one, and stage 1, an equal "
-                f"part of it with each, {dense.seconds / mean:.2f} times"
+                f"Steps of phases {phases} are {ratios} times as fast as the dense one, and all of these phases "
+                f"together {dense.seconds / mean:.2f} times"
             )
         parts.append(f"{faster}, all without the profiler.")
         if dense.breakdown.device == "cpu":

@@ -130,7 +130,7 @@ def attention(
 
 
 def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: int, say: Say) -> Report:
-    """A training step of a recipe, or one with each of its windows, beside a dense one; each of a few micro-batches."""
+    """A training step of each phase of a recipe beside a dense one; each of a few micro-batches."""
     training = recipe.training
     _check_step(recipe, nproc)
     _warn(device(), training.seq_len, say)
@@ -143,9 +143,11 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
         )
     settings = [*settings, f"training.global_batch_size={batch}"]
     found = []
-    for window in recipe.lighthouse.windows if recipe.lighthouse.enabled else []:
-        own = [*settings, "lighthouse.windows=[]", f"lighthouse.window={window}"]
-        found.append(run_step(path, own, folder / f"window-{window}", nproc, say))
+    # What a dense phase takes, the dense step tells.
+    for phase in recipe.phases if recipe.lighthouse.phases else ():
+        if not phase.dense:
+            place = folder / f"phase-{phase.number}"
+            found.append(run_step(path, settings, place, nproc, say, phase=phase.number))
     if not found:
         found.append(run_step(path, settings, folder, nproc, say))
     if recipe.lighthouse.enabled:

@@ -19,6 +19,7 @@ from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.attention.selectors import selector_of
+from lighthouse_core.config.phases import phase_at
 from lighthouse_core.data.overlap import own_split
 from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
@@ -255,7 +256,8 @@ def selection_view(
     if min(sequences, bins) < 1:
         raise UserError(f"{sequences} sequences and {bins} bins are too few")
     run, steps = _checkpoints(path)
-    recipe, cfg = run.recipe, run.recipe.lighthouse.attention()
+    recipe = run.recipe
+    cfg = phase_at(recipe.phases, steps[-1]).settings(steps[-1])
     tokens = recipe.training.seq_len
     g = cfg.geometry(tokens)
     text, drift, overlap, notes = None, [], None, {}
@@ -311,14 +313,17 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     recipe = run.recipe
     if not recipe.lighthouse.enabled:
         raise UserError(f"run {run.name} is dense from the start: it selects nothing")
-    if not recipe.lighthouse.attention().pools:
-        raise UserError(f"the method {recipe.lighthouse.method!r} of run {run.name} selects nothing: it has no pyramid")
-    if len(recipe.model.dense_layers) == recipe.model.layers:
-        raise UserError(f"every layer of run {run.name} is in model.dense_layers: it selects nothing")
-    if not recipe.data.validation:
-        raise DataError(f"run {run.name} held no text out: its data.validation is 0")
     end = run.start if run.recovering else inf
     steps = [step for step in run.checkpoint_steps() if step <= end] if one is None else [one]
+    phase = phase_at(recipe.phases, steps[-1] if steps else recipe.training.steps)
+    of = f" in phase {phase.number}" if len(recipe.phases) > 1 else ""
+    if not phase.dense and not phase.attention.pools:
+        method = phase.attention.method
+        raise UserError(f"the method {method!r} of run {run.name}{of} selects nothing: it has no pyramid")
+    if not phase.sparse_layers(recipe.model.layers):
+        raise UserError(f"every layer of run {run.name}{of} is dense: it selects nothing")
+    if not recipe.data.validation:
+        raise DataError(f"run {run.name} held no text out: its data.validation is 0")
     if not steps:
         raise CheckpointError(
             f"run {run.name} keeps no checkpoint of stage 1",
@@ -326,4 +331,5 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
         )
     if steps[0] > end:
         raise UserError(f"{path} is of the recovery, which is dense: it selects nothing")
-    return run, steps
+    # Selections of other phases may be of other sizes.
+    return run, [step for step in steps if phase_at(recipe.phases, step) == phase]

@@ -13,6 +13,7 @@ from typing import Any
 from lighthouse_core.annotations import OPTIMIZER
 from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
+from lighthouse_core.config.phases import Phase
 from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.files import open_to_append, refuse_links, write_atomically
 from lighthouse_core.job.environment import TRACE_FOLDER
@@ -36,6 +37,8 @@ class StepProfile:
         recipe: name of its file.
         settings: what was asked for beside the recipe.
         stage: "lighthouse", or "dense" for every layer dense.
+        phase: number of the recipe's phase that the step is of, from 1; 0 for a dense step.
+        steps: of that phase in a run of the recipe; 0 for a dense step.
         window: of the traced step's Lighthouse layers; 0 for none.
         packing: the recipe's `data.packing`.
         notes: what of the recipe the step leaves out.
@@ -56,6 +59,8 @@ class StepProfile:
     recipe: str
     settings: list[str]
     stage: str
+    phase: int
+    steps: int
     window: int
     packing: str
     notes: list[str]
@@ -95,12 +100,13 @@ def run_step(
     say: Callable[[str], None],
     *,
     stage: str = "lighthouse",
+    phase: int = 0,
     timed: int = _TIMED,
 ) -> StepProfile:
     """Train a few steps of a recipe by `lighthouse pretrain` and trace the last one.
 
     Leaves trace.json.gz, stacks.folded, pretrain.log and runs/ in `folder`, and of several processes traces/. The run
-    saves no checkpoint and validates nothing. Of several windows the last one is profiled.
+    saves no checkpoint and validates nothing.
 
     Args:
         recipe_path: the recipe.
@@ -109,6 +115,8 @@ def run_step(
         nproc: processes; None for one a GPU.
         say: told what goes on.
         stage: "dense" has every layer dense, as in the recovery.
+        phase: number of the phase of stage 1, from 1; 0 for the last one that is not dense. A window that grows has the
+            size of the phase's last step.
         timed: steps of which the median is taken; the run has four more.
 
     Raises:
@@ -116,10 +124,11 @@ def run_step(
         LighthouseError: the run failed, or its trace holds no step.
     """
     asked = load_recipe(recipe_path, settings)
-    notes = _notes(asked, stage)
+    profiled = _phase(asked, phase)
+    notes = _notes(profiled, stage)
     for note in notes:
         say(note)
-    chosen = [*settings, *_settings(asked, stage, folder, timed)]
+    chosen = [*settings, *_settings(profiled, stage, folder, timed)]
     recipe = load_recipe(recipe_path, chosen)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     name = f"{stage}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -147,6 +156,8 @@ def run_step(
         recipe=recipe_path.stem,
         settings=[*settings],
         stage=stage,
+        phase=profiled.number if recipe.lighthouse.enabled else 0,
+        steps=profiled.end - profiled.begin + 1 if recipe.lighthouse.enabled else 0,
         window=recipe.lighthouse.window if recipe.lighthouse.enabled else 0,
         packing=recipe.data.packing,
         notes=notes,
@@ -179,17 +190,19 @@ def shapes_of(recipe: Recipe) -> StepShapes:
     )
 
 
-def _notes(recipe: Recipe, stage: str) -> list[str]:
-    lighthouse = recipe.lighthouse
-    notes: list[str] = []
-    if not lighthouse.enabled or stage == "dense":
-        return notes
-    if lighthouse.dense_every:
-        notes.append(f"one step in {lighthouse.dense_every} is dense in every layer; this one is not")
-    return notes
+def _phase(recipe: Recipe, number: int) -> Phase:
+    if number:
+        return recipe.phases[number - 1]
+    return next((phase for phase in reversed(recipe.phases) if not phase.dense), recipe.phases[-1])
 
 
-def _settings(recipe: Recipe, stage: str, folder: Path, timed: int) -> list[str]:
+def _notes(phase: Phase, stage: str) -> list[str]:
+    if stage == "dense" or not phase.growth:
+        return []
+    return [f"the window of phase {phase.number} grows from {phase.first_window}; this step has that of its end"]
+
+
+def _settings(phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
     chosen: dict[str, Any] = {
         "training.steps": _WARM + timed + 2,
         "schedule.decay_steps": 0,
@@ -199,9 +212,9 @@ def _settings(recipe: Recipe, stage: str, folder: Path, timed: int) -> list[str]
         "metrics.measure_dense": False,
         "metrics.tensorboard": False,
         "metrics.wandb": False,
-        "lighthouse.dense_every": 0,
-        "lighthouse.windows": [],
-        "lighthouse.window": recipe.lighthouse.attention().window,
+        "lighthouse.phases": [],
+        **{f"lighthouse.{name}": value for name, value in vars(phase.attention).items()},
+        "model.dense_layers": phase.dense_layers,
         "output.dir": str(folder.resolve() / "runs"),
     }
     if stage == "dense":

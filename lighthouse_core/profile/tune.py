@@ -26,7 +26,7 @@ class Timed:
         coarsest: tokens of the coarsest window; 1 without a pyramid.
         gathered: S; None without a pyramid.
         dense_layers: whether the model's dense layers stay.
-        forward_ms, both_ms: medians; over the windows that take turns, their mean.
+        forward_ms, both_ms: medians; over phases of equal length, their mean.
     """
 
     settings: dict[str, Any]
@@ -184,7 +184,7 @@ class Advice:
     def fragment(self, number: int) -> str:
         """Lines of TOML for a recipe, with what they promise in comments."""
         one, prediction = self.timed[number], self.predictions[number]
-        settings = {"enabled": True, "dense_every": 0, **one.settings}
+        settings = {"enabled": True, "phases": [], **one.settings}
         bound = amdahl(plan_of(self.plan, one))
         lines = [
             f"# {self.tokens} tokens: stage 1 is predicted {prediction.stage_1:.2f} times as fast as dense training,",

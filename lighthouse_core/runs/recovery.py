@@ -71,7 +71,7 @@ def plan_recovery(
     if run.recovering:
         # The ledger has the length; recover.toml runs ahead of it if an --extend was cut off between the two.
         overrides = [f"recover.steps={run.end - run.start}", *overrides]
-    recipe = with_own_tokenizer(load_recipe(run.recipe_path, overrides), run.path)
+    recipe = with_own_tokenizer(load_recipe(run.recipe_path, overrides, of_run=True), run.path)
     newest = partial(run.newest_checkpoint, strict, ahead)
     if not run.recovering:
         return _begin_recovery(run, recipe, extend, newest)

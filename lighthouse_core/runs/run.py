@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return with_own_tokenizer(load_recipe(self.recipe_path), self.path)
+        return with_own_tokenizer(load_recipe(self.recipe_path, of_run=True), self.path)
 
     @property
     def stage(self) -> str:
@@ -190,7 +190,7 @@ class Run:
             UserError: the checkpoint decides one of them.
         """
         check_resumable(overrides)
-        self.recipe = with_own_tokenizer(load_recipe(self.recipe_path, overrides), self.path)
+        self.recipe = with_own_tokenizer(load_recipe(self.recipe_path, overrides, of_run=True), self.path)
 
     def write_recipe(self) -> None:
         """Save the recipe as it has become."""

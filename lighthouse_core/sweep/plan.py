@@ -29,6 +29,8 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     wanted = sweep.runs[name]
     path = output / name
     recover = ["recover", str(path), "--steps", str(wanted.recover), *_set(wanted.recover_set)]
+    if not begun(path) and wanted.other_phases:
+        return ["pretrain", "--resume", str(path)]
     if not begun(path) and wanted.stage_1:
         return recover
     if not begun(path):
@@ -42,8 +44,10 @@ def next_command(sweep: Sweep, base: Path, name: str, output: Path) -> list[str]
     before_switch = run.stage == "lighthouse"
     # What only others recover from is measured at the switch alone.
     shared = before_switch and not wanted.recover and any(other.stage_1 == name for other in sweep.runs.values())
-    switches = shared or (before_switch and wanted.recover and not wanted.stage_1)
-    if evaluate and switches and report(path, "switch") is None:
+    own = not wanted.stage_1 or wanted.other_phases
+    switches = shared or (before_switch and wanted.recover and own)
+    # After a dense phase there is no switch to measure.
+    if evaluate and switches and not run.recipe.phases[-1].dense and report(path, "switch") is None:
         return _eval(sweep, path, "switch", evaluate.at_switch)
     if wanted.recover and not run.recovering:
         return recover
@@ -90,7 +94,7 @@ def check(sweep: Sweep, base: Path, output: Path) -> None:
             settings += [*wanted.recover_set, f"recover.steps={wanted.recover}"]
             free -= {"recover"}
         pairs = _pairs(was, load_recipe(base, settings), free)
-        if wanted.stage_1:
+        if wanted.stage_1 and not wanted.other_phases:
             pairs["at"] = run.ledger["stages"][0]["end"], wanted.at or was.training.steps
         for which in ("switch", "end"):
             found = report(path, which) if sweep.evaluate else None

@@ -154,7 +154,7 @@ class Runner:
             self.say(f"{name}: {path} held no checkpoint and is removed; it begins anew")
         wanted = self.sweep.runs[name]
         if wanted.stage_1 and not begun(path):
-            branch(Run(self.output / wanted.stage_1), path, wanted.at)
+            branch(Run(self.output / wanted.stage_1), path, wanted.at, wanted.set)
         arguments = next_command(self.sweep, self.base, name, self.output)
         if arguments is None:
             self.left.remove(name)

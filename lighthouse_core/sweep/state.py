@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lighthouse_core.config import dump_recipe, load_recipe
 from lighthouse_core.data.tokenizers.huggingface import COMPANIONS
 from lighthouse_core.errors import RunError
 from lighthouse_core.files import write_atomically
@@ -119,16 +121,20 @@ def clear(path: Path) -> bool:
     return True
 
 
-def branch(run: Run, path: Path, at: int = 0) -> Run:
-    """A new run that stands where another one's first stage ended; the checkpoint is linked rather than copied.
+def branch(run: Run, path: Path, at: int = 0, settings: Sequence[str] = ()) -> Run:
+    """A new run that stands where another one's first stage ended; the checkpoint is linked rather than copied. The
+    checkpoint has the weights, the optimizer's state and the place in the data.
 
     Args:
         run: has the checkpoint.
         path: of the new run.
         at: another step of the first stage, which is the new one's end.
+        settings: `lighthouse.phases=...`, with which the new run goes on to the end of that first stage.
     """
     step = at or stage_1_end(run)
-    first = {key: value for key, value in run.ledger["stages"][0].items() if key in GIVEN} | {"end": step}
+    recipe = load_recipe(run.path / "recipe.toml", settings, of_run=True) if settings else None
+    end = recipe.training.steps if recipe else step
+    first = {key: value for key, value in run.ledger["stages"][0].items() if key in GIVEN} | {"end": end}
     temporary = path.with_name(f".{path.name}.branching")
     if os.path.lexists(temporary):
         if temporary.is_symlink() or not _claimed(temporary):
@@ -148,6 +154,9 @@ def branch(run: Run, path: Path, at: int = 0) -> Run:
             # A folder or a device of that name is nobody's file.
             if ours and file.is_file():
                 shutil.copy(file, temporary / file.name)
+        if recipe:
+            text = f"# Stage 1 of {path.name}, begun by {run.name}.\n\n{dump_recipe(recipe)}"
+            (temporary / "recipe.toml").write_text(text, encoding="utf-8")
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -72,6 +72,7 @@ class Metrics(MetricsProcessor):
     start of the run), `steps` that the figures are of, `tokens_per_second` (all ranks), `seconds` (per step),
     `memory_gib` (peak of one rank), `mfu` (model FLOPs by lighthouse_core.estimate as a fraction of the accelerator's
     bf16 peak, which the ledger states; absent on CPU) and `data_seconds` (waiting for data, per step).
+    Of a recipe with phases `phase` is the number, from 1, of the step's phase, and `window` the step's window.
     Where documents are kept apart `flops_per_token` and `dense_flops_per_token` count what is attended to.
     In float16 training `loss_scale` is that of the next step, and `skipped_steps` counts the updates since the start of
     the run that were left out because gradients overflowed.
@@ -94,7 +95,6 @@ class Metrics(MetricsProcessor):
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.optimizers = self.lr_schedulers = self.model_parts = None
-        self.leaky = stage.name == "lighthouse" and stage.recipe.lighthouse.attention().leaks
         self.spikes = Spikes()
         self.unwritten = b""
         # Whether something else has the name of the file.
@@ -210,8 +210,8 @@ class Metrics(MetricsProcessor):
         if self.gpu_peak_flops:
             per_device = row["tokens_per_second"] / self.parallel_dims.world_size
             row["mfu"] = flops * per_device / self.gpu_peak_flops
-        if self.stage.name == "lighthouse" and self.stage.recipe.lighthouse.windows:
-            row["window"] = self.stage.recipe.lighthouse.window_at(step, training.steps)
+        if (phase := self.stage.phase(step)) and self.stage.recipe.lighthouse.phases:
+            row |= {"phase": phase.number} | ({} if phase.dense else {"window": phase.window_at(step)})
         if self.loss_scale is not None:
             state = self.loss_scale.state_dict()
             row |= {"loss_scale": state["factor"], "skipped_steps": state["skipped"]}
@@ -238,7 +238,9 @@ class Metrics(MetricsProcessor):
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
-            row = {"step": step, "stage": self.stage.name, "leaky": self.leaky} | row
+            phase = self.stage.phase(step)
+            leaky = phase is not None and not phase.dense and phase.attention.leaks
+            row = {"step": step, "stage": self.stage.name, "leaky": leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             self._write_rows(step)
 

@@ -1,6 +1,7 @@
 """What torchtitan does to a Llama before it trains; our operations are among those that checkpointing knows."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _ATTENTION = {aten._scaled_dot_product_efficient_attention.default}
 _DENSE = {aten.mm.default, torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
-def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> set[OpOverload]:
+def kept_results(mode: str, cfgs: Sequence[LighthouseConfig], device_type: str) -> set[OpOverload]:
     """Operations whose results activation checkpointing keeps.
 
     Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another
@@ -40,13 +41,13 @@ def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> s
 
     Args:
         mode: "selective", "attention" or "full".
-        cfg: settings of the Lighthouse layers, None where there are none.
+        cfgs: settings of the Lighthouse layers in each phase; () where there are none.
         device_type: of the model.
     """
     kept = set() if mode == "full" else _ATTENTION.union(*(kernel.kept for kernel in KERNELS.values()))
     if mode == "selective":
         kept |= _DENSE
-    return kept if cfg is None else kept | cfg.rule.kept(cfg, mode, device_type)
+    return kept.union(*(cfg.rule.kept(cfg, mode, device_type) for cfg in cfgs))
 
 
 def mend_cant_split() -> None:
@@ -58,19 +59,19 @@ def mend_cant_split() -> None:
 
 
 def parallelize(
-    model: Decoder, parallel_dims: ParallelDims, job_config: JobConfig, cfg: LighthouseConfig | None = None
+    model: Decoder, parallel_dims: ParallelDims, job_config: JobConfig, cfgs: Sequence[LighthouseConfig] = ()
 ) -> Decoder:
     """Checkpoint, compile and shard the model, in torchtitan's order and with its functions.
 
     Args:
         model: a Llama whose blocks are `model.layers`.
         parallel_dims, job_config: torchtitan's.
-        cfg: settings of the Lighthouse layers, None where there are none.
+        cfgs: settings of the Lighthouse layers in each phase; () where there are none.
     """
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     checkpointing = job_config.activation_checkpoint
     if checkpointing.mode != "none":
-        kept = kept_results(checkpointing.mode, cfg, DEVICE_TYPE)
+        kept = kept_results(checkpointing.mode, cfgs, DEVICE_TYPE)
         if checkpointing.mode != "selective" and kept:
             # torchtitan's "full" keeps nothing, so this is "selective" with other operations.
             checkpointing = dataclasses.replace(checkpointing, mode="selective", selective_ac_option="op")

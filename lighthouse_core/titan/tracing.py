@@ -98,8 +98,8 @@ def _annotate(trainer: "Trainer") -> None:
         ):
             if isinstance(module, kind):
                 _wrap(module, "forward", name)
-    if recipe.lighthouse.attention().pools:
-        ops = kernels(recipe.lighthouse.backend, DEVICE_TYPE, getattr(torch, recipe.training.dtype))
+    if (attention := recipe.phases[-1].attention).pools:
+        ops = kernels(attention.backend, DEVICE_TYPE, getattr(torch, recipe.training.dtype))
         for stage, name in _STAGES.items():
             _wrap(ops, stage, name)
 

@@ -25,12 +25,12 @@ from torchtitan.distributed import utils as dist_utils
 
 from lighthouse_core import vml
 from lighthouse_core.attention.call import log_choices
-from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.context import AttentionContext, selection_keys
 from lighthouse_core.attention.documents import check_documents
 from lighthouse_core.attention.settings import BackendError
 from lighthouse_core.checkpoint import check_model
 from lighthouse_core.config import Recipe
+from lighthouse_core.config.phases import Phase, phase_at
 from lighthouse_core.data.documents import Split
 from lighthouse_core.data.loader import TokenLoader, build_loader
 from lighthouse_core.data.tokenizer import build_tokenizer
@@ -82,12 +82,25 @@ class Stage:
         noted = (stage["unread"] for stage in reversed(self.run.ledger["stages"]) if "unread" in stage)
         return next(noted, {})
 
-    def settings(self, step: int) -> LighthouseConfig | None:
-        """The attention settings of a step of stage 1 that has several; None for those of the whole stage."""
-        lighthouse, steps = self.recipe.lighthouse, self.recipe.training.steps
-        if self.name != "lighthouse" or not lighthouse.windows:
-            return None
-        return lighthouse.attention(lighthouse.window_at(step, steps))
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """Of stage 1; () for a dense stage."""
+        return self.recipe.phases if self.name == "lighthouse" else ()
+
+    @property
+    def pooled(self) -> list[Phase]:
+        """The phases that are not dense."""
+        return [phase for phase in self.phases if not phase.dense]
+
+    @property
+    def compilations(self) -> int:
+        """How often a layer may be compiled for phases beyond the first one: each time as a sparse layer and as a dense
+        one, with gradients and without, and as often again where a window grows."""
+        return 8 * len(self.phases[1:])
+
+    def phase(self, step: int) -> Phase | None:
+        """The phase of a step, which the step alone decides; None in a dense stage."""
+        return phase_at(self.phases, step) if self.phases else None
 
     def context(self, step: int, key_step: int, sample: int, device: torch.device) -> AttentionContext:
         """What the attention of a micro-batch is given.
@@ -98,10 +111,13 @@ class Stage:
             sample: number of the micro-batch's first row within the global batch.
             device: of the key.
         """
-        lighthouse, key = self.recipe.lighthouse, None
-        if self.name == "lighthouse" and lighthouse.attention().draws:
+        phase = self.phase(step)
+        if phase is None:
+            return AttentionContext()
+        key, settings = None, phase.settings(step)
+        if settings.draws and not phase.dense:
             key = selection_keys(self.recipe.training.seed, key_step, sample, self.recipe.model.layers).to(device)
-        return AttentionContext(key=key, settings=self.settings(step))
+        return AttentionContext(key=key, settings=settings, dense=phase.dense, dense_layers=phase.dense_layers)
 
 
 @dataclass
@@ -122,24 +138,36 @@ def _build_model(stage: Stage, args: Args) -> Decoder:
     # Before the first checkpoint of a run: from then on there is one to load.
     begins = recipe.model.origin and not stage.run.checkpoint_steps()
     model = Decoder(args, find_weights(recipe.model).read if begins else None)
-    cfg, pooled = recipe.lighthouse.attention(), stage.name == "lighthouse"
-    if pooled:
-        logger.info(f"stage 1: {recipe.lighthouse.described()}, {_layers(recipe)}")
+    for phase in stage.phases:
+        which = f" phase {phase.number} of {len(stage.phases)}, steps {phase.begin}-{phase.end}:"
+        layers = "" if phase.dense else f", {_layers(recipe, phase.dense_layers)}"
+        logger.info(f"stage 1:{which * (len(stage.phases) > 1)} {phase.described()}{layers}")
     try:
-        dtype, documents = getattr(torch, recipe.training.dtype), recipe.data.packing == "documents"
-        shared = (recipe.training.seq_len, recipe.parallel.context) if recipe.parallel.context > 1 else None
-        log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=pooled, documents=documents, shared=shared)
+        dtype, shared = getattr(torch, recipe.training.dtype), None
+        if recipe.parallel.context > 1:
+            shared = recipe.training.seq_len, recipe.parallel.context
+        documents = recipe.data.packing == "documents"
+        for phase in stage.phases:
+            # A compiled window that grows takes the kernels of documents: see `Chunked`.
+            packs = documents or (phase.growth is not None and recipe.training.compile)
+            what: dict[str, Any] = {"pooled": not phase.dense, "documents": packs, "shared": shared}
+            log_choices(phase.attention, DEVICE_TYPE, dtype, recipe.model.head_dim, **what)
+        if not stage.phases:
+            cfg = recipe.lighthouse.dense_attention
+            log_choices(cfg, DEVICE_TYPE, dtype, recipe.model.head_dim, pooled=False, documents=documents)
     except BackendError as error:
         raise UserError(str(error), hint=error.hint) from None
-    use_dense(model, cfg.dense_backend)
-    if pooled:
-        use_lighthouse(model, cfg, recipe.model.dense_layers)
+    use_dense(model, recipe.lighthouse.dense_backend)
+    if stage.pooled:
+        # What is dense in some phases alone, the context of a step says.
+        always = set.intersection(*(set(phase.dense_layers) for phase in stage.pooled))
+        use_lighthouse(model, stage.pooled[-1].attention, always)
     return model
 
 
-def _layers(recipe: Recipe) -> str:
+def _layers(recipe: Recipe, dense: tuple[int, ...]) -> str:
     """Which layers are not dense, counted from 0, as "layers 2-27 of 0-29, the others dense"."""
-    count, dense = recipe.model.layers, recipe.model.dense_layers
+    count = recipe.model.layers
     if not dense:
         return "every layer"
     pooled = [layer for layer in range(count) if layer not in dense]
@@ -394,8 +422,8 @@ class Trainer(titan_train.Trainer):
         super().__init__(build_job(recipe, stage.run.path, steps=stage.end))
         self.maybe_enable_amp = _amp(recipe, self.parallel_dims, self.maybe_enable_amp)
         self.effects.autocast = not isinstance(self.maybe_enable_amp, contextlib.nullcontext)
-        # A layer is compiled for each window, with gradients and without; torch gives up after 8 times.
-        torch._dynamo.config.recompile_limit += 2 * len(recipe.lighthouse.windows)
+        # Torch gives up after 8 times, which suffice for a stage without further phases.
+        torch._dynamo.config.recompile_limit += stage.compilations
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.ranks: int = 1 if mesh is None else mesh.size()
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()
@@ -462,14 +490,13 @@ class Trainer(titan_train.Trainer):
     @staticmethod
     def _register(stage: Stage, effects: Effects) -> None:
         recipe = stage.recipe
-        attention = recipe.lighthouse.attention() if stage.name == "lighthouse" else None
         training = recipe.training
         args = Args.of(recipe.model, training.seq_len, seed=training.seed, loss_chunk=training.loss_chunk)
         # Not by register_train_spec, which refuses a name that has one: a process may train one stage after another.
         train_specs._extra_train_specs[MODEL] = train_specs.TrainSpec(
             model_cls=functools.partial(_build_model, stage),
             model_args={MODEL: args},
-            parallelize_fn=functools.partial(parallelize, cfg=attention),
+            parallelize_fn=functools.partial(parallelize, cfgs=[phase.attention for phase in stage.pooled]),
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=functools.partial(_build_schedulers, stage),
@@ -579,9 +606,7 @@ class Trainer(titan_train.Trainer):
 
     def _context(self, sample: int) -> AttentionContext:
         """Of a micro-batch of this step."""
-        context = self.stage.context(self.step, self.step, sample, self.device)
-        every = self.stage.recipe.lighthouse.dense_every if self.stage.name == "lighthouse" else 0
-        return replace(context, dense=bool(every) and self.step % every == 0)
+        return self.stage.context(self.step, self.step, sample, self.device)
 
     def post_dataloading_process(self, input_dict, labels):
         sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]

@@ -15,6 +15,7 @@ from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 from lighthouse_core import figures
+from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
@@ -114,10 +115,17 @@ class Trial:
         """The same with the seconds of another machine, if its steps are known there: see `timed`."""
         return self if machine == self.machine else replace(self, alone=False, timed_on=machine)
 
-    @staticmethod
-    def part(row: dict) -> str:
-        """Steps of one part take equally long: a stage, or of stage 1 the time of one of several windows."""
-        return f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
+    def part(self, row: dict) -> str:
+        """Steps of one part take equally long: a stage, or a phase of stage 1, by its settings; in a phase whose window
+        grows they count as if they did."""
+        part = f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
+        if "phase" not in row:
+            return part
+        own = self.run["recipe"]["lighthouse"]["phases"][row["phase"] - 1]
+        more = {key: value for key, value in own.items() if key not in ("share", "enabled", "window")}
+        if not own["enabled"]:
+            return f"{row['stage']} dense"
+        return f"{row['stage']} {json.dumps(more | {'window': own.get('window')})}" if more else part
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""
@@ -573,6 +581,8 @@ def losses_by_time(lines: list[tuple[Trial, Line]], folder: Path) -> list[Path]:
 def write(files: list[Path], out: Path) -> None:
     files = sorted(files, key=lambda file: file.stem)
     sweeps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for run in itertools.chain.from_iterable(sweep["runs"].values() for sweep in sweeps):
+        run["recipe"] = of_older_run(run["recipe"])
     alone = paces({file.stem: sweep for file, sweep in zip(files, sweeps, strict=True)})
     measurements = [trials(sweep, alone) for sweep in sweeps]
     known: list[Machine] = []

@@ -49,9 +49,14 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
     assert "# S                     192 of 1024 tokens\n" in answer.out
     for name in ("parameters", "FLOPs per token", "tokens per step", "memory (estimate)"):
         assert f"\n# {name}" in answer.out
-    windows = ("lighthouse.windows=[64, 128, 256]", "training.steps=50", 'lighthouse.method="chunked"')
+    windows = (
+        "lighthouse.phases=[{window=64}, {window=128}, {window=256}]",
+        "training.steps=50",
+        'lighthouse.method="chunked"',
+    )
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *(x for setting in windows for x in ("--set", setting)))
-    assert "\n# windows               64 from step 1, 128 from step 18, 256 from step 35\n" in answer.out
+    for words in ("1               steps 1-17: chunked, window 64", "3               steps 35-50: chunked, window 256"):
+        assert f"\n# phase {words}\n" in answer.out
     assert "\n# keys a query (mean)   32, then 64, then 128; dense 512\n" in answer.out
 
 

@@ -26,7 +26,7 @@ def kept(recipe: Recipe, stage: str) -> int:
     training, context = recipe.training, recipe.parallel.context
     model = Decoder(DecoderArgs.of(recipe.model, training.seq_len))
     block = model.layers["0"]
-    cfg = recipe.lighthouse.attention() if stage == "lighthouse" else None
+    cfg = recipe.phases[-1].attention if stage == "lighthouse" else None
     if cfg is not None:
         block.attention.inner_attention = LighthouseAttention(cfg)
     for weight in block.parameters():
@@ -35,7 +35,7 @@ def kept(recipe: Recipe, stage: str) -> int:
     mode = training.activation_checkpointing
     if mode != "none":
         how = ActivationCheckpoint(mode="selective", selective_ac_option="op")
-        ops = kept_results(mode, cfg, "cpu")
+        ops = kept_results(mode, [] if cfg is None else [cfg], "cpu")
         apply_ac(model, how, model_compile_enabled=training.compile, op_sac_save_list=ops)
         block = model.layers["0"]
     if training.compile:

@@ -62,11 +62,11 @@ def test_defaults_are_resolved():
     assert (recipe.model.kv_heads, recipe.model.head_dim) == (4, 16)
     assert recipe.model.dense_layers == (0, 3)
     assert recipe.checkpoint.interval == 500
-    assert recipe.lighthouse.attention() == LighthouseConfig(topk=16, tile_parents=8)
+    assert recipe.phases[-1].attention == LighthouseConfig(topk=16, tile_parents=8)
 
 
 def test_the_lighthouse_section_is_the_attention_config():
-    own = ("enabled", "dense_every", "windows")
+    own = ("enabled", "phases")
     ours = {name: field.default for name, field in LighthouseSection.model_fields.items() if name not in own}
     assert ours == {field.name: field.default for field in dataclasses.fields(LighthouseConfig)}
 
@@ -76,11 +76,9 @@ def test_the_lighthouse_section_is_the_attention_config():
     [
         ({}, "pyramid (pooling 4, levels 3, topk 1536, scorer norm)"),
         (
-            {"scorer": "block", "window": 512, "rotate": "after", "dense_every": 10},
-            "pyramid (pooling 4, levels 3, topk 1536, scorer block), rotated after pooling, window 512, one step in 10 "
-            "dense",
+            {"scorer": "block", "window": 512, "rotate": "after"},
+            "pyramid (pooling 4, levels 3, topk 1536, scorer block), rotated after pooling, window 512",
         ),
-        ({"method": "chunked", "windows": (2048, 4096)}, "chunked, window 2048, then 4096"),
         ({"method": "sliding", "window": 64}, "sliding, window 64"),
         ({"method": "compressed", "window": 64}, "compressed (compression 16), window 64"),
         (
@@ -89,8 +87,9 @@ def test_the_lighthouse_section_is_the_attention_config():
         ),
     ],
 )
-def test_the_lighthouse_section_says_its_attention(settings, words):
-    assert LighthouseSection(**settings).described() == words
+def test_a_phase_says_its_attention(settings, words):
+    (phase,) = LighthouseSection(**settings).resolved(7, ())
+    assert phase.described() == words
 
 
 def test_an_integer_is_a_float_and_nothing_else_is_converted():
@@ -227,11 +226,6 @@ def test_an_override_error_names_the_flag(override, message):
         ("lighthouse.tile_parents=6", "--set lighthouse.tile_parents: lighthouse.topk must be"),
         ("data.validation=0.0", "--set data.validation: metrics.validation_every needs"),
         ("checkpoint.also=[3, 99999]", "--set checkpoint.also: checkpoint.also has step 99999, which"),
-        ("lighthouse.windows=[8, 8]", "--set lighthouse.windows: lighthouse.windows must grow: [8, 8]"),
-        ("lighthouse.windows=[8, -8]", "--set lighthouse.windows: lighthouse.windows must grow"),
-        ("lighthouse.windows=[-8, 8]", "--set lighthouse.windows: lighthouse.windows: window must be"),
-        ("lighthouse.windows=[8, 1024]", "--set lighthouse.windows: lighthouse.windows (1024) is not below"),
-        ("lighthouse={window=8, windows=[8]}", "--set lighthouse: lighthouse.windows take the place"),
     ],
 )
 def test_of_keys_that_conflict_the_one_that_a_flag_set_is_named(override, message):

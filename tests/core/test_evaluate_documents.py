@@ -395,7 +395,7 @@ def test_a_run_is_measured_beyond_the_length_of_its_training(make):
 
 
 def test_the_weights_that_a_run_began_with_are_measured_by_its_first_steps_attention(make):
-    settings = ['lighthouse.method="chunked"', "lighthouse.window=0", "lighthouse.windows=[32, 64]"]
+    settings = ['lighthouse.method="chunked"', "lighthouse.phases=[{window=32}, {window=64}]"]
     path = make(*settings, step=0).path / "checkpoints/step-0"
     subject, recipe = load_checkpoint(path, attention="trained", device=CPU)
     windows = {layer.cfg.window for layer in lighthouse_layers(subject.model).values()}

@@ -417,7 +417,7 @@ def test_a_key_of_another_kind(key):
 def test_a_choice_of_blocks_is_not_made_twice():
     chosen = torch.ops.lighthouse.largest_block.default
     for mode in ("selective", "full"):
-        assert chosen in kept_results(mode, LighthouseConfig(**METHODS[3]), "cpu")
+        assert chosen in kept_results(mode, [LighthouseConfig(**METHODS[3])], "cpu")
     _, k, _ = draw(64)
     torch.library.opcheck(chosen, (k.unflatten(1, (4, 4, 4)),))
 

@@ -71,7 +71,7 @@ def prepared(cfg, tmp_path, mode, compiled):
     job = build_job(recipe(f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1)
     job.compile.enable = compiled
     job.compile.backend = "inductor" if CUDA else "aot_eager"
-    return parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+    return parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, [cfg])
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def qwen(cfg, tmp_path=None, mode="none", compiled=False):
         job = build_job(recipe(*QWEN, f'training.activation_checkpointing="{mode}"'), tmp_path, steps=1)
         job.compile.enable = compiled
         job.compile.backend = "inductor" if CUDA else "aot_eager"
-        built = parallelize(built, ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+        built = parallelize(built, ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, [cfg])
     with torch.no_grad():
         built.init_weights()
     return built
@@ -220,17 +220,17 @@ def test_its_selection_is_by_the_norms_before_they_are_levelled():
 
 def test_what_is_kept():
     ops = torch.ops.lighthouse
-    full = kept_results("full", config(backend="triton"), DEVICE)
+    full = kept_results("full", [config(backend="triton")], DEVICE)
     assert full == {ops.select.default, ops.select_drawn.default}
-    selective = kept_results("selective", config(backend="triton"), DEVICE)
+    selective = kept_results("selective", [config(backend="triton")], DEVICE)
     aten = torch.ops.aten
     assert selective > full | {ops.gather.default, ops.flash4.default, aten.mm.default}
     assert aten._scaled_dot_product_cudnn_attention.default in selective
     assert aten._scaled_dot_product_flash_attention.default in selective
-    attention = kept_results("attention", config(backend="triton"), DEVICE)
+    attention = kept_results("attention", [config(backend="triton")], DEVICE)
     assert full | {ops.gather.default, ops.flash4.default} < attention < selective
     assert aten.mm.default not in attention
-    assert kept_results("full", None, DEVICE) == set()
+    assert kept_results("full", [], DEVICE) == set()
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_one_process_computes_in_the_type_of_the_recipe(tmp_path, process_group,
     """By FSDP, as several do; the loss is then that of the whole model cast."""
     cfg = config(scorer="block", backend="reference")
     job = build_job(recipe(f'training.dtype="{dtype}"'), tmp_path, steps=1)
-    built = parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, cfg)
+    built = parallelize(model(cfg), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1), job, [cfg])
     assert isinstance(built, FSDPModule) is sharded
     labels = tokens().roll(-1, 1)
     rotated_by = []

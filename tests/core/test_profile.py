@@ -249,7 +249,7 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     assert all(one.settings["dense_backend"] == "fa4" for one, _ in ranked)
     assert [one.both_ms for one, _ in ranked[:-1]] == sorted(float(cfg.pooling * cfg.levels) for cfg in pyramids)
     chunks, prediction = ranked[-1]
-    assert chunks.settings["windows"] == [2048, 8192, 49152] and not chunks.dense_layers
+    assert [phase["window"] for phase in chunks.settings["phases"]] == [2048, 8192, 49152] and not chunks.dense_layers
     assert chunks.both_ms == pytest.approx((2048 + 8192 + 49152) / 3e4)
     assert prediction == tune.predict(replace(PLAN, dense_layers=0), chunks.forward_ms, chunks.both_ms, "fa4")
 
@@ -277,8 +277,9 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
         text = found.fragment(number)
         section = tomllib.loads(text)["lighthouse"]
         settings = [f"lighthouse.{key}={toml_value(value)}" for key, value in section.items()]
-        lighthouse = load_recipe(shipped_recipes()[name], settings).lighthouse
-        assert lighthouse.enabled and not lighthouse.dense_every
+        recipe = load_recipe(shipped_recipes()[name], settings)
+        lighthouse, attention = recipe.lighthouse, recipe.phases[0].attention
+        assert lighthouse.enabled
         timed = (
             LighthouseConfig(dense_backend="fa4")
             if number == 0
@@ -286,7 +287,7 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
         )
         read = ["method", "window", "dense_backend"]
         read += ["pooling", "levels", "topk", "tile_parents", "scorer", "cover_prefix"] * (number == 0)
-        assert all(getattr(lighthouse.attention(2048 * number), key) == getattr(timed, key) for key in read)
+        assert all(getattr(attention, key) == getattr(timed, key) for key in read)
         assert f"{found.predictions[number].stage_1:.2f} times" in text
     assert f"{found.bound.total:.2f} if" in found.fragment(0)
     parts = report.tune_parts(found)
@@ -830,7 +831,7 @@ def test_advice_for_a_recipe(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])
-def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, name):
+def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name):
     from lighthouse_core.config import load_recipe
     from lighthouse_core.profile.step import StepProfile
     from lighthouse_core.profile.trace import COMMUNICATION, Breakdown, Cost
@@ -838,13 +839,15 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
 
     made, path, seconds = [], shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
 
-    def run_step(path, settings, folder, nproc, say, *, stage="lighthouse"):
+    def run_step(path, settings, folder, nproc, say, *, stage="lighthouse", phase=0):
         recipe = load_recipe(path, settings)
-        window = recipe.lighthouse.attention().window if stage == "lighthouse" else 0
+        window = recipe.phases[phase - 1].attention.window if stage == "lighthouse" else 0
         profile = StepProfile(
             recipe=path.stem,
             settings=settings,
             stage=stage,
+            phase=phase,
+            steps=recipe.phases[phase - 1].end - recipe.phases[phase - 1].begin + 1,
             window=window,
             packing=recipe.data.packing,
             notes=[],
@@ -888,9 +891,9 @@ def test_a_recipe_is_profiled_with_each_of_its_windows(monkeypatch, tmp_path, na
         assert "The step of stage 1 is 2.00 times as fast as the dense one, all without the profiler." in found.parts
     else:
         assert [step["window"] for step in steps] == [2048, 8192, 49152, 0]
-        assert steps[1]["trace"] == "window-8192/trace.json.gz"
-        said = "windows of 2048, 8192, 49152 are 5.00, 2.50, 1.25 times as fast as the dense one, and stage 1"
-        assert any(said in part and "with each, 2.14 times" in part for part in found.parts if isinstance(part, str))
+        assert steps[1]["trace"] == "phase-2/trace.json.gz"
+        said = "Steps of phases 1, 2, 3 are 5.00, 2.50, 1.25 times as fast as the dense one, and all of these phases"
+        assert any(said in part and "together 2.14 times" in part for part in found.parts if isinstance(part, str))
     # A step of two micro-batches has no other one beside it where every layer is dense anyway.
     recipe = load_recipe(path, ["lighthouse.enabled=false"])
     assert (

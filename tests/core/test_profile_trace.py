@@ -342,9 +342,9 @@ def test_a_step_with_documents(tmp_path, stage):
 @pytest.mark.slow
 def test_a_real_step_is_taken_apart(tmp_path):
     said: list[str] = []
-    settings = [*jobs.TINY, "lighthouse.windows=[16, 32]", "lighthouse.dense_every=2"]
+    settings = [*jobs.TINY, "lighthouse.phases=[{window=16}, {window=16, window_end=32}]"]
     profile = run_step(jobs.RECIPE, settings, tmp_path, None, said.append)
-    assert profile.window == 32 and profile.notes == said[:1] and "dense in every layer" in said[0]
+    assert profile.window == 32 and profile.notes == said[:1] and "grows from 16" in said[0]
     rows = {row.name: row for row in profile.breakdown.rows}
     # A window is merged in place of scattering.
     assert list(rows) == [name for name in t.CATEGORIES if name not in (t.SCATTER, t.COMMUNICATION)]

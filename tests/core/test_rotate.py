@@ -111,7 +111,7 @@ def test_a_model_rotates_after_pooling(compiled):
     with torch.no_grad():
         model.init_weights()
         plain.load_state_dict(model.state_dict())
-    use_lighthouse(model, recipe.lighthouse.attention(), recipe.model.dense_layers)
+    use_lighthouse(model, recipe.phases[-1].attention, recipe.model.dense_layers)
     tokens = torch.randint(257, (1, 256), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(tokens, context=AttentionContext(dense=True)), plain(tokens))
     seen = []
@@ -123,7 +123,7 @@ def test_a_model_rotates_after_pooling(compiled):
     ((q, k, v, _), named, out), *_ = seen
     rotary = named["rotary"]
     assert torch.equal(rotary, model.freqs_cis)
-    assert torch.equal(out, lighthouse_attention(q, k, v, recipe.lighthouse.attention(), rotary=rotary))
+    assert torch.equal(out, lighthouse_attention(q, k, v, recipe.phases[-1].attention, rotary=rotary))
     if compiled:
         for block in model.layers.values():
             block.compile(fullgraph=True, backend="aot_eager")

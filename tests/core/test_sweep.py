@@ -168,6 +168,97 @@ def test_a_recovery_begins_at_an_earlier_step_of_a_run_in_training(sweep, tmp_pa
         check(load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", output)
 
 
+GROWN = """
+recipe = "base.toml"
+set = ["training.steps=10", "checkpoint.keep=0", 'lighthouse.method="chunked"']
+
+[runs.grown]
+set = ["lighthouse.phases=[{share=2, window=64}, {share=3, window=128}, {share=5, window=256}]"]
+recover = 5
+
+[runs.dense-last]
+stage_1 = "grown"
+at = 5
+set = ["lighthouse.phases=[{share=2, window=64}, {share=3, window=128}, {share=5, enabled=false}]"]
+"""
+
+
+def test_a_run_goes_on_with_another_ones_stage_1_in_other_phases(tmp_path):
+    (tmp_path / "base.toml").write_text(RECIPE.read_text())
+    (tmp_path / "sweep.toml").write_text(GROWN)
+    sweep, base, output = load_sweep(tmp_path / "sweep.toml"), tmp_path / "base.toml", tmp_path / "runs"
+    assert "checkpoint.also=[5]" in next_command(sweep, base, "grown", output)
+    run = begin(sweep, tmp_path, "grown", *sweep.runs["grown"].set)
+    save(run, 4)
+    assert waits(sweep, "dense-last", output)
+    save(run, 5)
+    save(run, 7)
+    assert not waits(sweep, "dense-last", output)
+    resume = ["pretrain", "--resume", str(output / "dense-last")]
+    assert next_command(sweep, base, "dense-last", output) == resume
+    wanted = sweep.runs["dense-last"]
+    other = branch(run, output / "dense-last", wanted.at, wanted.set)
+    assert next_command(sweep, base, "dense-last", output) == resume
+    check(sweep, base, output)
+    assert other.checkpoint_steps() == [5] and (other.start, other.end) == (0, 10)
+    assert [json.loads(line)["step"] for line in (other.path / "metrics.jsonl").read_text().splitlines()] == [4, 5]
+    assert [phase.described() for phase in other.recipe.phases] == [
+        "chunked, window 64",
+        "chunked, window 128",
+        "dense",
+    ]
+    assert other.recipe.model_copy(update={"lighthouse": run.recipe.lighthouse}) == run.recipe
+    save(other, 10)
+    assert next_command(sweep, base, "dense-last", output) is None
+    check(sweep, base, output)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            "at = 5",
+            "at = 4",
+            "at = 4 is no step that a phase of the run grown ends with before the last one: phases end ",
+        ),
+        ("at = 5", "", "at = 0 is no step that a phase"),
+        ("at = 5", "at = 10", "at = 10 is no step that a phase of the run grown"),
+        (
+            "share=3, window=128}, {share=5, enabled",
+            "share=4, window=128}, {share=5, enabled",
+            "its own lighthouse.phases",
+        ),
+        (
+            "window=128}, {share=5, enabled",
+            "window=96}, {share=5, enabled",
+            "phase 2 is another than that of the run grown",
+        ),
+        (
+            "{share=2, window=64}, {share=3, window=128}, {share=5, enabled",
+            "{share=5, window=64}, {share=5, enabled",
+            "phase 1 is another than",
+        ),
+        (
+            "enabled=false}]",
+            'enabled=false}]", "training.seed=2',
+            "only lighthouse.phases can be set: the rest is of",
+        ),
+        (
+            "{share=5, enabled=false}",
+            "{share=5, method='pyramid', window=64}",
+            "pad documents to 16 tokens and those of the run grown to 1",
+        ),
+    ],
+)
+def test_other_phases_share_what_is_common(tmp_path, before, after, words):
+    text = GROWN.replace('"chunked"\'', '"chunked"\', \'data.packing="documents"\'')
+    assert text.count(before) == 1 and 'packing="documents"' in text
+    (tmp_path / "base.toml").write_text(RECIPE.read_text())
+    (tmp_path / "sweep.toml").write_text(text.replace(before, after))
+    with pytest.raises(RecipeError, match=words):
+        load_sweep(tmp_path / "sweep.toml")
+
+
 def test_a_dense_run_has_recoveries_too(sweep, tmp_path):
     text = SWEEP + '[runs.decayed]\nstage_1 = "dense"\nrecover = 5\nrecover_set = [\'recover.decay="linear"\']\n'
     (tmp_path / "sweep.toml").write_text(text)
@@ -278,7 +369,7 @@ def test_what_is_no_run_is_not_removed(tmp_path):
             'stage_1 = "random-annealed"',
             "the stage 1 of random-annealed is that of random-annealed",
         ),
-        ('stage_1 = "random"', 'stage_1 = "random"\nset = ["training.seed=2"]', "recover_set rather than set"),
+        ('stage_1 = "random"', 'stage_1 = "random"\nset = ["training.seed=2"]', "only lighthouse.phases can be set"),
         ('only = "loss"', 'only = "loss,context"', "evaluate.context .2048. is not below evaluate.tokens .512."),
         ("[evaluate]\ntokens = 512", "[evaluate]", "evaluate.tokens"),
         ("recipe = ", "recipe ", "cannot read"),

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ from lighthouse_core.attention import backends
 from lighthouse_core.attention.module import LighthouseAttention
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError, UserError
-from lighthouse_core.estimate import flops_per_token
 from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 from lighthouse_core.titan import build_job, check_overrides, trainer
 from lighthouse_core.titan import metrics as metrics_module
 from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.metrics import Metrics
+from lighthouse_core.titan.trainer import Stage
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_initial_embeddings(settings, std):
 def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
     model = build_dense_model(recipe.model, 32)
     before = set(model.state_dict())
-    use_lighthouse(model, recipe.lighthouse.attention(), list(recipe.model.dense_layers))
+    use_lighthouse(model, recipe.phases[-1].attention, list(recipe.model.dense_layers))
     lighthouse = [n for n, b in model.layers.items() if isinstance(b.attention.inner_attention, LighthouseAttention)]
     assert lighthouse == ["1", "2"]
     assert set(model.state_dict()) == before
@@ -116,9 +117,9 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
         ),
         (['lighthouse.dense_backend="math"'], "dense", ["dense attention on cpu: plain matrix products"]),
         (
-            ["model.layers=9", "model.dense_layers=[2,3,5]", 'lighthouse={method="chunked",windows=[256,512]}'],
+            ["model.layers=9", "model.dense_layers=[2,3,5]", 'lighthouse={method="chunked",window=256}'],
             "lighthouse",
-            ["chunked, window 256, then 512, layers 0-1, 4, 6-8 of 0-8, the others dense", "dense attention on cpu: "],
+            ["chunked, window 256, layers 0-1, 4, 6-8 of 0-8, the others dense", "dense attention on cpu: "],
         ),
         (["model.dense_layers=[]"], "lighthouse", ["scorer random), every layer"]),
     ],
@@ -165,7 +166,7 @@ def writing(file, log) -> Metrics:
     metrics = Metrics.__new__(Metrics)
     metrics.logger, metrics.file, metrics.unwritten = SimpleNamespace(log=log), file, b""
     metrics.lengths, metrics.validation_loss, metrics.loss_scale = [], None, None
-    metrics.stage, metrics.leaky = SimpleNamespace(name="dense", run=SimpleNamespace(path=Path("nowhere"))), False
+    metrics.stage = Stage(SimpleNamespace(path=Path("nowhere")), None, "dense", 0, 9, False)
     return metrics
 
 
@@ -204,7 +205,7 @@ def test_the_time_of_a_step_has_neither_saves_nor_evaluations(recipe, monkeypatc
     now = 0.0
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now)
     metrics = writing(io.BytesIO(), lambda row, step: None)
-    metrics.stage = SimpleNamespace(name="dense", recipe=recipe, run=SimpleNamespace(path=Path("nowhere")))
+    metrics.stage = replace(metrics.stage, recipe=recipe)
     metrics.device_memory_monitor = metrics_module._HostMemoryMonitor()
     metrics.gpu_peak_flops, metrics.spikes, metrics.data_loading_times = None, metrics_module.Spikes(), []
     metrics.start_step = metrics.last_step = metrics.last_time = 0
@@ -225,29 +226,3 @@ def test_figures_that_are_not_finite_are_null_in_the_metrics_file():
     metrics._write(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 1.5})
     row = json.loads(metrics.file.getvalue(), parse_constant=pytest.fail)
     assert row == {"step": 3, "stage": "dense", "leaky": False, "loss": None, "grad_norm": None, "lr": 1.5}
-
-
-def test_windows_take_turns_over_stage_1():
-    settings = ['lighthouse.method="chunked"', "training.steps=7"]
-    recipe = load_recipe("recipes/quickstart.toml", [*settings, "lighthouse.windows=[64, 128, 512]"])
-    windows = [micro_batch(recipe, step=step).settings.window for step in range(1, 8)]
-    assert windows == [64, 64, 64, 128, 128, 512, 512] and recipe.lighthouse.attention().window == 512
-    assert micro_batch(recipe, "dense").settings is None
-    each = [load_recipe("recipes/quickstart.toml", [*settings, f"lighthouse.window={n}"]) for n in (64, 128, 512)]
-    costs = [flops_per_token(one, "lighthouse") for one in each]
-    share = sum(cost * steps for cost, steps in zip(costs, (3, 2, 2), strict=True)) / 7
-    assert flops_per_token(recipe, "lighthouse") == pytest.approx(share)
-    assert flops_per_token(recipe, "lighthouse", (4, 5)) == pytest.approx(costs[1])
-    assert flops_per_token(recipe, "lighthouse", (3, 4)) == pytest.approx((costs[0] + costs[1]) / 2)
-
-
-def test_which_steps_of_stage_1_are_dense():
-    recipe = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=3"])
-    dense = [micro_batch(recipe, step=step).dense for step in range(1, 7)]
-    assert dense == [False, False, True] * 2
-    assert not micro_batch(recipe, "dense", step=3).dense
-    every = load_recipe("recipes/quickstart.toml", ["lighthouse.dense_every=1"])
-    assert flops_per_token(every, "lighthouse") == pytest.approx(flops_per_token(every, "dense"))
-    plain = load_recipe("recipes/quickstart.toml")
-    mixed = flops_per_token(plain, "dense") / 3 + flops_per_token(plain, "lighthouse") * 2 / 3
-    assert flops_per_token(recipe, "lighthouse") == pytest.approx(mixed)

@@ -389,7 +389,12 @@ TINY = [
         'data.source="files"',
         'data.paths=["texts.jsonl"]',
     ),
-    *("data.validation=0.2", "lighthouse.window=32", "lighthouse.dense_every=3", "training.steps=4"),
+    *(
+        "data.validation=0.2",
+        "lighthouse.window=32",
+        "training.steps=4",
+        "lighthouse.phases=[{share=3}, {enabled=false}]",
+    ),
     # Four tiles, and so shards of whole ones.
     "lighthouse.tile_parents=4",
     *("training.deterministic=true", "checkpoint.interval=2", "checkpoint.keep=0", "metrics.tensorboard=false"),
@@ -455,8 +460,8 @@ def test_two_processes_train_on_shared_sequences_as_one_does(workspace, one, set
         (['lighthouse.scorer="norm"', "optimizer.lr=1e-4"], 1, 20),
         (['lighthouse.scorer="random"'], 1, 20),
         (['lighthouse.scorer="block"', "lighthouse.window=0", 'data.packing="concat"'], 2, 20),
-        (['lighthouse.method="chunked"', "lighthouse.windows=[32, 128]", "lighthouse.window=0"], 4, 20),
-        (["lighthouse.enabled=false", "lighthouse.dense_every=0"], 2, 20),
+        (['lighthouse.method="chunked"', "lighthouse.phases=[{window=32}, {window=128}]"], 4, 20),
+        (["lighthouse.enabled=false"], 2, 20),
     ],
     ids=["norm", "random", "block", "growing", "dense"],
 )

@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_the_labels_that_count(one, workspace, monkeyp
     built = Decoder(DecoderArgs.of(model, training.seq_len, seed=training.seed))
     with torch.no_grad():
         built.init_weights()
-    use_lighthouse(built, recipe.lighthouse.attention(), model.dense_layers)
+    use_lighthouse(built, recipe.phases[-1].attention, model.dense_layers)
     losses, lengths, ignored = [], [], 0
     for sample, (inputs, labels) in enumerate(first_batch(recipe)):
         key = selection_keys(training.seed, 1, sample, model.layers)

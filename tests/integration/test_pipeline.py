@@ -18,9 +18,10 @@ from jobs import options
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.job.environment import MEETING
-from lighthouse_core.models.decoder import lighthouse_layers
 from lighthouse_core.runs.listing import checkpoint_steps
+from lighthouse_core.runs.run import Run
 from lighthouse_core.runs.schedule import lr_factor
+from lighthouse_core.sweep import branch
 
 ROOT = Path(__file__).parents[2]
 TINY = [*jobs.TINY, "training.steps=6", "checkpoint.interval=2", "checkpoint.keep=3", "recover.steps=4"]
@@ -301,27 +302,49 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
     assert json.loads(done.stdout)["subject"] == "one step 10, dense attention"
 
 
+PHASES = (
+    "lighthouse.phases=[{scorer='random', window=32}, {method='chunked', window=64, window_end=256, dense_layers=[]}, "
+    "{enabled=false}, {scorer='norm', rotate='after', window=16}]"
+)
+
+
 @pytest.mark.slow
-def test_windows_grow_also_after_an_interruption(workspace):
-    method = ['lighthouse.method="chunked"', "model.dense_layers=[]", "checkpoint.interval=50", "checkpoint.keep=0"]
-    also = ["lighthouse.windows=[64, 256]", "checkpoint.also=[2, 4]"]
-    run = pretrain(workspace, "growing", *options(*method, *also))
-    assert checkpoint_steps(run) == [2, 4, 6]
+def test_a_run_goes_on_in_every_phase(workspace):
+    """As if it had been interrupted within each phase."""
+    run = pretrain(
+        workspace, "phases", *options(PHASES, "training.steps=8", "checkpoint.interval=1", "checkpoint.keep=0")
+    )
     losses = {step: row["loss"] for step, row in rows(run).items()}
-    assert [row["window"] for row in rows(run).values()] == [64] * 3 + [256] * 3
-    for step, window in ((2, 64), (4, 256), (6, 256)):
+    logged = [(row["phase"], row.get("window"), row["leaky"]) for row in rows(run).values()]
+    assert logged[:6] == [(1, 32, False)] * 2 + [(2, 64, False), (2, 256, False)] + [(3, None, False)] * 2
+    assert logged[6:] == [(4, 16, True)] * 2
+    for step in (7, 5, 3, 1):
+        for later in range(step + 1, 9):
+            shutil.rmtree(run / f"checkpoints/step-{later}")
+        succeed("pretrain", "--resume", "phases", cwd=workspace)
+        assert {step: row["loss"] for step, row in rows(run).items()} == losses
+    words = {1: "window 32", 3: "chunked, window 64", 5: "dense attention", 8: "window 16"}
+    for step, said in words.items():
         subject, _ = load_checkpoint(run, attention="trained", step=step)
-        assert {layer.cfg.window for layer in lighthouse_layers(subject.model).values()} == {window}
-        assert subject.name == f"growing step {step}, Lighthouse attention (chunked, window {window})"
-    # As if it had been interrupted before the second window.
-    for step in (4, 6):
-        shutil.rmtree(run / f"checkpoints/step-{step}")
-    (run / "metrics.jsonl").write_text("".join(json.dumps(rows(run)[step]) + "\n" for step in (1, 2)))
-    succeed("pretrain", "--resume", "growing", cwd=workspace)
-    assert {step: row["loss"] for step, row in rows(run).items()} == losses
-    short = pretrain(workspace, "short", *options(*method, "lighthouse.window=64", "training.steps=4"))
-    of_short = {step: row["loss"] for step, row in rows(short).items()}
-    assert [of_short[step] == losses[step] for step in (1, 2, 3, 4)] == [True, True, True, False]
+        assert said in subject.name and subject.leaky == (step == 8)
+
+
+def test_a_branch_in_other_phases_is_an_unbroken_run(workspace):
+    """To the last bit: the checkpoint, the optimizer's state and the place in the data are the other run's."""
+    more = options(
+        "training.steps=6", 'lighthouse.method="chunked"', "checkpoint.keep=0", "training.deterministic=true"
+    )
+    common = "{window=32}, {window=64, window_end=96}"
+    other = f"lighthouse.phases=[{common}, {{method='compressed', window=64, keep=4}}]"
+    first = pretrain(workspace, "begun", *more, *options(f"lighthouse.phases=[{common}, {{window=128}}]"))
+    unbroken = pretrain(workspace, "unbroken", *more, *options(other))
+    branched = branch(Run(first), workspace / "runs/branched", 4, [other])
+    succeed("pretrain", "--resume", "branched", cwd=workspace)
+    losses, same, begun = (
+        [(row["loss"], row["grad_norm"]) for row in rows(path).values()] for path in (branched.path, unbroken, first)
+    )
+    assert len(losses) == 6 and losses == same
+    assert losses[:4] == begun[:4] and losses[5] != begun[5]
 
 
 def test_strip_refuses_a_stage_1_checkpoint(workspace, one, recovered):

@@ -187,7 +187,7 @@ def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     # A key that came later.
-    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["windows"] = []
+    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["phases"] = []
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
     sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
     assert module.repetitions([module.trials(sweep)]) == ""
@@ -522,3 +522,19 @@ def test_what_is_not_there_yet_is_left_out(sweep, tmp_path):
     module.write([tmp_path / "trial.json"], tmp_path)
     text = (tmp_path / "REPORT.md").read_text()
     assert "| norm | 1.4" not in text and "| norm | 1.2000" in text
+
+
+def test_steps_of_a_phase_take_equally_long():
+    phases = [{"share": 1.0, "enabled": True, "window": 64}, {"share": 1.0, "enabled": True, "window": 64, "keep": 4}]
+    phases += [{"share": 1.0, "enabled": True, "window": 64, "window_end": 99}, {"share": 1.0, "enabled": False}]
+    trial = report().Trial("grown", {"recipe": {"lighthouse": {"phases": phases}}})
+    rows = [
+        {"phase": 1, "window": 64},
+        {"phase": 2, "window": 64},
+        {"phase": 3, "window": 64},
+        {"phase": 3, "window": 99},
+    ]
+    parts = [trial.part({"stage": "lighthouse"} | row) for row in [*rows, {"phase": 4}]]
+    # As rows of before there were phases.
+    assert parts[0] == trial.part({"stage": "lighthouse", "window": 64}) == "lighthouse 64"
+    assert parts[2] == parts[3] and len(set(parts)) == 4

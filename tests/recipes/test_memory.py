@@ -69,8 +69,9 @@ def test_the_page_is_what_the_command_prints(memory):
     assert text.count("](../recipes/") > 20
 
 
-def test_dense_steps_within_stage_1_take_what_dense_ones_take():
-    sizes = process_bytes(load_recipe(RECIPES / "530m_98k.toml", ["lighthouse.dense_every=10"]), 1)
+def test_a_dense_phase_takes_what_dense_training_takes():
+    phases = "lighthouse.phases=[{share=9}, {enabled=false}]"
+    sizes = process_bytes(load_recipe(RECIPES / "530m_98k.toml", [phases]), 1)
     assert sizes["lighthouse"] == sizes["dense"]
 
 

@@ -69,13 +69,13 @@ def test_the_extension_raises_theta_and_fits_one_h200(model):
     assert (extended.model.rope_theta, extended.model.rope_scaling) == (2e7, None)
     # The least that slows the slowest pair by the ratio of the lengths, for heads of 128.
     assert extended.model.rope_theta > 500000 * (131072 / 8192) ** (128 / 126)
-    assert found.tokens_per_step == 2**22 and extended.lighthouse.windows[0] == 8192
+    assert found.tokens_per_step == 2**22 and extended.phases[0].first_window == 8192
     assert extended.training.steps * 5 == (extended.training.steps + extended.recover.steps) * 4
     needed, page = memory(extended), (RECIPES.parent / "docs/extending-context.md").read_text(encoding="utf-8")
     assert needed < 0.8 * 139
     full = memory(recipe("extend_131072", *model, 'training.activation_checkpointing="full"'))
     assert f"{needed:.0f} GiB" in page and f"{full:.0f} GiB" in page
-    windows = ", ".join(map(str, extended.lighthouse.windows))
+    windows = ", ".join(phase.window_words for phase in extended.phases)
     assert f"windows {windows}" in page and f"| {extended.training.steps} + {extended.recover.steps} dense |" in page
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Chunked(Method):
     """Windows that grow in stage 1 are SkyLadder's idea (arXiv 2503.15450).
 
-    A chunk is a document to the dense kernel, so that another window compiles nothing anew. To a kernel of equal
-    lengths alone a window is a shape.
+    A chunk is a document to the dense kernel: the window is in the values of a tensor of boundaries, so that a compiled
+    model takes any window. Where there is no such kernel, and in eager mode on a CPU, chunks are rows of a batch, a
+    shape for each window.
     """
 
     name = "chunked"
@@ -45,14 +46,14 @@ class Chunked(Method):
     def proposals(self, settings: Settings, tokens: int, floor: float, coarsest: int) -> Iterator[Proposal]:
         """Chunks that grow, in all layers, as recipes/evidence/REPORT.md recommends them."""
         windows = growing_windows(tokens)
-        chosen = {"method": self.name, "windows": list(windows), "window": 0}
+        chosen = {"method": self.name, "phases": [{"window": window} for window in windows]}
         yield Proposal(chosen, [{"method": self.name, "window": window} for window in windows], dense_layers=False)
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         return {"chunked": {"window": 2048}}
 
     def summary(self, settings: Mapping[str, Any]) -> str:
-        windows = settings.get("windows") or [settings["window"]]
+        windows = [phase["window"] for phase in settings.get("phases") or [settings]]
         return f"chunks of {', '.join(map(str, windows))}" + " in turn" * (len(windows) > 1)
 
     def run(
@@ -84,7 +85,7 @@ class Chunked(Method):
 
 
 def growing_windows(tokens: int) -> tuple[int, ...]:
-    """Windows that take turns in stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
+    """Windows of the phases of stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
     530m_98k_growing at 98304, and something like them at other lengths."""
     first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
     second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))

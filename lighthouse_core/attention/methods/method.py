@@ -21,7 +21,7 @@ class Proposal(NamedTuple):
 
     Attributes:
         settings: as [lighthouse] takes them, the dense kernel left open.
-        calls: what the calls have in place of it, where several take equal turns.
+        calls: what the calls have in place of it; of several phases, of each.
         share: of the tokens that are gathered as they are, at level 0; 1 where every token is a key somewhere.
         coarsest: tokens of the coarsest window; 1 without a pyramid.
         gathered: S; None without a pyramid.
