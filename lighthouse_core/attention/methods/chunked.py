@@ -31,7 +31,7 @@ class Chunked(Method):
 
     def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
         share = tokens // processes
-        return f"chunks of {settings.window} tokens do not fill a share of {share}" if share % settings.window else None
+        return f"chunks do not fill a share of {share} tokens" if share % settings.window else None
 
     def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
         """A document may begin within a chunk."""

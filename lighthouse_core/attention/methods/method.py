@@ -84,7 +84,8 @@ class Method:
 
     def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
         """Why processes that share sequences of `tokens` attend to whole ones, each for some of the heads; None where
-        each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes."""
+        each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes.
+        Where the window is no shape, it is no constant here either, and cannot be part of the words."""
         return f"the method {self.name} attends to all tokens"
 
     def previous(self, settings: Settings) -> int:
@@ -190,4 +191,5 @@ def last(tokens: float, window: float) -> float:
 
 def too_long(window: int, share: int) -> str | None:
     """Why a process with `share` tokens of a sequence cannot have the window from the process before alone."""
-    return f"the window of {window} tokens is longer than a share of {share}" if window > share else None
+    # Without the window, which is no constant in a compiled call.
+    return f"the window is longer than a share of {share} tokens" if window > share else None

@@ -44,8 +44,6 @@ class Sliding(Method):
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, context: AttentionContext, *, scale: float | None
     ) -> Tensor:
-        import operator
-
         from lighthouse_core.attention.parts import windowed
         from lighthouse_core.attention.sharing import with_last_tokens
 
@@ -55,5 +53,4 @@ class Sliding(Method):
 
         if context.group is None:
             return call(q, k, v, context.documents)[0]
-        # The window is a shape here: with another one it is compiled again.
-        return with_last_tokens(call, q, k, v, operator.index(settings.window), context)[0]
+        return with_last_tokens(call, q, k, v, settings.window, context)[0]
