@@ -250,8 +250,8 @@ class Sent(TorchDispatchMode):
 
 
 def growing(group):
-    """By method: how often a layer is compiled whose window changes in every call, and how far outputs and gradients are
-    from those of the layer as it is, relative to the largest."""
+    """By method: how often a layer is compiled whose window changes in every call, and how far its outputs and gradients
+    are from those of eager calls, relative to the largest."""
     found = {}
     for method in ("sliding", "chunked"):
         graphs = []
