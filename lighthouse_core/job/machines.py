@@ -334,7 +334,6 @@ class Machines:
         """
         rank, number = self.plan.node_rank, 0
         try:
-            store.set(f"state/{rank}", self._state())
             number = store.add("arrivals", 1)
             arrival = {"rank": rank, "host": self._hosts[rank], "token": self._token, "facts": self._facts}
             beats = 0
@@ -407,6 +406,9 @@ class Machines:
                     "patience": self.asked.patience,
                     "mark": self._token,
                 }
+                # The others say how they are once they have the word: one that comes too late is none of them.
+                for rank in self._here:
+                    store.set(f"state/{rank}", json.dumps([0, None]))
                 self._exchange(store)
             elif verdict is None:
                 self._wake.wait(_LOOK_SECONDS)

@@ -135,7 +135,9 @@ def _addresses() -> Iterator[tuple[str, _Address]]:
     """Every interface of this machine with each of its addresses, secondary ones too; nothing but on Linux."""
     if sys.platform != "linux":
         return
-    library = ctypes.CDLL(None, use_errno=True)
+    # Of a struct sockaddr: where the address begins, and its length.
+    places: dict[int, tuple[int, int]] = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
+    library = ctypes.CDLL(None)
     first = ctypes.POINTER(_Entry)()
     if library.getifaddrs(ctypes.byref(first)):
         return
@@ -144,8 +146,7 @@ def _addresses() -> Iterator[tuple[str, _Address]]:
         while entry:
             place = entry.contents.address
             family = ctypes.c_ushort.from_address(place).value if place else 0
-            # Of a struct sockaddr: where the address begins, and its length.
-            start, length = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}.get(family, (0, 0))
+            start, length = places.get(family, (0, 0))
             if length:
                 yield entry.contents.name.decode(), ipaddress.ip_address(ctypes.string_at(place + start, length))
             entry = entry.contents.next

@@ -449,7 +449,7 @@ class Drill:
         """Wait until machines have said that they wait, and machine 0 has had time to hear of them."""
         for one in jobs:
             with contextlib.suppress(TimeoutError):
-                one.wait_until(lambda one=one: "waiting for" in one.words, LIMIT)
+                one.wait_until(lambda one=one: "waiting for" in one.words, 2 * LIMIT)
         time.sleep(2)
         return all("waiting for" in one.words and one.process.poll() is None for one in jobs)
 
