@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +47,12 @@ def pretrain(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Of the new run; else the recipe and the time.")
     ] = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="Continue the run of that name where there is one; RECIPE and --set are for a new run."
+        ),
+    ] = False,
     measure_dense: Annotated[
         bool,
         typer.Option("--measure-dense", help="Time a dense step first, for the savings in the ledger."),
@@ -94,11 +101,24 @@ def pretrain(
         if resume:
             raise UserError("--from is for a new run, --resume for an existing one", hint="leave out one of them")
         settings = [*(settings or ()), f"model.from={toml_value(find_origin(origin))}"]
+    # What machines compare of a run that may be there or not: machine 0 looks, whenever the others do.
+    common: Asked | None = None
+    if or_resume:
+        if resume:
+            raise UserError("--or-resume is for a RECIPE, --resume for a run", hint="leave out one of them")
+        wanted = load_recipe(find_recipe(recipe or ""), settings or ())
+        if not (name or wanted.output.name):
+            raise UserError("--or-resume needs the --name of the run")
+        path = run_path(wanted, name or wanted.output.name)
+        common = _train.asked("pretrain --or-resume", path, wanted, _train.values(wanted))
+        if (path / "recipe.toml").is_file() and not node_rank:
+            resume, name, settings = str(path), None, None
+            _output.say(f"run {path} exists and goes on by its own recipe")
     if resume:
         if name is not None:
             raise UserError("--name is for a new run, --resume for an existing one")
         # Before a checkpoint is read, which can take minutes.
-        check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        check_plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
         run = find_run(resume)
         run.change(settings or ())
         _train.check_titan(run.recipe)
@@ -106,7 +126,7 @@ def pretrain(
         with nullcontext() if node_rank else run.lock():
             step, damaged = (0, {}) if node_rank else _unfinished(run, strict)
             found = _train.check_data(run.recipe, dry_run=dry_run)
-            processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+            processes = plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
             _train.check(run.recipe, processes)
             gpu = _train.gpu_to_fit(memory)
             _train.warn_of_memory(run.recipe, processes.world_size, gpu, run.stage)
@@ -119,6 +139,8 @@ def pretrain(
                     run.write_recipe()
             words = f"run {run.path}" if node_rank else f"resuming {run.path}: steps {step + 1} to {run.end}"
             same = _train.asked("pretrain --resume", run.path, run.recipe, {"--set": settings or []})
+            if common is not None:
+                same = replace(same, facts=common.facts)
             _finish(run.path, None if node_rank else run, processes, words, quiet, as_json, same)
         return
 
@@ -127,9 +149,9 @@ def pretrain(
     _train.check_titan(resolved)
     resolved, weights = _train.check_weights(pinned(resolved), verify=not dry_run)
     found = _train.check_data(resolved, dry_run=dry_run)
-    if nnodes > 1 and not (name or resolved.output.name):
+    if nnodes > 1 and not (name or resolved.output.name or dry_run):
         raise UserError("a run on several machines needs a --name", hint="the same one on each")
-    processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+    processes = plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
     _train.check(resolved, processes)
     if dry_run:
         check_free(resolved, name or "")
@@ -146,7 +168,7 @@ def pretrain(
         _train.say_weights(resolved, weights)
     if node_rank:
         path = run_path(resolved, name or resolved.output.name)
-        same = _train.asked("pretrain", path, resolved, _train.values(resolved))
+        same = common or _train.asked("pretrain", path, resolved, _train.values(resolved))
         _finish(path, None, processes, f"run {path}", quiet, as_json, same)
         return
     run = create_run(
@@ -155,7 +177,7 @@ def pretrain(
     try:
         with run.lock():
             _train.warn_of_no_savings(resolved, found)
-            same = _train.asked("pretrain", run.path, resolved, _train.values(resolved))
+            same = common or _train.asked("pretrain", run.path, resolved, _train.values(resolved))
             _finish(run.path, run, processes, f"run {run.path}", quiet, as_json, same)
     except BaseException:
         # What ends before the first step leaves nothing worth keeping, and frees the name.
@@ -171,7 +193,11 @@ def pretrain(
 def _unfinished(run: "Run", strict: bool) -> "Newest":
     """The checkpoint to go on from."""
     from lighthouse_core.errors import RunError
+    from lighthouse_core.runs.run import Newest
 
+    if run.unsaved():
+        _output.say(f"run {run.path} has no checkpoint yet: it begins at step 0")
+        return Newest(0, {})
     if run.recovering:
         raise RunError(f"run {run.path} is in its recovery", hint=f"lighthouse recover {run.path} continues it")
     newest = run.newest_checkpoint(strict, _train.verify_ahead(run))

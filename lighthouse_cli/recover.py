@@ -49,17 +49,17 @@ def recover(
     from lighthouse_core.errors import UserError
     from lighthouse_core.job.plan import check_plan, plan
     from lighthouse_core.runs.find import find_run
-    from lighthouse_core.runs.recovery import plan_recovery
+    from lighthouse_core.runs.recovery import check_request, plan_recovery
 
     _output.set_quiet(quiet)
     _train.check_gpu_memory(memory, dry_run=dry_run)
     if not dry_run:
         _caches.use_own()
     nnodes, node_rank, rdzv_endpoint = _machines.machines(nnodes, node_rank, rdzv_endpoint)
-    if run is None and nnodes > 1:
+    if run is None and nnodes > 1 and not dry_run:
         raise UserError("name the RUN when several machines recover it")
     # Before a checkpoint is read, which can take minutes.
-    check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
+    check_plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
     found = find_run(run)
     if run is None:
         if found.stage == "dense" and not found.recovering:
@@ -70,6 +70,9 @@ def recover(
         _output.say(f"newest run: {found.path}")
     asked = {"--steps": steps, "--extend": extend, "--set": settings or []}
     if node_rank and not dry_run:
+        check_request(steps, extend, settings or ())
+        found.change(settings or ())
+        _train.check_titan(found.recipe)
         _train.check_data(found.recipe)
         # Machine 0 keeps the ledger; the workers read it after they have met there.
         same = _train.asked("recover", found.path, found.recipe, asked)
@@ -89,7 +92,7 @@ def recover(
                 f"the learning rate goes from {before:.3g} (step {recovery.step}) to {after:.3g} (step "
                 f"{recovery.step + 1}), {then} until step {recovery.end}"
             )
-        processes = plan(nproc, nnodes, node_rank, rdzv_endpoint)
+        processes = plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
         found_data = _train.check_data(recovery.recipe, dry_run=dry_run)
         _train.check(recovery.recipe, processes, dense=True)
         gpu = _train.gpu_to_fit(memory)

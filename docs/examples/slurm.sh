@@ -3,7 +3,7 @@
 #
 #     sbatch slurm.sh RECIPE NAME
 #
-# Start it in a directory that all machines share. The first job makes the run, every later one resumes it.
+# Start it in a directory that all machines share. The first job makes the run, every later one goes on with it.
 #SBATCH --job-name=lighthouse
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,19 +20,14 @@ set -euo pipefail
 recipe=${1:?usage: sbatch slurm.sh RECIPE NAME}
 name=${2:?usage: sbatch slurm.sh RECIPE NAME}
 
-if compgen -G "runs/$name/checkpoints/step-*" >/dev/null; then
-  what=(--resume "$name")
-else
-  what=("$recipe" --name "$name")
-fi
-
 # The time limit is near: every launcher saves a checkpoint and ends. scancel's signals go to the step, not to this script.
 limit=no
 trap 'limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # One task a machine: each starts a process for each of its GPUs. --nnodes, --node-rank and --rdzv-endpoint come from
-# Slurm.
-srun lighthouse pretrain "${what[@]}" &
+# Slurm. From version 22.05 on srun has to be told of the CPUs, or each task gets one.
+srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+  lighthouse pretrain "$recipe" --name "$name" --or-resume &
 step=$!
 code=0
 wait "$step" || code=$?

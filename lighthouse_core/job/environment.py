@@ -1,10 +1,12 @@
 """What a training process is started with: its argv and its environment."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from lighthouse_core.cache import compile_caches
+from lighthouse_core.errors import UserError
 from lighthouse_core.job import network
 from lighthouse_core.job.plan import Plan
 from lighthouse_core.python import SAFE_PATH, run_module
@@ -32,6 +34,9 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         plan: the processes.
         base: the launcher's own environment.
         folder: of the job, which no other user of the machine can look into.
+
+    Raises:
+        UserError: no interface of this machine is known to lead to the others, and `base` names none.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
@@ -64,10 +69,26 @@ def environment(plan: Plan, base: Mapping[str, str], folder: Path) -> dict[str, 
         # Whatever the environment says for jobs of several machines: others have nothing to do with this one.
         fixed |= {MEETING: str(folder / "meeting"), **_sockets(network.loopback())}
     else:
-        fixed[MEETING] = plan.rdzv_endpoint
-        if interface := network.interface_towards(*network.endpoint(plan.rdzv_endpoint)):
+        fixed[MEETING], interface = _place(plan)
+        if interface is not None:
             defaults |= _sockets(interface)
+        elif (open_ := [name for name in _sockets("") if not base.get(name)]) and sys.platform == "linux":
+            # By themselves gloo and NCCL take the first interface that they find.
+            raise UserError(
+                f"no network interface of machine {plan.node_rank} is known to lead to {plan.rdzv_endpoint}",
+                hint=f"name the one that the other machines reach, by {' and '.join(open_)} in the environment",
+            )
     return {**defaults, **base, **fixed}
+
+
+def _place(plan: Plan) -> tuple[str, str | None]:
+    """Where the processes of this machine meet those of others, and the interface that leads there, if it is known."""
+    host, port = network.endpoint(plan.rdzv_endpoint)
+    if plan.node_rank:
+        return plan.rdzv_endpoint, network.interface_towards(host, port)
+    # Where the launcher listens: the name may have other addresses here, too.
+    _, address = network.own_address(host, port)
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}", network.interface_of(address)
 
 
 def _sockets(interface: str) -> dict[str, str]:

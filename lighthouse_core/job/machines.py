@@ -41,7 +41,7 @@ _CONNECT_SECONDS = 2.0
 _CAUSE_SECONDS = 5.0
 # What machine 0 waits for the others to read its last word.
 _LAST_WORDS_SECONDS = 4.0
-# A launcher without a beat for so long is taken for one that has gone, where another one ends.
+# A launcher without a beat for so long is taken for one that has gone, before the job and where another one ends.
 _QUIET_SECONDS = 3.0
 # For the others to see what machine 0 has written into the run: file systems of a network keep what they looked up.
 _SHARED_SECONDS = 15.0
@@ -49,6 +49,23 @@ _SHARED_SECONDS = 15.0
 MARK = "logs/machines.json"
 _MARK_BYTES = 1000
 _SAME = "run the same command, of the same versions, on every machine, but for --node-rank"
+
+
+@dataclass
+class _Arrival:
+    """A launcher that waits for the job to begin, as machine 0 sees it.
+
+    Attributes:
+        said: what it was asked for, and its name.
+        came: seconds on machine 0's clock when it was first heard of.
+        beats: the last that was heard.
+        since: seconds on that clock when its beats last changed.
+    """
+
+    said: dict[str, Any]
+    came: float
+    beats: str
+    since: float
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Machines:
         if rank == 0:
             self._listening = network.listen(self.host, self.port, 2 * self.plan.world_size)
             self._mark(run_dir)
-        self.asked.say(f"waiting for {_machines(others if rank == 0 else [0])} at {self}")
+        self.asked.say(f"waiting for {_machines(others if rank == 0 else [0])} at {self}{self._own_address()}")
         self._thread.start()
         limit, arrived = self._clock() + self.asked.seconds, rank == 0
         while self._verdict is None and self._broken is None:
@@ -152,9 +169,14 @@ class Machines:
         self.asked.say("; ".join(self.name(n) for n in sorted(self._hosts)))
         return True
 
+    def _own_address(self) -> str:
+        """On machine 0, in words, the address at which it listens, where the endpoint has a name in its place."""
+        address = self.host if self._listening is None else self._listening.getsockname()[0]
+        return f" ({address})" * (address != self.host)
+
     def _missing(self, others: list[int]) -> LighthouseError:
         seconds = f"within {self.asked.seconds} s"
-        hint = "titan.comm.init_timeout_seconds is how long machines wait for each other"
+        hint = "--set titan.comm.init_timeout_seconds=N has this machine wait for N seconds"
         if self.plan.node_rank == 0:
             absent = [n for n in others if n not in self._here]
             return LighthouseError(f"{_machines(absent)} did not come to {self} {seconds}", hint=hint)
@@ -257,13 +279,14 @@ class Machines:
 
     def _talk(self) -> None:
         try:
-            store = self._open()
+            while (store := self._open()) is not None:
+                if self.plan.node_rank == 0:
+                    self._receive(store)
+                elif not self._arrive(store):
+                    continue
+                break
             if store is None:
                 return
-            if self.plan.node_rank == 0:
-                self._receive(store)
-            else:
-                self._arrive(store)
             while self._end is None and self._begun():
                 self._exchange(store)
                 self._wake.wait(_BEAT_SECONDS)
@@ -303,52 +326,89 @@ class Machines:
         self._beats += 1
         return json.dumps([self._beats, self._end])
 
-    def _arrive(self, store: dist.Store) -> None:
-        """Say what this machine was asked for, and wait for the word of machine 0."""
-        rank = self.plan.node_rank
-        store.set(f"state/{rank}", self._state())
-        self._arrival = number = store.add("arrivals", 1)
-        arrival = {"rank": rank, "host": self._hosts[rank], "token": self._token, "facts": self._facts}
-        store.set(f"arrival/{number}", json.dumps(arrival))
-        while not store.check(["verdict"]):
-            if self._wake.wait(_LOOK_SECONDS):
-                return
-        verdict = json.loads(store.get("verdict"))
-        if "tokens" in verdict and self._token not in verdict["tokens"]:
-            there = verdict["hosts"][rank] if rank < len(verdict["hosts"]) else None
-            taken = f"--node-rank {rank} is {there}" if there else f"it has {len(verdict['hosts'])} machines"
-            verdict = _refusal(
-                UserError(f"the job at {self} has begun: {taken}", hint="give each machine its own number")
-            )
+    def _arrive(self, store: dist.Store) -> bool:
+        """Say what this machine was asked for, and wait for the word of machine 0.
+
+        Returns:
+            False where machine 0 has gone before it gave its word. It may come again.
+        """
+        rank, number = self.plan.node_rank, 0
+        try:
+            number = store.add("arrivals", 1)
+            arrival = {"rank": rank, "host": self._hosts[rank], "token": self._token, "facts": self._facts}
+            beats = 0
+            store.set(f"waiting/{number}", str(beats))
+            store.set(f"arrival/{number}", json.dumps(arrival))
+            self._arrival = number
+            while not store.check(["verdict"]):
+                if self._wake.wait(_LOOK_SECONDS):
+                    return True
+                beats += 1
+                store.set(f"waiting/{number}", str(beats))
+            verdict = json.loads(store.get("verdict"))
+            if "tokens" in verdict and self._token not in verdict["tokens"]:
+                verdict = self._too_late(store, verdict["hosts"])
+        except RuntimeError:
+            # What never counted arrivals is no store of ours.
+            if not number or self._wake.wait(_CONNECT_SECONDS / 4):
+                raise
+            return False
         self._verdict = verdict
+        return True
+
+    def _too_late(self, store: dist.Store, hosts: list[str]) -> dict[str, Any]:
+        """The refusal of this machine by a job that has begun without it."""
+        rank = self.plan.node_rank
+        text = f"the job at {self} has begun"
+        if rank >= len(hosts):
+            return _refusal(UserError(f"{text}: it has {len(hosts)} machines", hint="give each machine its own number"))
+        clock, beats = RunningClock(), self._beats_of(store, rank)
+        while clock() < _QUIET_SECONDS and not self._wake.wait(_LOOK_SECONDS):
+            if self._beats_of(store, rank) != beats:
+                taken = f"{text}: --node-rank {rank} is {hosts[rank]}"
+                return _refusal(UserError(taken, hint="give each machine its own number"))
+        hint = "start this machine again when that job has ended, which it does after parallel.hang_seconds"
+        return _refusal(LighthouseError(f"{text}, and its machine {rank} ({hosts[rank]}) has gone", hint=hint))
+
+    @staticmethod
+    def _beats_of(store: dist.Store, rank: int) -> Any:
+        """The beats of a machine of a job that has begun, as machine 0 has heard them."""
+        return json.loads(store.get("news"))[rank][0]
 
     def _receive(self, store: dist.Store) -> None:
         """Wait for the others, and give all of them the word."""
         store.set("state/0", self._state())
-        here: dict[int, tuple[int, dict[str, Any]]] = {}
-        number = 0
+        clock = RunningClock()
+        arrivals: dict[int, _Arrival] = {}
+        # Announced, and not yet read. A machine that dies between the two leaves its number here for good.
+        announced: set[int] = set()
+        last = 0
         verdict: dict[str, Any] | None = None
         while verdict is None:
-            for rank, (came, _) in list(here.items()):
-                if store.check([f"left/{came}"]):
-                    # It may come again.
-                    del here[rank]
-            while verdict is None and number < store.add("arrivals", 0):
-                number += 1
-                arrival = json.loads(store.get(f"arrival/{number}"))
-                rank = arrival["rank"]
-                earlier = here.get(rank, (0, None))[1]
-                verdict = self._compare(arrival, earlier)
-                here[rank] = number, arrival
-            self._here = list(here)
-            if verdict is None and len(here) == self.plan.nnodes - 1:
-                arrivals = [here[rank][1] for rank in sorted(here)]
+            now, number = clock(), store.add("arrivals", 0)
+            announced |= set(range(last + 1, number + 1))
+            last = number
+            for number in sorted(announced):
+                if verdict is None and store.check([f"arrival/{number}"]):
+                    announced.remove(number)
+                    arrival = json.loads(store.get(f"arrival/{number}"))
+                    arrivals[number] = _Arrival(arrival, now, "", now)
+                    verdict = self._compare(arrival)
+            here = self._alive(store, arrivals, now)
+            self._here = sorted({one.said["rank"] for one in here})
+            verdict = verdict or self._twice(here)
+            if verdict is None and self._complete(here):
+                said = {one.said["rank"]: one.said for one in here}
+                others = [said[rank] for rank in self._here]
                 verdict = {
-                    "hosts": [self._hosts[0], *(one["host"] for one in arrivals)],
-                    "tokens": [self._token, *(one["token"] for one in arrivals)],
+                    "hosts": [self._hosts[0], *(one["host"] for one in others)],
+                    "tokens": [self._token, *(one["token"] for one in others)],
                     "patience": self.asked.patience,
                     "mark": self._token,
                 }
+                # The others say how they are once they have the word: one that comes too late is none of them.
+                for rank in self._here:
+                    store.set(f"state/{rank}", json.dumps([0, None]))
                 self._exchange(store)
             elif verdict is None:
                 self._wake.wait(_LOOK_SECONDS)
@@ -358,7 +418,40 @@ class Machines:
         store.set("verdict", json.dumps(verdict))
         self._verdict = verdict
 
-    def _compare(self, arrival: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    @staticmethod
+    def _alive(store: dist.Store, arrivals: dict[int, _Arrival], now: float) -> list[_Arrival]:
+        """Those that have not left and are not silent. A network that comes back brings its machines back."""
+        for number in list(arrivals):
+            if store.check([f"left/{number}"]):
+                del arrivals[number]
+        beats = store.multi_get([f"waiting/{number}" for number in arrivals]) if arrivals else []
+        for arrival, count in zip(arrivals.values(), beats, strict=True):
+            if (text := count.decode()) != arrival.beats:
+                arrival.beats, arrival.since = text, now
+        return [one for one in arrivals.values() if now - one.since <= _QUIET_SECONDS]
+
+    @staticmethod
+    def _twice(here: list[_Arrival]) -> dict[str, Any] | None:
+        """The refusal of two machines of one number that are both alive; None where no number is taken twice.
+
+        A machine that died while it waited may come again: only one that beats after the other came is there.
+        """
+        for n, later in enumerate(here):
+            for earlier in here[:n]:
+                came = max(earlier.came, later.came)
+                if earlier.said["rank"] == later.said["rank"] and min(earlier.since, later.since) > came:
+                    both = f"{earlier.said['host']} and {later.said['host']}"
+                    text = f"two machines have --node-rank {later.said['rank']}: {both}"
+                    return _refusal(UserError(text, hint="number the machines from 0"))
+        return None
+
+    def _complete(self, here: list[_Arrival]) -> bool:
+        """Whether each of the other machines is here once, and has beaten since the last one of them came."""
+        came = max((one.came for one in here), default=0.0)
+        ranks = {one.said["rank"] for one in here}
+        return len(ranks) == len(here) == self.plan.nnodes - 1 and all(one.since > came for one in here)
+
+    def _compare(self, arrival: dict[str, Any]) -> dict[str, Any] | None:
         """The refusal of a machine that was asked for something else; None where there is nothing to refuse."""
         rank, host = arrival["rank"], arrival["host"]
         other = f"machine {rank} ({host})"
@@ -369,10 +462,6 @@ class Machines:
             more = f" (and {len(differing) - 1} more)" * (len(differing) > 1)
             text = f"{differing[0]} is {there} on {other} and {here} on {self.name(0)}{more}"
             return _refusal(UserError(text, hint=_SAME))
-        if rank == 0 or earlier is not None:
-            both = f"{self._hosts[0] if earlier is None else earlier['host']} and {host}"
-            text = f"two machines have --node-rank {rank}: {both}"
-            return _refusal(UserError(text, hint="number the machines from 0"))
         return None
 
     def _exchange(self, store: dist.Store) -> None:

@@ -1,17 +1,16 @@
 """Network interfaces: the one of this machine alone, and the one on which several machines meet."""
 
 import contextlib
-import fcntl
+import ctypes
 import ipaddress
 import re
 import socket
-import struct
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 from lighthouse_core.errors import UserError
 
-_SIOCGIFADDR = 0x8915
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Any: a datagram socket that is connected has sent nothing yet.
 _PORT = 9
 
@@ -38,7 +37,7 @@ def endpoint(text: str) -> tuple[str, int]:
 
 
 def own_address(host: str, port: int) -> tuple[socket.AddressFamily, str]:
-    """The address of this machine that others know as `host`.
+    """The address of this machine that others know as `host`. Of several, one that other machines reach.
 
     Raises:
         UserError: it is none of this machine, or other machines cannot reach it.
@@ -48,16 +47,18 @@ def own_address(host: str, port: int) -> tuple[socket.AddressFamily, str]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise UserError(f"--rdzv-endpoint: this machine knows no {host}", hint=hint) from None
+    own = []
     for family, _, _, _, place in found:
-        address = str(place[0])
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((address, 0))
-            break
-    else:
+            probe.bind((place[0], 0, *place[2:]))
+            own.append((family, str(place[0])))
+    if not own:
         raise UserError(f"--rdzv-endpoint: {host} is no address of this machine, which is machine 0", hint=hint)
-    if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
+    if any(_parsed(address).is_unspecified for _, address in own):
         raise UserError(f"--rdzv-endpoint: {host} is every network interface, and no address of one", hint=hint)
-    if ipaddress.ip_address(address.partition("%")[0]).is_loopback and host not in (address, "localhost"):
+    # The first one of the farthest reach: /etc/hosts may have a loopback address before the one that others know.
+    family, address = min(own, key=lambda one: (_parsed(one[1]).is_loopback, _parsed(one[1]).is_link_local))
+    if _parsed(address).is_loopback and host not in (address, "localhost"):
         raise UserError(f"--rdzv-endpoint: {host} is {address} here, which other machines cannot reach", hint=hint)
     return family, address
 
@@ -87,33 +88,67 @@ def listen(host: str, port: int, waiting: int) -> socket.socket:
 
 
 def interface_towards(host: str, port: int) -> str | None:
-    """Name of the interface through which this machine reaches a host; None where that cannot be told."""
+    """Name of the interface through which this machine reaches a host; None where that cannot be told.
+
+    Of a host with several addresses, the first one that leads out of this machine.
+    """
+    found = []
     with contextlib.suppress(OSError, UnicodeError):
         for family, _, _, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((target[0], _PORT, *target[2:]))
-                return _interface(family, probe.getsockname()[0])
-    return None
+                found.append(interface_of(probe.getsockname()[0]))
+    names = [name for name in found if name is not None]
+    return min(names, key=lambda name: name == loopback(), default=None)
 
 
-def _interface(family: socket.AddressFamily, address: str) -> str | None:
-    """Name of the interface that has an address."""
-    wanted = ipaddress.ip_address(address.partition("%")[0])
+def interface_of(address: str) -> str | None:
+    """Name of the interface that has an address of this machine; None where none has it that others could reach.
+
+    The loopback interface has other addresses than its own on some clusters. Collectives that listen there would take
+    the interface's first address, which no other machine reaches.
+    """
+    wanted = _parsed(address)
     if wanted.is_loopback:
         return loopback()
-    if family == socket.AF_INET6:
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/net/if_inet6").read_text().splitlines():
-                digits, *_, name = line.split()
-                if int(digits, 16) == int(wanted):
-                    return name
-        return None
+    return next((name for name, own in _addresses() if own == wanted and name != loopback()), None)
+
+
+def _parsed(address: str) -> _Address:
+    """An address without the interface that one of IPv6 may name."""
+    return ipaddress.ip_address(address.partition("%")[0])
+
+
+class _Entry(ctypes.Structure):
+    """struct ifaddrs of Linux's getifaddrs(3)."""
+
+
+_Entry._fields_ = [
+    ("next", ctypes.POINTER(_Entry)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
+
+
+def _addresses() -> Iterator[tuple[str, _Address]]:
+    """Every interface of this machine with each of its addresses, secondary ones too; nothing but on Linux."""
     if sys.platform != "linux":
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if answer[20:24] == wanted.packed:
-                    return name
-    return None
+        return
+    # Of a struct sockaddr: where the address begins, and its length.
+    places: dict[int, tuple[int, int]] = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
+    library = ctypes.CDLL(None)
+    first = ctypes.POINTER(_Entry)()
+    if library.getifaddrs(ctypes.byref(first)):
+        return
+    try:
+        entry = first
+        while entry:
+            place = entry.contents.address
+            family = ctypes.c_ushort.from_address(place).value if place else 0
+            start, length = places.get(family, (0, 0))
+            if length:
+                yield entry.contents.name.decode(), ipaddress.ip_address(ctypes.string_at(place + start, length))
+            entry = entry.contents.next
+    finally:
+        library.freeifaddrs(first)

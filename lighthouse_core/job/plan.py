@@ -53,8 +53,14 @@ class Asked:
     say: Callable[[str], None] = lambda text: None
 
 
-def check_plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> None:
+def check_plan(
+    nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "", *, dry_run: bool = False
+) -> None:
     """Check the command line's numbers as far as no GPU is asked, so that torch is not imported.
+
+    Args:
+        nproc, nnodes, node_rank, rdzv_endpoint: of the command line.
+        dry_run: the machines do not meet. The endpoint may be missing, and its name is not looked up.
 
     Raises:
         UserError: a number out of range, or no endpoint for several machines.
@@ -63,21 +69,26 @@ def check_plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_en
         raise UserError(f"--nnodes must be at least 1, not {nnodes}")
     if not 0 <= node_rank < nnodes:
         raise UserError(f"--node-rank must be between 0 and {nnodes - 1}, not {node_rank}")
-    if nnodes > 1:
+    if nnodes > 1 and (rdzv_endpoint or not dry_run):
         host, port = network.endpoint(rdzv_endpoint)
-        if node_rank == 0:
+        if node_rank == 0 and not dry_run:
             network.own_address(host, port)
     if nproc != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", nproc):
         raise UserError(f'--nproc must be "auto" or a positive number, not {nproc!r}')
 
 
-def plan(nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> Plan:
+def plan(
+    nproc: str = "auto", nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "", *, dry_run: bool = False
+) -> Plan:
     """Resolve the command line's numbers; "auto" is every local GPU, or one process where there is none.
+
+    Args:
+        nproc, nnodes, node_rank, rdzv_endpoint, dry_run: as for check_plan.
 
     Raises:
         UserError: as check_plan, or this machine has fewer GPUs.
     """
-    check_plan(nproc, nnodes, node_rank, rdzv_endpoint)
+    check_plan(nproc, nnodes, node_rank, rdzv_endpoint, dry_run=dry_run)
     if nproc == "auto":
         return Plan(local_gpus() or 1, nnodes, node_rank, rdzv_endpoint)
     gpus = local_gpus()

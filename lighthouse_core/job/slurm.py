@@ -9,6 +9,10 @@ from lighthouse_core.errors import UserError
 
 # Below the ports that systems give to connections by themselves.
 _FIRST_PORT, _PORTS = 15000, 15000
+# Between the ports of two jobs that follow each other: far from the few steps that each of them has.
+_APART = 7919
+# Numbers of steps from here on are Slurm's own, as that of the shell that `salloc` starts (4294967290).
+_OWN_STEPS = 0xFFFFFFF0
 _SCONTROL_SECONDS = 30
 
 
@@ -36,7 +40,7 @@ def step(environment: Mapping[str, str]) -> Step | None:
         UserError: several tasks on a machine, or Slurm does not say which machine is the first.
     """
     # A batch script has these of its job, and not of a step.
-    if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
+    if not _within_step(environment) or "SLURM_PROCID" not in environment:
         return None
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_NTASKS_PER_NODE", "1")
     # As in 2(x3),1.
@@ -50,14 +54,21 @@ def step(environment: Mapping[str, str]) -> Step | None:
     if nnodes == 1:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    port = _FIRST_PORT + (_number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")) % _PORTS
+    job, number = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    port = _FIRST_PORT + (_APART * job + number) % _PORTS
     return Step(nnodes, _number(environment, "SLURM_NODEID"), _first(nodes), port)
 
 
 def machines_of_job(environment: Mapping[str, str]) -> int:
     """The machines of a job in whose script this process runs without `srun`; 1 within a step, or without Slurm."""
     text = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES", "")
-    return int(text) if text.isdigit() and "SLURM_STEP_ID" not in environment else 1
+    return int(text) if text.isdigit() and not _within_step(environment) else 1
+
+
+def _within_step(environment: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process, and not a script of Slurm or the shell of `salloc`."""
+    text = environment.get("SLURM_STEP_ID", "")
+    return bool(text) and not (text.isdigit() and int(text) >= _OWN_STEPS)
 
 
 def _number(environment: Mapping[str, str], *names: str) -> int:

@@ -48,6 +48,8 @@ def _taken(path: Path, name: str) -> RunError:
         hint = f"continue it with --resume {name}, or choose another --name"
     elif name and in_use(path):
         hint = "another process trains it: choose another --name"
+    elif name and (path / "recipe.toml").is_file():
+        hint = f"it has no checkpoint: --resume {name} begins it at step 0; or choose another --name"
     elif name:
         hint = "it has no checkpoint: choose another --name, or delete it"
     return RunError(f"run {path} exists", hint=hint)

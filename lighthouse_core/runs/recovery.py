@@ -35,6 +35,20 @@ class Recovery:
     damaged: dict[int, str] = field(default_factory=dict)
 
 
+def check_request(steps: int | None, extend: int | None, overrides: Sequence[str]) -> None:
+    """Check what is asked of a recovery as far as no run is read; see plan_recovery.
+
+    Raises:
+        UserError: a number or a setting that cannot be used.
+    """
+    for option, number in (("--steps", steps), ("--extend", extend)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} must be at least 1, not {number}")
+    if steps is not None and extend is not None:
+        raise UserError("--steps and --extend exclude each other", hint="--extend adds to a recovery begun before")
+    check_resumable(overrides)
+
+
 def plan_recovery(
     run: Run,
     steps: int | None = None,
@@ -60,12 +74,7 @@ def plan_recovery(
         CheckpointError: there is no checkpoint to go on from.
         UserError: a number or a setting that cannot be used.
     """
-    for option, number in (("--steps", steps), ("--extend", extend)):
-        if number is not None and number < 1:
-            raise UserError(f"{option} must be at least 1, not {number}")
-    if steps is not None and extend is not None:
-        raise UserError("--steps and --extend exclude each other", hint="--extend adds to a recovery begun before")
-    check_resumable(overrides)
+    check_request(steps, extend, overrides)
     if steps is not None:
         overrides = [*overrides, f"recover.steps={steps}"]
     if run.recovering:

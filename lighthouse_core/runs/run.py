@@ -20,6 +20,7 @@ from lighthouse_core.files import RUN_FOLDERS, refuse_links, write_atomically
 from lighthouse_core.reading import is_count, is_number, read_json
 from lighthouse_core.runs.ledger import account
 from lighthouse_core.runs.listing import checkpoint_steps
+from lighthouse_core.runs.rows import read_rows
 from lighthouse_core.seal import Verification, damage
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ RESUMABLE = (
     "metrics",
     "lighthouse.backend",
     "lighthouse.dense_backend",
+    # Of the launch, and not of what is trained.
+    "titan.comm",
 )
 
 
@@ -150,10 +153,26 @@ class Run:
                 f"every checkpoint of {self.path} is damaged; {damaged[max(damaged)]}",
                 hint="put a sound copy of one back",
             )
-        hint = "delete it and start again; a smaller checkpoint.interval saves earlier"
+        hint = "its checkpoints are lost: put a sound copy of one back, or delete the run and start again"
+        if self.unsaved():
+            hint = f"lighthouse pretrain --resume {self.path} begins it at step 0"
         if in_use(self.path, ours=self._held):
             hint = "another process trains it: wait for its first one"
         raise CheckpointError(f"run {self.path} has no complete checkpoint", hint=hint)
+
+    def unsaved(self) -> bool:
+        """Whether the run ended before its first checkpoint: to go on is to begin at step 0.
+
+        False while another process trains it, and where its rows show that it had a checkpoint.
+        """
+        if self.recovering or any(self.path.glob("checkpoints/step-*")) or in_use(self.path, ours=self._held):
+            return False
+        try:
+            rows = read_rows(self.path / "metrics.jsonl")
+        except OSError:
+            return False
+        # An asynchronous save is complete before the next one begins.
+        return all(row["step"] < 2 * self.recipe.checkpoint.interval for row in rows)
 
     def set_aside(self, damaged: Iterable[int]) -> None:
         """Rename the damaged checkpoints of these steps to step-N.damaged, so that training goes on before them."""

@@ -67,7 +67,8 @@ class Guard:
         # 1 where the update that was judged last is left out for an overflow that the loss scale explains.
         self.overflowed = torch.zeros((), device=device)
         self.optimizers = list(optimizers)
-        # The optimizers that have yet to make the update that was judged last; what they had before it.
+        # `waiting` has the optimizers that have yet to make the update that was judged last. `before` has what each
+        # optimizer had before that update.
         self.waiting: list[torch.optim.Optimizer] = []
         self.before: dict[torch.optim.Optimizer, tuple[Tensor, Tensor | None]] = {}
         # Losses seen since the last verdict; the step of the last verdict and the losses that it rests on.

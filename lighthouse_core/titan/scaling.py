@@ -76,11 +76,15 @@ class LossScale:
         """
         factor, good, skipped = state["factor"], state["good"], state["skipped"]
         sound = math.isfinite(factor) and _LEAST <= factor <= _MOST and math.frexp(factor)[0] == 0.5
-        if not (sound and 0 <= good < INTERVAL and skipped >= 0):
-            raise CheckpointError(
-                f"the loss scale of the checkpoint is none: {factor}, {good} good steps, {skipped} skipped",
-                hint="take another checkpoint of the run",
-            )
+        problem = None
+        if not sound:
+            problem = f"the checkpoint's loss scale, {factor}, is not a power of two from 1 to 2^64"
+        elif not 0 <= good < INTERVAL:
+            problem = f"the checkpoint counts {good} good steps since its loss scale changed, not 0 to {INTERVAL - 1}"
+        elif skipped < 0:
+            problem = f"the checkpoint counts {skipped} updates that its loss scale left out"
+        if problem:
+            raise CheckpointError(problem, hint="take another checkpoint of the run")
         self.factor.fill_(factor)
         self.good.fill_(good)
         self.skipped.fill_(skipped)

@@ -429,7 +429,7 @@ class Trainer(titan_train.Trainer):
         self.rank: int = 0 if mesh is None else mesh.get_local_rank()
         self.group = None if mesh is None else mesh.get_group()
         self.sharers = _Sharers.of(self.parallel_dims)
-        # Of all processes with losses of their own.
+        # The guard's group is of all processes that have losses of their own.
         mesh = self.parallel_dims.get_optional_mesh("loss")
         self._check_parts()
         self.effects.watch(self.model_parts[0])

@@ -12,6 +12,7 @@ import children
 import pytest
 import yaml
 
+from lighthouse_core.errors import UserError
 from lighthouse_core.job.plan import Plan
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
@@ -42,8 +43,9 @@ def trainer(trainer):
 
 def test_what_is_missing_comes_from_slurm(lighthouse, trainer, slurm):
     answer = lighthouse(*START)
-    assert "from Slurm: --nnodes 2 --node-rank 1 --rdzv-endpoint node1:15007\n" in answer.err
-    assert trainer.launches == [("runs/a", Plan(1, 2, 1, "node1:15007"))]
+    port = 15000 + 7919 * 7 % 15000
+    assert f"from Slurm: --nnodes 2 --node-rank 1 --rdzv-endpoint node1:{port}\n" in answer.err
+    assert trainer.launches == [("runs/a", Plan(1, 2, 1, f"node1:{port}"))]
     # What is given wins, whatever else is missing.
     assert "from Slurm: --node-rank 1\n" in lighthouse(*START, "--nnodes", "4", "--rdzv-endpoint", "host:1").err
     assert "Slurm" not in lighthouse(*START, *SEVERAL).err
@@ -59,11 +61,15 @@ def test_a_task_may_train_alone(lighthouse, trainer, slurm, monkeypatch):
 
 
 def test_a_script_of_slurm_is_told_of_srun(lighthouse, trainer, slurm, monkeypatch):
-    monkeypatch.delenv("SLURM_STEP_ID")
     monkeypatch.setenv("SLURM_NNODES", "2")
     trainer.code = 0
+    # The shell of salloc is a step that srun did not start.
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
     answer = lighthouse(*START)
     assert answer.code == 0 and "warning: this job of Slurm has 2 machines, and this one alone trains" in answer.err
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert "warning: this job of Slurm has 2 machines" in lighthouse(*START[:3], "b").err
     monkeypatch.setenv("SLURM_NNODES", "1")
     assert "Slurm" not in lighthouse("recover", "a").err
 
@@ -127,12 +133,21 @@ def run_script(folder: Path, *arguments: str, **environment: str):
     return children.start(command, cwd=folder, env={**os.environ, "SLURM_JOB_ID": "7", **environment})
 
 
-def test_the_script_for_slurm_resumes_and_queues_again(lighthouse, trainer, here, programs):
-    programs(srun='"$@"', scontrol=f'echo "$@" >>{here}/scontrol.txt', scancel=f'echo "$@" >>{here}/scancel.txt')
+def test_the_script_for_slurm_goes_on_and_queues_again(lighthouse, trainer, here, programs, monkeypatch):
+    # srun of today does not take the CPUs of a task from the job.
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
+    programs(
+        srun='[ "$1" = --cpus-per-task=64 ] && shift && "$@"',
+        scontrol=f'echo "$@" >>{here}/scontrol.txt',
+        scancel=f'echo "$@" >>{here}/scancel.txt',
+    )
     assert run_script(here, "tiny.toml", "a").wait(20) == 0
-    (here / "runs/a/checkpoints/step-5").mkdir(parents=True)
-    assert run_script(here, "tiny.toml", "a").wait(20) == 0
-    assert calls(here) == [["pretrain", "tiny.toml", "--name", "a"], ["pretrain", "--resume", "a"]]
+    [command] = calls(here)
+    # The command line takes it, and takes it again after an end before the first checkpoint, and after one.
+    trainer.rows = [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
+    for trainer.code, trainer.stop in ((1, None), (143, 40), (0, None)):
+        assert lighthouse(*command).code == trainer.code
+    assert [name for name, _ in trainer.launches] == ["runs/a"] * 3
     # Before the time limit Slurm tells the script, which has the launchers end, and then queues itself.
     programs(srun=f"trap 'exit 143' TERM; touch {here}/ready; while :; do sleep 0.05; done")
     programs(scancel=f'echo "$@" >>{here}/scancel.txt; kill -TERM $(pgrep -P $PPID -f srun)')
@@ -163,26 +178,39 @@ def test_the_job_for_kubernetes(lighthouse, trainer, here, programs, monkeypatch
     assert environment["ENDPOINT"].partition(":")[0] == host
     assert job["spec"]["completionMode"] == "Indexed"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    (here / "runs/my-run").mkdir(parents=True)
-    for made in (False, True):
-        if made:
-            (here / "runs/my-run/checkpoints/step-5").mkdir(parents=True)
-        given = {**os.environ, **environment, "RECIPE": "tiny.toml", "JOB_COMPLETION_INDEX": "1"}
+    for index in ("0", "1"):
+        given = {**os.environ, **environment, "RECIPE": "tiny.toml", "JOB_COMPLETION_INDEX": index}
         subprocess.run([*container["command"], *container["args"]], cwd=here, env=given, check=True)
     count = job["spec"]["completions"]
     assert job["spec"]["parallelism"] == count
-    first, again = calls(here)
-    assert first[:4] == ["pretrain", "tiny.toml", "--name", "my-run"] and again[:3] == [
-        "pretrain",
-        "--resume",
-        "my-run",
-    ]
-    # The command line takes it.
-    lighthouse(*first)
+    first, second = calls(here)
+    # The command line takes it, on pod 1 and, after ends before a checkpoint and after one, on pod 0.
+    lighthouse(*second)
     assert trainer.launches == [("runs/my-run", Plan(1, count, 1, environment["ENDPOINT"]))]
+    asked = [trainer.asked.facts]
+    place = first.index(environment["ENDPOINT"])
+    first[place] = "127.0.0.1:29500"
+    trainer.rows = [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
+    for trainer.code, trainer.stop in ((1, None), (143, 40), (0, None)):
+        assert lighthouse(*first).code == trainer.code
+        asked.append(trainer.asked.facts)
+    assert asked == [asked[0]] * 4
+    # The longest pause between two pods of an index, which the others wait for.
+    assert trainer.asked.seconds > 600
+
+
+def test_the_job_for_kubernetes_ends_with_a_users_mistake():
+    _, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    [found] = [rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob"]
+    assert found == {"containerName": container["name"], "operator": "In", "values": [UserError.exit_code]}
+    # Kubernetes takes such a policy with this alone.
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
 SRUN = """
+[ "$1" = --cpus-per-task=1 ] && shift
 for task in 0 1; do
   SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_STEP_NODELIST='node[1-2]' \
     SLURM_PROCID=$task SLURM_NODEID=$task "$@" &
@@ -206,7 +234,8 @@ def test_two_machines_train_by_the_script_for_slurm(here, programs):
     (here / "text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
     (here / "tiny.toml").write_text(text.replace("steps = 100", "steps = 2").replace("[data]\n", data))
     job = str(time.time_ns() % 10**8)
-    script = run_script(here, "tiny.toml", "a", SLURM_JOB_ID=job, OMP_NUM_THREADS="1", NO_COLOR="1")
+    threads = {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    script = run_script(here, "tiny.toml", "a", SLURM_JOB_ID=job, **threads)
     assert script.wait(200) == 0
     rows = [json.loads(line) for line in (here / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and (here / "runs/a/checkpoints/step-2").is_dir()

@@ -1,8 +1,10 @@
 """pretrain and recover around a training that is replaced: runs, ledgers, messages, exit codes."""
 
+import fcntl
 import json
 import os
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,7 +168,7 @@ def test_a_stage_1_that_saves_nothing_is_warned_of(lighthouse, trainer, here, me
     [
         ("--nproc", "3"),
         ("--nproc", "none"),
-        ("--nnodes", "2"),
+        ("--nnodes", "0"),
         ("--name", "a"),
         ("--name", "a/b"),
         ("--set", 'data.paths=["nowhere"]'),
@@ -287,9 +289,97 @@ def test_dense_training_needs_no_kernels_of_lighthouse(lighthouse, trainer, comm
 def test_resuming_needs_a_checkpoint(lighthouse, trainer, here):
     trainer.code, trainer.rows = 1, [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
     assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
-    assert "it has no checkpoint: choose another --name" in lighthouse("pretrain", "tiny.toml", "--name", "a").err
-    assert "no complete checkpoint" in lighthouse("pretrain", "--resume", "a").error
-    assert "no complete checkpoint" in lighthouse("recover", "a").error
+    answer = lighthouse("recover", "a")
+    assert "no complete checkpoint" in answer.error and "pretrain --resume runs/a begins it at step 0" in answer.err
+    # A run that had checkpoints, which are lost, does not begin again by itself.
+    (here / "runs/a/metrics.jsonl").write_text(json.dumps(trainer.rows[0] | {"step": 40}) + "\n")
+    answer = lighthouse("pretrain", "--resume", "a", "--set", "checkpoint.interval=20")
+    assert "no complete checkpoint" in answer.error and "its checkpoints are lost" in answer.err
+    (here / "runs/a/checkpoints/step-5").mkdir(parents=True)
+    assert "every checkpoint of runs/a is damaged" in lighthouse("pretrain", "--resume", "a").error
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(lighthouse, trainer, here):
+    trainer.code, trainer.rows = 1, [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
+    assert lighthouse("pretrain", "tiny.toml", "--name", "a").code == 1
+    answer = lighthouse("pretrain", "tiny.toml", "--name", "a")
+    assert answer.code == 2 and "it has no checkpoint: --resume a begins it at step 0" in answer.err
+    # Processes that have outlived their launcher may be about to save.
+    (here / "runs/a/checkpoints").mkdir()
+    folder = os.open(here / "runs/a/checkpoints", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    answer = lighthouse("pretrain", "--resume", "a")
+    assert "no complete checkpoint" in answer.error and "another process trains it" in answer.err
+    os.close(folder)
+    trainer.code = 0
+    answer = lighthouse("pretrain", "--resume", "a")
+    assert answer.code == 0 and "runs/a has no checkpoint yet: it begins at step 0\n" in answer.err
+    assert "resuming runs/a: steps 1 to 100\n" in answer.err and len(trainer.launches) == 2
+
+
+def test_a_command_that_begins_a_run_or_goes_on_with_it(lighthouse, trainer, here):
+    command = ("pretrain", "tiny.toml", "--name", "a", "--or-resume", "--set", "optimizer.lr=1e-4")
+    trainer.code, trainer.rows = 1, [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
+    assert lighthouse(*command).code == 1 and Run("runs/a").recipe.optimizer.lr == 1e-4
+    trainer.code, trainer.stop = 143, 40
+    answer = lighthouse(*command)
+    assert answer.code == 143 and "run runs/a exists and goes on by its own recipe\n" in answer.err
+    assert "runs/a has no checkpoint yet" in answer.err
+    trainer.code, trainer.stop = 0, None
+    assert "resuming runs/a: steps 41 to 100\n" in lighthouse(*command).err
+    assert "complete at step 100" in lighthouse(*command).error
+    assert "--or-resume is for a RECIPE" in lighthouse("pretrain", "--resume", "a", "--or-resume").error
+    assert "needs the --name" in lighthouse("pretrain", "tiny.toml", "--or-resume").error
+
+
+def test_machines_compare_the_same_whether_the_run_is_there(lighthouse, trainer, here):
+    several = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29500", "--node-rank")
+    command = ("pretrain", "tiny.toml", "--name", "a", "--or-resume", *several)
+    trainer.code, asked = 1, []
+    for rank in ("1", "0", "0", "1"):
+        # Machine 1 makes no run.
+        trainer.rows = [] if rank == "1" else [{"step": 1, "stage": "lighthouse", "leaky": True, "loss": 1.0}]
+        assert lighthouse(*command, rank).code == 1
+        asked.append(trainer.asked.facts)
+    assert asked == [asked[0]] * 4 and asked[0]["optimizer.lr"] == 1e-3
+    lighthouse(*command, "1", "--set", "optimizer.lr=1e-4")
+    assert trainer.asked.facts != asked[0]
+
+
+def test_what_machine_1_cannot_take_is_refused_before_it_waits(lighthouse, trainer, here):
+    several = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    for command in (("pretrain", "--resume", "a"), ("recover", "a")):
+        answer = lighthouse(*command, *several, "--set", "optimizer.lr=1")
+        assert "the checkpoint decides optimizer.lr" in answer.error
+        assert "titan" in lighthouse(*command, *several, "--set", "titan.comm.nonsense=1").error
+        assert "metrics.evry" in lighthouse(*command, *several, "--set", "metrics.evry=1").error
+    assert "--steps" in lighthouse("recover", "a", *several, "--steps", "0").error
+    assert len(trainer.launches) == 1
+    # How long machines wait for each other is of the launch.
+    trainer.code = 1
+    for command in (("pretrain", "--resume", "a"), ("recover", "a")):
+        lighthouse(*command, *several, "--set", "titan.comm.init_timeout_seconds=900")
+        assert trainer.asked.seconds == 900
+    assert len(trainer.launches) == 3
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_dry_run_of_several_machines_meets_nobody(lighthouse, trainer, here, monkeypatch, rank):
+    def look_up(*given, **named):
+        raise AssertionError("an address was looked up")
+
+    lighthouse("pretrain", "tiny.toml", "--name", "a")
+    trainer.stop, trainer.code = 40, 143
+    lighthouse("pretrain", "tiny.toml", "--name", "b")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    for command in (("pretrain", "tiny.toml"), ("pretrain", "--resume", "b"), ("recover",), ("recover", "a")):
+        for place in ((), ("--rdzv-endpoint", "node-a:29500")):
+            answer = lighthouse(*command, "--dry-run", "--nnodes", "2", "--node-rank", rank, *place)
+            assert answer.code == 0 and " a process over 2" in answer.out, answer
+    assert (
+        "--rdzv-endpoint HOST:PORT" in lighthouse(*command, "--dry-run", "--nnodes", "2", "--rdzv-endpoint", "x").error
+    )
 
 
 def test_what_ends_before_the_first_step_frees_the_name(lighthouse, trainer, here):
@@ -517,5 +607,5 @@ def test_a_run_that_is_being_trained_is_not_to_be_deleted(lighthouse, trainer, h
     with run.lock():
         for command in (["pretrain", "--resume", "a"], ["recover", "a"]):
             assert "being trained by another process" in lighthouse(*command).error
-    refused = lighthouse("pretrain", "--resume", "a")
-    assert refused.code == 2 and "hint: delete it and start again" in refused.err
+    refused = lighthouse("recover", "a")
+    assert refused.code == 2 and "hint: lighthouse pretrain --resume runs/a begins it at step 0" in refused.err

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -118,6 +119,152 @@ def test_a_machine_may_give_up_and_come_again(meet):
     launchers[1].leave(143)
     children.wait_until(lambda: launchers[0]._here == [])
     launchers[0].leave(143)
+
+
+WAITING = """
+import sys, threading
+from pathlib import Path
+from lighthouse_core.job.machines import Machines
+from lighthouse_core.job.plan import Asked, Plan
+rank, count = int(sys.argv[1]), int(sys.argv[2])
+launcher = Machines(Plan(1, count, rank, sys.argv[3]), Asked({"training.steps": 5}, seconds=60))
+print("here", flush=True)
+launcher.meet(Path(sys.argv[4]), lambda: False)
+print("met", flush=True)
+threading.Event().wait(60)
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """Starts a launcher in a process of its own, which can be killed."""
+    started = []
+
+    def start(rank: int, count: int, where: str):
+        command = [sys.executable, "-c", WAITING, rank, count, where, tmp_path]
+        process = children.start(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "here\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def join(launcher: Machines, folder, answers: dict) -> threading.Thread:
+    """Has a launcher meet the others in a thread; what it answers, or its error, goes to `answers`."""
+
+    def run() -> None:
+        try:
+            answers[launcher] = launcher.meet(folder, lambda: False)
+        except LighthouseError as error:
+            answers[launcher] = error
+            launcher.leave(error.exit_code, str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def machine(rank: int, count: int, where: str, seconds: int = 60) -> Machines:
+    return Machines(Plan(1, count, rank, where), Asked({"training.steps": 5}, seconds=seconds))
+
+
+def test_a_machine_that_dies_while_it_waits_may_come_again(waiting, tmp_path):
+    where, answers = f"127.0.0.1:{free_port()}", {}
+    first = machine(0, 3, where)
+    threads = [join(first, tmp_path, answers)]
+    dead = waiting(1, 3, where)
+    children.wait_until(lambda: first._here == [1])
+    dead.kill()
+    # At once, and so before its silence is noticed; and the last one, so that all numbers are here.
+    others = [machine(1, 3, where), machine(2, 3, where)]
+    threads += [join(other, tmp_path, answers) for other in others]
+    for thread in threads:
+        thread.join(40)
+    assert answers == dict.fromkeys((first, *others), True)
+    for launcher in (*others, first):
+        launcher.leave(0)
+
+
+def test_no_job_begins_without_a_machine_that_died_while_it_waited(waiting, tmp_path):
+    where, answers = f"127.0.0.1:{free_port()}", {}
+    first = machine(0, 3, where, seconds=20)
+    threads = [join(first, tmp_path, answers)]
+    dead = waiting(1, 3, where)
+    children.wait_until(lambda: first._here == [1])
+    dead.kill()
+    last = machine(2, 3, where)
+    threads.append(join(last, tmp_path, answers))
+    for thread in threads:
+        thread.join(40)
+    assert str(answers[first]) == str(answers[last]) == f"machine 1 did not come to {where} within 20 s"
+    assert "--set titan.comm.init_timeout_seconds" in answers[first].hint
+
+
+def test_a_machine_that_dies_as_it_announces_itself_holds_up_nobody(meet, monkeypatch):
+    def announced_twice(self, store):
+        store.add("arrivals", 1)
+        return arrive(self, store)
+
+    # As if one had died after its number, and before it said what it was asked for.
+    arrive = Machines._arrive
+    monkeypatch.setattr(Machines, "_arrive", announced_twice)
+    _, answers = meet((1, 2, 0), (1, 2, 1))
+    assert answers == [True, True]
+
+
+def test_machine_0_may_die_while_the_others_wait_and_come_again(waiting, tmp_path):
+    where, answers = f"127.0.0.1:{free_port()}", {}
+    dead = waiting(0, 3, where)
+    others = [machine(1, 3, where), machine(2, 3, where)]
+    threads = [join(others[0], tmp_path, answers)]
+    children.wait_until(lambda: others[0]._arrival)
+    dead.kill()
+    dead.wait()
+    first = machine(0, 3, where)
+    threads += [join(launcher, tmp_path, answers) for launcher in (first, others[1])]
+    for thread in threads:
+        thread.join(40)
+    assert answers == dict.fromkeys((first, *others), True)
+    for launcher in (*others, first):
+        launcher.leave(0)
+
+
+def test_a_machine_that_comes_again_once_the_job_has_begun_without_it(waiting, tmp_path):
+    where, answers = f"127.0.0.1:{free_port()}", {}
+    first = machine(0, 2, where)
+    thread = join(first, tmp_path, answers)
+    dead = waiting(1, 2, where)
+    assert dead.stdout.readline() == "met\n"
+    thread.join(20)
+    dead.kill()
+    dead.wait()
+    time.sleep(1.5)  # its last beat is passed on
+    # No user's mistake: a batch system that starts it again, once the job has ended, is right.
+    again = machine(1, 2, where)
+    with pytest.raises(LighthouseError, match=r"has begun, and its machine 1 \(.*\) has gone") as caught:
+        again.meet(tmp_path, lambda: False)
+    assert caught.value.exit_code == 1 and "start this machine again" in caught.value.hint
+    again.leave(1)
+    first.leave(0)
+
+
+def test_machine_0_says_at_which_address_it_waits(tmp_path, monkeypatch):
+    known = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *given, **named: known(host.replace("localhost", "127.0.0.1"), *given, **named),
+    )
+    said: list[str] = []
+    where = f"localhost:{free_port()}"
+    launcher = Machines(Plan(1, 2, 0, where), Asked(seconds=1, say=said.append))
+    with pytest.raises(LighthouseError):
+        launcher.meet(tmp_path, lambda: False)
+    launcher.leave(1)
+    assert said == [f"waiting for machine 1 at {where} (127.0.0.1)"]
 
 
 def test_a_number_that_is_taken_once_the_job_has_begun(meet, tmp_path):

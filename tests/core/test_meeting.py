@@ -1,7 +1,9 @@
 """Where the processes of a job meet, and on which network interfaces they listen meanwhile."""
 
+import ipaddress
 import os
 import socket
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -94,6 +96,14 @@ def test_the_interface_of_an_endpoint(monkeypatch):
     assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
     # Of several networks, the user may know a faster one.
     assert environment(Plan(1, 2, 1, "node7:1"), {"NCCL_SOCKET_IFNAME": "ib"}, Path("/e"))["NCCL_SOCKET_IFNAME"] == "ib"
+    # One that cannot be told is for the user to name: gloo and NCCL would take any.
+    monkeypatch.setattr(network, "interface_towards", lambda host, port: None)
+    for given, named in (({}, "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"), ({"GLOO_SOCKET_IFNAME": "e"}, "by NCCL_")):
+        with pytest.raises(UserError, match="no network interface of machine 1 is known to lead to node7:1") as caught:
+            environment(Plan(1, 2, 1, "node7:1"), given, Path("/e"))
+        assert named in caught.value.hint
+    both = {"NCCL_SOCKET_IFNAME": "ib", "GLOO_SOCKET_IFNAME": "ib"}
+    assert environment(Plan(1, 2, 1, "node7:1"), both, Path("/e")).items() >= both.items()
     alone = environment(Plan(2), {"NCCL_SOCKET_IFNAME": "ib", "GLOO_SOCKET_IFNAME": "ib"}, Path("/e"))
     assert (alone["GLOO_SOCKET_IFNAME"], alone["NCCL_SOCKET_IFNAME"]) == (network.loopback(), f"={network.loopback()}")
 
@@ -103,14 +113,15 @@ def test_every_address_of_this_machine_has_its_interface():
     found = {}
     for _, name in socket.if_nameindex():
         for line in os.popen(f"ip -o addr show dev {name} 2>/dev/null").read().splitlines():
-            _, _, family, address = line.split()[:4]
+            address = line.split()[3]
             if not address.startswith("fe80"):
-                found[address.partition("/")[0]] = (family, name)
+                found[address.partition("/")[0]] = name
     if not found:
         pytest.skip("there is no `ip` to ask")
-    for address, (family, name) in found.items():
-        kind = socket.AF_INET6 if family == "inet6" else socket.AF_INET
-        assert network._interface(kind, address) == name
+    for address, name in found.items():
+        # The first address of the loopback interface is all that collectives take of it.
+        away = name == network.loopback() and not ipaddress.ip_address(address).is_loopback
+        assert network.interface_of(address) == (None if away else name)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,49 @@ def test_machine_0_must_have_the_address_that_the_others_are_given(monkeypatch, 
     assert words in str(caught.value) and "interface of machine 0" in caught.value.hint
     # The others do not have it, and a name may be known later.
     assert plan("1", 2, 1, f"{host}:29500").rdzv_endpoint == f"{host}:29500"
+
+
+def test_of_several_addresses_machine_0_takes_the_one_that_others_reach(monkeypatch):
+    outside = [str(own) for name, own in network._addresses() if name != network.loopback() and own.version == 4]
+    if not outside:
+        pytest.skip("this machine has the loopback interface alone")
+    own, known = outside[0], socket.getaddrinfo
+
+    def look_up(host, port, *given, type=0, **named):
+        if host != "node0":
+            return known(host, port, *given, type=type, **named)
+        # As Debian's /etc/hosts has it, and an address of another machine.
+        return [(socket.AF_INET, type, 0, "", (address, port)) for address in ("127.0.1.1", "192.0.2.2", own)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert network.own_address("node0", 29500) == (socket.AF_INET, own)
+    with network.listen("node0", free_port(), 2) as listening:
+        assert listening.getsockname()[0] == own
+    interface = network.interface_of(own)
+    assert interface not in (None, network.loopback())
+    found = environment(Plan(1, 2, 0, "node0:29500"), {}, Path("/e"))
+    assert (found["GLOO_SOCKET_IFNAME"], found["LIGHTHOUSE_MEETING"]) == (interface, f"{own}:29500")
+    assert network.interface_towards("node0", 29500) == interface
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the interface is left to torch")
+def test_secondary_addresses_and_those_of_the_loopback_interface():
+    script = """
+        ip link set lo up && ip address add 10.9.9.9/32 dev lo
+        ip link add one type bridge && ip link set one up
+        ip address add 10.1.1.1/24 dev one && ip address add 10.1.1.2/24 dev one && ip address add fd00::7/64 dev one
+        exec "$@"
+    """
+    code = """
+        from lighthouse_core.job.network import interface_of
+        places = "127.0.0.1", "10.1.1.1", "10.1.1.2", "fd00::7", "10.9.9.9", "10.8.8.8"
+        print(*map(interface_of, places))
+    """
+    command = ["unshare", "--net", "sh", "-ec", textwrap.dedent(script), "sh", sys.executable, "-c"]
+    answer = subprocess.run([*command, textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    if answer.returncode and "Traceback" not in answer.stderr:
+        pytest.skip(f"no network namespace can be made: {answer.stderr.strip()}")
+    assert answer.stdout == "lo one one one None None\n", answer.stderr
 
 
 def test_an_ipv6_endpoint():

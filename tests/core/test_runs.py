@@ -371,6 +371,8 @@ def test_a_setting_that_would_be_ignored_is_refused(recipe, override, message):
         "parallel.replicate=2",
         "checkpoint={interval=5, keep=0}",
         "metrics.every=1",
+        "titan.comm.init_timeout_seconds=900",
+        "titan.comm.train_timeout_seconds=900",
     ],
 )
 def test_a_setting_that_takes_effect_is_kept(recipe, override):

@@ -47,7 +47,7 @@ def without(*names: str) -> dict[str, str]:
 
 
 def test_a_task_of_several_machines():
-    assert step(TASK) == Step(3, 1, "login", 15000 + 123458 % 15000)
+    assert step(TASK) == Step(3, 1, "login", 15000 + (7919 * 123456 + 2) % 15000)
     # Of another step of the same job, and of old versions.
     assert step(TASK | {"SLURM_STEP_ID": "3"}).port == step(TASK).port + 1
     assert step(without("SLURM_STEP_NUM_NODES")).nnodes == 4
@@ -91,6 +91,19 @@ def test_outside_of_srun_nothing_is_taken():
     assert machines_of_job(BATCH | {"SLURM_NNODES": "1"}) == 1
     # One task of one machine.
     assert step(TASK | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) is None
+
+
+def test_the_shell_of_salloc_is_no_step():
+    shell = TASK | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert step(shell) is None and machines_of_job(shell) == 4
+    # A step that srun starts there has a number of its own.
+    assert step(shell | TASK).nnodes == 3 and machines_of_job(shell | TASK) == 1
+
+
+def test_jobs_that_follow_each_other_have_ports_of_their_own():
+    jobs = [(job, number) for job in range(100, 130) for number in range(30)]
+    ports = {step(TASK | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(number)}).port for job, number in jobs}
+    assert len(ports) == len(jobs) and min(ports) >= 15000 and max(ports) < 30000
 
 
 def test_a_number_that_is_none():

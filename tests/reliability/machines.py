@@ -296,6 +296,26 @@ class Drill:
         )
         yield "machine 1 starts 20 s late", "the run begins when it is there", lambda: self._late(1)
         yield "machine 0 starts 20 s late", "the run begins when it is there", lambda: self._late(0)
+        yield (
+            "kill -9 of machine 1 while it waits, and it comes again",
+            "the run begins when machine 2 is there too",
+            lambda: self._again(1),
+        )
+        yield (
+            "kill -9 of machine 0 while the others wait, and it comes again",
+            "the run begins when machine 2 is there too",
+            lambda: self._again(0),
+        )
+        yield (
+            "kill -9 of machine 1 while it waits, and it does not come again",
+            "no run without it: an end that names it",
+            self._gone,
+        )
+        yield (
+            "kill -9 of machine 1 before the first checkpoint; all start again with --or-resume",
+            "the run begins at step 0, with the losses of an uninterrupted run",
+            self._before_a_checkpoint,
+        )
         yield "machine 1 never comes", "an end after 15 s that names it", self._never
         yield "another value of the recipe on machine 1", "both refuse and name the key", self._recipe
         yield "another name on machine 1", "both refuse and name both", self._name
@@ -423,6 +443,65 @@ class Drill:
             f"the first ended with {early}": early is None,
             f"exit codes {codes}": codes == [0, 0],
             "not every step": len(self.losses()) == 12,
+        }
+
+    def _waits(self, jobs: list[Job]) -> bool:
+        """Wait until machines have said that they wait, and machine 0 has had time to hear of them."""
+        for one in jobs:
+            with contextlib.suppress(TimeoutError):
+                one.wait_until(lambda one=one: "waiting for" in one.words, 2 * LIMIT)
+        time.sleep(2)
+        return all("waiting for" in one.words and one.process.poll() is None for one in jobs)
+
+    def _again(self, machine: int):
+        arguments = [*self.new(f"titan.comm.init_timeout_seconds={LIMIT}"), "--or-resume"]
+        jobs = [self.start(number, 3, *arguments) for number in (0, 1)]
+        waited = self._waits(jobs)
+        jobs[machine].kill()
+        jobs[machine] = self.start(machine, 3, *arguments)
+        jobs.append(self.start(2, 3, *arguments))
+        codes = self.end(jobs, 2 * LIMIT)
+        return f"exit codes {codes}, {len(self.losses())} losses", {
+            "they did not wait": waited,
+            f"exit codes {codes}": codes == [0, 0, 0],
+            "not every step": len(self.losses()) == 12,
+        }
+
+    def _gone(self):
+        arguments = self.new(f"titan.comm.init_timeout_seconds={LIMIT}")
+        jobs = [self.start(number, 3, *arguments) for number in (0, 1)]
+        waited = self._waits(jobs)
+        jobs[1].kill()
+        jobs[1] = self.start(2, 3, *arguments)
+        begun = time.monotonic()
+        codes, line = self.end(jobs, 2 * LIMIT), self.error(jobs[0])
+        seconds = time.monotonic() - begun
+        return f"exit codes {codes} after {seconds:.0f} s; {line}", {
+            "they did not wait": waited,
+            f"exit codes {codes}": codes == [1, 1],
+            f"the line: {line}": "machine 1 did not come" in line,
+            "a run is left": not self.run.exists(),
+        }
+
+    def _before_a_checkpoint(self):
+        settings = "checkpoint.interval=1000", "training.steps=150"
+        arguments = [*self.new(*settings), "--or-resume"]
+        jobs = self.start_all(2, *arguments)
+        began = self.trains(jobs, 5)
+        jobs[1].kill()
+        codes = self.end(jobs)
+        saved = checkpoint_steps(self.run)
+        jobs = self.start_all(2, *arguments)
+        again = self.end(jobs)
+        said = "no checkpoint yet: it begins at step 0" in jobs[0].words
+        losses, wanted = self.losses(), self.alone(2, *settings)
+        most = max((abs(losses[n] - wanted[n]) for n in losses.keys() & wanted.keys()), default=float("nan"))
+        return f"exit codes {codes[:1]}, then {again}, {len(losses)} losses, largest difference {most}", {
+            "it did not train": began,
+            f"steps {saved} were saved": not saved,
+            "nothing is said of step 0": said,
+            f"exit codes {codes[:1]}, {again}": codes[0] == 1 and again == [0, 0],
+            f"losses differ by {most}": losses == wanted and len(losses) == 150,
         }
 
     def _never(self):
