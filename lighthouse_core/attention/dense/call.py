@@ -22,9 +22,10 @@ KERNELS: dict[str, DenseKernel] = {
 }
 # What `auto` takes where it can, before those of torch.
 _PREFERRED = ("fa4",)
-# What it takes for what torch's scaled_dot_product_attention cannot do: parts of a softmax, windows, documents.
-_PREFERRED_BEYOND = ("fa4", "varlen")
+# What it takes for what torch's scaled_dot_product_attention cannot do: parts of a softmax, windows, documents, blocks.
+_PREFERRED_BEYOND = ("fa4", "varlen", "flex")
 _WITH_DOCUMENTS = tuple(name for name, facts in BACKENDS.items() if facts.documents)
+_WITH_BLOCKS = tuple(name for name, facts in BACKENDS.items() if facts.blocks)
 # torch tries these in order and takes the first that supports the inputs.
 _TORCH = {
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -105,8 +106,13 @@ def fuses_documents(name: str, device_type: str, dtype: torch.dtype, dim: int) -
     """Whether there is a kernel for them that takes all documents in one call."""
     if device_type == "cpu" and name in ("auto", "flash"):
         return torch.compiler.is_compiling()
-    tried = _PREFERRED_BEYOND if name == "auto" else (name,) if name in _WITH_DOCUMENTS else ()
+    tried = _tried(name, _WITH_DOCUMENTS)
     return any(_obstacle(KERNELS[one], "documents", device_type, dtype, dim) is None for one in tried)
+
+
+def blocks_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
+    """The kernel of attention to a window and to chosen blocks; see `kernel_beyond`."""
+    return kernel_beyond("chosen blocks", _WITH_BLOCKS, name, device_type, dtype, dim)
 
 
 def kernel_beyond(
@@ -128,7 +134,7 @@ def kernel_beyond(
     if name == "math":
         return KERNELS["math"]
     why: list[str] = []
-    for kernel in (KERNELS[one] for one in (_PREFERRED_BEYOND if name == "auto" else (name,))):
+    for kernel in (KERNELS[one] for one in _tried(name, names)):
         why_not = _obstacle(kernel, what, device_type, dtype, dim)
         if why_not is None:
             log_once(f"{what} on {device_type}: {'; '.join([kernel.label, *why])}")
@@ -141,8 +147,13 @@ def kernel_beyond(
 
 
 def _obstacle(kernel: DenseKernel, what: str, device_type: str, dtype: torch.dtype, dim: int) -> str | None:
-    asked = kernel.packs if what == "documents" and kernel.packs is not None else kernel.obstacle
+    asked = {"documents": kernel.packs, "chosen blocks": kernel.blocks}.get(what) or kernel.obstacle
     return asked(device_type, dtype, dim)
+
+
+def _tried(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of `names` a backend stands for, the fused ones for "auto"."""
+    return tuple(one for one in (_PREFERRED_BEYOND if name == "auto" else (name,)) if one in names)
 
 
 def choose(

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lighthouse_core.attention.context import Documents
-from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.dense import flex
+from lighthouse_core.attention.dense.kernel import DenseKernel, Tiles
 
 # Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
 INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
@@ -168,6 +169,16 @@ def _call(
     return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled(), window, starts, longest)
 
 
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles) -> Tensor:
+    return flex.blocked(q, k, v, scale, tiles, "FLASH")
+
+
+def _blocks(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
+    if torch.are_deterministic_algorithms_enabled():
+        return "has no deterministic backward pass"
+    return obstacle(device_type, dtype, dim)
+
+
 # Its backward pass is deterministic where torch is asked to be.
 KERNEL = DenseKernel(
     "fa4",
@@ -178,5 +189,7 @@ KERNEL = DenseKernel(
     part=_part,
     windowed=_windowed,
     packed=_packed,
+    blocked=_blocked,
+    blocks=_blocks,
     kept=(torch.ops.lighthouse.flash4.default,),
 )
