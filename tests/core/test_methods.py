@@ -31,8 +31,10 @@ METHODS = [
     {"method": "compressed", "window": 24, "compression": 8, "keep": 4, "score_block": 4},
     {"method": "compressed", "window": 24, "compression": 8, "keep": 4, "score_block": 4, "scorer": "random"},
     {"method": "pyramid", "window": 24, "scorer": "block", "score_block": 4, **PYRAMID},
+    {"method": "blocks", "window": 24, "tile": 8, "block_size": 4, "blocks": 3},
+    {"method": "blocks", "window": 24, "tile": 4, "block_size": 8, "blocks": 3, "block_score": "random"},
 ]
-IDS = ["sliding", "chunked", "compressed", "kept", "drawn", "pyramid"]
+IDS = ["sliding", "chunked", "compressed", "kept", "drawn", "pyramid", "blocks", "random-blocks"]
 
 
 def draw(tokens=100, heads=4, kv_heads=2, dim=8, batch=2, dtype=torch.float64, device="cpu"):
@@ -245,7 +247,7 @@ def test_no_position_sees_a_later_one(cfg):
 
 
 # But for the pyramid, whose entries count keys of the window again.
-@pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
+@pytest.mark.parametrize("cfg", METHODS[:5] + METHODS[6:], ids=IDS[:5] + IDS[6:])
 def test_an_early_token_is_dense(cfg):
     """As long as a method leaves nothing out, it is dense attention."""
     cfg = LighthouseConfig(**cfg)
@@ -396,7 +398,7 @@ def test_parts_want_a_fused_kernel_on_a_gpu():
             parts_kernel(backend, device, torch.float64, 64)
 
 
-@pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
+@pytest.mark.parametrize("cfg", METHODS[:5] + METHODS[6:], ids=IDS[:5] + IDS[6:])
 def test_what_a_method_does_not_take(cfg):
     cfg = LighthouseConfig(**cfg)
     q, k, v = draw()

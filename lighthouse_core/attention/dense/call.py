@@ -110,13 +110,19 @@ def fuses_documents(name: str, device_type: str, dtype: torch.dtype, dim: int) -
     return any(_obstacle(KERNELS[one], "documents", device_type, dtype, dim) is None for one in tried)
 
 
-def blocks_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
-    """The kernel of attention to a window and to chosen blocks; see `kernel_beyond`."""
-    return kernel_beyond("chosen blocks", _WITH_BLOCKS, name, device_type, dtype, dim)
+def blocks_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int) -> DenseKernel:
+    """The kernel of attention to a window and to chosen blocks of `size` keys, by tiles; see `kernel_beyond`."""
+    return kernel_beyond("chosen blocks", _WITH_BLOCKS, name, device_type, dtype, dim, (tile, size))
 
 
 def kernel_beyond(
-    what: str, names: tuple[str, ...], name: str, device_type: str, dtype: torch.dtype, dim: int
+    what: str,
+    names: tuple[str, ...],
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    dim: int,
+    sizes: tuple[int, int] | None = None,
 ) -> DenseKernel:
     """The kernel for what not every kernel can do; what `auto` stands for is logged.
 
@@ -125,6 +131,7 @@ def kernel_beyond(
         names: of the backends that can.
         name: of the backend. `auto` is the first fused one that is there, and plain matrix products on a CPU.
         device_type, dtype, dim: of the inputs; dim is D.
+        sizes: of tiles and of blocks, where blocks are chosen.
 
     Raises:
         ValueError: an unknown backend, one that is not there, or one that cannot.
@@ -135,7 +142,7 @@ def kernel_beyond(
         return KERNELS["math"]
     why: list[str] = []
     for kernel in (KERNELS[one] for one in _tried(name, names)):
-        why_not = _obstacle(kernel, what, device_type, dtype, dim)
+        why_not = _obstacle(kernel, what, device_type, dtype, dim, sizes)
         if why_not is None:
             log_once(f"{what} on {device_type}: {'; '.join([kernel.label, *why])}")
             return kernel
@@ -146,8 +153,17 @@ def kernel_beyond(
     raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)
 
 
-def _obstacle(kernel: DenseKernel, what: str, device_type: str, dtype: torch.dtype, dim: int) -> str | None:
-    asked = {"documents": kernel.packs, "chosen blocks": kernel.blocks}.get(what) or kernel.obstacle
+def _obstacle(
+    kernel: DenseKernel,
+    what: str,
+    device_type: str,
+    dtype: torch.dtype,
+    dim: int,
+    sizes: tuple[int, int] | None = None,
+) -> str | None:
+    if sizes is not None and kernel.blocks is not None:
+        return kernel.blocks(device_type, dtype, dim, *sizes)
+    asked = kernel.packs if what == "documents" and kernel.packs is not None else kernel.obstacle
     return asked(device_type, dtype, dim)
 
 

@@ -173,10 +173,13 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles)
     return flex.blocked(q, k, v, scale, tiles, "FLASH")
 
 
-def _blocks(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
+def _blocks(device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int) -> str | None:
+    if why_not := obstacle(device_type, dtype, dim):
+        return why_not
     if torch.are_deterministic_algorithms_enabled():
         return "has no deterministic backward pass"
-    return obstacle(device_type, dtype, dim)
+    # On Hopper a block is what the kernel takes at a time.
+    return f"takes blocks of {flex.UNIT} keys, not {size}" if size != flex.UNIT else flex.odd_sizes(tile, size)
 
 
 # Its backward pass is deterministic where torch is asked to be.

@@ -132,6 +132,15 @@ def obstacle(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
     return f"takes no head dimension of {dim}" if dim < 16 else None
 
 
+def _blocks(device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int) -> str | None:
+    return obstacle(device_type, dtype, dim) or odd_sizes(tile, size)
+
+
+def odd_sizes(tile: int, size: int) -> str | None:
+    """Why tiles and blocks of these sizes cannot be taken; None if they can."""
+    return f"takes tiles and blocks of multiples of {UNIT} tokens, not {tile} and {size}" if (tile | size) % UNIT else None
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     tokens = q.shape[1]
     q, k, v = (pad(x, (0, 0, 0, 0, 0, -tokens % UNIT)) for x in (q, k, v))
@@ -147,5 +156,6 @@ KERNEL = DenseKernel(
     obstacle,
     _forward,
     blocked=blocked,
+    blocks=_blocks,
     kept=(torch.ops.higher_order.flex_attention,),
 )

@@ -50,7 +50,7 @@ class DenseKernel:
             its log-sum-exp [T, H], None from a kernel without `part`; None for a kernel of equal lengths alone.
         packs: as `obstacle`, of documents; None if that is the same.
         blocked: q, k, v, scale, tiles -> output; None for a kernel without chosen blocks.
-        blocks: as `obstacle`, of chosen blocks; None if that is the same.
+        blocks: as `obstacle`, of chosen blocks: device type, dtype, D, tile, block size. None for one that takes all.
         kept: operations of its forward pass, whose results selective checkpointing keeps.
     """
 
@@ -64,5 +64,5 @@ class DenseKernel:
     packed: Callable[[Tensor, Tensor, Tensor, float | None, int, Documents], tuple[Tensor, Tensor | None]] | None = None
     packs: Callable[[str, torch.dtype, int], str | None] | None = None
     blocked: Callable[[Tensor, Tensor, Tensor, float | None, Tiles], Tensor] | None = None
-    blocks: Callable[[str, torch.dtype, int], str | None] | None = None
+    blocks: Callable[[str, torch.dtype, int, int, int], str | None] | None = None
     kept: tuple[OpOverload | HigherOrderOperator, ...] = ()

@@ -114,17 +114,7 @@ class Blocks(Method):
 
 
 def kernel_of(settings: Settings, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
-    """The kernel of such a call.
-
-    Raises:
-        ValueError: it is not there, or takes no tiles or blocks of these sizes.
-    """
+    """The kernel of such a call; see `kernel_beyond`."""
     from lighthouse_core.attention.dense.call import blocks_kernel
-    from lighthouse_core.attention.dense.flex import UNIT
 
-    kernel = blocks_kernel(settings.dense_backend, device_type, dtype, dim)
-    if kernel.name != "math":
-        for name in ("tile", "block_size"):
-            if (size := getattr(settings, name)) % UNIT:
-                raise SettingError(name, f"must be a multiple of {UNIT} for {kernel.label}, not {size}")
-    return kernel
+    return blocks_kernel(settings.dense_backend, device_type, dtype, dim, settings.tile, settings.block_size)
