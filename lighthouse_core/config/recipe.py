@@ -103,7 +103,7 @@ class Recipe(Section):
             raise conflict(
                 "data.packing",
                 f'data.packing "documents", the default, is not for lighthouse.method "{attention.method}"{without}: '
-                'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
+                'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked, sliding or blocks',
             )
         if not BACKENDS[attention.dense_backend].documents:
             others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)

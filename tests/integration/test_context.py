@@ -76,11 +76,16 @@ METHODS = {
     "padded": pyramid(topk=12),
     "chunked": pyramid(method="chunked", window=20),
     "sliding": pyramid(method="sliding", window=20),
+    **{
+        f"blocks-{score}": pyramid(method="blocks", window=10, tile=4, block_size=4, blocks=3, block_score=score)
+        for score in ("mean", "bound", "random")
+    },
     "compressed": pyramid(method="compressed", window=16, compression=4),
     "compressed-norm": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="norm"),
     "compressed-random": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="random"),
 }
 DOCUMENTS = ("dense", "norm-32-cover", "block-32-parity", "rotated-after", "long-window", "chunked", "sliding")
+DOCUMENTS += ("blocks-mean", "blocks-random")
 CASES = [*((name, False, False) for name in METHODS), *((name, True, False) for name in DOCUMENTS)]
 CASES += [("norm-32-cover", False, True), ("norm-0-parity", False, True)]
 
