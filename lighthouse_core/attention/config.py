@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from lighthouse_core.attention.backends import BACKENDS
 from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
 from lighthouse_core.attention.methods import METHODS, Method, method_of
+from lighthouse_core.attention.methods.blocks import BLOCK_SCORES
 from lighthouse_core.attention.selectors import SELECTORS
 from lighthouse_core.attention.settings import SettingError, Settings, is_power_of_two, known
 from lighthouse_kernels.geometry import Geometry
@@ -15,6 +16,7 @@ NAMES = {
     "backend": BACKENDS,
     "dense_backend": tuple(DENSE_BACKENDS),
     "rotate": ("before", "after"),
+    "block_score": BLOCK_SCORES,
     "method": tuple(METHODS),
 }
 _FIELDS = tuple(field.name for field in fields(Settings))
@@ -51,8 +53,9 @@ class LighthouseConfig(Settings):
         if not is_power_of_two(self.score_block):
             raise SettingError("score_block", f"must be a power of two, not {self.score_block}")
         self.check_names()
-        if self.compression < 1:
-            raise SettingError("compression", f"must be at least 1, not {self.compression}")
+        for name in ("compression", "blocks", "block_size", "tile"):
+            if getattr(self, name) < 1:
+                raise SettingError(name, f"must be at least 1, not {getattr(self, name)}")
         method = method_of(self.method)
         if self.window < method.needs_window:
             raise SettingError("window", f"must be a number of tokens for the method {self.method}, not {self.window}")
@@ -74,6 +77,13 @@ class LighthouseConfig(Settings):
             others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.window)
             problem = (
                 f"{self.dense_backend!r} has no windows, which the method {self.method} needs; use one of {others}"
+            )
+            raise SettingError("dense_backend", problem)
+        if method.chooses_blocks and not kernel.blocks:
+            others = ", ".join(name for name, facts in DENSE_BACKENDS.items() if facts.blocks)
+            problem = (
+                f"{self.dense_backend!r} attends to no chosen blocks, as the method {self.method} does; "
+                f"use one of {others}"
             )
             raise SettingError("dense_backend", problem)
 

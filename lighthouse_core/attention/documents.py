@@ -121,6 +121,19 @@ def of_windows(documents: Documents, batch: int, g: Geometry) -> Tensor:
     return documents.starts[_numbers(documents, first.clamp(max=g.tokens - 1) + sequence)] - sequence
 
 
+def of_tiles(documents: Documents, batch: int, tokens: int, tile: int) -> Tensor:
+    """For each tile the first token of its document within the sequence, int32 [B, ceil(N / tile)].
+
+    Args:
+        documents: of B sequences of N tokens.
+        batch, tokens: B and N.
+        tile: tokens, of which every document takes a whole multiple.
+    """
+    first = torch.arange(-(-tokens // tile), device=documents.starts.device) * tile
+    sequence = torch.arange(batch, dtype=torch.int32, device=first.device)[:, None] * tokens
+    return documents.starts[_numbers(documents, first + sequence)] - sequence
+
+
 def of_shard(documents: Documents, batch: int, first: int, tokens: int, whole: int) -> Documents:
     """The documents of a part of each sequence. Those that are not in it are there without a token.
 

@@ -54,6 +54,11 @@ class Settings:
             ``compressed``; 0 keeps none.
         rotate: when RoPE turns a pyramid's queries and keys: ``before`` they are pooled (the paper), or ``after``, each
             gathered row at the last token that its window covers (branch rope-fix of the published release).
+        blocks: earlier blocks of keys that each tile of queries chooses under the method ``blocks``.
+        block_size: keys of one of them.
+        block_score: how they are chosen: ``mean``, ``bound`` or ``random``; lighthouse_core.attention.methods.blocks
+            has each.
+        tile: queries that share one choice; a multiple of ``block_size``, or a divisor.
     """
 
     pooling: int = 4
@@ -70,6 +75,10 @@ class Settings:
     compression: int = 16
     keep: int = 0
     rotate: str = "before"
+    blocks: int = 16
+    block_size: int = 128
+    block_score: str = "mean"
+    tile: int = 256
 
 
 def known(field: str, name: str, names: tuple[str, ...]) -> str:

@@ -177,6 +177,22 @@ def of_all_query_heads(scores: Tensor, dim: int, heads: Heads | None) -> Tensor:
     return all_of_them[first : first + heads.copies].amax(0).expand_as(scores)
 
 
+def all_query_heads(x: Tensor, dim: int, heads: Heads | None) -> Tensor:
+    """All query heads of a KV head, in their order, also where processes share these. No gradient.
+
+    Args:
+        x: of the query heads of this process, which are along `dim`.
+        dim: counted from the front.
+        heads: of the context.
+    """
+    if heads is None or heads.group is None:
+        return x
+    count, rank = heads.group.size(), heads.group.rank()
+    all_of_them = _exchange(x.expand(count, *x.shape), heads.group)
+    first = rank // heads.copies * heads.copies
+    return torch.cat(all_of_them[first : first + heads.copies].unbind(0), dim)
+
+
 def _all_tokens(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, n, H, D], k and v [B, n, Hkv, D] as [B, N, h, D] and [B, N, c, D]."""
     count, heads, kv_heads = group.size(), q.shape[2], k.shape[2]

@@ -113,7 +113,8 @@ class Recipe(Section):
                 raise conflict(
                     "data.packing" if not self.lighthouse.phases else key,
                     f'data.packing "documents", the default, is not for {said} "{attention.method}"{without}: '
-                    'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked or sliding',
+                    'write data.packing = "concat", or choose pyramid with a lighthouse.window, chunked, sliding or '
+                    "blocks",
                 )
             self._check_packs(attention.dense_backend, *self._key(phase, "dense_backend"))
         self._check_packs(self.lighthouse.dense_backend, *["lighthouse.dense_backend"] * 2)

@@ -21,6 +21,7 @@ METHODS = {
     "sliding": {"method": "sliding", "window": 8},
     "compressed": {"method": "compressed", "window": 8, "compression": 4},
     "kept": KEPT,
+    "blocks": {"method": "blocks", "window": 8, "tile": 4, "block_size": 4, "blocks": 2},
 }
 KEY = torch.tensor([1, 2, 3, 0])
 

@@ -32,6 +32,7 @@ CALLS = {
     "compressed": {**COMPRESSED, "dense_backend": "math"},
     "kept": {**KEPT, "dense_backend": "math"},
     "drawn": {**KEPT, "scorer": "random", "dense_backend": "math"},
+    "blocks": {"method": "blocks", "window": 16, "tile": 8, "block_size": 4, "blocks": 3, "dense_backend": "math"},
 }
 if torch.cuda.is_available():
     # Triton's interpreter takes its time: tests/kernels has fewer of these on a CPU.

@@ -41,7 +41,7 @@ def test_the_list_says_what_the_kernels_do():
     assert [name for name in BACKENDS if name != "auto"] == list(KERNELS)
     for name, kernel in KERNELS.items():
         assert kernel.name == name and kernel.label
-        does = kernel.part, kernel.windowed, kernel.packed
+        does = kernel.part, kernel.windowed, kernel.packed, kernel.blocked
         assert BACKENDS[name] == tuple(part is not None for part in does)
 
 

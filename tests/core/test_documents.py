@@ -28,6 +28,7 @@ SETTINGS = {
     "wide": PYRAMID | {"pooling": 4, "levels": 3, "topk": 8, "scorer": "random"},
     "sliding": {"method": "sliding", "window": 21},
     "chunked": {"method": "chunked", "window": 50},
+    "blocks": {"method": "blocks", "window": 9, "tile": 8, "block_size": 4, "blocks": 3},
     "dense": {"levels": 1, "window": 5},
 }
 GPU_KERNELS = [name for name, kernel in KERNELS.items() if kernel.packed is not None and name != "math"]
@@ -468,5 +469,5 @@ def test_the_loss_of_a_document_is_its_own_on_a_gpu(name):
 
 
 def test_backends_know_what_they_are_given():
-    assert {name for name, kernel in KERNELS.items() if kernel.packed is None} == {"cudnn"}
+    assert {name for name, kernel in KERNELS.items() if kernel.packed is None} == {"cudnn", "flex"}
     assert kernels("reference", "cpu") is not None

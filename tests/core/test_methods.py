@@ -31,8 +31,10 @@ METHODS = [
     {"method": "compressed", "window": 24, "compression": 8, "keep": 4, "score_block": 4},
     {"method": "compressed", "window": 24, "compression": 8, "keep": 4, "score_block": 4, "scorer": "random"},
     {"method": "pyramid", "window": 24, "scorer": "block", "score_block": 4, **PYRAMID},
+    {"method": "blocks", "window": 24, "tile": 8, "block_size": 4, "blocks": 3},
+    {"method": "blocks", "window": 24, "tile": 4, "block_size": 8, "blocks": 3, "block_score": "random"},
 ]
-IDS = ["sliding", "chunked", "compressed", "kept", "drawn", "pyramid"]
+IDS = ["sliding", "chunked", "compressed", "kept", "drawn", "pyramid", "blocks", "random-blocks"]
 
 
 def draw(tokens=100, heads=4, kv_heads=2, dim=8, batch=2, dtype=torch.float64, device="cpu"):
@@ -245,7 +247,7 @@ def test_no_position_sees_a_later_one(cfg):
 
 
 # But for the pyramid, whose entries count keys of the window again.
-@pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
+@pytest.mark.parametrize("cfg", METHODS[:5] + METHODS[6:], ids=IDS[:5] + IDS[6:])
 def test_an_early_token_is_dense(cfg):
     """As long as a method leaves nothing out, it is dense attention."""
     cfg = LighthouseConfig(**cfg)
@@ -305,6 +307,7 @@ def test_a_compiled_layer_takes_other_windows(cfg):
         {"method": "chunked", "window": 2048},
         {"method": "compressed", "window": 512},
         {"method": "compressed", "window": 512, "compression": 32, "keep": 8},
+        {"method": "blocks", "window": 512, "blocks": 4},
         {"window": 512, "topk": 128},
         {"window": 512, "levels": 1},
     ],
@@ -322,6 +325,9 @@ def test_keys_are_those_seen(cfg, tokens):
         counted = window + (at // cfg.compression - cfg.window // cfg.compression + 1).clamp(min=0)
         if cfg.keep and tokens > cfg.window:
             counted = counted + (at // cfg.keep - 64 - -(-512 // cfg.keep) + 1).clamp(min=0)
+    elif cfg.method == "blocks":
+        behind = (at // cfg.tile * cfg.tile - cfg.window + 1).clamp(min=0) // cfg.block_size
+        counted = window + cfg.block_size * behind.clamp(max=cfg.blocks)
     elif cfg.levels == 1 or tokens == 500:
         counted = at + 0.5
     else:
@@ -366,7 +372,7 @@ def test_what_leaks_and_what_draws():
     assert LighthouseConfig().leaks and LighthouseConfig(window=64).leaks
     assert not LighthouseConfig(scorer="block").leaks
     assert not any(LighthouseConfig(**cfg).leaks for cfg in METHODS)
-    assert [LighthouseConfig(**cfg).draws for cfg in METHODS] == [False, False, False, False, True, True]
+    assert [LighthouseConfig(**cfg).draws for cfg in METHODS] == [False] * 4 + [True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -396,7 +402,7 @@ def test_parts_want_a_fused_kernel_on_a_gpu():
             parts_kernel(backend, device, torch.float64, 64)
 
 
-@pytest.mark.parametrize("cfg", METHODS[:5], ids=IDS[:5])
+@pytest.mark.parametrize("cfg", METHODS[:5] + METHODS[6:], ids=IDS[:5] + IDS[6:])
 def test_what_a_method_does_not_take(cfg):
     cfg = LighthouseConfig(**cfg)
     q, k, v = draw()
@@ -483,7 +489,8 @@ def stub(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("cfg", METHODS, ids=IDS)
+# But for blocks, which FlashAttention-4 attends to through flex_attention.
+@pytest.mark.parametrize("cfg", METHODS[:6], ids=IDS[:6])
 def test_through_the_fused_kernels(cfg, stub):
     cfg = LighthouseConfig(**cfg)
     tensors = draw(dtype=torch.float32)
@@ -523,6 +530,11 @@ on_gpu = pytest.mark.skipif(
 )
 
 
+def of_gpu_sizes(cfg):
+    """The settings, with tiles and blocks that kernels of a GPU take."""
+    return cfg | {"tile": 256, "block_size": 128} if cfg["method"] == "blocks" else cfg
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("window", [0, 100, 512])
@@ -540,7 +552,7 @@ def test_fused_parts(window):
 @on_gpu
 @pytest.mark.parametrize("cfg", METHODS, ids=IDS)
 def test_on_a_gpu(cfg):
-    cfg = LighthouseConfig(**cfg)
+    cfg = LighthouseConfig(**of_gpu_sizes(cfg))
     tensors = draw(1000, dim=64, dtype=torch.bfloat16, device="cuda")
     exact = gradients(lambda *x: lighthouse_attention(*x, cfg, key=KEY), [x.double().cpu() for x in tensors])
     for call in (
@@ -555,7 +567,7 @@ def test_on_a_gpu(cfg):
 @on_gpu
 @pytest.mark.parametrize("cfg", METHODS, ids=IDS)
 def test_on_a_gpu_no_position_sees_a_later_one(cfg):
-    cfg = LighthouseConfig(**cfg)
+    cfg = LighthouseConfig(**of_gpu_sizes(cfg))
     tensors = draw(1000, dim=128, dtype=torch.bfloat16, device="cuda")
     out = lighthouse_attention(*tensors, cfg, key=KEY.cuda())
     for cut in (1, 24, 500, 999):

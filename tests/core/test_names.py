@@ -26,6 +26,7 @@ METHODS = [
     {**PYRAMID, "window": 4},
     {"method": "chunked", "window": 8},
     {"method": "sliding", "window": 8},
+    {"method": "blocks", "window": 8, "tile": 4, "block_size": 4, "blocks": 2},
     {"method": "compressed", "window": 8, "compression": 4},
     {"method": "compressed", "window": 8, "compression": 4, "keep": 2, "score_block": 4},
 ]

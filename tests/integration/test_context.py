@@ -77,6 +77,10 @@ METHODS = {
     "chunked": pyramid(method="chunked", window=20),
     "chunked-shards": pyramid(method="chunked", window=8),
     "sliding": pyramid(method="sliding", window=20),
+    **{
+        f"blocks-{score}": pyramid(method="blocks", window=10, tile=4, block_size=4, blocks=3, block_score=score)
+        for score in ("mean", "bound", "random")
+    },
     "compressed": pyramid(method="compressed", window=16, compression=4),
     "compressed-norm": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="norm"),
     "compressed-random": pyramid(method="compressed", window=16, compression=4, keep=2, score_block=8, scorer="random"),
@@ -90,6 +94,8 @@ DOCUMENTS = (
     "chunked",
     "chunked-shards",
     "sliding",
+    "blocks-mean",
+    "blocks-random",
 )
 CASES = [*((name, False, False) for name in METHODS), *((name, True, False) for name in DOCUMENTS)]
 CASES += [("norm-32-cover", False, True), ("norm-0-parity", False, True)]
@@ -250,8 +256,8 @@ class Sent(TorchDispatchMode):
 
 
 def growing(group):
-    """By method: how often a layer is compiled whose window changes in every call, and how far its outputs and gradients
-    are from those of eager calls, relative to the largest."""
+    """By method: how often a layer is compiled whose window changes in every call, and how far its outputs and
+    gradients are from those of eager calls, relative to the largest."""
     found = {}
     for method in ("sliding", "chunked"):
         graphs = []

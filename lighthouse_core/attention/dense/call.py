@@ -22,9 +22,10 @@ KERNELS: dict[str, DenseKernel] = {
 }
 # What `auto` takes where it can, before those of torch.
 _PREFERRED = ("fa4",)
-# What it takes for what torch's scaled_dot_product_attention cannot do: parts of a softmax, windows, documents.
-_PREFERRED_BEYOND = ("fa4", "varlen")
+# What it takes for what torch's scaled_dot_product_attention cannot do: parts of a softmax, windows, documents, blocks.
+_PREFERRED_BEYOND = ("fa4", "varlen", "flex")
 _WITH_DOCUMENTS = tuple(name for name, facts in BACKENDS.items() if facts.documents)
+_WITH_BLOCKS = tuple(name for name, facts in BACKENDS.items() if facts.blocks)
 # torch tries these in order and takes the first that supports the inputs.
 _TORCH = {
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -105,12 +106,23 @@ def fuses_documents(name: str, device_type: str, dtype: torch.dtype, dim: int) -
     """Whether there is a kernel for them that takes all documents in one call."""
     if device_type == "cpu" and name in ("auto", "flash"):
         return torch.compiler.is_compiling()
-    tried = _PREFERRED_BEYOND if name == "auto" else (name,) if name in _WITH_DOCUMENTS else ()
+    tried = _tried(name, _WITH_DOCUMENTS)
     return any(_obstacle(KERNELS[one], "documents", device_type, dtype, dim) is None for one in tried)
 
 
+def blocks_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int) -> DenseKernel:
+    """The kernel of attention to a window and to chosen blocks of `size` keys, by tiles; see `kernel_beyond`."""
+    return kernel_beyond("chosen blocks", _WITH_BLOCKS, name, device_type, dtype, dim, (tile, size))
+
+
 def kernel_beyond(
-    what: str, names: tuple[str, ...], name: str, device_type: str, dtype: torch.dtype, dim: int
+    what: str,
+    names: tuple[str, ...],
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    dim: int,
+    sizes: tuple[int, int] | None = None,
 ) -> DenseKernel:
     """The kernel for what not every kernel can do; what `auto` stands for is logged.
 
@@ -119,6 +131,7 @@ def kernel_beyond(
         names: of the backends that can.
         name: of the backend. `auto` is the first fused one that is there, and plain matrix products on a CPU.
         device_type, dtype, dim: of the inputs; dim is D.
+        sizes: of tiles and of blocks, where blocks are chosen.
 
     Raises:
         ValueError: an unknown backend, one that is not there, or one that cannot.
@@ -128,8 +141,8 @@ def kernel_beyond(
     if name == "math":
         return KERNELS["math"]
     why: list[str] = []
-    for kernel in (KERNELS[one] for one in (_PREFERRED_BEYOND if name == "auto" else (name,))):
-        why_not = _obstacle(kernel, what, device_type, dtype, dim)
+    for kernel in (KERNELS[one] for one in _tried(name, names)):
+        why_not = _obstacle(kernel, what, device_type, dtype, dim, sizes)
         if why_not is None:
             log_once(f"{what} on {device_type}: {'; '.join([kernel.label, *why])}")
             return kernel
@@ -140,9 +153,23 @@ def kernel_beyond(
     raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)
 
 
-def _obstacle(kernel: DenseKernel, what: str, device_type: str, dtype: torch.dtype, dim: int) -> str | None:
+def _obstacle(
+    kernel: DenseKernel,
+    what: str,
+    device_type: str,
+    dtype: torch.dtype,
+    dim: int,
+    sizes: tuple[int, int] | None = None,
+) -> str | None:
+    if sizes is not None and kernel.blocks is not None:
+        return kernel.blocks(device_type, dtype, dim, *sizes)
     asked = kernel.packs if what == "documents" and kernel.packs is not None else kernel.obstacle
     return asked(device_type, dtype, dim)
+
+
+def _tried(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of `names` a backend stands for, the fused ones for "auto"."""
+    return tuple(one for one in (_PREFERRED_BEYOND if name == "auto" else (name,)) if one in names)
 
 
 def choose(

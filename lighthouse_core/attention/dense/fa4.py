@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lighthouse_core.attention.context import Documents
-from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.dense import flex
+from lighthouse_core.attention.dense.kernel import DenseKernel, Tiles
 
 # Not by its module: FlashAttention-2 has one of that name, too, and importing it may fail.
 INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
@@ -168,6 +169,19 @@ def _call(
     return _flash4(q, k, v, scale, torch.are_deterministic_algorithms_enabled(), window, starts, longest)
 
 
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles) -> Tensor:
+    return flex.blocked(q, k, v, scale, tiles, "FLASH")
+
+
+def _blocks(device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int) -> str | None:
+    if why_not := obstacle(device_type, dtype, dim):
+        return why_not
+    if torch.are_deterministic_algorithms_enabled():
+        return "has no deterministic backward pass"
+    # On Hopper a block is what the kernel takes at a time.
+    return f"takes blocks of {flex.UNIT} keys, not {size}" if size != flex.UNIT else flex.odd_sizes(tile, size)
+
+
 # Its backward pass is deterministic where torch is asked to be.
 KERNEL = DenseKernel(
     "fa4",
@@ -178,5 +192,7 @@ KERNEL = DenseKernel(
     part=_part,
     windowed=_windowed,
     packed=_packed,
+    blocked=_blocked,
+    blocks=_blocks,
     kept=(torch.ops.lighthouse.flash4.default,),
 )

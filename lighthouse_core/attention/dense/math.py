@@ -9,10 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse_core.attention.context import Documents
-from lighthouse_core.attention.dense.kernel import DenseKernel
+from lighthouse_core.attention.dense.kernel import DenseKernel, Tiles
 from lighthouse_core.attention.dense.sdpa import attend, no_obstacle, nowhere_absent
 
 # Query rows whose scores are made at once.
@@ -47,6 +48,33 @@ def _packed(
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
     return _part(q, k, v, scale, window)[0]
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles) -> Tensor:
+    """The scores of all pairs, of which those that are not seen do not count."""
+    mask = seen(tiles, q.shape[1]).repeat_interleave(q.shape[2] // k.shape[2], 1)
+    tensors = (x.transpose(1, 2).to(wide(q.dtype)) for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.MATH]):
+        out = scaled_dot_product_attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def seen(tiles: Tiles, tokens: int) -> Tensor:
+    """Which keys each query sees, bool [B, Hkv, N, N]."""
+    at = torch.arange(tokens, device=tiles.chosen.device)
+    age = at[:, None] - at
+    near = (age >= 0) & (age < tiles.window)
+    if tiles.starts is not None:
+        near = (near & (at >= tiles.starts.repeat_interleave(tiles.tile, 1)[..., None]))[:, None]
+    return near | members(tiles, tokens).repeat_interleave(tiles.tile, 2).repeat_interleave(tiles.block_size, 3)
+
+
+def members(tiles: Tiles, tokens: int) -> Tensor:
+    """Which blocks each tile has chosen, bool [B, Hkv, N / tile, N / block_size]."""
+    count = tokens // tiles.block_size
+    # One more, for those that stand for no block.
+    found = tiles.chosen.new_zeros((*tiles.chosen.shape[:3], count + 1), dtype=torch.bool)
+    return found.scatter(3, tiles.chosen.long(), True)[..., :count]
 
 
 def _blocks(
@@ -156,5 +184,6 @@ KERNEL = DenseKernel(
     part=_part,
     windowed=_windowed,
     packed=_packed,
+    blocked=_blocked,
     kept=(torch.ops.aten._scaled_dot_product_attention_math.default,),
 )

@@ -46,6 +46,7 @@ class Method:
         needs_window: whether `window` must be at least 1.
         window_is_a_shape: whether tensors within a call have sizes that follow from the window.
         windows: whether a call is attention over the last `window` tokens, which not every dense kernel has.
+        chooses_blocks: whether a call is attention to a window and to chosen blocks, which few dense kernels have.
         takes: arguments of the call beyond q, k and v that it reads: "indices", "scores", "rotary".
         shown: settings that a report names beside those of the method.
     """
@@ -56,6 +57,7 @@ class Method:
     needs_window: ClassVar[bool] = True
     window_is_a_shape: ClassVar[bool] = True
     windows: ClassVar[bool] = False
+    chooses_blocks: ClassVar[bool] = False
     takes: ClassVar[frozenset[str]] = frozenset()
     shown: ClassVar[tuple[str, ...]] = ("method",)
 
