@@ -417,3 +417,19 @@ def test_scores_beyond_float16_stay_finite(name):
     """Without a scale of its own a softmax of such scores has one key."""
     out, *_, of_values = errors(CALLS[name], 100, 100, None)
     assert out < 1e-3 and of_values < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": 3.0}, r"loss scale, 3\.0, is not a power of two from 1 to 2\^64"),
+        ({"good": 2000}, "counts 2000 good steps since its loss scale changed, not 0 to 1999"),
+        ({"skipped": -1}, "counts -1 updates"),
+    ],
+)
+def test_a_loss_scale_that_no_training_leaves(change, words):
+    scale = LossScale(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=words):
+        scale.load_state_dict(scale.state_dict() | change)
+    scale.load_state_dict(scale.state_dict())
+    assert float(scale.factor) == INITIAL
