@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def config(shape, score="mean", **more):
-    tokens, _, _, tile, size, blocks, window = shape
+    tile, size, blocks, window = shape[3:]
     settings = {"tile": tile, "block_size": size, "blocks": blocks, "window": window, "block_score": score}
     return LighthouseConfig(method="blocks", **settings | more)
 
@@ -197,10 +197,7 @@ def test_keys_are_counted(shape):
     cfg = config(shape)
     q, k, *_ = draw(shape, batch=1)
     chosen = choices(q, k, cfg, 0, 0)
-    counted = [
-        min(at + 0.5, cfg.window) + len(chosen[at // cfg.tile]) * cfg.block_size
-        for at in range(shape[0])
-    ]
+    counted = [min(at + 0.5, cfg.window) + len(chosen[at // cfg.tile]) * cfg.block_size for at in range(shape[0])]
     assert cfg.keys(shape[0]) == pytest.approx(sum(counted) / shape[0], abs=1e-9)
 
 

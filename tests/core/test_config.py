@@ -82,6 +82,10 @@ def test_the_lighthouse_section_is_the_attention_config():
         ),
         ({"method": "chunked", "windows": (2048, 4096)}, "chunked, window 2048, then 4096"),
         ({"method": "sliding", "window": 64}, "sliding, window 64"),
+        (
+            {"method": "blocks", "window": 64, "blocks": 8},
+            "blocks (blocks 8, block_size 128, block_score mean, tile 256), window 64",
+        ),
         ({"method": "compressed", "window": 64}, "compressed (compression 16), window 64"),
         (
             {"method": "compressed", "window": 64, "keep": 4, "scorer": "random"},

@@ -50,8 +50,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles,
     q = q.unflatten(2, (kv_heads, -1)).movedim(1, 3).flatten(0, 1)
     k, v = (x.transpose(1, 2).flatten(0, 1)[:, None] for x in (k, v))
     with torch.no_grad():
+        found: Any = lists(tiles, q.shape[2])
         size = (tiles.tile, tiles.block_size)
-        mask = BlockMask((q.shape[2], q.shape[2]), *lists(tiles, q.shape[2]), BLOCK_SIZE=size, mask_mod=near)
+        mask = BlockMask((q.shape[2], q.shape[2]), *found, size, near)
     options: Any = {"BACKEND": backend}
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
     assert isinstance(out, Tensor)
@@ -138,7 +139,9 @@ def _blocks(device_type: str, dtype: torch.dtype, dim: int, tile: int, size: int
 
 def odd_sizes(tile: int, size: int) -> str | None:
     """Why tiles and blocks of these sizes cannot be taken; None if they can."""
-    return f"takes tiles and blocks of multiples of {UNIT} tokens, not {tile} and {size}" if (tile | size) % UNIT else None
+    return (
+        f"takes tiles and blocks of multiples of {UNIT} tokens, not {tile} and {size}" if (tile | size) % UNIT else None
+    )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
