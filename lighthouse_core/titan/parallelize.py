@@ -30,9 +30,7 @@ _ATTENTION: set[OpOverload | HigherOrderOperator] = {aten._scaled_dot_product_ef
 _DENSE = {aten.mm.default, torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
-def kept_results(
-    mode: str, cfg: LighthouseConfig | None, device_type: str
-) -> set[OpOverload | HigherOrderOperator]:
+def kept_results(mode: str, cfg: LighthouseConfig | None, device_type: str) -> set[OpOverload | HigherOrderOperator]:
     """Operations whose results activation checkpointing keeps.
 
     Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another
