@@ -63,8 +63,8 @@ def _(q, tile):
 
 @custom_op("lighthouse::block_scores", mutates_args=())
 def _scores(q: Tensor, k: Tensor, size: int, bound: bool) -> Tensor:
-    """Scores of all blocks, [B, Hkv, tiles, blocks]: the product with the mean key, or the largest one that a key within
-    the bounds of the block could have.
+    """Scores of all blocks, [B, Hkv, tiles, blocks]: the product with the mean key, or the largest one that a key
+    within the bounds of the block could have.
 
     Args:
         q: [B, tiles, Hkv, D].

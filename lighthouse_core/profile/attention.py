@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lighthouse_core.attention import AttentionContext, LighthouseConfig, lighthouse_attention
 from lighthouse_core.attention.backends import kernels
+from lighthouse_core.attention.dense.call import blocks_kernel
 from lighthouse_core.attention.parts import parts_kernel, windowed_kernel
 from lighthouse_core.attention.stages import stages
 from lighthouse_core.errors import UserError
@@ -276,6 +277,9 @@ def _resolved(
         cfg = replace(cfg, backend=ops.rpartition(".")[2])
     if cfg.dense_backend != "auto":
         return cfg, []
+    if cfg.rule.chooses_blocks:
+        found = blocks_kernel("auto", device.type, dtype, shape.head_dim, cfg.tile, cfg.block_size)
+        return replace(cfg, dense_backend=found.name), []
     if cfg.adds_parts or cfg.rule.windows:
         found = (windowed_kernel if cfg.rule.windows else parts_kernel)(
             cfg.dense_backend, device.type, dtype, shape.head_dim

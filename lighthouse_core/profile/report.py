@@ -278,7 +278,7 @@ def _profile_parts(profile: AttentionProfile) -> list[Table | str]:
     if profile.lighthouse.peak_gib is None:
         parts.append(_DRIFT)
     known = {one.name: settings[one.name] for one in fields(Settings) if one.name in settings}
-    parted = method.windows or method.adds_parts(Settings(**known))
+    parted = method.windows or method.chooses_blocks or method.adds_parts(Settings(**known))
     if parted and settings["dense_backend"] == "math":
         parts.append(_PRODUCTS)
     noisy = [call.label for call in calls if call.both_ms.p90 > _NOISY * call.both_ms.p10]

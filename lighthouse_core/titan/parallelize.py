@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -25,13 +25,15 @@ from lighthouse_core.titan.runtime import DEVICE_TYPE, HAS_ACCELERATOR
 
 aten = torch.ops.aten
 # Dense attention of torch's own choice; the kernels name theirs.
-_ATTENTION = {aten._scaled_dot_product_efficient_attention.default}
+_ATTENTION: set[OpOverload | HigherOrderOperator] = {aten._scaled_dot_product_efficient_attention.default}
 # What selective checkpointing keeps besides, of torchtitan's list what this model can run. Of the matrix products it
 # keeps every second.
 _DENSE = {aten.mm.default, torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
-def kept_results(mode: str, cfgs: Sequence[LighthouseConfig], device_type: str) -> set[OpOverload]:
+def kept_results(
+    mode: str, cfgs: Sequence[LighthouseConfig], device_type: str
+) -> set[OpOverload | HigherOrderOperator]:
     """Operations whose results activation checkpointing keeps.
 
     Whatever the mode, a selection is made once: recomputed activations may differ in the last bit, and another

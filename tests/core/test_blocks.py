@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def config(shape, score="mean", **more):
-    tokens, _, _, tile, size, blocks, window = shape
+    tile, size, blocks, window = shape[3:]
     settings = {"tile": tile, "block_size": size, "blocks": blocks, "window": window, "block_score": score}
     return LighthouseConfig(method="blocks", **settings | more)
 
@@ -219,7 +219,7 @@ def test_the_lists_of_flex_attention_name_what_is_seen(tile, size, window, docum
     expected = seen(tiles, tokens).expand(2, 2, tokens, tokens).flatten(0, 1)
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     near = (age >= 0) & (age < window)
-    found = flex.lists(tiles, tokens)
+    found = list(flex.lists(tiles, tokens).values())
     for turned, (part_counts, part, full_counts, full) in enumerate((found[:4], found[4:])):
         assert part.stride() == full.stride() and all(x.dtype == torch.int32 for x in found)
         got = torch.zeros_like(expected)

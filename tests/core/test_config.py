@@ -80,6 +80,10 @@ def test_the_lighthouse_section_is_the_attention_config():
             "pyramid (pooling 4, levels 3, topk 1536, scorer block), rotated after pooling, window 512",
         ),
         ({"method": "sliding", "window": 64}, "sliding, window 64"),
+        (
+            {"method": "blocks", "window": 64, "blocks": 8},
+            "blocks (blocks 8, block_size 128, block_score mean, tile 256), window 64",
+        ),
         ({"method": "compressed", "window": 64}, "compressed (compression 16), window 64"),
         (
             {"method": "compressed", "window": 64, "keep": 4, "scorer": "random"},

@@ -391,7 +391,8 @@ def test_chunks_without_documents_compile_once_for_all_windows():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense_backend", GPU_KERNELS)
-@pytest.mark.parametrize("name", SETTINGS)
+# tests/core/test_blocks.py has blocks, which other kernels attend to.
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "blocks"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 def test_on_a_gpu(dense_backend, name, heads, monkeypatch):
     """In deterministic mode, 20 packings: not a bit depends on another document, and the output is plain PyTorch's."""

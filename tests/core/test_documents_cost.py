@@ -20,6 +20,7 @@ SETTINGS = {
     "sliding": ('lighthouse={method="sliding",window=100}',),
     "chunked": ('lighthouse={method="chunked",window=300}',),
     "long chunks": ('lighthouse={method="chunked",window=1000}',),
+    "blocks": ('lighthouse={method="blocks",window=100,tile=64,block_size=16,blocks=5}',),
     "random": PYRAMID,
     "block": (*PYRAMID, 'lighthouse.scorer="block"', "lighthouse.score_block=16"),
 }
@@ -56,12 +57,17 @@ def pairs(recipe, lengths, seed):
         seen &= (place // cfg.window)[:, None] == place // cfg.window
     elif recipe.lighthouse.enabled:
         seen &= ahead < cfg.window
+    if recipe.lighthouse.enabled and cfg.method == "blocks":
+        # Of the tile's first token, in its document.
+        first = place // cfg.tile * cfg.tile - torch.tensor([0, *ends])[document]
+        there = (first - cfg.window + 1).clamp(min=0) // cfg.block_size
+        total += cfg.block_size * there.clamp(max=cfg.blocks).sum().item()
     if recipe.lighthouse.enabled and cfg.pools:
         q = torch.zeros(1, TOKENS, 1, 8)
         indices = select_indices(q, q, cfg, key=torch.tensor([seed, 0, 0]))
         starts = torch.tensor([0, *ends], dtype=torch.int32)
         entries = of_entries(Documents(starts, max(lengths)), indices, cfg.geometry(TOKENS)).starts.diff()
-        total = (entries.double() ** 2).sum().item() / 2
+        total += (entries.double() ** 2).sum().item() / 2
     return total + seen.sum().item() - TOKENS / 2
 
 

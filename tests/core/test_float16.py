@@ -368,6 +368,7 @@ CALLS = {
     "sliding": {"method": "sliding", "window": 8},
     "compressed": COMPRESSED,
     "kept": {**COMPRESSED, "keep": 2, "score_block": 4},
+    "blocks": {"method": "blocks", "window": 8, "tile": 8, "block_size": 4, "blocks": 2},
 }
 BACKENDS = [*((name, "reference") for name in CALLS), ("norm", "triton"), ("window", "triton")]
 

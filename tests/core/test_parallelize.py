@@ -1,5 +1,6 @@
 """A whole Llama, checkpointed, compiled and sharded, against the same one as it is."""
 
+import contextlib
 import weakref
 import zlib
 
@@ -116,6 +117,22 @@ def test_a_selection_is_made_once(tmp_path, mode, gathered):
         results(built, tokens()[:1, :32])
     assert count.calls["select"] == 1
     assert count.calls["gather"] == gathered
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("score", ["mean", "random"])
+@pytest.mark.parametrize("mode", ["none", "selective", "attention", "full"])
+def test_blocks_are_chosen_once(tmp_path, mode, score, compiled):
+    cfg = LighthouseConfig(method="blocks", window=9, tile=8, block_size=4, blocks=2, block_score=score)
+    loss, grads = results(model(cfg))
+    built = prepared(cfg, tmp_path, mode, compiled)
+    with Count() if not compiled else contextlib.nullcontext() as count:
+        got, got_grads = results(built)
+    torch.testing.assert_close(got, loss)
+    for ours, theirs in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    if not compiled:
+        assert count.calls["best_blocks"] == 1
 
 
 QWEN = ['model.family="qwen3"', "model.tied_embeddings=true"]

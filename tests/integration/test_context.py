@@ -495,6 +495,29 @@ def test_two_processes_train_on_shared_sequences_as_one_does(workspace, one, set
         torch.testing.assert_close(ours[place], theirs[place], rtol=0, atol=2e-6)
 
 
+BLOCKS = [
+    *("model.kv_heads=1", 'lighthouse.method="blocks"', "lighthouse.window=20"),
+    *("lighthouse.tile=16", "lighthouse.block_size=8", "lighthouse.blocks=3"),
+]
+
+
+@pytest.fixture(scope="module")
+def blocks(workspace):
+    return pretrain(workspace, "blocks", 1, *BLOCKS)
+
+
+def test_a_training_with_blocks(blocks):
+    rows = jobs.rows(blocks)
+    assert [rows[step]["stage"] for step in (1, 2, 4)] == ["lighthouse"] * 3
+    assert rows[4]["loss"] < rows[1]["loss"] and rows[4]["flops_per_token"] < rows[4]["dense_flops_per_token"]
+
+
+@pytest.mark.slow
+def test_blocks_train_on_two_processes_as_on_one(workspace, blocks):
+    """They share the query heads of a KV head, and so the choice; compiled and recomputed."""
+    check_rows(pretrain(workspace, "two-blocks", 2, *BLOCKS, "parallel.context=2", *COMPILED), blocks)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kv_heads", "steps"),

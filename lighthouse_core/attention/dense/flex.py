@@ -51,14 +51,14 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles,
     k, v = (x.transpose(1, 2).flatten(0, 1)[:, None] for x in (k, v))
     with torch.no_grad():
         size = (tiles.tile, tiles.block_size)
-        mask = BlockMask((q.shape[2], q.shape[2]), *lists(tiles, q.shape[2]), BLOCK_SIZE=size, mask_mod=near)
+        mask = BlockMask((q.shape[2], q.shape[2]), **lists(tiles, q.shape[2]), BLOCK_SIZE=size, mask_mod=near)
     options: Any = {"BACKEND": backend}
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, kv_heads)).movedim(3, 1).flatten(2, 3)
 
 
-def lists(tiles: Tiles, tokens: int) -> tuple[Tensor, ...]:
+def lists(tiles: Tiles, tokens: int) -> dict[str, Any]:
     """The lists of a BlockMask, of which rows are tiles and columns blocks, each of a KV head of a sequence.
 
     The window of a tile is a run of blocks. All queries see all keys of those in its middle, as of the chosen ones.
@@ -68,7 +68,7 @@ def lists(tiles: Tiles, tokens: int) -> tuple[Tensor, ...]:
         tokens: N.
 
     Returns:
-        Of blocks seen in part, and then of those seen in full, for each tile how many there are, int32
+        By BlockMask's names, of blocks seen in part, and of those seen in full, for each tile how many there are, int32
         [B Hkv, 1, N / tile], and their numbers, [B Hkv, 1, N / tile, width]. And the same of the tiles for each block,
         [B Hkv, 1, N / block_size] and [B Hkv, 1, N / block_size, N / tile].
     """
@@ -98,9 +98,11 @@ def lists(tiles: Tiles, tokens: int) -> tuple[Tensor, ...]:
     edges = (block >= begin) & (block < end) & ~middle
     of_rows = before + (end - part)[..., 0], in_part, there + (part - whole)[..., 0], in_full
     of_blocks = *_transposed(edges), *_transposed(middle | members(tiles, tokens))
-    return tuple(
-        x.expand(batch, kv_heads, *x.shape[2:]).flatten(0, 1)[:, None].contiguous() for x in (*of_rows, *of_blocks)
-    )
+    names = [f"{full}{of}_{what}" for of in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")]
+    return {
+        name: x.expand(batch, kv_heads, *x.shape[2:]).flatten(0, 1)[:, None].contiguous()
+        for name, x in zip(names, (*of_rows, *of_blocks), strict=True)
+    }
 
 
 def _transposed(member: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,11 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int)
 def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles) -> Tensor:
     """The scores of all pairs, of which those that are not seen do not count."""
     mask = seen(tiles, q.shape[1]).repeat_interleave(q.shape[2] // k.shape[2], 1)
-    tensors = (x.transpose(1, 2).to(wide(q.dtype)) for x in (q, k, v))
+    dtype = q.dtype
+    q, k, v = (x.transpose(1, 2).to(wide(dtype)) for x in (q, k, v))
     with sdpa_kernel([SDPBackend.MATH]):
-        out = scaled_dot_product_attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).to(q.dtype)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).to(dtype)
 
 
 def seen(tiles: Tiles, tokens: int) -> Tensor:
