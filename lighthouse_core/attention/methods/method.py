@@ -87,6 +87,11 @@ class Method:
         each attends from its own tokens, and `run` exchanges what it needs of others. The same on all processes."""
         return f"the method {self.name} attends to all tokens"
 
+    def nearest(self, settings: Settings, tokens: int, processes: int) -> dict[str, int]:
+        """By name, values of single settings, and of N as "seq_len", with each of which `whole` is None; the nearest of
+        each. Empty where none is."""
+        return {}
+
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""
         return False

@@ -6,6 +6,7 @@ With a `window`, the last tokens before each query are merged into the same soft
 from __future__ import annotations
 
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from lighthouse_core.attention.methods.method import Method, Proposal, last
@@ -76,6 +77,25 @@ class Pyramid(Method):
         if settings.window > (share := tokens // processes):
             return f"the window of {settings.window} tokens is longer than a share of {share}"
         return None
+
+    def nearest(self, settings: Settings, tokens: int, processes: int) -> dict[str, int]:
+        g, s = self.geometry(settings, tokens), settings
+        unit = lcm(processes, g.window(g.levels - 1) * g.tiles)
+        candidates = {
+            "seq_len": (tokens // unit * unit, -(-tokens // unit) * unit),
+            "topk": range(s.tile_parents, 2 * s.topk + s.tile_parents * processes, s.tile_parents),
+            "tile_parents": [parents for parents in range(2, s.topk + 1, 2) if s.topk % parents == 0],
+            "window": [tokens // processes],
+        }
+        found = {}
+        for name, values in candidates.items():
+            now = tokens if name == "seq_len" else getattr(s, name)
+            for value in sorted(values, key=lambda value: (abs(value - now), -value)):
+                length, other = (value, s) if name == "seq_len" else (tokens, replace(s, **{name: value}))
+                if length > 0 and self.whole(other, length, processes) is None:
+                    found[name] = value
+                    break
+        return found if self.whole(settings, tokens, processes) else {}
 
     def draws(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).draws
