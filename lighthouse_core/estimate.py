@@ -39,7 +39,7 @@ class Estimate:
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
         state_bytes: weights, gradients and two Adam moments in float32, over all processes.
-        stage_bytes: of one process beside its part of `state_bytes`, by the name of each stage.
+        stage_bytes: of one process on a CPU beside its part of `state_bytes`, by the name of each stage.
     """
 
     parameters: Parameters
@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
         dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
         state_bytes=16 * counts.total,
-        stage_bytes=_stage_bytes(recipe),
+        stage_bytes=_stage_bytes(recipe, processes=1, gpu=False),
     )
 
 
@@ -205,15 +205,16 @@ def whole_sequences(recipe: Recipe) -> tuple[str, dict[str, int]] | None:
     return None
 
 
-def process_bytes(recipe: Recipe, processes: int) -> dict[str, int]:
+def process_bytes(recipe: Recipe, processes: int, *, gpu: bool = True) -> dict[str, int]:
     """Peak of one process, by the name of each stage: what torch's allocator reserves on a GPU.
 
     Args:
         recipe: gives the model and how processes share it.
         processes: of the whole job.
+        gpu: whether the kernels are those of a GPU.
     """
     state = state_bytes(recipe, processes)
-    return {name: state + size for name, size in _stage_bytes(recipe, processes).items()}
+    return {name: state + size for name, size in _stage_bytes(recipe, processes, gpu=gpu).items()}
 
 
 def state_bytes(recipe: Recipe, processes: int) -> int:
@@ -287,7 +288,7 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
     settings = {
         "training.compile = false": not training.compile,
         f'training.dtype = "{training.dtype}"': training.dtype != "bfloat16",
-        "attention by plain matrix products": _all_scores(recipe),
+        "attention by plain matrix products": all_scores(recipe),
         "DDP" if _ddp(recipe, processes) else "parallel.replicate": parallel.replicate > 1,
         f"parallel.context with {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
             parallel.context > 1 and not rows
@@ -301,13 +302,18 @@ def not_estimated(recipe: Recipe, stage: str) -> str:
     cfg = recipe.lighthouse.attention()
     if stage == "lighthouse" and cfg.pools and cfg.backend == "reference":
         return 'lighthouse.backend = "reference" holds more than is counted'
-    plain = stage == "dense" or (cfg.pools and not cfg.window)
-    if cfg.dense_backend == "math" and (recipe.data.packing == "documents" or not plain):
+    if cfg.dense_backend == "math" and not _plain(recipe, Method() if stage == "dense" else cfg.rule):
         return 'of lighthouse.dense_backend = "math", windows, chunks and documents hold more than is counted'
     return ""
 
 
-def _all_scores(recipe: Recipe) -> bool:
+def _plain(recipe: Recipe, method: Method) -> bool:
+    """Whether a layer attends by causal calls alone, without windows, chunks and documents."""
+    whole = type(method) is Method or (method.pools and not recipe.lighthouse.attention().window)
+    return whole and recipe.data.packing != "documents"
+
+
+def all_scores(recipe: Recipe) -> bool:
     """Whether a dense call on a GPU makes the scores of all pairs at once. torch takes plain matrix products where none
     of its fused kernels takes the tensors: for grouped heads all of these want 16 bits, and D of at most 256."""
     model, kernel = recipe.model, recipe.lighthouse.dense_backend
@@ -316,7 +322,7 @@ def _all_scores(recipe: Recipe) -> bool:
     return kernel == "math" or (kernel == "auto" and unfused and recipe.data.packing != "documents")
 
 
-def _stage_bytes(recipe: Recipe, processes: int = 1) -> dict[str, int]:
+def _stage_bytes(recipe: Recipe, processes: int, *, gpu: bool) -> dict[str, int]:
     """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
     What is kept of all layers is there at the peak. Besides, the larger of two things. In the last layer's backward
@@ -339,6 +345,8 @@ def _stage_bytes(recipe: Recipe, processes: int = 1) -> dict[str, int]:
     # Autocast casts what matrix products take, and leaves the hidden states in float32: a row more, of 16 bits.
     autocast = width == 2 and _ddp(recipe, processes)
     residual = model.dim if autocast else 0
+
+    every_pair = all_scores(recipe) if gpu else lighthouse.dense_backend == "math"
 
     def by_rows(method: Method) -> bool:
         return copies > 0 and method.pools and method.whole(cfg, tokens, context) is None
@@ -369,9 +377,12 @@ def _stage_bytes(recipe: Recipe, processes: int = 1) -> dict[str, int]:
 
     @cache
     def scores(method: Method) -> int:
-        """Bytes of the scores of all pairs of a layer, which plain matrix products make in float32."""
+        """Bytes of the scores of all pairs of a layer, which plain matrix products make in float32. Those of windows,
+        chunks and documents are made in rows."""
+        if not every_pair or not _plain(recipe, method):
+            return 0
         rows = cfg.geometry(tokens).gathered_length if method.pools else tokens
-        return 4 * training.local_batch_size * max(1, model.heads // context) * rows**2 if _all_scores(recipe) else 0
+        return 4 * training.local_batch_size * max(1, model.heads // context) * rows**2
 
     mode = training.activation_checkpointing
     stages: dict[str, list[Method]] = {"dense": [dense] * model.layers}

@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lighthouse_core.annotations import OPTIMIZER
 from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.estimate import exchanged_bytes
 from lighthouse_core.files import open_to_append, refuse_links, write_atomically
 from lighthouse_core.job.environment import TRACE_FOLDER
 from lighthouse_core.job.exits import follow_parent
@@ -51,6 +52,7 @@ class StepProfile:
         trace: for Perfetto or chrome://tracing.
         stacks: folded ones, for speedscope or flamegraph.pl.
         run: the run's directory.
+        exchanged: where processes share sequences, bytes that one sends in a pass of a layer of each kind.
     """
 
     recipe: str
@@ -71,6 +73,7 @@ class StepProfile:
     trace: Path
     stacks: Path
     run: Path
+    exchanged: dict[str, int] = field(default_factory=dict)
 
     @property
     def update_ms(self) -> float:
@@ -162,6 +165,7 @@ def run_step(
         trace=trace,
         stacks=stacks,
         run=run.path,
+        exchanged=_exchanged(recipe),
     )
 
 
@@ -177,6 +181,13 @@ def shapes_of(recipe: Recipe) -> StepShapes:
         tokens=training.seq_len,
         batch=training.local_batch_size,
     )
+
+
+def _exchanged(recipe: Recipe) -> dict[str, int]:
+    """Of a step of the recipe; see `StepProfile`."""
+    kinds = {"Lighthouse": False} if recipe.lighthouse.enabled else {}
+    kinds["dense"] = True
+    return {kind: exchanged_bytes(recipe, dense=dense) for kind, dense in kinds.items() if recipe.parallel.context > 1}
 
 
 def _notes(recipe: Recipe, stage: str) -> list[str]:

@@ -85,7 +85,6 @@ class Pyramid(Method):
             "seq_len": (tokens // unit * unit, -(-tokens // unit) * unit),
             "topk": range(s.tile_parents, 2 * s.topk + s.tile_parents * processes, s.tile_parents),
             "tile_parents": [parents for parents in range(2, s.topk + 1, 2) if s.topk % parents == 0],
-            "window": [tokens // processes],
         }
         found = {}
         for name, values in candidates.items():
