@@ -196,9 +196,7 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
         yield _line(f"GPU of {gpu / 2**30:.1f} GiB", "; ".join(_verdict(name, *verdict) for name, verdict in found))
     if parallel.context > 1:
         kinds = {"dense": True} | ({"Lighthouse": False} if recipe.lighthouse.enabled else {})
-        sent = (
-            f"{_mib(exchanged_bytes(recipe, dense=dense))} a {kind} layer" for kind, dense in kinds.items()
-        )
+        sent = (f"{_mib(exchanged_bytes(recipe, dense=dense))} a {kind} layer" for kind, dense in kinds.items())
         yield _line("shared sequences", f"{parallel.context} processes each; one sends {', '.join(sent)} and pass")
 
 

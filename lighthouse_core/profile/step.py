@@ -165,7 +165,7 @@ def run_step(
         trace=trace,
         stacks=stacks,
         run=run.path,
-        exchanged=_exchanged(recipe),
+        exchanged=exchanged(recipe),
     )
 
 
@@ -183,8 +183,8 @@ def shapes_of(recipe: Recipe) -> StepShapes:
     )
 
 
-def _exchanged(recipe: Recipe) -> dict[str, int]:
-    """Of a step of the recipe; see `StepProfile`."""
+def exchanged(recipe: Recipe) -> dict[str, int]:
+    """Of a step of the recipe: bytes that `StepProfile.exchanged` has."""
     kinds = {"Lighthouse": False} if recipe.lighthouse.enabled else {}
     kinds["dense"] = True
     return {kind: exchanged_bytes(recipe, dense=dense) for kind, dense in kinds.items() if recipe.parallel.context > 1}

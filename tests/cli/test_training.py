@@ -12,6 +12,7 @@ from lighthouse_core import titan
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
+from lighthouse_core.estimate import exchanged_bytes
 from lighthouse_core.job import launch, plan
 from lighthouse_core.job.plan import Plan
 from lighthouse_core.runs.create import create_run
@@ -100,22 +101,32 @@ def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
     # What holds the scores of all pairs is named.
     plain = ["--set", 'lighthouse.dense_backend="math"']
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *plain)
-    assert 'set lighthouse.dense_backend = "auto", for plain matrix products hold' in answer.err
+    assert 'with lighthouse.dense_backend = "auto", for plain matrix products hold' in answer.err
     error = lighthouse("pretrain", "tiny.toml", "--gpu-memory", "80").error
     assert error == "error: --gpu-memory is for --dry-run" and not trainer.launches
     assert lighthouse("recover", "--gpu-memory", "80").error == error
 
 
 def test_a_start_and_a_dry_run_warn_of_whole_sequences(lighthouse, trainer):
-    """Two tiles of 8 parents are no four shards; a dense layer sends 192 KiB, and so would this one."""
-    shared = [x for s in ("parallel.context=4", "model.heads=4", "model.head_dim=16") for x in ("--set", s)]
-    for more in (["--dry-run"], ["--nproc", "4", "--name", "a"]):
+    """Two tiles are no four shards."""
+    sizes = ["model.heads=4", "model.head_dim=16", "training.seq_len=65536", "lighthouse.topk=1024"]
+    sizes += ["parallel.context=4", "lighthouse.tile_parents=512"]
+    shared = ["--nproc", "4", *(x for setting in sizes for x in ("--set", setting))]
+
+    def mib(*more):
+        sent = exchanged_bytes(load_recipe("tiny.toml", [*sizes, *more]), dense=False)
+        return f"({sent / 2**20:.1f} MiB"
+
+    for more in (["--dry-run"], ["--name", "a"]):
         answer = lighthouse("pretrain", "tiny.toml", *more, *shared)
         [line] = [line for line in answer.err.splitlines() if "whole sequences" in line]
-        assert line.startswith("warning: a Lighthouse layer sends whole sequences, as a dense one does (0.4 MiB a pass)")
-        assert ": 4 processes cannot share out 2 tiles (topk / tile_parents); with lighthouse.topk = 32 (" in line
-        assert " or lighthouse.tile_parents = 4 (0.1 MiB) it sends what is gathered" in line
-    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *shared, "--set", "lighthouse.tile_parents=4")
+        assert line.startswith(
+            f"warning: a Lighthouse layer sends whole sequences, as a dense one does {mib()} a pass)"
+        )
+        assert ": 4 processes cannot share out 2 tiles (topk / tile_parents); with lighthouse.topk = 2048 (" in line
+        fewer = mib("lighthouse.tile_parents=256")
+        assert f" or lighthouse.tile_parents = 256 {fewer}) it sends what is gathered" in line and fewer != mib()
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *shared, "--set", "lighthouse.tile_parents=256")
     assert answer.code == 0 and "whole sequences" not in answer.err
 
 

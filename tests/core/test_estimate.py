@@ -72,10 +72,9 @@ CASES = [
     ([checkpointing("full")], "lighthouse"),
     (["training.compile=false"], "dense"),
     (["training.compile=false", SHARED], "lighthouse"),
-    # The scores of all pairs, of N and of S rows.
+    # The scores of all pairs.
     ([PLAIN], "dense"),
     ([PLAIN, "training.compile=false"], "dense"),
-    ([PLAIN, "training.compile=false"], "lighthouse"),
     # Under DDP autocast casts the weights, which FSDP keeps cast: that is what a block in bfloat16 stands for here.
     ([DDP, BF16], "dense"),
     ([DDP, BF16, checkpointing("selective")], "dense"),
