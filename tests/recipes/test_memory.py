@@ -207,5 +207,9 @@ def test_processes_that_exchange_whole_sequences_are_told_how_not_to():
     why, nearest = found("parallel.context=4", "training.seq_len=98400")
     assert why == "the tiles end at 98496 tokens" and nearest["seq_len"] == 98496
     assert found("parallel.context=4", "training.seq_len=98496") is found() is None
+    # A pyramid that is mostly padding, of which a slightly larger one has no indices.
+    deep = ["lighthouse.levels=11", "lighthouse.topk=1024", "training.seq_len=1048576", "parallel.context=2"]
+    why, nearest = found(*deep)
+    assert why == f"the tiles end at {2**30} tokens" and "tile_parents" not in nearest
     assert found("parallel.context=2", 'lighthouse.scorer="gla"') == ("the scorer gla scores a token by others", {})
     assert found("parallel.context=2", recipe="530m_98k_growing") is found("lighthouse.enabled=false") is None

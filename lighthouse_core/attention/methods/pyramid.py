@@ -80,17 +80,20 @@ class Pyramid(Method):
 
     def nearest(self, settings: Settings, tokens: int, processes: int) -> dict[str, int]:
         g, s = self.geometry(settings, tokens), settings
-        unit = lcm(processes, g.window(g.levels - 1) * g.tiles)
+        coarsest = g.window(g.levels - 1)
+        unit, most = lcm(processes, coarsest * g.tiles), tokens // coarsest
         candidates = {
             "seq_len": (tokens // unit * unit, -(-tokens // unit) * unit),
-            "topk": range(s.tile_parents, 2 * s.topk + s.tile_parents * processes, s.tile_parents),
-            "tile_parents": [parents for parents in range(2, s.topk + 1, 2) if s.topk % parents == 0],
+            # More parents than windows make padding.
+            "topk": range(s.tile_parents, min(2 * s.topk + s.tile_parents * processes, most) + 1, s.tile_parents),
+            "tile_parents": [m for m in range(2, min(s.topk, most) + 1, 2) if s.topk % m == 0 and s.topk <= most],
         }
-        found = {}
+        found: dict[str, int] = {}
         for name, values in candidates.items():
             now = tokens if name == "seq_len" else getattr(s, name)
             for value in sorted(values, key=lambda value: (abs(value - now), -value)):
-                length, other = (value, s) if name == "seq_len" else (tokens, replace(s, **{name: value}))
+                changed: dict[str, Any] = {name: value}
+                length, other = (value, s) if name == "seq_len" else (tokens, replace(s, **changed))
                 if length > 0 and self.whole(other, length, processes) is None:
                     found[name] = value
                     break
