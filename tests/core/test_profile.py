@@ -515,9 +515,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "nproc", "message"),
     [
-        ("cuda", 1, r"a step of 98304 tokens takes about 42 GiB on each GPU, which has 26 for it"),
+        ("cuda", 1, r"a step of 98304 tokens takes about 43 GiB on each GPU, which has 26 for it"),
         ("cuda", 8, None),
-        ("cpu", 1, r"about 42 GiB on this machine, which has 20 for it"),
+        ("cpu", 1, r"about 43 GiB on this machine, which has 20 for it"),
         ("cpu", 2, r"about 77 GiB on this machine, which has 20 for it"),
     ],
 )
