@@ -32,7 +32,9 @@ _HOW = {
 _MARGIN = 1.5
 # Checkpointing by what it keeps, most first.
 _MODES = ("none", "selective", "attention", "full")
-_VERDICTS = {"close": "is close: the estimate may be off by 10 %"}
+_VERDICTS = {"close": "is close", "not estimated": "is not estimated"}
+_FUSED = 'training.dtype = "bfloat16", and a model.head_dim of at most 256'
+_OFF = "the estimate may be off by 10 %"
 # Seconds that a start, and a dry run of one, read for, where documents must be read to know their lengths.
 _LOOK = 3.0
 # Of a fault, and of the user's mistake.
@@ -163,7 +165,7 @@ def warn_of_rotation(recipe: "Recipe") -> None:
 
 
 def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]":
-    from lighthouse_core.estimate import estimate, exchanged_bytes, process_bytes, state_bytes, verdict
+    from lighthouse_core.estimate import estimate, exchanged_bytes, process_bytes, state_bytes, verdicts
 
     cost = estimate(recipe)
     training, counts = recipe.training, cost.parameters
@@ -190,13 +192,11 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
         f"{processes}, {_gib(state_bytes(recipe, processes))} of it for weights, gradients and optimizer",
     )
     if gpu is not None:
-        found = (f"{name} {_VERDICTS.get(word := verdict(size, gpu), word)}" for name, size in needed.items())
-        yield _line(f"GPU of {gpu / 2**30:.1f} GiB", ", ".join(found))
+        found = verdicts(recipe, processes, gpu).items()
+        yield _line(f"GPU of {gpu / 2**30:.1f} GiB", "; ".join(_verdict(name, *verdict) for name, verdict in found))
     if parallel.context > 1:
         kinds = {"dense": True} | ({"Lighthouse": False} if recipe.lighthouse.enabled else {})
-        sent = (
-            f"{exchanged_bytes(recipe, dense=dense) / 2**20:.1f} MiB a {kind} layer" for kind, dense in kinds.items()
-        )
+        sent = (f"{_mib(exchanged_bytes(recipe, dense=dense))} a {kind} layer" for kind, dense in kinds.items())
         yield _line("shared sequences", f"{parallel.context} processes each; one sends {', '.join(sent)} and pass")
 
 
@@ -208,6 +208,11 @@ def _of_phase(phase: "Phase", recipe: "Recipe") -> str:
     gathers = phase.attention.pools and len(recipe.phases) > 1
     gathered = f", S {phase.attention.geometry(recipe.training.seq_len).gathered_length}" if gathers else ""
     return f"{phase.described()}{gathered}{dense}"
+
+
+def _verdict(stage: str, word: str, why: str) -> str:
+    why = why or (_OFF if word == "close" else "")
+    return f"{stage} {_VERDICTS.get(word, word)}{why and f': {why}'}"
 
 
 def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":
@@ -532,7 +537,8 @@ def gpu_to_fit(asked: float | None) -> int | None:
 
 
 def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str) -> None:
-    """Say so where a stage, or the recovery that follows it, may take more than a GPU has.
+    """Say so where a stage, or the recovery that follows it, may take more than a GPU has. Where it fits by an estimate
+    that no measurement covers, a dry run alone says so.
 
     Args:
         recipe: the recipe.
@@ -540,28 +546,56 @@ def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str
         gpu: of `gpu_to_fit`.
         stage: that is about to be trained, "lighthouse" or "dense".
     """
-    from lighthouse_core.estimate import process_bytes, verdict
+    from lighthouse_core.estimate import process_bytes, usable, verdict, verdicts
 
     if gpu is None:
         return
-    needed = process_bytes(recipe, processes)
+    needed, found = process_bytes(recipe, processes), verdicts(recipe, processes, gpu)
     stages = {stage: ("stage 1" if stage == "lighthouse" else "training with every layer dense", "set")}
     if stage == "lighthouse" and recipe.recover.steps:
         stages["dense"] = "the recovery that follows", "recover with"
     for name, (words, do) in stages.items():
-        found = verdict(needed[name], gpu)
-        if found != "fits":
+        word, why = found[name]
+        if word == "not estimated":
+            _output.warn(f"{words} may not fit, for its memory is not estimated: {why}")
+        elif verdict(needed[name], usable(gpu, processes)) != "fits":
             _output.warn(
-                f"{words} {found if found == 'does not fit' else 'may not fit'}: it takes about {_gib(needed[name])} a "
-                f"process, and the GPU has {_gib(gpu)}; {do} {_smaller(recipe, processes, name, gpu)}"
+                f"{words} {word if word == 'does not fit' else 'may not fit'}: it takes about {_gib(needed[name])} a "
+                f"process, and the GPU has {_gib(gpu)}, {_gib(usable(gpu, processes))} of it for tensors; "
+                f"{do} {_smaller(recipe, processes, name, gpu)}"
             )
+
+
+def warn_of_whole_sequences(recipe: "Recipe") -> None:
+    """Say so where processes exchange whole sequences in a pyramid's layer, and which settings have them exchange what
+    is gathered."""
+    from lighthouse_core.estimate import exchanged_bytes, whole_sequences
+
+    found = whole_sequences(recipe)
+    if found is None:
+        return
+    why, nearest = found
+    ways = []
+    for key, value in nearest.items():
+        section = "training" if key == "seq_len" else "lighthouse"
+        part = getattr(recipe, section).model_copy(update={key: value})
+        less = exchanged_bytes(recipe.model_copy(update={section: part}), dense=False)
+        ways.append(f"{section}.{key} = {value} ({_mib(less)})")
+    _output.warn(
+        f"a Lighthouse layer sends whole sequences, as a dense one does ({_mib(exchanged_bytes(recipe, dense=True))} a "
+        f"pass): {why}" + (f"; with {' or '.join(ways)} it sends what is gathered" if ways else "")
+    )
 
 
 def _smaller(recipe: "Recipe", processes: int, stage: str, gpu: int) -> str:
     """Settings with which a stage takes less, and how much it then takes."""
-    from lighthouse_core.estimate import process_bytes, verdict
+    from lighthouse_core.estimate import all_scores, process_bytes, usable, verdict
 
     training, ways = recipe.training, []
+    if all_scores(recipe, recipe.lighthouse.dense_backend):
+        # Which no other setting makes up for.
+        other = 'lighthouse.dense_backend = "auto"' if recipe.lighthouse.dense_backend == "math" else _FUSED
+        ways.append(f"{other}, for plain matrix products hold the scores of all pairs")
 
     def changed(**keys: Any) -> int:
         other = recipe.model_copy(update={"training": training.model_copy(update=keys)})
@@ -571,7 +605,8 @@ def _smaller(recipe: "Recipe", processes: int, stage: str, gpu: int) -> str:
     modes = {mode: size for mode in _MODES if (size := changed(activation_checkpointing=mode)) < now}
     if modes:
         best = next(
-            (mode for mode, size in modes.items() if verdict(size, gpu) == "fits"), min(modes, key=modes.__getitem__)
+            (mode for mode, size in modes.items() if verdict(size, usable(gpu, processes)) == "fits"),
+            min(modes, key=modes.__getitem__),
         )
         ways.append(f'training.activation_checkpointing = "{best}" ({_gib(modes[best])})')
     local = training.local_batch_size
@@ -584,6 +619,10 @@ def _smaller(recipe: "Recipe", processes: int, stage: str, gpu: int) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def _short(number: float) -> str:

@@ -130,6 +130,8 @@ def pretrain(
             _train.check(run.recipe, processes)
             gpu = _train.gpu_to_fit(memory)
             _train.warn_of_memory(run.recipe, processes.world_size, gpu, run.stage)
+            if run.stage == "lighthouse":
+                _train.warn_of_whole_sequences(run.recipe)
             if dry_run:
                 _train.describe(run.recipe, processes.world_size, found, gpu=gpu)
                 return
@@ -159,6 +161,7 @@ def pretrain(
         _train.check_memory(resolved, processes, dry_run=dry_run)
     gpu = _train.gpu_to_fit(memory)
     _train.warn_of_memory(resolved, processes.world_size, gpu, "lighthouse" if resolved.lighthouse.enabled else "dense")
+    _train.warn_of_whole_sequences(resolved)
     if dry_run:
         _train.warn_of_no_savings(resolved, found)
         _train.warn_of_rotation(resolved)

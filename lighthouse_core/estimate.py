@@ -27,6 +27,8 @@ DENSE = -1
 _SAMPLES = 64
 # The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
 ERROR = 0.1
+# Bytes of a GPU that are no tensors: CUDA's context and the kernels' code; and of several processes NCCL's buffers.
+_CONTEXT, _BUFFERS = 2**30, 2**30
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Estimate:
         dense_flops: per token with every layer dense.
         tokens_per_step: of the global batch.
         state_bytes: weights, gradients and two Adam moments in float32, over all processes.
-        stage_bytes: of one process beside its part of `state_bytes`, by the name of each stage.
+        stage_bytes: of one process on a CPU beside its part of `state_bytes`, by the name of each stage.
     """
 
     parameters: Parameters
@@ -68,7 +70,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
         dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
         state_bytes=16 * counts.total,
-        stage_bytes=_stage_bytes(recipe),
+        stage_bytes=_stage_bytes(recipe, processes=1, gpu=False),
     )
 
 
@@ -219,15 +221,28 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
     return max(bytes_of(phase.attention) for phase in _pooled(recipe))
 
 
-def process_bytes(recipe: Recipe, processes: int) -> dict[str, int]:
+def whole_sequences(recipe: Recipe) -> tuple[str, dict[str, int]] | None:
+    """Why processes exchange whole sequences in a pyramid's layer, where gathered rows would do: `Method.whole`. And
+    the nearest settings each of which alone changes that, by their keys. None where they exchange rows or share no
+    sequences, and for methods without a pyramid."""
+    tokens, context = recipe.training.seq_len, recipe.parallel.context
+    if context > 1 and recipe.lighthouse.enabled:
+        for cfg in (phase.attention for phase in _pooled(recipe)):
+            if cfg.pools and (why := cfg.rule.whole(cfg, tokens, context)):
+                return why, cfg.rule.nearest(cfg, tokens, context)
+    return None
+
+
+def process_bytes(recipe: Recipe, processes: int, *, gpu: bool = True) -> dict[str, int]:
     """Peak of one process, by the name of each stage: what torch's allocator reserves on a GPU.
 
     Args:
         recipe: gives the model and how processes share it.
         processes: of the whole job.
+        gpu: whether the kernels are those of a GPU.
     """
     state = state_bytes(recipe, processes)
-    return {name: state + size for name, size in _stage_bytes(recipe).items()}
+    return {name: state + size for name, size in _stage_bytes(recipe, processes, gpu=gpu).items()}
 
 
 def state_bytes(recipe: Recipe, processes: int) -> int:
@@ -235,9 +250,13 @@ def state_bytes(recipe: Recipe, processes: int) -> int:
 
     DDP, which is `replicate` alone, shards nothing, and holds gradients twice: in their place and in what is sent.
     """
-    sharded = _shards(recipe, processes)
-    a_weight = 20 if sharded == 1 and recipe.parallel.replicate > 1 else 16
-    return a_weight * recipe.model.kind.parameters(recipe.model).total // sharded
+    a_weight = 20 if _ddp(recipe, processes) else 16
+    return a_weight * recipe.model.kind.parameters(recipe.model).total // _shards(recipe, processes)
+
+
+def _ddp(recipe: Recipe, processes: int) -> bool:
+    """Whether each process holds all weights, and autocast casts them."""
+    return recipe.parallel.replicate > 1 and _shards(recipe, processes) == 1
 
 
 def _shards(recipe: Recipe, processes: int) -> int:
@@ -263,15 +282,86 @@ def loading_bytes(recipe: Recipe, processes: int, stored: str) -> tuple[int, int
     return (2 * width + 4) * largest, 4 * model.kind.parameters(model).total // _shards(recipe, processes) + 4 * largest
 
 
+def usable(gpu: int, processes: int) -> int:
+    """Bytes for tensors on a GPU that has `gpu` bytes, where the job has so many processes."""
+    return max(1, gpu - _CONTEXT - (_BUFFERS if processes > 1 else 0))
+
+
 def verdict(needed: float, there: float) -> str:
-    """Whether a process that is estimated to need so many bytes fits a GPU that has so many: "fits", "close" or "does
-    not fit". It is close where the estimate is within its error of what is there."""
+    """Whether a process that is estimated to need so many bytes fits where there are so many of `usable`: "fits",
+    "close" or "does not fit". It is close where the estimate is within its error of what is there."""
     if needed < there * (1 - ERROR):
         return "fits"
     return "does not fit" if needed > there * (1 + ERROR) else "close"
 
 
-def _stage_bytes(recipe: Recipe) -> dict[str, int]:
+def verdicts(recipe: Recipe, processes: int, gpu: int) -> dict[str, tuple[str, str]]:
+    """Whether each stage fits a GPU that has `gpu` bytes: what `verdict` says, or "not estimated"; and the reason where
+    that is not the size. What fits by an estimate that no measurement covers is close."""
+    found = {}
+    for stage, needed in process_bytes(recipe, processes).items():
+        word, why = verdict(needed, usable(gpu, processes)), ""
+        if word != "does not fit" and (left_out := not_estimated(recipe, stage)):
+            word, why = "not estimated", left_out
+        elif word == "fits" and (without := unmeasured(recipe, processes, stage)):
+            word, why = "close", f"not measured for {', '.join(without)}"
+        found[stage] = word, why
+    return found
+
+
+def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
+    """Settings of a stage, "lighthouse" or "dense", that no measured peak of docs/memory.md has."""
+    training, parallel, cfgs = recipe.training, recipe.parallel, _attentions(recipe, stage)
+    rows = all(cfg is not None and cfg.pools and not cfg.window for cfg in cfgs)
+    blocks = any(cfg is not None and cfg.method == "blocks" for cfg in cfgs)
+    kernels = {recipe.lighthouse.dense_backend if cfg is None else cfg.dense_backend for cfg in cfgs}
+    settings = {
+        "training.compile = false": not training.compile,
+        f'training.dtype = "{training.dtype}"': training.dtype != "bfloat16",
+        "attention by plain matrix products": any(all_scores(recipe, kernel) for kernel in kernels),
+        "DDP" if _ddp(recipe, processes) else "parallel.replicate": parallel.replicate > 1,
+        f"parallel.context with {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
+            parallel.context > 1 and not rows
+        ),
+        'lighthouse.method = "blocks"': blocks,
+    }
+    return [name for name, there in settings.items() if there]
+
+
+def not_estimated(recipe: Recipe, stage: str) -> str:
+    """Which operations of a stage hold more than is counted; "" for none."""
+    for cfg in _attentions(recipe, stage):
+        if cfg is not None and cfg.pools and cfg.backend == "reference":
+            return 'lighthouse.backend = "reference" holds more than is counted'
+        kernel = recipe.lighthouse.dense_backend if cfg is None else cfg.dense_backend
+        if kernel == "math" and not _plain(recipe, cfg):
+            return 'of lighthouse.dense_backend = "math", windows, chunks and documents hold more than is counted'
+    return ""
+
+
+def _attentions(recipe: Recipe, stage: str) -> list[LighthouseConfig | None]:
+    """Settings of the Lighthouse layers of a stage in each phase, None for dense ones."""
+    if stage == "dense":
+        return [None]
+    return [None if phase.dense else phase.attention for phase in recipe.phases]
+
+
+def _plain(recipe: Recipe, cfg: LighthouseConfig | None) -> bool:
+    """Whether a layer, None for a dense one, attends by causal calls alone, without windows, chunks and documents."""
+    return (cfg is None or (cfg.pools and not cfg.window)) and recipe.data.packing != "documents"
+
+
+def all_scores(recipe: Recipe, kernel: str) -> bool:
+    """Whether a dense call by that kernel makes the scores of all pairs at once on a GPU. torch takes plain matrix
+    products where none of its fused kernels takes the tensors: for grouped heads all of these want 16 bits, and D of at
+    most 256."""
+    model = recipe.model
+    grouped = model.heads != max(model.kv_heads, recipe.parallel.context)
+    unfused = grouped and (recipe.training.dtype == "float32" or model.head_dim > 256)
+    return kernel == "math" or (kernel == "auto" and unfused and recipe.data.packing != "documents")
+
+
+def _stage_bytes(recipe: Recipe, processes: int, *, gpu: bool) -> dict[str, int]:
     """What a process needs beside weights, gradients and optimizer, by the name of each stage.
 
     What is kept of all layers is there at the peak. Besides, the larger of two things. In the last layer's backward
@@ -280,6 +370,8 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     gradients. In the loss: the logits of a chunk, hidden states and their gradient, and the head's weights in the
     compute type, with their gradient, which is float32 there. Derived from what torch.compile keeps, with the number of
     rows fitted to measured peaks (docs/memory.md).
+
+    The rotary table is there besides, whole on every process, and again for each sequence of documents.
     """
     model, training = recipe.model, recipe.training
     width = 4 if training.dtype == "float32" else 2
@@ -289,27 +381,51 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     copies = max(1, context // model.kv_heads) if context > 1 else 0
     tokens, plain = training.seq_len, recipe.phases[-1].attention
 
+    # Autocast casts what matrix products take, and leaves the hidden states in float32: a row more, of 16 bits.
+    autocast = width == 2 and _ddp(recipe, processes)
+    residual = model.dim if autocast else 0
+
+    def by_rows(cfg: LighthouseConfig | None) -> bool:
+        return cfg is not None and copies > 0 and cfg.pools and cfg.rule.whole(cfg, tokens, context) is None
+
+    def share(cfg: LighthouseConfig | None) -> float:
+        """Of the tokens, the rows that are exchanged."""
+        return cfg.geometry(tokens).gathered_length / tokens if cfg is not None and by_rows(cfg) else 1
+
     @cache  # layers share few methods
     def kept(cfg: LighthouseConfig | None, mode: str) -> float:
         """Numbers a token that are kept of one layer with such settings, None for a dense one."""
-        method = dense if cfg is None else cfg.rule
-        cfg = plain if cfg is None else cfg
+        method, settings = (dense, plain) if cfg is None else (cfg.rule, cfg)
         if mode == "full":
-            return model.dim
+            return model.dim + residual
         eager = not training.compile
         # Where only gathered rows are exchanged, those are there twice, and nothing else.
-        by_rows = copies > 0 and method.pools and method.whole(cfg, tokens, context) is None
-        of_tokens = 0 if by_rows else copies
-        attention = method.kept_numbers(cfg, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
+        of_tokens = 0 if by_rows(cfg) else copies
+        attention = method.kept_numbers(settings, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
         if mode == "attention":
-            return attention + model.dim
-        if by_rows and mode == "none":
-            attention += cfg.geometry(tokens).gathered_length / tokens * (q + 2 * kv * (copies - 1))
+            return attention + model.dim + residual
+        if by_rows(cfg) and mode == "none":
+            attention += share(cfg) * (q + 2 * kv * (copies - 1))
         # The layer's input; besides, of selective the first product of the feed-forward, else all and three rows more.
         # Eager mode also keeps the feed-forward's last product, or what was normed and what the gate makes.
         if mode == "selective":
-            return attention + model.dim * (1 + eager) + model.ffn_dim
-        return attention + model.dim * (4 + 2 * eager) + model.ffn_dim * (3 + eager)
+            return attention + model.dim * (1 + eager) + model.ffn_dim + residual
+        return attention + model.dim * (4 + 2 * eager) + model.ffn_dim * (3 + eager) + residual
+
+    def exchanged(cfg: LighthouseConfig | None) -> float:
+        """Numbers a token that are sent and received at once, beside what attention keeps."""
+        return share(cfg) * 2 * (q + 2 * kv * copies) if copies else 0
+
+    @cache
+    def scores(cfg: LighthouseConfig | None) -> int:
+        """Bytes of the scores of all pairs of a layer, which plain matrix products make in float32. Those of windows,
+        chunks and documents are made in rows."""
+        kernel = recipe.lighthouse.dense_backend if cfg is None else cfg.dense_backend
+        every_pair = all_scores(recipe, kernel) if gpu else kernel == "math"
+        if not every_pair or not _plain(recipe, cfg):
+            return 0
+        rows = cfg.geometry(tokens).gathered_length if cfg is not None and cfg.pools else tokens
+        return 4 * training.local_batch_size * max(1, model.heads // context) * rows**2
 
     mode = training.activation_checkpointing
     stages: dict[str, list[list[LighthouseConfig | None]]] = {"dense": [[None] * model.layers]}
@@ -322,14 +438,21 @@ def _stage_bytes(recipe: Recipe) -> dict[str, int]:
     counts = model.kind.parameters(model)
     rows = training.local_batch_size * tokens // context
     logits = min(rows, training.loss_chunk) * model.vocab_size * width
-    loss = rows * 4 * model.dim * width + logits + counts.head * (2 * width + 4)
+    loss = rows * 4 * (model.dim + residual) * width + logits + counts.head * (2 * width + 4)
+    table = 4 * tokens * model.head_dim * (1 + training.local_batch_size * (recipe.data.packing == "documents"))
+    # Of all layers the backward pass needs the weights as autocast cast them, but where it casts them anew.
+    cast = 2 * counts.body if autocast and (mode == "none" or not training.compile) else 0
 
     def needed(layers: list[LighthouseConfig | None]) -> int:
-        numbers = max(kept(layer, "none") - kept(layer, mode) for layer in layers)
+        numbers = max(kept(layer, "none") - kept(layer, mode) + exchanged(layer) for layer in layers)
         numbers += 3 * model.ffn_dim + 5 * model.dim
         weights = 2 * counts.head * width + counts.body // model.layers * (2 * width + 4)
-        last = rows * numbers * width + weights
-        return int(rows * sum(kept(layer, mode) for layer in layers) * width + max(last, loss))
+        # Of one layer there are the scores' softmax and two gradients, beside what the others keep.
+        of_pairs = 3 * max(map(scores, layers))
+        if mode == "none":
+            of_pairs += sum(map(scores, layers)) - max(map(scores, layers))
+        last = rows * numbers * width + weights + of_pairs
+        return int(rows * sum(kept(layer, mode) for layer in layers) * width + max(last, loss) + table + cast)
 
     # Of a stage, the phase that takes most.
     return {name: max(map(needed, phases)) for name, phases in stages.items()}

@@ -415,6 +415,11 @@ def _hidden(costs: Breakdown) -> str:
     return f"Communication took {whole:.2f} ms, {costs.hidden_ms:.2f} of them beside other kernels, in no row."
 
 
+def _sent(profile: StepProfile) -> str:
+    each = (f"{sent / 2**20:.1f} MiB in a {kind} layer" for kind, sent in profile.exchanged.items())
+    return f"Shared sequences, by their sizes: a process sends {' and '.join(each)}, forward and again backward."
+
+
 def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
     """Where the time of each step goes, and how they compare."""
     parts: list[Table | str] = []
@@ -449,6 +454,7 @@ def step_parts(profiles: Sequence[StepProfile]) -> list[Table | str]:
             f"{profile.packing}.",
             "The three largest costs: " + "; ".join(costs.largest) + ".",
             _LOSS,
+            *([_sent(profile)] if profile.exchanged else []),
             *([_hidden(costs)] if costs.hidden_ms >= 0.005 else []),
             *([_ALONE] if alone else []),
             *([_FIRST] if profile.processes > 1 else []),

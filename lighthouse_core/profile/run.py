@@ -52,7 +52,8 @@ def _check_step(recipe: Recipe, nproc: int) -> None:
         UserError: by the estimate of `pretrain --dry-run`.
     """
     where = device()
-    needed, there, place = max(process_bytes(recipe, nproc).values()), memory(where), "each GPU"
+    needed = max(process_bytes(recipe, nproc, gpu=where.type == "cuda").values())
+    there, place = memory(where), "each GPU"
     if where.type != "cuda":
         needed, there, place = needed * nproc, free_memory(where), "this machine"
     if needed > _MARGIN * there:

@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.phases import Phase
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.estimate import exchanged_bytes
 from lighthouse_core.files import open_to_append, refuse_links, write_atomically
 from lighthouse_core.job.environment import TRACE_FOLDER
 from lighthouse_core.job.exits import follow_parent
@@ -54,6 +55,7 @@ class StepProfile:
         trace: for Perfetto or chrome://tracing.
         stacks: folded ones, for speedscope or flamegraph.pl.
         run: the run's directory.
+        exchanged: where processes share sequences, bytes that one sends in a pass of a layer of each kind.
     """
 
     recipe: str
@@ -76,6 +78,7 @@ class StepProfile:
     trace: Path
     stacks: Path
     run: Path
+    exchanged: dict[str, int] = field(default_factory=dict)
 
     @property
     def update_ms(self) -> float:
@@ -173,6 +176,7 @@ def run_step(
         trace=trace,
         stacks=stacks,
         run=run.path,
+        exchanged=exchanged(recipe),
     )
 
 
@@ -194,6 +198,13 @@ def _phase(recipe: Recipe, number: int) -> Phase:
     if number:
         return recipe.phases[number - 1]
     return next((phase for phase in reversed(recipe.phases) if not phase.dense), recipe.phases[-1])
+
+
+def exchanged(recipe: Recipe) -> dict[str, int]:
+    """Of a step of the recipe: bytes that `StepProfile.exchanged` has."""
+    kinds = {"Lighthouse": False} if recipe.lighthouse.enabled else {}
+    kinds["dense"] = True
+    return {kind: exchanged_bytes(recipe, dense=dense) for kind, dense in kinds.items() if recipe.parallel.context > 1}
 
 
 def _notes(phase: Phase, stage: str) -> list[str]:

@@ -14,6 +14,7 @@ from lighthouse_core import titan
 from lighthouse_core.config import load_recipe, loads_recipe
 from lighthouse_core.data.build import build_source
 from lighthouse_core.errors import LighthouseError
+from lighthouse_core.estimate import exchanged_bytes
 from lighthouse_core.job import launch, plan
 from lighthouse_core.job.plan import Plan
 from lighthouse_core.runs.create import create_run
@@ -78,11 +79,13 @@ def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
     needed = estimated(answer)
     assert 1 < needed["lighthouse"] < 0.75 * needed["dense"]
     for gpu, words, warnings in (
-        (1.3 * needed["dense"], "lighthouse fits, dense fits", []),
-        (1.05 * needed["dense"], "lighthouse fits, dense is close", ["the recovery that follows may not fit"]),
-        (0.85 * needed["dense"], "lighthouse fits, dense does not fit", ["the recovery that follows does not fit"]),
+        (1.3 * needed["dense"], "lighthouse fits; dense fits\n", []),
+        (1.05 * needed["dense"], "lighthouse fits; dense is close: the est", ["the recovery that follows may not fit"]),
+        (0.85 * needed["dense"], "lighthouse fits; dense does not fit", ["the recovery that follows does not fit"]),
         (0.8 * needed["lighthouse"], "lighthouse does not fit", ["stage 1 does not fit", "the recovery that follows"]),
     ):
+        # Besides, what is no tensor.
+        gpu += 1
         answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", f"{gpu:.4f}", *settings)
         assert answer.code == 0 and f"# GPU of {gpu:.1f} GiB" in answer.out and words in answer.out
         assert len(answer.err.splitlines()) == len(warnings)
@@ -93,9 +96,45 @@ def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
     mode, less = re.search(r'activation_checkpointing = "(\w+)" \(([\d.]+) GiB\)', answer.err.splitlines()[1]).groups()
     changed = ["--set", f'training.activation_checkpointing="{mode}"']
     assert estimated(lighthouse("pretrain", "tiny.toml", "--dry-run", *settings, *changed))["dense"] == float(less)
+    # An estimate that no measurement covers warns of nothing; one that leaves something out does.
+    eager = ["--set", "training.compile=false"]
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *eager)
+    why = "not measured for training.compile = false"
+    assert f" lighthouse is close: {why}; dense is close: {why}\n" in answer.out and not answer.err
+    plain = ["--set", 'lighthouse.backend="reference"']
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *plain)
+    assert 'lighthouse is not estimated: lighthouse.backend = "reference"' in answer.out
+    assert answer.err.startswith("warning: stage 1 may not fit, for its memory is not estimated: lighthouse.backend")
+    # What holds the scores of all pairs is named.
+    plain = ["--set", 'lighthouse.dense_backend="math"']
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *plain)
+    assert 'with lighthouse.dense_backend = "auto", for plain matrix products hold' in answer.err
     error = lighthouse("pretrain", "tiny.toml", "--gpu-memory", "80").error
     assert error == "error: --gpu-memory is for --dry-run" and not trainer.launches
     assert lighthouse("recover", "--gpu-memory", "80").error == error
+
+
+def test_a_start_and_a_dry_run_warn_of_whole_sequences(lighthouse, trainer):
+    """Two tiles are no four shards."""
+    sizes = ["model.heads=4", "model.head_dim=16", "training.seq_len=65536", "lighthouse.topk=1024"]
+    sizes += ["parallel.context=4", "lighthouse.tile_parents=512"]
+    shared = ["--nproc", "4", *(x for setting in sizes for x in ("--set", setting))]
+
+    def mib(*more):
+        sent = exchanged_bytes(load_recipe("tiny.toml", [*sizes, *more]), dense=False)
+        return f"({sent / 2**20:.1f} MiB"
+
+    for more in (["--dry-run"], ["--name", "a"]):
+        answer = lighthouse("pretrain", "tiny.toml", *more, *shared)
+        [line] = [line for line in answer.err.splitlines() if "whole sequences" in line]
+        assert line.startswith(
+            f"warning: a Lighthouse layer sends whole sequences, as a dense one does {mib()} a pass)"
+        )
+        assert ": 4 processes cannot share out 2 tiles (topk / tile_parents); with lighthouse.topk = 2048 (" in line
+        fewer = mib("lighthouse.tile_parents=256")
+        assert f" or lighthouse.tile_parents = 256 {fewer}) it sends what is gathered" in line and fewer != mib()
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *shared, "--set", "lighthouse.tile_parents=256")
+    assert answer.code == 0 and "whole sequences" not in answer.err
 
 
 def test_a_start_warns_of_what_may_not_fit_its_gpu(lighthouse, trainer, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lighthouse_core.attention.context import AttentionContext
-from lighthouse_core.attention.module import LighthouseAttention
+from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
 from lighthouse_core.config import Recipe, loads_recipe
 from lighthouse_core.models.decoder import Decoder, DecoderArgs
 from lighthouse_core.titan.parallelize import kept_results
@@ -27,6 +27,7 @@ def kept(recipe: Recipe, stage: str) -> int:
     model = Decoder(DecoderArgs.of(recipe.model, training.seq_len))
     block = model.layers["0"]
     cfg = recipe.phases[-1].attention if stage == "lighthouse" else None
+    block.attention.inner_attention = DenseAttention(recipe.lighthouse.dense_backend)
     if cfg is not None:
         block.attention.inner_attention = LighthouseAttention(cfg)
     for weight in block.parameters():
@@ -49,7 +50,8 @@ def kept(recipe: Recipe, stage: str) -> int:
 
     hidden = torch.randn(1, training.seq_len // context, recipe.model.dim, requires_grad=True)
     turns = model.rotary_table().view(torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         # What it returns holds what is kept.
         out = block(hidden, turns, AttentionContext(group=group))
     own.add(turns.untyped_storage().data_ptr())

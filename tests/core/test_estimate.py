@@ -13,7 +13,7 @@ import pytest
 
 from lighthouse_core.config import loads_recipe
 from lighthouse_core.config.model import ModelSection
-from lighthouse_core.estimate import estimate, loading_bytes
+from lighthouse_core.estimate import estimate, loading_bytes, process_bytes, state_bytes
 
 HERE = Path(__file__).parent
 TEXT = """
@@ -52,7 +52,8 @@ lr = 1e-3
 [schedule]
 warmup_steps = 0
 """
-SHARED, GROUPED = "parallel.context=2", "model.kv_heads=1"
+SHARED, GROUPED, PLAIN = "parallel.context=2", "model.kv_heads=1", 'lighthouse.dense_backend="math"'
+DDP, BF16 = "parallel={shard=1, replicate=2}", 'training.dtype="bfloat16"'
 
 
 def checkpointing(mode):
@@ -71,6 +72,13 @@ CASES = [
     ([checkpointing("full")], "lighthouse"),
     (["training.compile=false"], "dense"),
     (["training.compile=false", SHARED], "lighthouse"),
+    # The scores of all pairs.
+    ([PLAIN], "dense"),
+    ([PLAIN, "training.compile=false"], "dense"),
+    # Under DDP autocast casts the weights, which FSDP keeps cast: that is what a block in bfloat16 stands for here.
+    ([DDP, BF16], "dense"),
+    ([DDP, BF16, checkpointing("selective")], "dense"),
+    ([DDP, BF16, checkpointing("full")], "dense"),
 ]
 
 
@@ -94,7 +102,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(counted, number):
     settings, stage = CASES[number]
     two, three = (loads_recipe(TEXT, [*settings, f"model.layers={layers}"]) for layers in (2, 3))
     # A third layer adds what is kept of one; weights are the same share.
-    layer = estimate(three).stage_bytes[stage] - estimate(two).stage_bytes[stage]
+    processes = two.parallel.context * two.parallel.replicate
+    sizes = [process_bytes(r, processes, gpu=False)[stage] - state_bytes(r, processes) for r in (two, three)]
+    layer = sizes[1] - sizes[0]
     # Log-sum-exps, indices, one number a norm and the state of a generator are not counted.
     assert 0.94 * (counted[number] - 5056) < layer <= counted[number]
 

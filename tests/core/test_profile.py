@@ -516,9 +516,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "nproc", "message"),
     [
-        ("cuda", 1, r"a step of 98304 tokens takes about 42 GiB on each GPU, which has 26 for it"),
+        ("cuda", 1, r"a step of 98304 tokens takes about 43 GiB on each GPU, which has 26 for it"),
         ("cuda", 8, None),
-        ("cpu", 1, r"about 42 GiB on this machine, which has 20 for it"),
+        ("cpu", 1, r"about 43 GiB on this machine, which has 20 for it"),
         ("cpu", 2, r"about 77 GiB on this machine, which has 20 for it"),
     ],
 )
@@ -833,6 +833,7 @@ def test_advice_for_a_recipe(monkeypatch):
 @pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])
 def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name):
     from lighthouse_core.config import load_recipe
+    from lighthouse_core.profile import step
     from lighthouse_core.profile.step import StepProfile
     from lighthouse_core.profile.trace import COMMUNICATION, Breakdown, Cost
     from lighthouse_core.shelf import shipped_recipes
@@ -872,6 +873,7 @@ def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name)
             trace=folder / "trace.json.gz",
             stacks=folder / "stacks.folded",
             run=folder / "runs/a",
+            exchanged=step.exchanged(load_recipe(path, [*settings, "parallel.context=4"])),
         )
         made.append(profile)
         return profile
@@ -880,6 +882,11 @@ def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name)
     monkeypatch.setattr(run, "free_memory", lambda where: 2**40)
     found = run.step(path, load_recipe(path), [], tmp_path, 1, lambda words: None)
     steps = found.results["steps"]
+    # Chunks exchange what dense attention does, a pyramid what it gathers.
+    lighthouse, dense = ("144.0", "144.0") if name == "530m_98k_growing" else ("27.0", "144.0")
+    said = f"a process sends {lighthouse} MiB in a Lighthouse layer and {dense} MiB in a dense layer, forward and"
+    assert any(said in str(part) for part in found.parts)
+    assert step.exchanged(load_recipe(path)) == {}
     assert not any(part in found.parts for part in (report._DRIFT, report._FIRST))
     on_cpu = [replace(one, processes=2, breakdown=replace(one.breakdown, device="cpu")) for one in made]
     parts = report.step_parts(on_cpu)

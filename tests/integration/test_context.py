@@ -336,6 +336,25 @@ def test_processes_select_and_attend_as_one(tmp_path, world, shapes):
     assert set(refused) == {f"{world} processes cannot share out {heads} query heads and {heads} key/value heads"}
 
 
+def test_four_processes_select_and_attend_as_one(tmp_path):
+    """A handful of the slow cases, all on the same processes: one KV head and several, shards of a window, documents,
+    and heads alone."""
+    cases = [
+        {"cfg": METHODS[name], "heads": heads, "kv_heads": kv_heads, "documents": documents, "scored": False}
+        for name, heads, kv_heads, documents in (
+            ("dense", 4, 1, True),
+            ("norm-0-cover", 4, 1, False),
+            ("norm-32-cover", 4, 1, True),
+            ("block-32-parity", 8, 2, True),
+            ("rotated-after", 4, 4, True),
+            ("long-window", 4, 1, False),
+            ("chunked", 4, 1, True),
+        )
+    ]
+    assert sum(shards(case["cfg"], TOKENS, 4) for case in cases) == 4
+    check(cases, on_processes(4, partial(all_cases, cases), tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_shape_is_attended_to_as_by_one_process(tmp_path, world):

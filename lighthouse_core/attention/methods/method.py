@@ -94,6 +94,11 @@ class Method:
         """Tokens before its own whose keys and values each process needs, where `whole` returns None."""
         return 0
 
+    def nearest(self, settings: Settings, tokens: int, processes: int) -> dict[str, int]:
+        """By name, values of single settings, and of N as "seq_len", with each of which `whole` is None; the nearest of
+        each. Empty where none is."""
+        return {}
+
     def draws(self, settings: Settings) -> bool:
         """Whether a call draws random numbers, and so takes a key."""
         return False

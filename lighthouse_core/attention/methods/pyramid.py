@@ -6,6 +6,7 @@ With a `window`, the last tokens before each query are merged into the same soft
 from __future__ import annotations
 
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from lighthouse_core.attention.methods.method import Method, Proposal, last, too_long
@@ -77,6 +78,27 @@ class Pyramid(Method):
 
     def previous(self, settings: Settings) -> int:
         return settings.window
+
+    def nearest(self, settings: Settings, tokens: int, processes: int) -> dict[str, int]:
+        g, s = self.geometry(settings, tokens), settings
+        coarsest = g.window(g.levels - 1)
+        unit, most = lcm(processes, coarsest * g.tiles), tokens // coarsest
+        candidates = {
+            "seq_len": (tokens // unit * unit, -(-tokens // unit) * unit),
+            # More parents than windows make padding.
+            "topk": range(s.tile_parents, min(2 * s.topk + s.tile_parents * processes, most) + 1, s.tile_parents),
+            "tile_parents": [m for m in range(2, min(s.topk, most) + 1, 2) if s.topk % m == 0 and s.topk <= most],
+        }
+        found: dict[str, int] = {}
+        for name, values in candidates.items():
+            now = tokens if name == "seq_len" else getattr(s, name)
+            for value in sorted(values, key=lambda value: (abs(value - now), -value)):
+                changed: dict[str, Any] = {name: value}
+                length, other = (value, s) if name == "seq_len" else (tokens, replace(s, **changed))
+                if length > 0 and self.whole(other, length, processes) is None:
+                    found[name] = value
+                    break
+        return found if self.whole(settings, tokens, processes) else {}
 
     def draws(self, settings: Settings) -> bool:
         return selector_of(settings.scorer).draws
