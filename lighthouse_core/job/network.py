@@ -122,13 +122,12 @@ def _parsed(address: str) -> _Address:
 class _Entry(ctypes.Structure):
     """struct ifaddrs of Linux's getifaddrs(3)."""
 
-
-_Entry._fields_ = [
-    ("next", ctypes.POINTER(_Entry)),
-    ("name", ctypes.c_char_p),
-    ("flags", ctypes.c_uint),
-    ("address", ctypes.c_void_p),
-]
+    _fields_ = (
+        ("next", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("address", ctypes.c_void_p),
+    )
 
 
 def _addresses() -> Iterator[tuple[str, _Address]]:
@@ -138,17 +137,18 @@ def _addresses() -> Iterator[tuple[str, _Address]]:
     # Of a struct sockaddr: where the address begins, and its length.
     places: dict[int, tuple[int, int]] = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
     library = ctypes.CDLL(None)
-    first = ctypes.POINTER(_Entry)()
+    first = ctypes.c_void_p()
     if library.getifaddrs(ctypes.byref(first)):
         return
     try:
-        entry = first
-        while entry:
-            place = entry.contents.address
+        at = first.value
+        while at:
+            entry = _Entry.from_address(at)
+            place = entry.address
             family = ctypes.c_ushort.from_address(place).value if place else 0
             start, length = places.get(family, (0, 0))
             if length:
-                yield entry.contents.name.decode(), ipaddress.ip_address(ctypes.string_at(place + start, length))
-            entry = entry.contents.next
+                yield entry.name.decode(), ipaddress.ip_address(ctypes.string_at(place + start, length))
+            at = entry.next
     finally:
         library.freeifaddrs(first)
