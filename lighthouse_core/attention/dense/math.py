@@ -72,7 +72,7 @@ def seen(tiles: Tiles, tokens: int) -> Tensor:
 
 
 def members(chosen: Tensor, count: int) -> Tensor:
-    """Which of so many blocks each tile has chosen, bool [B, Hkv, tiles, count], of their numbers [B, Hkv, tiles, n]."""
+    """Which of so many blocks each tile has chosen, bool [B, Hkv, tiles, count]; `chosen` has their numbers."""
     # One more, for those that stand for no block.
     found = chosen.new_zeros((*chosen.shape[:3], count + 1), dtype=torch.bool)
     return found.scatter(3, chosen.long(), True)[..., :count]
