@@ -116,7 +116,7 @@ class Recipe(Section):
         if align % self._needed_alignment:
             raise conflict(
                 "data.align",
-                f"data.align ({align}) must be a multiple of {self._needed_alignment}, which the attention needs",
+                f"data.align ({align}) must be a multiple of the method's {self._needed_alignment} tokens",
             )
         if tokens % align:
             near = [n for n in (tokens // align * align, tokens // align * align + align) if 0 < n <= MOST_TOKENS]
