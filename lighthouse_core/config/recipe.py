@@ -122,7 +122,7 @@ class Recipe(Section):
         if align % self._needed_alignment:
             raise conflict(
                 "data.align",
-                f"data.align ({align}) must be a multiple of the coarsest window's {self._needed_alignment} tokens",
+                f"data.align ({align}) must be a multiple of the method's {self._needed_alignment} tokens",
             )
         if tokens % align:
             near = [n for n in (tokens // align * align, tokens // align * align + align) if 0 < n <= MOST_TOKENS]

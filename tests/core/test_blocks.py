@@ -289,3 +289,27 @@ def test_kernels_on_a_gpu(name, score, heads, kv_heads, documents, compiled, mon
         finally:
             torch.use_deterministic_algorithms(before)
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa4", "flex"])
+def test_on_a_gpu_no_bit_depends_on_another_document_or_a_later_token(name):
+    """Of FlashAttention-4 the gradients of keys are added up in no fixed order, so its output alone is compared."""
+    kernel = KERNELS[name]
+    if why_not := kernel.blocks("cuda", torch.bfloat16, 128, 256, 128):
+        pytest.skip(why_not)
+    shape = (4096, 8, 2, 256, 128, 4, 700)
+    tensors = [x.cuda().bfloat16() for x in draw(shape, batch=1, dim=128, dtype=torch.float32)]
+    documents = Documents(torch.tensor([0, 512, 2048, 4096], dtype=torch.int32, device="cuda"), 2048)
+    call = partial(lighthouse_attention, cfg=config(shape, dense_backend=name), documents=documents)
+    other = [x.clone() for x in tensors]
+    for x in other:
+        x[:, 512:2048] = torch.randn_like(x[:, 512:2048])
+    compared = slice(None) if name == "flex" else slice(1)
+    before, after = (with_gradients(call, *x)[compared] for x in (tensors, other))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :512], b[:, :512]) and torch.equal(a[:, 2048:], b[:, 2048:])
+        assert not torch.equal(a[:, 512:2048], b[:, 512:2048])
+    for cut in (300, 1000, 3000):
+        later = [torch.cat((x[:, :cut], 100 * torch.randn_like(x[:, cut:])), 1) for x in tensors[:3]]
+        assert torch.equal(before[0][:, :cut], call(*later)[:, :cut])

@@ -708,7 +708,7 @@ def test_a_dense_kernel_counts_if_it_is_there_and_right(monkeypatch):
 
 
 def test_every_kernel_of_a_gpu_says_why_it_is_not_there(monkeypatch):
-    names = {"fa4", "fa3", "fa2", "varlen", "cudnn"}
+    names = {"fa4", "fa3", "fa2", "varlen", "flex", "cudnn"}
     assert {name for name, kernel in KERNELS.items() if kernel.absence("cpu")} == names
     there, absent = dense.dense_kernels(CPU, SHAPE)
     assert [kernel.name for kernel in there] == ["flash"] and not absent

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
@@ -61,8 +62,6 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles,
 def lists(tiles: Tiles, tokens: int) -> dict[str, Any]:
     """The lists of a BlockMask, of which rows are tiles and columns blocks, each of a KV head of a sequence.
 
-    The window of a tile is a run of blocks. All queries see all keys of those in its middle, as of the chosen ones.
-
     Args:
         tiles: which keys are seen.
         tokens: N.
@@ -72,9 +71,19 @@ def lists(tiles: Tiles, tokens: int) -> dict[str, Any]:
         [B Hkv, 1, N / tile], and their numbers, [B Hkv, 1, N / tile, width]. And the same of the tiles for each block,
         [B Hkv, 1, N / block_size] and [B Hkv, 1, N / block_size, N / tile].
     """
-    chosen, starts, window, tile, size = tiles
-    batch, kv_heads, rows, _ = chosen.shape
-    count, window, device = tokens // size, min(window, tokens), chosen.device
+    names = [f"{full}{of}_{what}" for of in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")]
+    return dict(zip(names, _lists(*tiles, tokens), strict=True))
+
+
+@custom_op("lighthouse::block_lists", mutates_args=())
+def _lists(chosen: Tensor, starts: Tensor | None, window: int, tile: int, size: int, tokens: int) -> list[Tensor]:
+    """The window of a tile is a run of blocks. All queries see all keys of those in its middle, as of the chosen ones.
+
+    An operation of its own: Inductor fails on the divisions among its indices.
+    """
+    batch, kv_heads, rows, wanted = chosen.shape
+    count, width, device = tokens // size, _width(tokens, wanted, window, tile, size), chosen.device
+    window = min(window, tokens)
     first = torch.arange(rows, dtype=torch.int32, device=device) * tile
     last = first + (tile - 1)
     # Blocks begin to end are those of the window, and whole to part are those in its middle.
@@ -84,25 +93,32 @@ def lists(tiles: Tiles, tokens: int) -> dict[str, Any]:
     end = last // size + 1
     whole = torch.maximum(begin, ((last - (window - 1)).clamp(min=0) + (size - 1)) // size)
     part = torch.maximum(whole, (first + 1) // size)
-    # Both lists must have the same strides.
-    width = min(count, chosen.shape[3] + (window + tile) // size + 2)
-    place = torch.arange(width, dtype=torch.int32, device=device)
     before, there = whole - begin, (chosen < count).sum(3, dtype=torch.int32)
-    begin, end, whole, part = (x[..., None] for x in (begin, end, whole, part))
-    in_part = torch.where(place < before[..., None], begin + place, part + place - before[..., None])
-    in_full = torch.where(
-        place < there[..., None], pad(chosen, (0, width - chosen.shape[3])), whole + place - there[..., None]
-    )
+    counts = before + (end - part), there + (part - whole)
+    begin, end, whole, part, before, there = (x[..., None] for x in (begin, end, whole, part, before, there))
+    place = torch.arange(width, dtype=torch.int32, device=device)
+    in_part = torch.where(place < before, begin + place, part + place - before)
+    in_full = torch.where(place < there, pad(chosen, (0, width - wanted)), whole + place - there)
     block = torch.arange(count, dtype=torch.int32, device=device)
     middle = (block >= whole) & (block < part)
     edges = (block >= begin) & (block < end) & ~middle
-    of_rows = before + (end - part)[..., 0], in_part, there + (part - whole)[..., 0], in_full
-    of_blocks = *_transposed(edges), *_transposed(middle | members(tiles, tokens))
-    names = [f"{full}{of}_{what}" for of in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")]
-    return {
-        name: x.expand(batch, kv_heads, *x.shape[2:]).flatten(0, 1)[:, None].contiguous()
-        for name, x in zip(names, (*of_rows, *of_blocks), strict=True)
-    }
+    chosen_too = middle | members(chosen, count)
+    found = counts[0], in_part, counts[1], in_full, *_transposed(edges), *_transposed(chosen_too)
+    return [x.expand(batch, kv_heads, *x.shape[2:]).flatten(0, 1)[:, None].contiguous() for x in found]
+
+
+@_lists.register_fake
+def _(chosen, starts, window, tile, size, tokens):
+    heads, rows, count = chosen.shape[0] * chosen.shape[1], chosen.shape[2], tokens // size
+    of_rows, of_blocks = (heads, 1, rows), (heads, 1, count)
+    width = _width(tokens, chosen.shape[3], window, tile, size)
+    shapes = [of_rows, (*of_rows, width)] * 2 + [of_blocks, (*of_blocks, rows)] * 2
+    return [chosen.new_empty(shape) for shape in shapes]
+
+
+def _width(tokens: int, wanted: int, window: int, tile: int, size: int) -> int:
+    """Places in the lists of blocks: the kernels want the same number in both."""
+    return min(tokens // size, wanted + (window + tile) // size + 2)
 
 
 def _transposed(member: Tensor) -> tuple[Tensor, Tensor]:

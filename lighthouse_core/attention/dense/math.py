@@ -67,15 +67,15 @@ def seen(tiles: Tiles, tokens: int) -> Tensor:
     near = (age >= 0) & (age < tiles.window)
     if tiles.starts is not None:
         near = (near & (at >= tiles.starts.repeat_interleave(tiles.tile, 1)[..., None]))[:, None]
-    return near | members(tiles, tokens).repeat_interleave(tiles.tile, 2).repeat_interleave(tiles.block_size, 3)
+    far = members(tiles.chosen, tokens // tiles.block_size)
+    return near | far.repeat_interleave(tiles.tile, 2).repeat_interleave(tiles.block_size, 3)
 
 
-def members(tiles: Tiles, tokens: int) -> Tensor:
-    """Which blocks each tile has chosen, bool [B, Hkv, N / tile, N / block_size]."""
-    count = tokens // tiles.block_size
+def members(chosen: Tensor, count: int) -> Tensor:
+    """Which of so many blocks each tile has chosen, bool [B, Hkv, tiles, count]; `chosen` has their numbers."""
     # One more, for those that stand for no block.
-    found = tiles.chosen.new_zeros((*tiles.chosen.shape[:3], count + 1), dtype=torch.bool)
-    return found.scatter(3, tiles.chosen.long(), True)[..., :count]
+    found = chosen.new_zeros((*chosen.shape[:3], count + 1), dtype=torch.bool)
+    return found.scatter(3, chosen.long(), True)[..., :count]
 
 
 def _blocks(

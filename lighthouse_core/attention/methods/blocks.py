@@ -71,6 +71,16 @@ class Blocks(Method):
             chosen += min(s.tile, length - start) * blocks * s.block_size
         return last(length, s.window) + chosen / length
 
+    def kept_numbers(
+        self, settings: Settings, tokens: int, q: int, kv: int, *, mode: str, copies: int = 0, compiled: bool = True
+    ) -> float:
+        """With the numbers of blocks for each tile, and those of tiles for each block, in two lists each. Checkpointing
+        keeps the choice alone. Heads are taken to be 64 wide, and an integer for two numbers."""
+        s = settings
+        lists = 2 * (tokens / s.block_size + s.blocks + (s.window + s.tile) / s.block_size)
+        integers = (lists if mode == "none" else s.blocks) / s.tile
+        return super().kept_numbers(settings, tokens, q, kv, mode=mode, copies=copies) + 2 * kv / 64 * integers
+
     def enough_tokens(self, settings: Settings) -> int:
         return settings.window + (settings.blocks + 1) * settings.block_size + settings.tile
 
