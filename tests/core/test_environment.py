@@ -16,7 +16,9 @@ def test_every_process_has_its_ranks():
     assert ranks(Plan(2)) == [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"}]
     many = Plan(2, 3, 2, "host:29500")
     assert [own["RANK"] for own in ranks(many)] == ["4", "5"]
-    shared = environment(many, {"RANK": "9"}, Path("/e"))
+    named = {"GLOO_SOCKET_IFNAME": "eth9", "NCCL_SOCKET_IFNAME": "eth9"}
+    shared = environment(many, {"RANK": "9", **named}, Path("/e"))
+    assert shared["GLOO_SOCKET_IFNAME"] == shared["NCCL_SOCKET_IFNAME"] == "eth9"
     assert (shared["WORLD_SIZE"], shared["LOCAL_WORLD_SIZE"], shared[MEETING]) == ("6", "2", "host:29500")
 
 

@@ -171,7 +171,7 @@ def rows(tmp_path):
     from lighthouse_core.titan.metrics import BaseLogger, Metrics
 
     metrics = Metrics.__new__(Metrics)
-    metrics.stage = SimpleNamespace(run=SimpleNamespace(path=tmp_path), name="dense")
+    metrics.stage = SimpleNamespace(run=SimpleNamespace(path=tmp_path), name="dense", phase=lambda step: None)
     metrics.logger, metrics.leaky, metrics.unwritten, metrics.taken = BaseLogger(), False, b"", False
     metrics.last_step, metrics.validation_loss = 0, None
     metrics.file = open_to_append(tmp_path / "metrics.jsonl")
