@@ -111,6 +111,9 @@ def pretrain(
             raise UserError("--or-resume needs the --name of the run")
         path = run_path(wanted, name or wanted.output.name)
         common = _train.asked("pretrain --or-resume", path, wanted, _train.values(wanted))
+        if (path / "recipe.toml").is_file() and (done := _done(find_run(str(path)))):
+            _output.say(f"{done}: nothing is left for pretrain to do")
+            return
         if (path / "recipe.toml").is_file() and not node_rank:
             resume, name, settings = str(path), None, None
             _output.say(f"run {path} exists and goes on by its own recipe")
@@ -213,6 +216,14 @@ def _unfinished(run: "Run", strict: bool) -> "Newest":
             hint=f"go on with lighthouse {after} {run.path}{' OUT' if after == 'strip' else ''}",
         )
     return newest
+
+
+def _done(run: "Run") -> str | None:
+    """What has become of a run that needs no more of `pretrain`. The same on all machines."""
+    if run.recovering:
+        return f"run {run.path} has begun its recovery"
+    step = max(run.checkpoint_steps(), default=0)
+    return f"run {run.path} is complete at step {step}" if step >= run.end else None
 
 
 def _has_metrics(run: "Run") -> bool:

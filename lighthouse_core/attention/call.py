@@ -209,7 +209,7 @@ def log_choices(
     """
     if pooled:
         cfg.rule.check_backends(cfg, device_type, dtype, dim)
-    if pooled and cfg.pools and shared is not None and (why := cfg.rule.whole(cfg, *shared)):
+    if pooled and shared is not None and (why := cfg.rule.whole(cfg, *shared)):
         log_once(f"shared sequences: all {shared[0]} tokens are exchanged: {why}")
     if documents:
         documents_kernel(cfg.dense_backend, device_type, dtype, dim)

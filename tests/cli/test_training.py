@@ -366,7 +366,10 @@ def test_a_command_that_begins_a_run_or_goes_on_with_it(lighthouse, trainer, her
     assert "runs/a has no checkpoint yet" in answer.err
     trainer.code, trainer.stop = 0, None
     assert "resuming runs/a: steps 41 to 100\n" in lighthouse(*command).err
-    assert "complete at step 100" in lighthouse(*command).error
+    launches = len(trainer.launches)
+    answer = lighthouse(*command)
+    assert answer.code == 0 and "is complete at step 100: nothing is left for pretrain to do\n" in answer.err
+    assert "complete at step 100" in lighthouse("pretrain", "--resume", "a").error and len(trainer.launches) == launches
     assert "--or-resume is for a RECIPE" in lighthouse("pretrain", "--resume", "a", "--or-resume").error
     assert "needs the --name" in lighthouse("pretrain", "tiny.toml", "--or-resume").error
 

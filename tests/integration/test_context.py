@@ -412,16 +412,14 @@ def test_any_shape_is_attended_to_as_by_one_process(tmp_path, world):
     ],
 )
 def test_when_processes_exchange_rows(settings, tokens, processes, why, caplog, monkeypatch):
-    """By what is the same on all of them; the log says why they do not, once for a pyramid."""
+    """By what is the same on all of them; the log says why they do not, once."""
     cfg = pyramid(**settings)
     assert cfg.rule.whole(cfg, tokens, processes) == why
     monkeypatch.setattr(backends, "_logged", set())
     caplog.set_level(logging.INFO)
     log_choices(cfg, "cpu", torch.float32, 8, pooled=True, shared=(tokens, processes))
     said = [text for text in caplog.messages if "exchanged" in text]
-    assert said == (
-        [] if why is None or not cfg.pools else [f"shared sequences: all {tokens} tokens are exchanged: {why}"]
-    )
+    assert said == ([] if why is None else [f"shared sequences: all {tokens} tokens are exchanged: {why}"])
 
 
 def test_a_recipe_names_the_nearest_number_of_processes():
