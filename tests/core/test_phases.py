@@ -343,17 +343,18 @@ def test_a_window_that_grows_is_compiled_as_a_number_that_varies(method, packing
     assert max(counted) == counted[-1] <= 4 and counted[2] == counted[-1]
 
 
-def test_phases_compiled_are_phases_eager(monkeypatch):
+def test_phases_compiled_are_phases_eager():
     """Each phase compiles at its start and never again; a phase that comes back finds what was compiled."""
     mixed = stage(small(MIXED, "training.steps=15"))
     model, counter = compiled(mixed)
     eager = built(mixed)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8 + mixed.compilations)
     counted = []
-    for step in range(1, 16):
-        context = mixed.context(step, step, 0, CPU)
-        torch.testing.assert_close(run(model, context), run(eager, context), rtol=1e-4, atol=1e-5)
-        counted.append(counter.frame_count)
+    # A value that monkeypatch puts back is gone from torch's settings.
+    with torch._dynamo.config.patch(recompile_limit=8 + mixed.compilations):
+        for step in range(1, 16):
+            context = mixed.context(step, step, 0, CPU)
+            torch.testing.assert_close(run(model, context), run(eager, context), rtol=1e-4, atol=1e-5)
+            counted.append(counter.frame_count)
     # The window of the second phase varies from its second step on.
     again = [step + 1 for step in range(1, 15) if counted[step] > counted[step - 1]]
     assert set(again) <= {phase.begin for phase in mixed.phases} | {mixed.phases[1].begin + 1}
