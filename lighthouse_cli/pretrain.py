@@ -111,12 +111,13 @@ def pretrain(
             raise UserError("--or-resume needs the --name of the run")
         path = run_path(wanted, name or wanted.output.name)
         common = _train.asked("pretrain --or-resume", path, wanted, _train.values(wanted))
-        if (path / "recipe.toml").is_file() and (done := _done(find_run(str(path)))):
-            _output.say(f"{done}: nothing is left for pretrain to do")
-            return
-        if (path / "recipe.toml").is_file() and not node_rank:
-            resume, name, settings = str(path), None, None
-            _output.say(f"run {path} exists and goes on by its own recipe")
+        if (path / "recipe.toml").is_file():
+            if done := _done(find_run(str(path))):
+                _output.say(f"{done}: nothing is left for pretrain to do")
+                return
+            if not node_rank:
+                resume, name, settings = str(path), None, None
+                _output.say(f"run {path} exists and goes on by its own recipe")
     if resume:
         if name is not None:
             raise UserError("--name is for a new run, --resume for an existing one")

@@ -65,7 +65,7 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
     lighthouse = recipe.lighthouse.enabled
     return Estimate(
         parameters=counts,
-        gathered=gathered(recipe) if any(phase.attention.pools for phase in _pooled(recipe)) else None,
+        gathered=gathered(recipe) if any(phase.attention.pools for phase in recipe.sparse_phases) else None,
         lighthouse_flops=flops_per_token(recipe, "lighthouse", lengths=lengths) if lighthouse else None,
         dense_flops=flops_per_token(recipe, "dense", lengths=lengths),
         tokens_per_step=recipe.training.global_batch_size * recipe.training.seq_len,
@@ -77,12 +77,9 @@ def estimate(recipe: Recipe, lengths: Sequence[int] | None = None) -> Estimate:
 def gathered(recipe: Recipe) -> int:
     """S at the recipe's sequence length, of the phase that gathers most."""
     tokens = recipe.training.seq_len
-    return max(phase.attention.geometry(tokens).gathered_length for phase in _pooled(recipe) if phase.attention.pools)
-
-
-def _pooled(recipe: Recipe) -> list[Phase]:
-    """The phases of stage 1 that are not dense."""
-    return [phase for phase in recipe.phases if not phase.dense]
+    return max(
+        phase.attention.geometry(tokens).gathered_length for phase in recipe.sparse_phases if phase.attention.pools
+    )
 
 
 def mean_keys(recipe: Recipe, lengths: Sequence[int] | None = None) -> dict[int, float]:
@@ -218,7 +215,7 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
         return 0
     if dense:
         return bytes_of(None)
-    return max(bytes_of(phase.attention) for phase in _pooled(recipe))
+    return max(bytes_of(phase.attention) for phase in recipe.sparse_phases)
 
 
 def whole_sequences(recipe: Recipe) -> tuple[str, dict[str, int]] | None:
@@ -227,7 +224,7 @@ def whole_sequences(recipe: Recipe) -> tuple[str, dict[str, int]] | None:
     sequences, and for methods without a pyramid."""
     tokens, context = recipe.training.seq_len, recipe.parallel.context
     if context > 1 and recipe.lighthouse.enabled:
-        for cfg in (phase.attention for phase in _pooled(recipe)):
+        for cfg in (phase.attention for phase in recipe.sparse_phases):
             if cfg.pools and (why := cfg.rule.whole(cfg, tokens, context)):
                 return why, cfg.rule.nearest(cfg, tokens, context)
     return None
@@ -313,7 +310,7 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
     """Settings of a stage, "lighthouse" or "dense", that no measured peak of docs/memory.md has."""
     training, parallel, cfgs = recipe.training, recipe.parallel, _attentions(recipe, stage)
     rows = all(cfg is not None and cfg.pools and not cfg.window for cfg in cfgs)
-    blocks = any(cfg is not None and cfg.method == "blocks" for cfg in cfgs)
+    chooses = next((cfg.method for cfg in cfgs if cfg is not None and cfg.rule.chooses_blocks), None)
     kernels = {recipe.lighthouse.dense_backend if cfg is None else cfg.dense_backend for cfg in cfgs}
     settings = {
         "training.compile = false": not training.compile,
@@ -323,7 +320,7 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
         f"parallel.context with {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
             parallel.context > 1 and not rows
         ),
-        'lighthouse.method = "blocks"': blocks,
+        f'lighthouse.method = "{chooses}"': chooses is not None,
     }
     return [name for name, there in settings.items() if there]
 

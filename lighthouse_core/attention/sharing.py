@@ -170,11 +170,8 @@ def of_all_query_heads(scores: Tensor, dim: int, heads: Heads | None) -> Tensor:
     """
     if heads is None or heads.group is None:
         return scores
-    own = scores.amax(dim, keepdim=True)
-    count, rank = heads.group.size(), heads.group.rank()
-    all_of_them = _exchange(own.expand(count, *own.shape), heads.group)
-    first = rank // heads.copies * heads.copies
-    return all_of_them[first : first + heads.copies].amax(0).expand_as(scores)
+    largest = all_query_heads(scores.amax(dim, keepdim=True), dim, heads)
+    return largest.amax(dim, keepdim=True).expand_as(scores)
 
 
 def all_query_heads(x: Tensor, dim: int, heads: Heads | None) -> Tensor:

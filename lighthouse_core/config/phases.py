@@ -101,7 +101,7 @@ class Phase:
 
     def settings(self, step: int) -> LighthouseConfig:
         """The settings of one of its steps."""
-        return replace(self.attention, window=self.window_at(step))
+        return self.attention if self.growth is None else replace(self.attention, window=self.window_at(step))
 
     def sparse_layers(self, layers: int) -> int:
         """How many of a model's `layers` layers are not dense."""

@@ -49,6 +49,11 @@ class Recipe(Section):
         return self.lighthouse.resolved(self.training.steps, self.model.dense_layers)
 
     @property
+    def sparse_phases(self) -> list[Phase]:
+        """The phases that are not dense."""
+        return [phase for phase in self.phases if not phase.dense]
+
+    @property
     def alignment(self) -> int | None:
         """Tokens of which every document takes a whole multiple, in both stages; None with `data.packing` "concat"."""
         if self.data.packing == "concat":
@@ -58,7 +63,7 @@ class Recipe(Section):
     @property
     def _needed_alignment(self) -> int:
         """What every phase can take: the data are the same in all of them."""
-        return lcm(*(phase.attention.alignment for phase in self.phases if not phase.dense))
+        return lcm(*(phase.attention.alignment for phase in self.sparse_phases))
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> "Recipe":

@@ -145,10 +145,9 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
     settings = [*settings, f"training.global_batch_size={batch}"]
     found = []
     # What a dense phase takes, the dense step tells.
-    for phase in recipe.phases if recipe.lighthouse.phases else ():
-        if not phase.dense:
-            place = folder / f"phase-{phase.number}"
-            found.append(run_step(path, settings, place, nproc, say, phase=phase.number))
+    for phase in recipe.sparse_phases if recipe.lighthouse.phases else ():
+        place = folder / f"phase-{phase.number}"
+        found.append(run_step(path, settings, place, nproc, say, phase=phase.number))
     if not found:
         found.append(run_step(path, settings, folder, nproc, say))
     if recipe.lighthouse.enabled:

@@ -197,7 +197,7 @@ def shapes_of(recipe: Recipe) -> StepShapes:
 def _phase(recipe: Recipe, number: int) -> Phase:
     if number:
         return recipe.phases[number - 1]
-    return next((phase for phase in reversed(recipe.phases) if not phase.dense), recipe.phases[-1])
+    return (recipe.sparse_phases or recipe.phases)[-1]
 
 
 def exchanged(recipe: Recipe) -> dict[str, int]:

