@@ -329,7 +329,7 @@ def test_processes_select_and_attend_as_one(tmp_path, world, shapes):
         assert list(counts) == [(bytes_sent, set())] * world
         assert (bytes_sent > 0) == (cfg is not METHODS["chunked-shards"])
     for found in grown:
-        # As a constant, and then as a number that may vary; chunks that do not fill the shares; a window as long as one.
+        # As a constant, then as a number that may vary; chunks that do not fill the shares; a window as long as one.
         whole = [TOKENS // world] if world == 4 else []
         assert (found["sliding"][0], found["chunked"][0]) == ([8, 16, *whole], [8, 16, 20, *whole])
         assert max(error for anew, error in found.values()) <= TOLERANCE
