@@ -10,6 +10,7 @@ from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
 from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import SettingError, Settings
 from lighthouse_core.config.phases import Phase, PhaseSection, spans
+from lighthouse_core.config.positions import spelled
 from lighthouse_core.config.section import Section, conflict
 
 
@@ -70,11 +71,12 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":
-        for number, phase in enumerate(self.phases):
+        for index, phase in enumerate(self.phases):
             try:
                 self._check_phase(phase)
             except SettingError as error:
-                raise conflict(f"phases.{number}.{error.field}", f"lighthouse.phases[{number}].{error}") from None
+                path = "phases", index, error.field
+                raise conflict(path, f"{spelled(('lighthouse', *path))} {error.problem}") from None
         try:
             if not self.phases:
                 self._config({})
