@@ -50,6 +50,17 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
         )
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Keys that a phase has of its own and that its method does not read: by their names, the method's."""
+        return {
+            spelled(("lighthouse", "phases", index, key)): rule.name
+            for index, phase in enumerate(self.phases if self.enabled else ())
+            for rule in [self._first(phase).rule]
+            for key in phase.given
+            if phase.enabled and key not in rule.reads
+        }
+
+    @property
     def dense_attention(self) -> LighthouseConfig:
         """Settings of the dense stage, which belongs to no phase. Only `dense_backend` counts."""
         return self._of_dense({})
