@@ -237,7 +237,7 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool, phase: Phase | None = None) 
     if dense:
         return bytes_of(None)
     phases = recipe.sparse_phases if phase is None else [phase]
-    return max(bytes_of(cfg) for phase in phases for cfg in _attentions_of(phase))
+    return max(bytes_of(cfg) for one in phases for cfg in _attentions_of(one))
 
 
 def _attentions_of(phase: Phase) -> set[LighthouseConfig]:

@@ -359,7 +359,7 @@ def check_resumable(overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         for path, value in flatten(parse_override(override)).items():
-            section, key = path[0], spelled(path[:2])
+            section, key = str(path[0]), spelled(path[:2])
             known = section == "titan" or (len(path) == 2 and path[1] in known_keys().get(section, ()))
             if not isinstance(value, dict) and known and section not in RESUMABLE and key not in RESUMABLE:
                 wildcards = [f"{name}.*" if "." not in name else name for name in RESUMABLE]

@@ -142,10 +142,9 @@ def test_a_start_and_a_dry_run_warn_of_whole_sequences(lighthouse, trainer):
 
 
 def test_a_dry_run_says_what_processes_send_in_each_phase(lighthouse, trainer):
-    sizes = ["model.heads=4", "model.head_dim=16", "parallel.context=2", 'lighthouse.method="sliding"']
-    phases = (
-        "lighthouse.phases=[{window=64}, {method='chunked', window=96}, {window=64, window_end=256}, {enabled=false}]"
-    )
+    sizes = ["model.heads=4", "model.head_dim=16", "parallel.context=2", "training.seq_len=65536"]
+    sizes.append('lighthouse.method="sliding"')
+    phases = "{window=1024}, {method='chunked', window=1536}, {window=1024, window_end=4096}, {enabled=false}"
 
     def dry_run(*settings):
         answer = lighthouse(
@@ -154,23 +153,24 @@ def test_a_dry_run_says_what_processes_send_in_each_phase(lighthouse, trainer):
         assert answer.code == 0
         return {line[2:23].strip(): line[24:] for line in answer.out.splitlines() if line.startswith("# ")}
 
-    def mib(dense=False, *settings):
-        return f"{exchanged_bytes(load_recipe('tiny.toml', [*sizes, *settings]), dense=dense) / 2**20:.1f} MiB"
+    def mib(dense=False, window=1024):
+        made = load_recipe("tiny.toml", [*sizes, f"lighthouse.window={window}"])
+        return f"{exchanged_bytes(made, dense=dense) / 2**20:.1f} MiB"
 
     # What a phase sends is what a recipe of that phase alone sends.
-    alone = [mib(False, "lighthouse.window=64"), mib(True), mib(False, "lighthouse.window=256")]
+    alone = [mib(), mib(dense=True), mib(window=4096)]
     assert len(set(alone)) == 3
-    lines = dry_run(*sizes, phases)
+    lines = dry_run(*sizes, f"lighthouse.phases=[{phases}]")
     said = "in a pass, a process sends"
     for number, most in ((1, ""), (2, ""), (3, "up to ")):
         assert lines[f"phase {number}"].endswith(f"; {said} {most}{alone[number - 1]} for a Lighthouse layer")
     assert lines["phase 4"].endswith(": dense")
-    assert lines["shared sequences"] == f"2 processes share each sequence; {said} {mib(True)} for a dense layer"
-    lines = dry_run(*sizes, "lighthouse.window=64")
-    assert lines["shared sequences"].endswith(f" {mib(True)} for a dense layer and {alone[0]} for a Lighthouse layer")
+    assert lines["shared sequences"] == f"2 processes share each sequence; {said} {alone[1]} for a dense layer"
+    lines = dry_run(*sizes, "lighthouse.window=1024")
+    assert lines["shared sequences"].endswith(f" {alone[1]} for a dense layer and {alone[0]} for a Lighthouse layer")
     # Of chunks that grow some do not fill the shares.
-    growing = "lighthouse.phases=[{method='chunked', window=64, window_end=512}]"
-    assert lines != dry_run(*sizes, growing) and f"up to {mib(True)}" in dry_run(*sizes, growing)["phase 1"]
+    growing = "lighthouse.phases=[{method='chunked', window=1024, window_end=16384}]"
+    assert f" {said} up to {alone[1]} for a" in dry_run(*sizes, growing)["phase 1"]
 
 
 def test_a_key_that_a_phase_does_not_read_is_warned_of(lighthouse, trainer):

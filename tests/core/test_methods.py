@@ -592,7 +592,7 @@ def test_on_a_gpu_gradients_are_deterministic_where_torch_is_asked_to_be():
 
 # Another value of every setting, of which a call of 128 tokens takes note where it reads the setting.
 OTHER = {
-    **{"method": "chunked", "window": 48, "backend": "triton", "dense_backend": "fa4", "rotate": "after"},
+    **{"window": 48, "backend": "triton", "dense_backend": "fa4", "rotate": "after"},
     **{"pooling": 4, "levels": 2, "topk": 2, "tile_parents": 4, "cover_prefix": False, "scorer": "random"},
     **{"score_block": 8, "compression": 4, "keep": 8, "blocks": 1, "block_size": 8, "block_score": "bound", "tile": 16},
 }
@@ -605,8 +605,6 @@ def test_a_method_names_the_settings_that_it_reads(name):
     base |= {"tile": 8, "block_size": 4, "blocks": 3}
     if name == "compressed":
         base |= {"keep": 4, "scorer": "random"}
-    if name == "chunked":
-        base |= {"window": 25}
     q, k, v = draw(128)
 
     def result(settings):
@@ -616,9 +614,9 @@ def test_a_method_names_the_settings_that_it_reads(name):
             return error
 
     out = result(base)
-    assert isinstance(out, torch.Tensor) and OTHER.keys() == {field.name for field in dataclasses.fields(Settings)}
+    assert isinstance(out, torch.Tensor) and "method" in registry[name].reads
+    assert {"method", *OTHER} == {field.name for field in dataclasses.fields(Settings)}
     for key, value in OTHER.items():
-        value = "sliding" if (key, name) == ("method", "chunked") else value
         value = "norm" if (key, name) == ("scorer", "compressed") else value
         changed = result(base | {key: value})
         if key in registry[name].reads:

@@ -133,7 +133,7 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
             ["chosen blocks on cpu: plain matrix products"],
         ),
         (['lighthouse={method="sliding",window=256}'], "lighthouse", ["windows on cpu: plain matrix products; "]),
-        (['data.packing="documents"'], "dense", ["documents on cpu: flash attention (torch)"]),
+        (["lighthouse.window=64", 'data.packing="documents"'], "dense", ["documents on cpu: flash attention (torch)"]),
     ],
 )
 def test_a_run_begins_with_the_words_of_its_attention(settings, name, words, monkeypatch, caplog):
