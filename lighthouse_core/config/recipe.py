@@ -47,6 +47,7 @@ class Recipe(Section):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Of stage 1, first to last; of a dense baseline one that is dense."""
+        # Not cached: `model_copy` would take the phases along into a recipe of other steps.
         return self.lighthouse.resolved(self.training.steps, self.model.dense_layers)
 
     @property
