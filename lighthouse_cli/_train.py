@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lighthouse_core.config import Recipe
     from lighthouse_core.config.phases import Phase
     from lighthouse_core.data.survey import Survey
+    from lighthouse_core.estimate import Verdict
     from lighthouse_core.job.plan import Asked, Plan
     from lighthouse_core.runs.run import Run
     from lighthouse_core.seal import Verification
@@ -182,37 +183,55 @@ def _costs(recipe: "Recipe", processes: int, gpu: int | None) -> "Iterator[str]"
     if recipe.data.packing == "concat":
         yield from _of_attention(recipe, None)
     yield _line("tokens per step", f"{cost.tokens_per_step}")
-    for stage, steps in (("training", training.steps), ("recovery", recipe.recover.steps)):
+    first = "stage 1" if recipe.lighthouse.enabled else "training"
+    for stage, steps in ((first, training.steps), ("recovery", recipe.recover.steps)):
         if steps:
             yield _line(f"tokens, {stage}", f"{_short(steps * cost.tokens_per_step)} in {steps} steps")
-    parallel, needed = recipe.parallel, process_bytes(recipe, processes)
+    found = {} if gpu is None else verdicts(recipe, processes, gpu)
+    needed = {stage: verdict.needed for stage, verdict in found.items()} or process_bytes(recipe, processes)
     yield _line(
         "memory (estimate)",
-        f"{', '.join(f'{name} {_gib(size)}' for name, size in needed.items())} a process over "
+        f"{', '.join(f'{_stage(recipe, stage)} {_gib(size)}' for stage, size in needed.items())} a process over "
         f"{processes}, {_gib(state_bytes(recipe, processes))} of it for weights, gradients and optimizer",
     )
     if gpu is not None:
-        found = verdicts(recipe, processes, gpu).items()
-        yield _line(f"GPU of {gpu / 2**30:.1f} GiB", "; ".join(_verdict(name, *verdict) for name, verdict in found))
-    if parallel.context > 1:
-        kinds = {"dense": True} | ({"Lighthouse": False} if recipe.lighthouse.enabled else {})
-        sent = (f"{_mib(exchanged_bytes(recipe, dense=dense))} a {kind} layer" for kind, dense in kinds.items())
-        yield _line("shared sequences", f"{parallel.context} processes each; one sends {', '.join(sent)} and pass")
+        words = "; ".join(f"{_stage(recipe, stage)} {_verdict(verdict)}" for stage, verdict in found.items())
+        yield _line(f"GPU of {gpu / 2**30:.1f} GiB", words)
+    if recipe.parallel.context > 1:
+        sent = f"{_mib(exchanged_bytes(recipe, dense=True))} for a dense layer"
+        if recipe.lighthouse.enabled and not recipe.lighthouse.phases:
+            sent += f" and {_mib(exchanged_bytes(recipe, dense=False))} for a Lighthouse layer"
+        words = f"{recipe.parallel.context} processes share each sequence; in a pass, a process sends {sent}"
+        yield _line("shared sequences", words)
 
 
 def _of_phase(phase: "Phase", recipe: "Recipe") -> str:
-    """What a phase of stage 1 attends to, and in which layers."""
+    """What a phase of stage 1 attends to, in which layers, and what processes that share sequences send in a pass."""
+    from lighthouse_core.estimate import exchanged_bytes
+
     if phase.dense:
         return phase.described()
     dense = f"; dense layers {', '.join(map(str, phase.dense_layers))}" if phase.dense_layers else ""
     gathers = phase.attention.pools and len(recipe.phases) > 1
     gathered = f", S {phase.attention.geometry(recipe.training.seq_len).gathered_length}" if gathers else ""
-    return f"{phase.described()}{gathered}{dense}"
+    sent = ""
+    if recipe.parallel.context > 1:
+        most = "up to " * (phase.growth is not None)
+        bytes_sent = _mib(exchanged_bytes(recipe, dense=False, phase=phase))
+        sent = f"; in a pass, a process sends {most}{bytes_sent} for a Lighthouse layer"
+    return f"{phase.described()}{gathered}{dense}{sent}"
 
 
-def _verdict(stage: str, word: str, why: str) -> str:
-    why = why or (_OFF if word == "close" else "")
-    return f"{stage} {_VERDICTS.get(word, word)}{why and f': {why}'}"
+def _stage(recipe: "Recipe", stage: str) -> str:
+    """What people call a stage, "lighthouse" or "dense"."""
+    if stage == "lighthouse":
+        return "stage 1"
+    return "recovery" if recipe.lighthouse.enabled else "training"
+
+
+def _verdict(verdict: "Verdict") -> str:
+    why = verdict.why or (_OFF if verdict.word == "close" else "")
+    return f"{_VERDICTS.get(verdict.word, verdict.word)}{why and f': {why}'}"
 
 
 def _of_attention(recipe: "Recipe", lengths: "Sequence[int] | None") -> "Iterator[str]":
@@ -275,10 +294,10 @@ def _of_documents(recipe: "Recipe", found: "Sequence[Survey]") -> "Iterator[str]
 
 def values(recipe: "Recipe") -> "dict[str, Any]":
     """Every value of a recipe, by its key."""
-    from lighthouse_core.config.positions import flatten
+    from lighthouse_core.config.positions import flatten, spelled
 
     table = flatten(recipe.model_dump(mode="json", by_alias=True))
-    return {".".join(key): value for key, value in table.items() if not isinstance(value, dict)}
+    return {spelled(key): value for key, value in table.items() if not isinstance(value, dict)}
 
 
 def asked(command: str, run_dir: Path, recipe: "Recipe", more: "dict[str, Any]") -> "Asked":
@@ -546,24 +565,30 @@ def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str
         gpu: of `gpu_to_fit`.
         stage: that is about to be trained, "lighthouse" or "dense".
     """
-    from lighthouse_core.estimate import process_bytes, usable, verdict, verdicts
+    from lighthouse_core.estimate import usable, verdicts
 
     if gpu is None:
         return
-    needed, found = process_bytes(recipe, processes), verdicts(recipe, processes, gpu)
+    found = verdicts(recipe, processes, gpu)
     stages = {stage: ("stage 1" if stage == "lighthouse" else "training with every layer dense", "set")}
     if stage == "lighthouse" and recipe.recover.steps:
         stages["dense"] = "the recovery that follows", "recover with"
     for name, (words, do) in stages.items():
-        word, why = found[name]
+        word, why, needed = found[name]
         if word == "not estimated":
             _output.warn(f"{words} may not fit, for its memory is not estimated: {why}")
-        elif verdict(needed[name], usable(gpu, processes)) != "fits":
+        elif word in ("close", "does not fit"):
             _output.warn(
-                f"{words} {word if word == 'does not fit' else 'may not fit'}: it takes about {_gib(needed[name])} a "
+                f"{words} {word if word == 'does not fit' else 'may not fit'}: it takes about {_gib(needed)} a "
                 f"process, and the GPU has {_gib(gpu)}, {_gib(usable(gpu, processes))} of it for tensors; "
                 f"{do} {_smaller(recipe, processes, name, gpu)}"
             )
+
+
+def warn_of_keys_without_effect(recipe: "Recipe") -> None:
+    """Say so where a phase has a key of its own that its method does not read."""
+    for key, method in recipe.lighthouse.without_effect.items():
+        _output.warn(f"{key} has no effect: the method {method} does not read it")
 
 
 def warn_of_whole_sequences(recipe: "Recipe") -> None:

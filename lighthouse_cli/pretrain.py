@@ -166,6 +166,7 @@ def pretrain(
     gpu = _train.gpu_to_fit(memory)
     _train.warn_of_memory(resolved, processes.world_size, gpu, "lighthouse" if resolved.lighthouse.enabled else "dense")
     _train.warn_of_whole_sequences(resolved)
+    _train.warn_of_keys_without_effect(resolved)
     if dry_run:
         _train.warn_of_no_savings(resolved, found)
         _train.warn_of_rotation(resolved)

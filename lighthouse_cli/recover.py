@@ -31,6 +31,10 @@ def recover(
             help="Add M steps to a recovery begun before; one that decays needs --set recover.decay, too.",
         ),
     ] = None,
+    or_done: Annotated[
+        bool,
+        typer.Option("--or-done", help="End with exit code 0 where the recovery is complete, instead of an error."),
+    ] = False,
     settings: _options.Settings = None,
     nproc: _options.Nproc = "auto",
     nnodes: _options.Nnodes = None,
@@ -68,6 +72,13 @@ def recover(
                 f"the newest run, {found.path}, was dense from the start", hint=f"lighthouse recover {found.path}"
             )
         _output.say(f"newest run: {found.path}")
+    if or_done and extend is not None:
+        raise UserError("--or-done and --extend exclude each other", hint="--extend adds to a complete recovery")
+    # The same on all machines.
+    complete = found.recovering and max(found.checkpoint_steps(), default=0) >= found.end
+    if or_done and complete and steps in (None, found.end - found.start):
+        _output.say(f"the recovery of run {found.path} is complete at step {found.end}: nothing is left to do")
+        return
     asked = {"--steps": steps, "--extend": extend, "--set": settings or []}
     if node_rank and not dry_run:
         check_request(steps, extend, settings or ())

@@ -51,4 +51,4 @@ def runs(
         )
         for run in found
     ]
-    _output.table("", ("name", "stage", "step", "saved", "loss", "validation", "updated"), rows, text_columns=2)
+    _output.table("", ("name", "attention", "step", "saved", "loss", "validation", "updated"), rows, text_columns=2)

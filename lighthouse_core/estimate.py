@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import prod
+from typing import NamedTuple
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.methods.method import Method
@@ -29,6 +30,20 @@ _SAMPLES = 64
 ERROR = 0.1
 # Bytes of a GPU that are no tensors: CUDA's context and the kernels' code; and of several processes NCCL's buffers.
 _CONTEXT, _BUFFERS = 2**30, 2**30
+
+
+class Verdict(NamedTuple):
+    """Whether a stage fits a GPU.
+
+    Attributes:
+        word: "fits", "fits by size", "close", "does not fit", or "not estimated".
+        why: the reason, where that is not the size; else "".
+        needed: bytes of one process, of `process_bytes`.
+    """
+
+    word: str
+    why: str
+    needed: int
 
 
 @dataclass(frozen=True)
@@ -123,11 +138,15 @@ def _of_phase(phase: Phase, seen: Callable[[LighthouseConfig | None], float], fi
         return seen(None)
     if phase.growth is None:
         return seen(phase.attention)
-    # Of many steps, some at equal distances.
+    steps = _some_steps(first, last)
+    return sum(seen(phase.settings(step)) for step in steps) / len(steps)
+
+
+def _some_steps(first: int, last: int) -> list[int]:
+    """Of many steps, some at equal distances."""
     count = last + 1 - first
     some = min(_SAMPLES, count)
-    steps = [first + count * (2 * i + 1) // (2 * some) for i in range(some)]
-    return sum(seen(phase.settings(step)) for step in steps) / some
+    return [first + count * (2 * i + 1) // (2 * some) for i in range(some)]
 
 
 def keys_of_stage_1(recipe: Recipe, seen: dict[int, float]) -> float:
@@ -174,7 +193,7 @@ def profile_defaults(tokens: int) -> tuple[int, int, int]:
     return _MEASURED.get(tokens, (4, 3, max(128, tokens // 32 // 128 * 128)))
 
 
-def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
+def exchanged_bytes(recipe: Recipe, *, dense: bool, phase: Phase | None = None) -> int:
     """Bytes that a process sends to those it shares sequences with, in one layer's forward pass. The backward pass
     sends as many, and so does a forward pass that is computed anew.
 
@@ -189,8 +208,10 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
     Scores and entries that are exchanged, too, are not counted.
 
     Args:
-        recipe: gives sizes and settings; the phase of stage 1 that takes most counts.
+        recipe: gives sizes and settings.
         dense: of a dense layer; else of a Lighthouse layer in stage 1.
+        phase: of the layer; by default the one that takes most. Of a window that grows, the largest figure of 64 of its
+            steps and the last one counts: chunks that do not fill the shares take more than longer ones that do.
     """
     model, training, context = recipe.model, recipe.training, recipe.parallel.context
     width = 4 if training.dtype == "float32" else 2
@@ -215,7 +236,14 @@ def exchanged_bytes(recipe: Recipe, *, dense: bool) -> int:
         return 0
     if dense:
         return bytes_of(None)
-    return max(bytes_of(phase.attention) for phase in recipe.sparse_phases)
+    phases = recipe.sparse_phases if phase is None else [phase]
+    return max(bytes_of(cfg) for one in phases for cfg in _attentions_of(one))
+
+
+def _attentions_of(phase: Phase) -> set[LighthouseConfig]:
+    """Settings of a phase that is not dense: of a window that grows, of some steps and the last one."""
+    steps = _some_steps(phase.begin, phase.end) if phase.growth else []
+    return {phase.attention, *map(phase.settings, steps)}
 
 
 def whole_sequences(recipe: Recipe) -> tuple[str, dict[str, int]] | None:
@@ -292,17 +320,17 @@ def verdict(needed: float, there: float) -> str:
     return "does not fit" if needed > there * (1 + ERROR) else "close"
 
 
-def verdicts(recipe: Recipe, processes: int, gpu: int) -> dict[str, tuple[str, str]]:
-    """Whether each stage fits a GPU that has `gpu` bytes: what `verdict` says, or "not estimated"; and the reason where
-    that is not the size. What fits by an estimate that no measurement covers is close."""
+def verdicts(recipe: Recipe, processes: int, gpu: int) -> dict[str, Verdict]:
+    """Whether each stage fits a GPU that has `gpu` bytes: what `verdict` says, or "not estimated". What fits by an
+    estimate that no measurement covers, "fits by size"."""
     found = {}
     for stage, needed in process_bytes(recipe, processes).items():
         word, why = verdict(needed, usable(gpu, processes)), ""
         if word != "does not fit" and (left_out := not_estimated(recipe, stage)):
             word, why = "not estimated", left_out
         elif word == "fits" and (without := unmeasured(recipe, processes, stage)):
-            word, why = "close", f"not measured for {', '.join(without)}"
-        found[stage] = word, why
+            word, why = "fits by size", f"no run with {' or '.join(without)} was measured"
+        found[stage] = Verdict(word, why, needed)
     return found
 
 
@@ -317,7 +345,7 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
         f'training.dtype = "{training.dtype}"': training.dtype != "bfloat16",
         "attention by plain matrix products": any(all_scores(recipe, kernel) for kernel in kernels),
         "DDP" if _ddp(recipe, processes) else "parallel.replicate": parallel.replicate > 1,
-        f"parallel.context with {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
+        f"parallel.context and {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
             parallel.context > 1 and not rows
         ),
         f'lighthouse.method = "{chooses}"': chooses is not None,

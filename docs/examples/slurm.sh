@@ -1,9 +1,10 @@
 #!/bin/bash
 # Trains a run on several machines with Slurm, and goes on after the time limit:
 #
-#     sbatch slurm.sh RECIPE NAME
+#     sbatch slurm.sh RECIPE NAME [OUT]
 #
-# Start it in a directory that all machines share. The first job makes the run, every later one goes on with it.
+# With OUT the recovery follows, and the model is written to that directory. Start it in a directory that all machines
+# share. The first job makes the run, every later one goes on with it.
 #SBATCH --job-name=lighthouse
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,27 +18,46 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 
-recipe=${1:?usage: sbatch slurm.sh RECIPE NAME}
-name=${2:?usage: sbatch slurm.sh RECIPE NAME}
+recipe=${1:?usage: sbatch slurm.sh RECIPE NAME [OUT]}
+name=${2:?usage: sbatch slurm.sh RECIPE NAME [OUT]}
+out=${3:-}
 
 # The time limit is near: every launcher saves a checkpoint and ends. scancel's signals go to the step, not to this script.
 limit=no
 trap 'limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-# One task a machine: each starts a process for each of its GPUs. --nnodes, --node-rank and --rdzv-endpoint come from
-# Slurm. From version 22.05 on srun has to be told of the CPUs, or each task gets one.
-srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
-  lighthouse pretrain "$recipe" --name "$name" --or-resume &
-step=$!
-code=0
-wait "$step" || code=$?
-if [ "$limit" = yes ]; then
-  # The signal ended the first wait.
-  code=0
-  wait "$step" || code=$?
-  # 0: the run was complete before the signal came.
-  if [ "$code" -ne 0 ]; then
+# Ends this script with the exit code $1. Near the time limit the job is queued again first: a command that is complete
+# then ends at once.
+leave() {
+  if [ "$limit" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi
+  exit "$1"
+}
+
+# Runs a command as a step, with its options of srun before it, and returns once it has ended well.
+step() {
+  if [ "$limit" = yes ]; then
+    leave 143
+  fi
+  # From version 22.05 on srun has to be told of the CPUs, or each task gets one.
+  srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@" &
+  local pid=$! code=0
+  wait "$pid" || code=$?
+  # The signal ends a wait before the command has ended.
+  while kill -0 "$pid" 2>/dev/null; do
+    code=0
+    wait "$pid" || code=$?
+  done
+  if [ "$code" -ne 0 ]; then
+    leave "$code"
+  fi
+}
+
+# One task a machine: each starts a process for each of its GPUs. --nnodes, --node-rank and --rdzv-endpoint come from
+# Slurm.
+step lighthouse pretrain "$recipe" --name "$name" --or-resume
+if [ -n "$out" ]; then
+  step lighthouse recover "$name" --or-done
+  step --nodes=1 --ntasks=1 lighthouse strip "$name" "$out"
 fi
-exit "$code"

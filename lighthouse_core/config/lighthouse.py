@@ -10,6 +10,7 @@ from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
 from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import SettingError, Settings
 from lighthouse_core.config.phases import Phase, PhaseSection, spans
+from lighthouse_core.config.positions import spelled
 from lighthouse_core.config.section import Section, conflict
 
 
@@ -49,6 +50,17 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
         )
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Keys that a phase has of its own and that its method does not read: by their names, the method's."""
+        return {
+            spelled(("lighthouse", "phases", index, key)): rule.name
+            for index, phase in enumerate(self.phases if self.enabled else ())
+            for rule in [self._first(phase).rule]
+            for key in phase.given
+            if phase.enabled and key not in rule.reads
+        }
+
+    @property
     def dense_attention(self) -> LighthouseConfig:
         """Settings of the dense stage, which belongs to no phase. Only `dense_backend` counts."""
         return self._of_dense({})
@@ -70,11 +82,12 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _check(self) -> "LighthouseSection":
-        for number, phase in enumerate(self.phases):
+        for index, phase in enumerate(self.phases):
             try:
                 self._check_phase(phase)
             except SettingError as error:
-                raise conflict(f"phases.{number}.{error.field}", f"lighthouse.phases[{number}].{error}") from None
+                path = "phases", index, error.field
+                raise conflict(path, f"{spelled(('lighthouse', *path))} {error.problem}") from None
         try:
             if not self.phases:
                 self._config({})

@@ -12,7 +12,7 @@ from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.origin import Unfit, filled
 from lighthouse_core.config.phases import PhaseSection, of_older_run
-from lighthouse_core.config.positions import KeyPath, flatten, line_numbers
+from lighthouse_core.config.positions import KeyPath, flatten, line_numbers, spelled
 from lighthouse_core.config.recipe import TRAINS, Recipe
 from lighthouse_core.config.rope import RopeScaling
 from lighthouse_core.config.section import Section
@@ -257,27 +257,27 @@ def _first_problem(
     """
     rank = {"extra_forbidden": 0, "missing": 2}
     problem = min(error.errors(include_url=False), key=lambda problem: rank.get(problem["type"], 1))
-    path = tuple(map(str, problem["loc"]))
+    path: KeyPath = problem["loc"]
     if path[:2] == _SCALING:
         # Pydantic's own place of a table of several kinds, the kind among it.
         path = (*path[:2], *path[3:])
     if problem["type"] == "union_tag_invalid":
         path += (_TAG,)
     if problem["type"] == "conflict":
-        path += tuple(problem["ctx"]["key"].split("."))
+        path += problem["ctx"]["path"]
         words = re.findall(r"[\w.]*\w", problem["ctx"]["message"])
-        involved = [flag for flag in flags if ".".join(flag) in words or (flag[0] == path[0] and flag[-1] in words)]
+        involved = [flag for flag in flags if spelled(flag) in words or (flag[0] == path[0] and flag[-1] in words)]
         if involved and path not in flags:
             path = involved[0]
     places = places | flags
     known = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
     if problem["type"] == "extra_forbidden" and path in _REMOVED:
-        return f"{known}: {'.'.join(path)} is no key any more", _REMOVED[path](problem["input"])
+        return f"{known}: {spelled(path)} is no key any more", _REMOVED[path](problem["input"])
     return f"{known}: {_describe(problem, path)}", None
 
 
 def _describe(problem: Any, path: KeyPath) -> str:
-    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(path))
+    key = spelled(path)
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
         return _unknown(path, given)
@@ -326,24 +326,23 @@ def _unknown_of_source(key: str) -> str:
 
 
 def _unknown(path: KeyPath, given: Any) -> str:
-    sections = known_keys()
+    sections, section, last = known_keys(), str(path[0]), str(path[-1])
     if len(path) == 1:
         if isinstance(given, dict):
-            return f"unknown section [{path[0]}]; did you mean [{nearest(path[0], sections, cutoff=0)}]?"
+            return f"unknown section [{section}]; did you mean [{nearest(section, sections, cutoff=0)}]?"
         places = {key: f"{name}.{key}" for name, keys in reversed(sections.items()) for key in keys}
-        near = nearest(path[0], places)
-        return f"unknown key {path[0]} outside of any section" + (f"; did you mean {places[near]}?" if near else "")
-    section, key = path[0], path[1]
+        near = nearest(section, places)
+        return f"unknown key {section} outside of any section" + (f"; did you mean {places[near]}?" if near else "")
+    key = str(path[1])
     if path[:2] == ("data", "sources"):
-        return _unknown_of_source(path[-1])
+        return _unknown_of_source(last)
     if path[:2] == ("lighthouse", "phases"):
-        known = PhaseSection.names_of_keys()
-        return f"unknown key lighthouse.phases[{path[2]}].{path[-1]}{did_you_mean(path[-1], known)}"
+        return f"unknown key {spelled(path)}{did_you_mean(last, PhaseSection.names_of_keys())}"
     if path[:2] == _SCALING and len(path) > 2:
-        if path[-1] == "type":
-            return f"unknown key {'.'.join(path)}; did you mean {'.'.join(_SCALING)}.{_TAG}?"
+        if last == "type":
+            return f"unknown key {spelled(path)}; did you mean {spelled(_SCALING)}.{_TAG}?"
         names = {name for kind in get_args(get_args(RopeScaling)[0]) for name in kind.model_fields}
-        return f"unknown key {'.'.join(path)} of such a rope_type{did_you_mean(path[-1], names)}"
+        return f"unknown key {spelled(path)} of such a rope_type{did_you_mean(last, names)}"
     near = nearest(key, sections[section])
     if near:
         return f"unknown key {section}.{key}; did you mean {section}.{near}?"

@@ -1,22 +1,30 @@
 """Where each key of a TOML text stands. tomllib tells no positions, so it is asked about growing pieces of the text."""
 
 import tomllib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-KeyPath = tuple[str, ...]
+# Entries of a list have their index.
+KeyPath = tuple[str | int, ...]
 _MOST_LINES = 1000
 
 
-def flatten(table: dict[str, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
-    """Every key of a nested table with its value, tables and their keys alike; tables in a list have their number."""
+def flatten(table: Mapping[Any, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Every key of a nested table with its value, tables and their keys alike; tables in a list have their index."""
     found: dict[KeyPath, Any] = {}
     for key, value in table.items():
         found[(*above, key)] = value
         if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-            value = {str(number): one for number, one in enumerate(value)}
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             found |= flatten(value, (*above, key))
     return found
+
+
+def spelled(path: Iterable[str | int]) -> str:
+    """A key as people read it. Entries of lists count from 1, as phases do: the window of the second phase is
+    `lighthouse.phases[2].window`."""
+    return "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def line_numbers(text: str) -> dict[KeyPath, int]:

@@ -16,6 +16,7 @@ from lighthouse_core.config.optimizer import OptimizerSection
 from lighthouse_core.config.output import OutputSection
 from lighthouse_core.config.parallel import ParallelSection
 from lighthouse_core.config.phases import Phase
+from lighthouse_core.config.positions import KeyPath, spelled
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.config.schedule import ScheduleSection
 from lighthouse_core.config.section import MOST_TOKENS, Section, conflict
@@ -46,6 +47,7 @@ class Recipe(Section):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Of stage 1, first to last; of a dense baseline one that is dense."""
+        # Not cached: `model_copy` would take the phases along into a recipe of other steps.
         return self.lighthouse.resolved(self.training.steps, self.model.dense_layers)
 
     @property
@@ -138,7 +140,7 @@ class Recipe(Section):
             )
 
     @staticmethod
-    def _check_packs(backend: str, key: str, said: str) -> None:
+    def _check_packs(backend: str, key: str | KeyPath, said: str) -> None:
         if not BACKENDS[backend].documents:
             others = ", ".join(name for name, facts in BACKENDS.items() if facts.documents)
             raise conflict(
@@ -147,12 +149,12 @@ class Recipe(Section):
                 f'data.packing = "concat", or choose one of {others}',
             )
 
-    def _key(self, phase: Phase, name: str) -> tuple[str, str]:
+    def _key(self, phase: Phase, name: str) -> tuple[KeyPath, str]:
         """A key that decides a phase: its place for `conflict`, and as sentences name it."""
-        number = phase.number - 1
-        if not self.lighthouse.phases:
-            return f"lighthouse.{name}", f"lighthouse.{name}"
-        return f"lighthouse.phases.{number}.{name}", f"lighthouse.phases[{number}].{name}"
+        path: KeyPath = "lighthouse", name
+        if self.lighthouse.phases:
+            path = "lighthouse", "phases", phase.number - 1, name
+        return path, spelled(path)
 
     def _check_phases(self) -> None:
         """Every phase has steps, and attends to less than dense attention unless it is meant to be dense."""

@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from lighthouse_core.config.positions import KeyPath
+
 # TOML gives lists; the outer type is lax so that a list becomes a tuple, the items stay strict.
 Ints = Annotated[tuple[int, ...], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -46,11 +48,13 @@ class Section(BaseModel):
         return [field.alias or name for name, field in cls.model_fields.items()]
 
 
-def conflict(key: str, message: str) -> PydanticCustomError:
+def conflict(key: str | KeyPath, message: str) -> PydanticCustomError:
     """An error of a check over several keys, blamed on one of them.
 
     Args:
-        key: relative to the model that raises: `heads` inside a section, `training.seq_len` in the recipe.
+        key: relative to the model that raises: `heads` inside a section, `training.seq_len` in the recipe; the parts
+            where an index is one of them.
         message: a whole sentence that names keys in full.
     """
-    return PydanticCustomError("conflict", "{message}", {"key": key, "message": message})
+    path = tuple(key.split(".")) if isinstance(key, str) else key
+    return PydanticCustomError("conflict", "{message}", {"path": path, "message": message})

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from lighthouse_core.config.load import load_recipe, parse_override, read_toml
+from lighthouse_core.config.positions import spelled
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import (
     MOST_TOKENS,
@@ -209,11 +210,11 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # A key that is misspelt says more than the one that is missing for it.
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    *table, key = map(str, problem["loc"])
-    where = ".".join([*table, key])
+    *table, key = problem["loc"]
+    where = spelled(problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
     # At the top, in [evaluate], and in a [runs.NAME].
     section = (Sweep, EvaluateSection, RunSection)[len(table)]
-    near = nearest(key, section.model_fields)
-    return f"unknown key {where}" + (f"; did you mean {'.'.join([*table, near])}?" if near else "")
+    near = nearest(str(key), section.model_fields)
+    return f"unknown key {where}" + (f"; did you mean {spelled([*table, near])}?" if near else "")

@@ -14,7 +14,7 @@ from lighthouse_core.checkpoint import METADATA, check_contents
 from lighthouse_core.config import Recipe, dump_recipe, load_recipe
 from lighthouse_core.config.load import known_keys, parse_override
 from lighthouse_core.config.origin import DTYPES, ORIGIN, TOKENIZER
-from lighthouse_core.config.positions import flatten
+from lighthouse_core.config.positions import flatten, spelled
 from lighthouse_core.errors import CheckpointError, RunError, UserError, refusal
 from lighthouse_core.files import RUN_FOLDERS, refuse_links, write_atomically
 from lighthouse_core.reading import is_count, is_number, read_json
@@ -359,7 +359,7 @@ def check_resumable(overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         for path, value in flatten(parse_override(override)).items():
-            section, key = path[0], ".".join(path[:2])
+            section, key = str(path[0]), spelled(path[:2])
             known = section == "titan" or (len(path) == 2 and path[1] in known_keys().get(section, ()))
             if not isinstance(value, dict) and known and section not in RESUMABLE and key not in RESUMABLE:
                 wildcards = [f"{name}.*" if "." not in name else name for name in RESUMABLE]

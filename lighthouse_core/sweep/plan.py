@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse_core.config import Recipe, load_recipe
-from lighthouse_core.config.positions import flatten
+from lighthouse_core.config.positions import flatten, spelled
 from lighthouse_core.config.sweep import Sweep
 from lighthouse_core.errors import LighthouseError, RecipeError, RunError, UserError
 from lighthouse_core.files import same_paths
@@ -148,8 +148,8 @@ def _pairs(one: Recipe, other: Recipe, free: frozenset[str]) -> dict[str, tuple[
 
 def _leaves(table: dict[str, Any]) -> dict[str, Any]:
     """Every value that is no table and no list of tables, by its key with dots."""
-    flat = {".".join(path): value for path, value in flatten(table).items()}
-    return {key: value for key, value in flat.items() if not isinstance(value, dict) and f"{key}.0" not in flat}
+    flat = {spelled(path): value for path, value in flatten(table).items()}
+    return {key: value for key, value in flat.items() if not isinstance(value, dict) and f"{key}[1]" not in flat}
 
 
 def _also(sweep: Sweep, name: str, recipe: Recipe) -> list[str]:

@@ -165,6 +165,38 @@ def test_the_script_for_slurm_goes_on_and_queues_again(lighthouse, trainer, here
     assert script.wait(20) == 143 and (here / "scontrol.txt").read_text() == "requeue 7\n"
 
 
+def test_the_script_for_slurm_recovers_and_exports(lighthouse, trainer, here, programs, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    options = f'while [[ "$1" == --* ]]; do echo "$1" >>{here}/options.txt; shift; done'
+    programs(srun=f'{options}; "$@"', scontrol=f'echo "$@" >>{here}/scontrol.txt', scancel="")
+    assert run_script(here, "tiny.toml", "a", "model").wait(20) == 0
+    pretrain, recover, strip = calls(here)
+    # One machine writes the model.
+    assert strip == ["strip", "a", "model"]
+    assert (here / "options.txt").read_text().split() == ["--nodes=1", "--ntasks=1"]
+    # The command line takes both, and again once they are complete.
+    for trainer.code, trainer.stop in ((143, 40), (0, None)):
+        assert lighthouse(*pretrain).code == trainer.code
+    for trainer.code, trainer.stop in ((143, 110), (0, None)):
+        assert lighthouse(*pretrain).code == 0 and lighthouse(*recover).code == trainer.code
+    assert [name for name, _ in trainer.launches] == ["runs/a"] * 4
+    assert lighthouse(*pretrain).code == 0 and lighthouse(*recover).code == 0 and len(trainer.launches) == 4
+    # What fails is the last command.
+    (here / "calls.txt").unlink()
+    programs(srun=f'{options}; "$@"; [ "$2" != recover ] || exit 3')
+    assert run_script(here, "tiny.toml", "a", "model").wait(20) == 3
+    assert [call[0] for call in calls(here)] == ["pretrain", "recover"] and not (here / "scontrol.txt").exists()
+    # Near the time limit no other command begins, though the one before has ended well.
+    (here / "calls.txt").unlink()
+    programs(srun=f"""trap 'exit 0' TERM; "$@"; touch {here}/ready; while :; do sleep 0.05; done""")
+    programs(scancel="kill -TERM $(pgrep -P $PPID -f srun)")
+    script = run_script(here, "tiny.toml", "a", "model")
+    children.wait_until((here / "ready").exists, script)
+    script.send_signal(10)
+    assert script.wait(20) == 143 and (here / "scontrol.txt").read_text() == "requeue 7\n"
+    assert [call[0] for call in calls(here)] == ["pretrain"]
+
+
 def test_the_job_for_kubernetes(lighthouse, trainer, here, programs, monkeypatch):
     service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
@@ -211,8 +243,11 @@ def test_the_job_for_kubernetes_ends_with_a_users_mistake():
 
 SRUN = """
 [ "$1" = --cpus-per-task=1 ] && shift
-for task in 0 1; do
-  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_STEP_NODELIST='node[1-2]' \
+tasks=() ranks=(0 1)
+[ "$1 $2" = "--nodes=1 --ntasks=1" ] && ranks=(0) && shift 2
+for task in "${ranks[@]}"; do
+  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=${#ranks[@]} SLURM_STEP_TASKS_PER_NODE="1(x${#ranks[@]})" \
+    SLURM_STEP_NODELIST='node[1-2]' \
     SLURM_PROCID=$task SLURM_NODEID=$task "$@" &
   tasks+=($!)
 done
@@ -232,11 +267,13 @@ def test_two_machines_train_by_the_script_for_slurm(here, programs):
     text = (here / "tiny.toml").read_text()
     data = '[data]\nsource = "files"\npaths = ["text.txt"]\nvalidation = 0.0\n'
     (here / "text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
-    (here / "tiny.toml").write_text(text.replace("steps = 100", "steps = 2").replace("[data]\n", data))
+    text = text.replace("steps = 100", "steps = 2").replace("steps = 20", "steps = 2").replace("[data]\n", data)
+    (here / "tiny.toml").write_text(text.replace("[data]\n", "[metrics]\nevery = 1\n[data]\n"))
     job = str(time.time_ns() % 10**8)
     threads = {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    script = run_script(here, "tiny.toml", "a", SLURM_JOB_ID=job, **threads)
-    assert script.wait(200) == 0
+    script = run_script(here, "tiny.toml", "a", "model", SLURM_JOB_ID=job, **threads)
+    assert script.wait(230) == 0
     rows = [json.loads(line) for line in (here / "runs/a/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 2 and (here / "runs/a/checkpoints/step-2").is_dir()
-    assert (here / "runs/a/logs/rank1.log").exists()
+    assert [row["stage"] for row in rows if "loss" in row] == ["lighthouse"] * 2 + ["dense"] * 2
+    assert (here / "runs/a/checkpoints/step-4").is_dir() and (here / "runs/a/logs/rank1.log").exists()
+    assert (here / "model/model.safetensors").exists()

@@ -25,7 +25,7 @@ def test_runs_newest_first(lighthouse, trainer, here):
     answer = lighthouse("runs")
     assert answer.code == 0 and "\x1b" not in answer.out
     lines = [line.split() for line in answer.out.splitlines() if line.strip()]
-    assert lines[0] == ["name", "stage", "step", "saved", "loss", "validation", "updated"]
+    assert lines[0] == ["name", "attention", "step", "saved", "loss", "validation", "updated"]
     assert lines[2][:6] == ["new", "lighthouse", "100/100", "100", "-", "-"]
     assert lines[3][:8] == ["old", "lighthouse", "90/100", "80", "2.2500", "(leaky)", "3.1250", "(leaky)"]
 

@@ -66,7 +66,7 @@ def test_dry_run_prints_a_recipe_and_starts_nothing(lighthouse, trainer, here):
 def estimated(answer):
     """GiB of each stage."""
     [line] = [line for line in answer.out.splitlines() if line.startswith("# memory (estimate)")]
-    return {name: float(size) for name, size in re.findall(r"(lighthouse|dense) ([\d.]+) GiB", line)}
+    return {name: float(size) for name, size in re.findall(r"(stage 1|recovery) ([\d.]+) GiB", line)}
 
 
 def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
@@ -77,12 +77,16 @@ def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *settings)
     assert answer.code == 0 and "GPU of" not in answer.out and not answer.err
     needed = estimated(answer)
-    assert 1 < needed["lighthouse"] < 0.75 * needed["dense"]
+    assert 1 < needed["stage 1"] < 0.75 * needed["recovery"]
     for gpu, words, warnings in (
-        (1.3 * needed["dense"], "lighthouse fits; dense fits\n", []),
-        (1.05 * needed["dense"], "lighthouse fits; dense is close: the est", ["the recovery that follows may not fit"]),
-        (0.85 * needed["dense"], "lighthouse fits; dense does not fit", ["the recovery that follows does not fit"]),
-        (0.8 * needed["lighthouse"], "lighthouse does not fit", ["stage 1 does not fit", "the recovery that follows"]),
+        (1.3 * needed["recovery"], "stage 1 fits; recovery fits\n", []),
+        (
+            1.05 * needed["recovery"],
+            "stage 1 fits; recovery is close: the est",
+            ["the recovery that follows may not fit"],
+        ),
+        (0.85 * needed["recovery"], "stage 1 fits; recovery does not fit", ["the recovery that follows does not fit"]),
+        (0.8 * needed["stage 1"], "stage 1 does not fit; ", ["stage 1 does not fit", "the recovery that follows"]),
     ):
         # Besides, what is no tensor.
         gpu += 1
@@ -95,15 +99,15 @@ def test_dry_run_says_what_fits_a_gpu(lighthouse, trainer):
     # Less is kept, and less is needed: what the warning names is what the estimate is with it.
     mode, less = re.search(r'activation_checkpointing = "(\w+)" \(([\d.]+) GiB\)', answer.err.splitlines()[1]).groups()
     changed = ["--set", f'training.activation_checkpointing="{mode}"']
-    assert estimated(lighthouse("pretrain", "tiny.toml", "--dry-run", *settings, *changed))["dense"] == float(less)
+    assert estimated(lighthouse("pretrain", "tiny.toml", "--dry-run", *settings, *changed))["recovery"] == float(less)
     # An estimate that no measurement covers warns of nothing; one that leaves something out does.
     eager = ["--set", "training.compile=false"]
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *eager)
-    why = "not measured for training.compile = false"
-    assert f" lighthouse is close: {why}; dense is close: {why}\n" in answer.out and not answer.err
+    why = "fits by size: no run with training.compile = false was measured"
+    assert f" stage 1 {why}; recovery {why}\n" in answer.out and not answer.err
     plain = ["--set", 'lighthouse.backend="reference"']
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--gpu-memory", "80", *settings, *plain)
-    assert 'lighthouse is not estimated: lighthouse.backend = "reference"' in answer.out
+    assert 'stage 1 is not estimated: lighthouse.backend = "reference"' in answer.out
     assert answer.err.startswith("warning: stage 1 may not fit, for its memory is not estimated: lighthouse.backend")
     # What holds the scores of all pairs is named.
     plain = ["--set", 'lighthouse.dense_backend="math"']
@@ -135,6 +139,50 @@ def test_a_start_and_a_dry_run_warn_of_whole_sequences(lighthouse, trainer):
         assert f" or lighthouse.tile_parents = 256 {fewer}) it sends what is gathered" in line and fewer != mib()
     answer = lighthouse("pretrain", "tiny.toml", "--dry-run", *shared, "--set", "lighthouse.tile_parents=256")
     assert answer.code == 0 and "whole sequences" not in answer.err
+
+
+def test_a_dry_run_says_what_processes_send_in_each_phase(lighthouse, trainer):
+    sizes = ["model.heads=4", "model.head_dim=16", "parallel.context=2", "training.seq_len=65536"]
+    sizes.append('lighthouse.method="sliding"')
+    phases = "{window=1024}, {method='chunked', window=1536}, {window=1024, window_end=4096}, {enabled=false}"
+
+    def dry_run(*settings):
+        answer = lighthouse(
+            "pretrain", "tiny.toml", "--dry-run", "--nproc", "2", *(x for s in settings for x in ("--set", s))
+        )
+        assert answer.code == 0
+        return {line[2:23].strip(): line[24:] for line in answer.out.splitlines() if line.startswith("# ")}
+
+    def mib(dense=False, window=1024):
+        made = load_recipe("tiny.toml", [*sizes, f"lighthouse.window={window}"])
+        return f"{exchanged_bytes(made, dense=dense) / 2**20:.1f} MiB"
+
+    # What a phase sends is what a recipe of that phase alone sends.
+    alone = [mib(), mib(dense=True), mib(window=4096)]
+    assert len(set(alone)) == 3
+    lines = dry_run(*sizes, f"lighthouse.phases=[{phases}]")
+    said = "in a pass, a process sends"
+    for number, most in ((1, ""), (2, ""), (3, "up to ")):
+        assert lines[f"phase {number}"].endswith(f"; {said} {most}{alone[number - 1]} for a Lighthouse layer")
+    assert lines["phase 4"].endswith(": dense")
+    assert lines["shared sequences"] == f"2 processes share each sequence; {said} {alone[1]} for a dense layer"
+    lines = dry_run(*sizes, "lighthouse.window=1024")
+    assert lines["shared sequences"].endswith(f" {alone[1]} for a dense layer and {alone[0]} for a Lighthouse layer")
+    # Of chunks that grow some do not fill the shares.
+    growing = "lighthouse.phases=[{method='chunked', window=1024, window_end=16384}]"
+    assert f" {said} up to {alone[1]} for a" in dry_run(*sizes, growing)["phase 1"]
+
+
+def test_a_key_that_a_phase_does_not_read_is_warned_of(lighthouse, trainer):
+    phases = "lighthouse.phases=[{topk=32, window=64}, {method='chunked', window=64, topk=16}, {enabled=false}]"
+    for more in (["--dry-run"], ["--name", "a"]):
+        answer = lighthouse("pretrain", "tiny.toml", *more, "--set", phases)
+        assert answer.code == 0 and [line for line in answer.err.splitlines() if line.startswith("warning")] == [
+            "warning: lighthouse.phases[2].topk has no effect: the method chunked does not read it"
+        ]
+    # A dense baseline reads none of them.
+    answer = lighthouse("pretrain", "tiny.toml", "--dry-run", "--set", phases, "--set", "lighthouse.enabled=false")
+    assert answer.code == 0 and "warning" not in answer.err
 
 
 def test_a_start_warns_of_what_may_not_fit_its_gpu(lighthouse, trainer, monkeypatch):
@@ -486,6 +534,13 @@ def test_recover_is_finished_repeated_extended(lighthouse, trainer):
     assert "was begun with 10 steps, not 12" in lighthouse("recover", "a", "--steps", "12").error
     assert "steps 106 to 110" in lighthouse("recover", "a").err
     assert "complete at step 110" in lighthouse("recover", "a").error
+    launches = len(trainer.launches)
+    for length in ((), ("--steps", "10")):
+        answer = lighthouse("recover", "a", "--or-done", *length)
+        assert answer.code == 0 and "is complete at step 110: nothing is left to do\n" in answer.err
+    assert "with 10 steps, not 12" in lighthouse("recover", "a", "--or-done", "--steps", "12").error
+    assert "exclude each other" in lighthouse("recover", "a", "--or-done", "--extend", "3").error
+    assert len(trainer.launches) == launches
     assert "steps 111 to 113" in lighthouse("recover", "a", "--extend", "3").err
     assert ledger("a") == [("lighthouse", 0, 100), ("dense", 100, 113)]
 

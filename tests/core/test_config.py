@@ -118,7 +118,7 @@ def test_an_integer_is_a_float_and_nothing_else_is_converted():
         ("  3,\n", "  3\n  4,\n", "r.toml:11: not valid TOML"),
         ("lr = 1e-3", "lr = [1,", "r.toml:25: not valid TOML"),
         ("[optimizer]", "[training]", "r.toml:22: not valid TOML"),
-        ("  3,", "  true,", "r.toml:8: model.dense_layers[1] must be an integer, not true"),
+        ("  3,", "  true,", "r.toml:8: model.dense_layers[2] must be an integer, not true"),
         ("  3,", "  4,", "r.toml:8: model.dense_layers: layer 4 is outside 0..3"),
         ("  3,", "  -1,", "r.toml:8: model.dense_layers: layer -1 is outside 0..3"),
         ("  3,", "  0,", "r.toml:8: model.dense_layers lists layer 0 more than once"),

@@ -17,6 +17,7 @@ from lighthouse_core.attention.dense.call import KERNELS
 from lighthouse_core.attention.methods import METHODS as registry
 from lighthouse_core.attention.module import DenseAttention, LighthouseAttention
 from lighthouse_core.attention.parts import far, merge, near, parts_kernel
+from lighthouse_core.attention.settings import SettingError, Settings
 from lighthouse_core.config import load_recipe
 from lighthouse_core.errors import RecipeError
 from lighthouse_core.estimate import flops_per_token
@@ -587,3 +588,42 @@ def test_on_a_gpu_gradients_are_deterministic_where_torch_is_asked_to_be():
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# Another value of every setting, of which a call of 128 tokens takes note where it reads the setting.
+OTHER = {
+    **{"window": 48, "backend": "triton", "dense_backend": "fa4", "rotate": "after"},
+    **{"pooling": 4, "levels": 2, "topk": 2, "tile_parents": 4, "cover_prefix": False, "scorer": "random"},
+    **{"score_block": 8, "compression": 4, "keep": 8, "blocks": 1, "block_size": 8, "block_score": "bound", "tile": 16},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fa4 may be there")
+@pytest.mark.parametrize("name", registry)
+def test_a_method_names_the_settings_that_it_reads(name):
+    base = {"method": name, "window": 24, "scorer": "block", "score_block": 4, "compression": 8, **PYRAMID}
+    base |= {"tile": 8, "block_size": 4, "blocks": 3}
+    if name == "compressed":
+        base |= {"keep": 4, "scorer": "random"}
+    q, k, v = draw(128)
+
+    def result(settings):
+        try:
+            return lighthouse_attention(q, k, v, LighthouseConfig(**settings), key=KEY)
+        except ValueError as error:
+            return error
+
+    out = result(base)
+    assert isinstance(out, torch.Tensor) and "method" in registry[name].reads
+    assert {"method", *OTHER} == {field.name for field in dataclasses.fields(Settings)}
+    for key, value in OTHER.items():
+        value = "norm" if (key, name) == ("scorer", "compressed") else value
+        changed = result(base | {key: value})
+        if key in registry[name].reads:
+            # Neither backend is for such tensors on a CPU, and no rotary table is given.
+            refused = isinstance(changed, ValueError) and key in ("backend", "dense_backend", "rotate")
+            assert refused or not torch.equal(changed, out), key
+        else:
+            # A setting that other methods alone can have is refused, and passes no more silently.
+            refused = isinstance(changed, SettingError) and changed.field == key
+            assert refused or torch.equal(changed, out), key

@@ -128,38 +128,38 @@ def test_a_phase_overrides_the_section():
     [
         (
             "{window=64, window_end=32}",
-            "lighthouse.phases[0].window_end must be at least the phase's window, above 0 (64)",
+            "lighthouse.phases[1].window_end must be at least the phase's window, above 0 (64)",
         ),
-        ("{window=64, growth='linear'}", "lighthouse.phases[0].growth needs a window_end"),
+        ("{window=64, growth='linear'}", "lighthouse.phases[1].growth needs a window_end"),
         ("{window=64, window_end=99, growth='log'}", 'growth must be "linear" or "geometric", not "log"'),
-        ("{window=64}, {windw=64}", "unknown key lighthouse.phases[1].windw; did you mean window?"),
+        ("{window=64}, {windw=64}", "unknown key lighthouse.phases[2].windw; did you mean window?"),
         (
             "{window=64}, {enabled=false, window=3}",
-            "lighthouse.phases[1].window is not for a phase with enabled = false",
+            "lighthouse.phases[2].window is not for a phase with enabled = false",
         ),
-        ("{window=64}, {enabled=false, dense_layers=[]}", "lighthouse.phases[1].dense_layers is not for a phase with"),
-        ("{window=64, share=0}", "lighthouse.phases[0].share must be above 0, not 0"),
-        ("{window=64}, {}", "lighthouse.phases[1].window must be a number of tokens for the method chunked, not 0"),
-        ("{window=64, window_end=2048}", "lighthouse.phases[0].window_end (2048) is not below training.seq_len (2048)"),
-        ("{window=64}, {window=2048}", "lighthouse.phases[1].window (2048) is not below training.seq_len (2048)"),
+        ("{window=64}, {enabled=false, dense_layers=[]}", "lighthouse.phases[2].dense_layers is not for a phase with"),
+        ("{window=64, share=0}", "lighthouse.phases[1].share must be above 0, not 0"),
+        ("{window=64}, {}", "lighthouse.phases[2].window must be a number of tokens for the method chunked, not 0"),
+        ("{window=64, window_end=2048}", "lighthouse.phases[1].window_end (2048) is not below training.seq_len (2048)"),
+        ("{window=64}, {window=2048}", "lighthouse.phases[2].window (2048) is not below training.seq_len (2048)"),
         ("{enabled=false}", "every phase is dense"),
-        ("{window=64, dense_layers=[4]}", "lighthouse.phases[0].dense_layers: layer 4 is outside 0..3"),
-        ("{window=64, dense_layers=[1, 1]}", "lighthouse.phases[0].dense_layers lists layer 1 more than once"),
-        ("{window=64}, {window=96, share=1e-7}, {window=128, share=2}", "lighthouse.phases[1].share is too small"),
+        ("{window=64, dense_layers=[4]}", "lighthouse.phases[1].dense_layers: layer 4 is outside 0..3"),
+        ("{window=64, dense_layers=[1, 1]}", "lighthouse.phases[1].dense_layers lists layer 1 more than once"),
+        ("{window=64}, {window=96, share=1e-7}, {window=128, share=2}", "lighthouse.phases[2].share is too small"),
         ("{window=64, window_end=99, share=1e-7}, {window=99}", "window_end is for a phase of two steps or more"),
         (", ".join(["{window=64}"] * 101), "lighthouse.phases are 101, more than training.steps (100)"),
         (
             "{method='compressed', window=64, window_end=128}",
-            "lighthouse.phases[0].window_end is not for the method comp",
+            "lighthouse.phases[1].window_end is not for the method comp",
         ),
         (
             "{window=64, window_end=128, dense_backend='cudnn'}",
-            "lighthouse.phases[0].dense_backend 'cudnn' compiles",
+            "lighthouse.phases[1].dense_backend 'cudnn' compiles",
         ),
-        ("{method='pyramid', topk=100001}", "lighthouse.phases[0].topk must be a positive multiple"),
-        ("{method='pyramid', topk=16000}", "use a smaller lighthouse.phases[0].topk"),
-        ("{window='64'}", "lighthouse.phases[0].window must be an integer, not the string"),
-        ("7", "lighthouse.phases[0] must be a table, not the integer 7"),
+        ("{method='pyramid', topk=100001}", "lighthouse.phases[1].topk must be a positive multiple"),
+        ("{method='pyramid', topk=16000}", "use a smaller lighthouse.phases[1].topk"),
+        ("{window='64'}", "lighthouse.phases[1].window must be an integer, not the string"),
+        ("7", "lighthouse.phases[1] must be a table, not the integer 7"),
     ],
 )
 def test_phases_that_cannot_be(phases, words):
@@ -175,7 +175,7 @@ def test_an_error_names_the_line_of_its_phase(tmp_path):
         .replace("[data]", "[[lighthouse.phases]]\n\n[[lighthouse.phases]]\ntopk = 7\n\n[data]", 1)
     )
     line = text.splitlines().index("topk = 7") + 1
-    with pytest.raises(RecipeError, match=rf"^mine.toml:{line}: lighthouse.phases\[1\].topk must be"):
+    with pytest.raises(RecipeError, match=rf"^mine.toml:{line}: lighthouse.phases\[2\].topk must be"):
         loads_recipe(text, source="mine.toml")
 
 
@@ -224,7 +224,7 @@ def test_documents_suit_every_phase():
     assert [phase.attention.alignment for phase in made.phases[:3]] == [16, 8, 1]
     assert made.alignment == 16
     assert recipe("{levels=2, pooling=8}, {levels=4, pooling=2}", *settings).alignment == 8
-    with pytest.raises(RecipeError, match=r'not for lighthouse.phases\[1\].method "compressed"'):
+    with pytest.raises(RecipeError, match=r'not for lighthouse.phases\[2\].method "compressed"'):
         recipe("{}, {method='compressed'}", *settings)
 
 

@@ -539,8 +539,8 @@ def test_a_runs_data_by_another_name(sweep, tmp_path, monkeypatch, paths, same):
     [
         ("corpus/**/*.py", 1, None),
         ("{here}/link/**/*.py", 1, None),
-        ("other/**/*.py", 1, r"data\.sources\.1\.paths"),
-        ("corpus/**/*.py", 2, r"data\.sources\.1\.weight"),
+        ("other/**/*.py", 1, r"data\.sources\[2\]\.paths"),
+        ("corpus/**/*.py", 2, r"data\.sources\[2\]\.weight"),
     ],
 )
 def test_a_mixture_by_another_name(sweep, tmp_path, monkeypatch, path, weight, words):

@@ -122,6 +122,18 @@ def test_lighthouse_takes_the_place_of_all_but_the_dense_layers(recipe):
             ["chunked, window 256, layers 0-1, 4, 6-8 of 0-8, the others dense", "dense attention on cpu: "],
         ),
         (["model.dense_layers=[]"], "lighthouse", ["scorer random), every layer"]),
+        (
+            ['lighthouse={method="blocks",window=256}'],
+            "lighthouse",
+            ["blocks (blocks 16, block_size 128", "chosen blocks on cpu: plain matrix products; FlashAttention-4 "],
+        ),
+        (
+            ['lighthouse={method="blocks",window=256,dense_backend="math"}'],
+            "lighthouse",
+            ["chosen blocks on cpu: plain matrix products"],
+        ),
+        (['lighthouse={method="sliding",window=256}'], "lighthouse", ["windows on cpu: plain matrix products; "]),
+        (["lighthouse.window=64", 'data.packing="documents"'], "dense", ["documents on cpu: flash attention (torch)"]),
     ],
 )
 def test_a_run_begins_with_the_words_of_its_attention(settings, name, words, monkeypatch, caplog):

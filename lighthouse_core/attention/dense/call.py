@@ -98,6 +98,7 @@ def packed(
 def documents_kernel(name: str, device_type: str, dtype: torch.dtype, dim: int) -> DenseKernel:
     """The kernel of attention within documents; see `kernel_beyond`."""
     if name == "auto" and device_type == "cpu":
+        log_once(f"documents on cpu: {KERNELS['flash'].label}")
         return KERNELS["flash"]
     return kernel_beyond("documents", _WITH_DOCUMENTS, name, device_type, dtype, dim)
 
@@ -139,6 +140,7 @@ def kernel_beyond(
     if known("dense_backend", name, tuple(BACKENDS)) not in names:
         raise SettingError("dense_backend", f"must be one of {', '.join(names)} for {what}, not {name!r}")
     if name == "math":
+        log_once(f"{what} on {device_type}: {KERNELS['math'].label}")
         return KERNELS["math"]
     why: list[str] = []
     for kernel in (KERNELS[one] for one in _tried(name, names)):
@@ -148,6 +150,7 @@ def kernel_beyond(
             return kernel
         why.append(f"{kernel.label} {why_not}")
     if name == "auto" and device_type != "cuda":
+        log_once(f"{what} on {device_type}: {'; '.join([KERNELS['math'].label, *why])}")
         return KERNELS["math"]
     hint = 'the dense_backend "math" runs everywhere, for short sequences'
     raise BackendError(f"{what} need a kernel for them: {'; '.join(why)}", hint)

@@ -46,6 +46,7 @@ class Blocks(Method):
     name = "blocks"
     chooses_blocks = True
     shown = ("method", "blocks", "block_size", "block_score", "tile")
+    reads = frozenset((*shown, "window", "dense_backend"))
 
     def check(self, settings: Settings) -> None:
         if settings.tile % settings.block_size and settings.block_size % settings.tile:

@@ -25,6 +25,7 @@ class Chunked(Method):
 
     name = "chunked"
     window_is_a_shape = False
+    reads = frozenset(("method", "window", "dense_backend"))
 
     def can(self, settings: Settings) -> frozenset[str]:
         return frozenset(("documents",))

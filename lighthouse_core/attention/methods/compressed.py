@@ -37,6 +37,7 @@ class Compressed(Method):
     name = "compressed"
     keeps_blocks = True
     shown = ("method", "compression")
+    reads = frozenset(("method", "window", "compression", "keep", "scorer", "score_block", "dense_backend"))
 
     def check(self, settings: Settings) -> None:
         if settings.compression < 2 or settings.window % settings.compression:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from lighthouse_core.attention.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -12,7 +15,6 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
     from lighthouse_core.attention.context import AttentionContext
-    from lighthouse_core.attention.settings import Settings
     from lighthouse_kernels.geometry import Geometry
 
 
@@ -49,6 +51,7 @@ class Method:
         chooses_blocks: whether a call is attention to a window and to chosen blocks, which few dense kernels have.
         takes: arguments of the call beyond q, k and v that it reads: "indices", "scores", "rotary".
         shown: settings that a report names beside those of the method.
+        reads: settings that can change what a call does. A phase with a key of its own beyond these is told so.
     """
 
     name: ClassVar[str]
@@ -60,6 +63,7 @@ class Method:
     chooses_blocks: ClassVar[bool] = False
     takes: ClassVar[frozenset[str]] = frozenset()
     shown: ClassVar[tuple[str, ...]] = ("method",)
+    reads: ClassVar[frozenset[str]] = frozenset(field.name for field in fields(Settings))
 
     def check(self, settings: Settings) -> None:
         """Raise SettingError unless it can run with these settings."""

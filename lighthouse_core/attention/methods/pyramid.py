@@ -42,6 +42,7 @@ class Pyramid(Method):
     window_is_a_shape = False
     takes = frozenset(("indices", "scores", "rotary"))
     shown = ("pooling", "levels", "topk", "scorer")
+    reads = frozenset((*_PROPOSED, "rotate", "dense_backend"))
 
     def geometry(self, settings: Settings, tokens: int) -> Geometry:
         s = settings

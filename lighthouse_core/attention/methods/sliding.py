@@ -20,6 +20,7 @@ class Sliding(Method):
     name = "sliding"
     window_is_a_shape = False
     windows = True
+    reads = frozenset(("method", "window", "dense_backend"))
 
     def can(self, settings: Settings) -> frozenset[str]:
         return frozenset(("documents",))
