@@ -8,14 +8,17 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median, stdev, variance
 from typing import Any, NamedTuple
 
 from lighthouse_core import figures
+from lighthouse_core.attention.methods import METHODS
+from lighthouse_core.attention.settings import Settings
 from lighthouse_core.config.phases import of_older_run
+from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
@@ -51,6 +54,12 @@ SAME_TIME_DECAYED = """Losses on the held-out text of runs whose rate has gone t
 between dense runs of several lengths, each of which decays over the share of its steps that stands with the run. A step
 of them counts with the seconds that it takes on the GPU that the run's own seconds are of. A loss that falls ever more
 slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
+
+EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss lie
+on a straight line of loss over the logarithm of time, between dense runs of two lengths whose rate decays; a loss below
+that of the longest or above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
+± is the standard error that the spread of repetitions gives, {spread:.4f} of one loss (*Noise*), were all runs as
+spread."""
 
 
 # A GPU, and the versions of what ran there.
@@ -116,23 +125,24 @@ class Trial:
         return self if machine == self.machine else replace(self, alone=False, timed_on=machine)
 
     def part(self, row: dict) -> str:
-        """Steps of one part take equally long: a stage, or a phase of stage 1, by its settings; in a phase whose window
-        grows they count as if they did."""
-        part = f"{row['stage']} {row['window']}" if "window" in row else row["stage"]
-        if "phase" not in row:
-            return part
-        own = self.run["recipe"]["lighthouse"]["phases"][row["phase"] - 1]
-        more = {key: value for key, value in own.items() if key not in ("share", "enabled", "window")}
-        if not own["enabled"]:
-            return f"{row['stage']} dense"
-        return f"{row['stage']} {json.dumps(more | {'window': own.get('window')})}" if more else part
+        """Steps of one part take equally long: dense ones, or those of a stage 1 or of a phase of it, by the settings
+        that its method reads; in a phase whose window grows they count as if they did."""
+        given = dict(self.run["recipe"]["lighthouse"])
+        phases = given.pop("phases", ())
+        phase = phases[row["phase"] - 1] if "phase" in row else {}
+        if row["stage"] == "dense" or phase.get("enabled") is False:
+            return "dense"
+        # Before there were phases, rows told the window.
+        given |= phase or ({"window": row["window"]} if "window" in row else {})
+        settings = {one.name: given.get(one.name, one.default) for one in fields(Settings)}
+        read = {key: settings[key] for key in sorted(METHODS[settings["method"]].reads)}
+        grown = {key: given[key] for key in ("window_end", "growth", "dense_layers") if key in given}
+        return f"lighthouse {json.dumps(read | grown)}"
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""
-        pooled = part.startswith("lighthouse")
-        sections = ("recover", "schedule", *(() if pooled else ("lighthouse",)))
-        keys = ("training.steps", "training.seed", "model.rope_theta", *(() if pooled else ("model.dense_layers",)))
-        return json.dumps([part, *self.machine, self.settings(sections, keys)])
+        keys = ("training.steps", "training.seed", "model.rope_theta", *(("model.dense_layers",) * (part == "dense")))
+        return json.dumps([part, *self.machine, self.settings(("recover", "schedule", "lighthouse"), keys)])
 
     @cached_property
     def settled(self) -> dict[str, list[float]]:
@@ -146,7 +156,11 @@ class Trial:
 
     @property
     def own_paces(self) -> dict[str, float]:
-        return {part: median(seconds) for part, seconds in self.settled.items()}
+        """Medians; while a window grows, the mean of medians of five rows each: what compiles is one row of them."""
+        return {
+            part: fmean(running_medians(seconds)) if '"window_end"' in part else median(seconds)
+            for part, seconds in self.settled.items()
+        }
 
     @property
     def known(self) -> dict[str, Pace]:
@@ -199,18 +213,24 @@ class Trial:
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
         """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections.
 
-        What is off is left out, too: a recipe of before there was such a key says as much.
+        What is off or as by default is left out, too: a recipe of before there was such a key says as much.
         """
         left_out = ("output", "checkpoint", "metrics", *sections)
         recipe = {
-            name: {key: value for key, value in part.items() if value}
+            name: {key: value for key, value in part.items() if value and value != default(name, key)}
             for name, part in self.run["recipe"].items()
             if name not in left_out
         }
         for key in keys:
             section, name = key.split(".")
             recipe.get(section, {}).pop(name, None)
-        return json.dumps(recipe, sort_keys=True)
+        return json.dumps({name: part for name, part in recipe.items() if part}, sort_keys=True)
+
+
+def default(section: str, key: str) -> Any:
+    """Of a key of a recipe; None where there is no such key now."""
+    keys = Recipe.model_fields[section].annotation.model_fields
+    return keys[key].default if key in keys else None
 
 
 def trials(sweep: dict, paces: Mapping[str, Pace] | None = None) -> list[Trial]:
@@ -234,6 +254,11 @@ def paces(sweeps: Mapping[str, dict]) -> dict[str, Pace]:
         pace: (median(seconds for seconds, _ in alike), tuple(sorted({source for _, source in alike})))
         for pace, alike in found.items()
     }
+
+
+def running_medians(numbers: Sequence[float]) -> list[float]:
+    """Of each number and its two neighbours on both sides, as far as there are so many."""
+    return [median(numbers[max(0, place - 2) : place + 3]) for place in range(len(numbers))]
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -500,6 +525,82 @@ def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple
     )
 
 
+def spread(sweeps: Iterable[list[Trial]]) -> float | None:
+    """Standard deviation of the loss of one run among its repetitions, over all that there are."""
+    groups: dict[tuple, list[float]] = {}
+    for trial in itertools.chain(*sweeps):
+        if trial.end:
+            groups.setdefault(but_for_the_seed(trial), []).append(trial.loss["mean"])
+    several = [losses for losses in groups.values() if len(losses) > 1]
+    free = sum(len(losses) - 1 for losses in several)
+    return math.sqrt(sum(variance(losses) * (len(losses) - 1) for losses in several) / free) if free else None
+
+
+class Length(NamedTuple):
+    """Dense runs of one length.
+
+    Attributes:
+        seconds: of training.
+        loss: mean at the end.
+        runs: how many.
+    """
+
+    seconds: float
+    loss: float
+    runs: int
+
+
+def dense_lengths(trial: Trial, others: Iterable[Trial]) -> list[Length]:
+    """Dense runs alike but for the seed whose rate decays, at the seconds of the trial's machine, shortest first. Of
+    several decays of one run the one that ended lowest."""
+
+    def conditions(trial: Trial) -> tuple:
+        keys = ("training.steps", "training.seed", "model.dense_layers", "schedule.decay_steps")
+        return trial.text, trial.end["data"]["sha256"], trial.settings(("lighthouse", "recover"), keys)
+
+    found: dict[int, dict[tuple, tuple[float, float]]] = {}
+    for other in others:
+        if other.dense and other.decay and other.end and conditions(other) == conditions(trial):
+            there = other.on(trial.machine)
+            if there.timed:
+                one = (other.run["recipe"]["training"]["seed"], other.run["git_commit"])
+                best = found.setdefault(sum(other.steps), {})
+                best[one] = min(best.get(one, there.outcome), there.outcome, key=lambda outcome: outcome[1])
+    return [
+        Length(fmean(s for s, _ in runs.values()), fmean(loss for _, loss in runs.values()), len(runs))
+        for _, runs in sorted(found.items())
+    ]
+
+
+def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
+    """Of all runs that decay and are not dense: how much longer dense training takes to their loss."""
+    everything = list(itertools.chain(*sweeps.values()))
+    groups: dict[tuple, list[tuple[str, Trial]]] = {}
+    for name, runs in sweeps.items():
+        for trial in runs:
+            if trial.end and trial.decay and not trial.dense and trial.timed:
+                groups.setdefault(but_for_the_seed(trial), []).append((name, trial))
+    rows = []
+    for group in groups.values():
+        (name, trial), runs = group[0], len(group)
+        lengths = dense_lengths(trial, everything)
+        if len(lengths) < 2:
+            continue
+        loss, seconds = fmean(one.loss["mean"] for _, one in group), fmean(one.seconds for _, one in group)
+        row = [trial.name, f"`{name}`", str(runs), " + ".join(map(str, trial.steps)), f"{seconds:.0f}", f"{loss:.4f}"]
+        ends = next(((a, b) for a, b in itertools.pairwise(lengths) if b.loss <= loss <= a.loss), None)
+        if ends is None:
+            rows.append([*row, "outside", ""])
+            continue
+        a, b = ends
+        share, slope = (a.loss - loss) / (a.loss - b.loss), math.log(b.seconds / a.seconds) / (a.loss - b.loss)
+        needed = a.seconds * (b.seconds / a.seconds) ** share
+        error = noise * math.sqrt(1 / runs + (1 - share) ** 2 / a.runs + share**2 / b.runs)
+        ratio = needed / seconds
+        rows.append([*row, f"{needed:.0f}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
+    return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times longer"], rows)
+
+
 def repetitions(sweeps: list[list[Trial]]) -> str:
     """The spread of runs that differ in nothing but the seed."""
     groups: dict[str, list[tuple[Trial, list[float]]]] = {}
@@ -595,8 +696,11 @@ def write(files: list[Path], out: Path) -> None:
     conclusions = out / "conclusions.md"
     if conclusions.exists():
         text.append(conclusions.read_text(encoding="utf-8").strip() + "\n")
-    if spread := repetitions(measurements):
-        text.append(f"## Noise\n\n{NOISE}\n\n{spread}\n")
+    if repeated := repetitions(measurements):
+        text.append(f"## Noise\n\n{NOISE}\n\n{repeated}\n")
+    noise, named = spread(measurements), {file.stem: runs for file, runs in zip(files, measurements, strict=True)}
+    if noise and (rows := equal_loss(named, noise)):
+        text.append(f"## At equal loss\n\n{EQUAL_LOSS.format(spread=noise)}\n\n{rows}\n")
     told: dict[str, str] = {}
     for file, sweep, runs in zip(files, sweeps, measurements, strict=True):
         name, about = file.stem, sweep["about"].strip()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,17 @@ def test_a_sweep_says_what_it_expects_and_gives_every_method_the_same_tokens(fil
     sweep = load_sweep(file)
     assert "Expected" in sweep.about
     recipes = {name: load_recipe(EVIDENCE / sweep.recipe, sweep.settings(name)) for name in sweep.runs}
-    steps = {name: (run.at or recipes[name].training.steps) + run.recover for name, run in sweep.runs.items()}
-    for name, run in sweep.runs.items():
-        whole, dense = max(steps.values()), not recipes[name].lighthouse.enabled
-        # Dense runs of other lengths are for equal wall-clock; without a recovery a stage 1 is for others.
-        assert steps[name] == whole or dense or not run.recover
+    steps = {
+        name: (0 if run.other_phases else run.at) or recipes[name].training.steps for name, run in sweep.runs.items()
+    }
+    steps = {name: steps[name] + run.recover for name, run in sweep.runs.items()}
+    # Dense runs of other lengths are for equal wall-clock, other recoveries of a stage 1 for equal loss; without a
+    # recovery a stage 1 is for others.
+    sparse = [name for name, run in sweep.runs.items() if run.recover and recipes[name].lighthouse.enabled]
+    whole = {steps[name] for name in sparse if sweep.runs[name].at or not sweep.runs[name].stage_1}
+    assert len(whole) <= 1
+    dense = {steps[name] for name, recipe in recipes.items() if not recipe.lighthouse.enabled}
+    assert not dense or whole <= dense
 
 
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
@@ -409,6 +416,7 @@ def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep,
     dense, _, norm = module.trials(sweep, module.paces({"alone": alone}))
     assert (dense.seconds, norm.seconds) == (6.0, 4.0)
     norm.run["recipe"]["lighthouse"]["window"] = 8
+    dense, _, norm = module.trials(sweep, module.paces({"alone": alone}))
     assert dense.timed and not norm.timed
     dense.run["ledger"]["stages"][0]["conditions"] = {"device": "another"}
     assert not dense.timed
@@ -525,7 +533,7 @@ def test_what_is_not_there_yet_is_left_out(sweep, tmp_path):
 
 
 def test_steps_of_a_phase_take_equally_long():
-    phases = [{"share": 1.0, "enabled": True, "window": 64}, {"share": 1.0, "enabled": True, "window": 64, "keep": 4}]
+    phases = [{"share": 1.0, "enabled": True, "window": 64}, {"share": 1.0, "enabled": True, "window": 64, "topk": 4}]
     phases += [{"share": 1.0, "enabled": True, "window": 64, "window_end": 99}, {"share": 1.0, "enabled": False}]
     trial = report().Trial("grown", {"recipe": {"lighthouse": {"phases": phases}}})
     rows = [
@@ -535,6 +543,42 @@ def test_steps_of_a_phase_take_equally_long():
         {"phase": 3, "window": 99},
     ]
     parts = [trial.part({"stage": "lighthouse"} | row) for row in [*rows, {"phase": 4}]]
-    # As rows of before there were phases.
-    assert parts[0] == trial.part({"stage": "lighthouse", "window": 64}) == "lighthouse 64"
-    assert parts[2] == parts[3] and len(set(parts)) == 4
+    assert parts[2] == parts[3] and len(set(parts)) == 4 and parts[4] == trial.part({"stage": "dense"}) == "dense"
+    # As rows of before there were phases, and as a run without them.
+    assert parts[0] == trial.part({"stage": "lighthouse", "window": 64})
+    plain = report().Trial("plain", {"recipe": {"lighthouse": {"window": 64, "compression": 9}}})
+    # The method does not read the compression.
+    assert parts[0] == plain.part({"stage": "lighthouse"})
+
+
+def test_while_a_window_grows_steps_count_with_their_mean(sweep):
+    module = report()
+    norm = sweep["runs"]["norm"]
+    norm["recipe"]["lighthouse"] = {
+        "enabled": True,
+        "phases": [{"share": 1.0, "enabled": True, "window": 64, "window_end": 256}],
+    }
+    row = norm["rows"][0] | {"stage": "lighthouse", "phase": 1}
+    # The third row compiled.
+    seconds = [1.0, 2.0, 90.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    norm["rows"] = [row | {"step": step, "seconds": each} for step, each in enumerate(seconds, 1)]
+    (pace,) = module.Trial("norm", norm).own_paces.values()
+    # Medians of five rows; fewer at both ends.
+    assert pace == pytest.approx((2.0 + 3.0 + 4.0 + 5.0 + 6.0 + 6.0 + 7.0 + 8.0 + 8.5 + 9.0) / 10)
+
+
+def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
+    module = report()
+    dense = [decay(run(loss, [loss]), steps, steps // 4, seconds=1.0) for loss, steps in ((2.0, 4), (1.0, 16))]
+    other = decay(run(1.2, [1.2], seed=2), 16, 4, seconds=1.0)
+    ends = [decay(run(loss, [loss], enabled=True, recover=1), 4, 1, seconds=0.5) for loss in (1.55, 2.5)]
+    for each, seed in zip(ends, (1, 3), strict=True):
+        each["recipe"]["training"]["seed"] = seed
+        each["recipe"]["lighthouse"]["window"] = seed
+    runs = {"short": dense[0], "long": dense[1], "again": other, "growing": ends[0], "norm": ends[1]}
+    rows = module.equal_loss({"trial": module.trials({"runs": runs})}, 0.1).splitlines()[2:]
+    # The dense runs end at 2.0 and, on average, at 1.1; half-way in loss is half-way in the logarithm of time.
+    needed, error = 8.0, 0.1 * (1 + 0.25 + 0.125) ** 0.5
+    ratio = needed / 2.0
+    assert rows[0].split(" | ")[-2:] == [f"{needed:.0f}", f"{ratio:.2f} ± {ratio * error * math.log(4) / 0.9:.2f} |"]
+    assert "outside" in rows[1] and len(rows) == 2
