@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from lighthouse_core.config.budget import BudgetSection
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.model import ModelSection
@@ -339,6 +340,8 @@ def _unknown(path: KeyPath, given: Any) -> str:
     if path[:2] == ("lighthouse", "phases"):
         known = PhaseSection.names_of_keys()
         return f"unknown key lighthouse.phases[{path[2]}].{path[-1]}{did_you_mean(path[-1], known)}"
+    if path[:2] == ("lighthouse", "budget"):
+        return f"unknown key {'.'.join(map(str, path))}{did_you_mean(str(path[-1]), BudgetSection.names_of_keys())}"
     if path[:2] == _SCALING and len(path) > 2:
         if path[-1] == "type":
             return f"unknown key {'.'.join(path)}; did you mean {'.'.join(_SCALING)}.{_TAG}?"
