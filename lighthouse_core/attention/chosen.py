@@ -3,6 +3,8 @@
 B batch, N tokens, H query heads, Hkv key/value heads, G query heads of a KV head, D head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -108,10 +110,10 @@ def _best(
     if starts is not None:
         there = (there & (number >= (starts // size)[..., None]))[:, None]
     scores, wanted = scores.masked_fill(~there, -torch.inf), min(blocks, count)
+    room: Any = wanted
     largest = scores.topk(wanted).values
-    if budgets is None:
-        least, room = largest[..., -1:], wanted
-    else:
+    least = largest[..., -1:]
+    if budgets is not None:
         room = budgets.clamp(max=wanted).long()[:, None, None]
         # Of a head without blocks the largest score: nothing is better, and there is no room for an equal one.
         least = largest.gather(-1, (room - 1).clamp(min=0).expand(*scores.shape[:3], 1))

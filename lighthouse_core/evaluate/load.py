@@ -84,7 +84,9 @@ def load_checkpoint(
         numbers = budget.blocks(recipe.phases, step, load_measurement(source))
         budgets = torch.tensor(numbers, dtype=torch.int32, device=device)
     key = selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device)
-    context = AttentionContext(key=key, budgets=budgets)
+    # Which layers are dense the model knows by itself; budgets are of the others alone.
+    dense_layers = () if budgets is None else phase.dense_layers
+    context = AttentionContext(key=key, budgets=budgets, dense_layers=dense_layers)
     beyond = f", trained at {trained} tokens" if tokens > trained else ""
     subject = Subject(
         name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}{beyond}",

@@ -94,7 +94,7 @@ def heads_view(run: Run, step: int, sequences: int, device: torch.device | None)
         shares = shares_of_block(block, *inputs, window=phase.attention.window, queries=budget.queries)
         found[number].append(shares.double().cpu())
 
-    blocks = list(subject.model.layers.values())
+    blocks = [module for module in subject.model.modules() if isinstance(module, Block)]
     hooks = [blocks[number].register_forward_pre_hook(partial(look, number, blocks[number])) for number in layers]
     try:
         for row, packed in text:

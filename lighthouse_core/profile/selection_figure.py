@@ -12,7 +12,7 @@ _LABELS = 32
 
 def draw(view: SelectionView | HeadsView, path: Path) -> list[Path] | None:
     """Draw a heat map, as PNG and SVG. Of a selection, of the share of tokens at level 0, a row for every layer and KV
-    head, and beside it the drift if there is any. Of heads, of their attention beyond the window, a row for every layer.
+    head, and beside it the drift if there is any. Of heads, of their attention beyond the window, a row for a layer.
 
     Args:
         view: what is drawn.

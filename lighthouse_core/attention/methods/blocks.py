@@ -19,7 +19,7 @@ MoBA (Lu et al., arXiv 2502.13189) trains with blocks that are chosen by their m
 itself, its own block takes part always, and blocks reach up to the query. The tile before as the chooser is ours. No
 gradient goes through the choice, and there is no parameter: dense attention recovers from it as from a window.
 
-A context may share out the blocks of a layer among its KV heads (`AttentionContext.budgets`), by the rule of budgets.py.
+A context may share out the blocks of a layer among its KV heads (`AttentionContext.budgets`); budgets.py has the rule.
 """
 
 from __future__ import annotations
