@@ -17,6 +17,7 @@ from torch.multiprocessing import spawn
 from lighthouse_core.attention.beyond import measured_rows, shares_beyond
 from lighthouse_core.attention.budgets import WIDEST, share_out
 from lighthouse_core.attention.context import AttentionContext
+from lighthouse_core.checkpoint import read_contents
 from lighthouse_core.config import dump_recipe, load_recipe
 from lighthouse_core.config.budget import BudgetSection, Measurement
 from lighthouse_core.config.load import loads_recipe
@@ -28,6 +29,7 @@ from lighthouse_core.models.decoder import Decoder
 from lighthouse_core.profile.report import heads_parts
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.runs.create import create_run
+from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.runs.run import Run
 from lighthouse_core.titan.budget import Budgets
 from lighthouse_core.weights.checkpoint import find_source, load_measurement
@@ -327,7 +329,7 @@ def test_documents_and_checkpointing(shared):
 
 
 def test_what_reads_a_checkpoint(shared, whole, monkeypatch):
-    folder, plain, *_ = shared
+    _, plain, *_ = shared
     seen, hidden = [], Decoder.hidden
 
     def noting(self, tokens, context):
@@ -352,7 +354,18 @@ def test_what_reads_a_checkpoint(shared, whole, monkeypatch):
     view = selection_view(plain.path, sequences=2)
     assert view.blocks == [[2, 2]] * 2 and view.threshold is view.measured_step is None
     assert "0, the default" in heads_parts(view)[2]
-    strip(whole.path, folder / "export", allow_unrecovered=True)
+
+
+def test_a_recovery_and_an_export_know_nothing_of_it(shared, whole):
+    folder, *_ = shared
+    run = continued(whole, 9)
+    run.write_recovery(plan_recovery(run, steps=2))
+    train(run, folder / "meeting")
+    assert len(rows(run, "loss")) == 11 and len(rows(run, "budget_share")) == 2
+    contents = [read_contents(run.checkpoint_dir(step)).values for step in (9, 11)]
+    assert [any(name.startswith("budget") for name in names) for names in contents] == [True, False]
+    strip(run.path, folder / "export")
+    assert selection_view(run.path, sequences=1).step == 9
 
 
 def test_a_run_is_compiled_once(monkeypatch):
