@@ -356,6 +356,32 @@ def test_kernels_on_a_gpu(name, score, heads, kv_heads, documents, compiled, mon
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["fa4", "flex"])
+def test_budgets_on_a_gpu(name, compiled):
+    """Unequal ones are near float32, and equal ones change no bit of the output."""
+    kernel = KERNELS[name]
+    if why_not := kernel.blocks("cuda", torch.bfloat16, 128, 256, 128):
+        pytest.skip(why_not)
+    torch._dynamo.reset()
+    shape = (4000, 4, 2, 256, 128, 4, 700)
+    given = [x.cuda().bfloat16() for x in draw(shape, batch=1, dim=128, dtype=torch.float32)]
+
+    def call(backend, budgets):
+        context = AttentionContext(budgets=None if budgets is None else torch.tensor(budgets).int().cuda())
+        cfg = config(shape, dense_backend=backend)
+        run = torch.compile(attend, fullgraph=True, dynamic=False) if compiled and backend == name else attend
+        return lambda q, k, v: run(q, k, v, cfg, context)
+
+    for budgets in ((0, 8), (16, 1), (0, 0)):
+        exact = with_gradients(call("math", budgets), *(x.float() for x in given))
+        for found, truth in zip(with_gradients(call(name, budgets), *given), exact, strict=True):
+            torch.testing.assert_close(found.float(), truth, rtol=0.02, atol=0.02 * truth.abs().max().item())
+    equal, without = (call(name, budgets)(*given[:3]) for budgets in ((4, 4), None))
+    assert torch.equal(equal, without)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fa4", "flex"])
 def test_on_a_gpu_no_bit_depends_on_another_document_or_a_later_token(name):
     """Of FlashAttention-4 the gradients of keys are added up in no fixed order, so its output alone is compared."""
