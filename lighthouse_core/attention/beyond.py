@@ -11,7 +11,7 @@ from torch import Tensor
 from lighthouse_core.attention.dense.math import wide
 
 # Query rows of a KV head whose scores exist at once.
-_ROWS = 64
+_ROWS = 32
 
 
 def measured_rows(tokens: int, queries: int) -> list[int]:

@@ -209,8 +209,11 @@ def parse_override(override: str) -> dict[str, Any]:
 
 def _wanted(key: str) -> str:
     """What type a key takes, in words; of a key that is not known, a string."""
-    section, _, name = key.partition(".")
-    kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+    *sections, name = key.split(".")
+    kind: Any = Recipe if sections else None
+    for section in sections:
+        known = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        kind = known[section].annotation if section in known else None
     if isinstance(kind, type) and issubclass(kind, Section) and name in kind.names_of_keys():
         return _TYPES[kind.model_json_schema()["properties"][name].get("type", "object")]
     return "a string"

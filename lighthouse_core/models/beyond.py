@@ -25,7 +25,7 @@ def shares_of_block(
     tokens, starts = x.shape[1], None
     rows = torch.tensor(measured_rows(tokens, queries), device=x.device)
     turns = turns if turns.dim() == 3 else turns[:1]
-    q, k = block.attention.queries_and_keys(block.attention_norm(x[:1]), turns, context)
+    q, k = block.attention.queries_and_keys(block.attention_norm(x[:1]), turns, context, rows)
     if context.documents is not None:
         starts = of_tiles(context.documents, 1, tokens, 1)[0, rows]
-    return shares_beyond(q[0, rows], k[0], rows, window, starts)
+    return shares_beyond(q[0], k[0], rows, window, starts)

@@ -107,14 +107,21 @@ class Attention(nn.Module):
         )
         self.inner_attention: LighthouseAttention | DenseAttention = DenseAttention()
 
-    def queries_and_keys(self, x: Tensor, turns: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """q [B, N, H, D] and k [B, N, Hkv, D], as an `inner_attention` takes them that does not rotate; arguments as in
-        `forward`."""
-        q, k = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk))
+    def queries_and_keys(
+        self, x: Tensor, turns: Tensor, context: AttentionContext, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, rows, H, D] of some tokens and k [B, N, Hkv, D] of all, as `inner_attention` takes them if it does not
+        rotate.
+
+        Args:
+            x, turns, context: as in `forward`.
+            rows: int64 [rows], the tokens of q.
+        """
+        q, k = (w(of).unflatten(-1, (-1, self.head_dim)) for w, of in ((self.wq, x[:, rows]), (self.wk, x)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         rotary = _own(turns.view(torch.float32), x, context)
-        return rotate(q, rotary), rotate(k, rotary)
+        return rotate(q, rotary[..., rows, :, :]), rotate(k, rotary)
 
     def forward(self, x: Tensor, turns: Tensor, context: AttentionContext) -> Tensor:
         """[B, N, dim] of `x` [B, N, dim].

@@ -28,6 +28,7 @@ from lighthouse_core.export import strip
 from lighthouse_core.models.decoder import Decoder
 from lighthouse_core.profile.report import heads_parts
 from lighthouse_core.profile.selection import selection_view
+from lighthouse_core.profile.selection_figure import draw
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.runs.run import Run
@@ -157,6 +158,12 @@ def test_what_is_refused(settings, words):
     with pytest.raises(RecipeError) as found:
         recipe(*settings)
     assert words in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_value_that_is_no_number_is_refused_with_what_the_key_takes():
+    with pytest.raises(RecipeError) as found:
+        recipe(*BLOCKS, "lighthouse.budget.every=often")
+    assert found.value.hint == "lighthouse.budget.every takes an integer"
 
 
 def test_it_stands_beside_other_phases_and_a_dense_baseline():
@@ -328,7 +335,7 @@ def test_documents_and_checkpointing(shared):
     assert len(rows(ours, "budget_share")) == 2
 
 
-def test_what_reads_a_checkpoint(shared, whole, monkeypatch):
+def test_what_reads_a_checkpoint(shared, whole, tmp_path, monkeypatch):
     _, plain, *_ = shared
     seen, hidden = [], Decoder.hidden
 
@@ -351,6 +358,7 @@ def test_what_reads_a_checkpoint(shared, whole, monkeypatch):
     assert table.columns == ("layer", "head 0", "head 1")
     assert table.rows[1] == ("2", *(f"{view.beyond[1][head]:.1%}, {expected[2][head]}" for head in range(2)))
     assert "measured in step 8" in rule and json.loads(json.dumps(view.as_json()))["blocks"] == view.blocks
+    assert [path.suffix for path in draw(view, tmp_path / "selection")] == [".png", ".svg"]
     view = selection_view(plain.path, sequences=2)
     assert view.blocks == [[2, 2]] * 2 and view.threshold is view.measured_step is None
     assert "0, the default" in heads_parts(view)[2]
