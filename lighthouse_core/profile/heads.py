@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lighthouse_core.attention.beyond import measured_rows
 from lighthouse_core.config.phases import phase_at
 from lighthouse_core.data.overlap import own_split
 from lighthouse_core.errors import UserError
@@ -114,7 +115,7 @@ def heads_view(run: Run, step: int, sequences: int, device: torch.device | None)
         window=phase.attention.window,
         tokens=recipe.training.seq_len,
         sequences=sequences,
-        queries=budget.queries,
+        queries=len(measured_rows(recipe.training.seq_len, budget.queries)),
         threshold=budget.threshold if budget.every else None,
         measured_step=last.step if last.step and phase_at(recipe.phases, last.step) == phase else None,
         layers=layers,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.config.budget import BudgetSection, Measurement
 from lighthouse_core.config.phases import Phase, phase_at
+from lighthouse_core.errors import PatchError
 from lighthouse_core.models.beyond import shares_of_block
 from lighthouse_core.models.decoder import Block, Decoder
 from lighthouse_core.weights.checkpoint import checked_measurement
@@ -84,11 +85,21 @@ class Budgets:
 
         Returns:
             What is logged of a measurement; None where there was none.
+
+        Raises:
+            PatchError: a layer that was to be measured was not.
         """
         found, self._found = self._found, None
-        if not found:
+        phase = self._phase(step)
+        if found is None or phase is None:
             return None
-        layers = sorted(found)
+        layers = [layer for layer in range(len(self.last.shares)) if layer not in phase.dense_layers]
+        if sorted(found) != layers:
+            raise PatchError(
+                f"step {step} was to measure the KV heads of layers {layers}, and measured {sorted(found)}"
+            )
+        if not layers:
+            return None
         shares = torch.stack([found[layer].double() for layer in layers])
         torch.distributed.all_reduce(shares)
         shares /= torch.distributed.get_world_size()

@@ -21,7 +21,7 @@ from lighthouse_core.checkpoint import read_contents
 from lighthouse_core.config import dump_recipe, load_recipe
 from lighthouse_core.config.budget import BudgetSection, Measurement
 from lighthouse_core.config.load import loads_recipe
-from lighthouse_core.errors import CheckpointError, RecipeError
+from lighthouse_core.errors import CheckpointError, PatchError, RecipeError
 from lighthouse_core.estimate import process_bytes
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.export import strip
@@ -353,6 +353,7 @@ def test_what_reads_a_checkpoint(shared, whole, tmp_path, monkeypatch):
         assert (seen[-1] if seen[-1] is None else seen[-1].tolist()) == budgets
     view = selection_view(whole.path, sequences=2)
     assert (view.step, view.measured_step, view.layers, view.kv_heads) == (9, 8, [0, 2], 2)
+    assert (view.queries, view.window, view.tokens, view.sequences) == (16, 8, 64, 2)
     assert view.blocks == [expected[0], expected[2]] and len({str(heads) for heads in view.beyond}) == 2
     table, _, rule = heads_parts(view)
     assert table.columns == ("layer", "head 0", "head 1")
@@ -423,6 +424,10 @@ def test_a_measurement_leaves_random_numbers_and_gradients_alone():
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         results.append([loss.detach(), torch.random.get_rng_state(), *gradients])
     assert set(budgets._found) == {1}
+    # A layer that nothing looked at is no measurement.
+    budgets.begin(1)
+    with pytest.raises(PatchError, match=r"KV heads of layers \[1\], and measured \[\]"):
+        budgets.end(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
