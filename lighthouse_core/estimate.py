@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
+from lighthouse_core.attention.budgets import WIDEST
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.methods.method import Method
+from lighthouse_core.attention.settings import Settings
 from lighthouse_core.config import Recipe
 from lighthouse_core.config.phases import Phase, overlaps
 from lighthouse_core.models.family import Parameters
@@ -426,7 +428,11 @@ def _stage_bytes(recipe: Recipe, processes: int, *, gpu: bool) -> dict[str, int]
         eager = not training.compile
         # Where only gathered rows are exchanged, those are there twice, and nothing else.
         of_tokens = 0 if by_rows(cfg) else copies
-        attention = method.kept_numbers(settings, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
+        counted: Settings = settings
+        if recipe.lighthouse.budget.every and method.chooses_blocks:
+            # The lists of all KV heads are as wide as that of the head with most blocks could become.
+            counted = replace(settings.constant(), blocks=WIDEST * settings.blocks)
+        attention = method.kept_numbers(counted, tokens, q, kv, mode=mode, copies=of_tokens, compiled=not eager)
         if mode == "attention":
             return attention + model.dim + residual
         if by_rows(cfg) and mode == "none":

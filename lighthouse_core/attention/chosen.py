@@ -3,12 +3,15 @@
 B batch, N tokens, H query heads, Hkv key/value heads, G query heads of a KV head, D head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import pad
 
 from lighthouse_core.attention.backends import uniform
+from lighthouse_core.attention.budgets import WIDEST
 from lighthouse_core.attention.context import AttentionContext, checked_key
 from lighthouse_core.attention.dense.math import wide
 from lighthouse_core.attention.settings import Settings
@@ -29,7 +32,8 @@ def choose_blocks(
         starts: `Tiles.starts`.
 
     Returns:
-        int32 [B, Hkv, N / tile, `settings.blocks`].
+        int32 [B, Hkv, N / tile, `settings.blocks`]; where the context has budgets, `WIDEST` times as many, of which
+        each KV head uses its own number.
     """
     s, kv_heads = settings, k.shape[2]
     rows, count = q.shape[1] // s.tile, k.shape[1] // s.block_size
@@ -44,7 +48,8 @@ def choose_blocks(
         mean = mean.unflatten(2, (kv_heads, -1)).mean(3)
         # Of the tile before. The first one has none, and no block to choose.
         scores = _scores(pad(mean[:, :-1], (0, 0, 0, 0, 1, 0)), k.detach(), s.block_size, s.block_score == "bound")
-    return _best(scores, starts, s.blocks, s.window, s.tile, s.block_size)
+    width = s.blocks * (1 if context.budgets is None else WIDEST)
+    return _best(scores, starts, width, s.window, s.tile, s.block_size, context.budgets)
 
 
 @custom_op("lighthouse::mean_queries", mutates_args=())
@@ -88,8 +93,16 @@ def _(q, k, size, bound):
 
 
 @custom_op("lighthouse::best_blocks", mutates_args=())
-def _best(scores: Tensor, starts: Tensor | None, blocks: int, window: int, tile: int, size: int) -> Tensor:
-    """`choose_blocks`, from scores [B, Hkv, tiles, blocks]."""
+def _best(
+    scores: Tensor,
+    starts: Tensor | None,
+    blocks: int,
+    window: int,
+    tile: int,
+    size: int,
+    budgets: Tensor | None = None,
+) -> Tensor:
+    """`choose_blocks`, from scores [B, Hkv, tiles, blocks]; `budgets` are of the KV heads, int32 [Hkv]."""
     rows, count = scores.shape[2:]
     number = torch.arange(count, device=scores.device)
     first = torch.arange(rows, device=scores.device) * tile
@@ -97,16 +110,21 @@ def _best(scores: Tensor, starts: Tensor | None, blocks: int, window: int, tile:
     if starts is not None:
         there = (there & (number >= (starts // size)[..., None]))[:, None]
     scores, wanted = scores.masked_fill(~there, -torch.inf), min(blocks, count)
-    least = scores.topk(wanted).values[..., -1:]
+    room: Any = wanted
+    largest = scores.topk(wanted).values
+    least = largest[..., -1:]
+    if budgets is not None:
+        room = budgets.clamp(max=wanted).long()[:, None, None]
+        # Of a head without blocks the largest score: nothing is better, and there is no room for an equal one.
+        least = largest.gather(-1, (room - 1).clamp(min=0).expand(*scores.shape[:3], 1))
     better, equal = scores > least, (scores == least) & there
-    room = wanted - better.sum(-1, keepdim=True)
-    taken = better | (equal & (equal.cumsum(-1) <= room))
+    taken = better | (equal & (equal.cumsum(-1) <= room - better.sum(-1, keepdim=True)))
     found = torch.where(taken, number, count).topk(wanted, largest=False).values
     return pad(found, (0, blocks - wanted), value=count).int()
 
 
 @_best.register_fake
-def _(scores, starts, blocks, window, tile, size):
+def _(scores, starts, blocks, window, tile, size, budgets=None):
     return scores.new_empty(*scores.shape[:3], blocks, dtype=torch.int32)
 
 

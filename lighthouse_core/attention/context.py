@@ -62,6 +62,9 @@ class AttentionContext:
         group: processes that share the sequences, each as many tokens, in their order; None for one process.
         first_position: position of the first token within the sequence.
         heads: that a call has, where processes share them out; None for all heads of the layer.
+        budgets: int32, how many blocks each KV head chooses, [Hkv] of one call, or [layers, Hkv] of a model; at most
+            `budgets.WIDEST` times those of the settings. None for those of the settings in every head. Being a tensor,
+            other numbers compile nothing anew.
     """
 
     key: Tensor | None = None
@@ -73,14 +76,18 @@ class AttentionContext:
     group: ProcessGroup | None = None
     first_position: int = 0
     heads: Heads | None = None
+    budgets: Tensor | None = None
 
     def of_layer(self, number: int) -> AttentionContext:
         """The context of one layer's call, whose key is a row of the model's."""
         key = self.key if self.key is None or self.key.dim() == 1 else self.key[number]
-        if key is self.key and not self.dense_layers:
+        if key is self.key and not self.dense_layers and self.budgets is None:
             return self
+        dense, budgets = self.dense or number in self.dense_layers, self.budgets
+        if budgets is not None:
+            budgets = None if dense else budgets[number]
         # The list itself stays here: a layer that is compiled does not depend on it.
-        return replace(self, key=key, dense=self.dense or number in self.dense_layers, dense_layers=())
+        return replace(self, key=key, dense=dense, dense_layers=(), budgets=budgets)
 
     def tokens(self, x: Tensor) -> int:
         """N, the tokens of whole sequences, of which `x` [B, n, ...] has those of this process."""
@@ -88,12 +95,20 @@ class AttentionContext:
 
     @property
     def asks(self) -> frozenset[str]:
-        """What it asks for that not every method can do: "documents", "group"."""
-        asked = {"documents": self.documents is not None, "group": self.group is not None or self.first_position > 0}
+        """What it asks for that not every method can do: "documents", "group", "budgets"."""
+        asked = {
+            "documents": self.documents is not None,
+            "group": self.group is not None or self.first_position > 0,
+            "budgets": self.budgets is not None,
+        }
         return frozenset(name for name, there in asked.items() if there)
 
 
-_CANNOT = {"documents": "keeps no documents apart", "group": "is not for sequences that processes share"}
+_CANNOT = {
+    "documents": "keeps no documents apart",
+    "group": "is not for sequences that processes share",
+    "budgets": "chooses no blocks for each KV head",
+}
 # What dense attention does of what a context may ask for.
 DENSE_CAN = frozenset(("documents",))
 
@@ -103,7 +118,7 @@ def check_context(context: AttentionContext, can: frozenset[str], what: str) -> 
 
     Args:
         context: of the batch.
-        can: what the attention can do of "documents" and "group".
+        can: what the attention can do of "documents", "group" and "budgets".
         what: the attention, for the message.
 
     Raises:

@@ -50,10 +50,12 @@ def by_heads(
         [B, n, H, D].
 
     Raises:
-        ValueError: the processes of the group cannot share out the heads.
+        ValueError: the processes of the group cannot share out the heads, or the context has budgets of the KV heads.
     """
     if context.group is None:
         return call(q, k, v, context, scores)
+    if context.budgets is not None:
+        raise ValueError("budgets of the KV heads are not for sequences that processes share")
     group, heads, kv_heads = context.group, q.shape[2], k.shape[2]
     count, rank = group.size(), group.rank()
     q, k, v = _all_tokens(q, k, v, group)

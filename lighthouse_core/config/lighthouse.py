@@ -9,6 +9,7 @@ from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
 from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import SettingError, Settings
+from lighthouse_core.config.budget import BudgetSection
 from lighthouse_core.config.phases import Phase, PhaseSection, spans
 from lighthouse_core.config.positions import spelled
 from lighthouse_core.config.section import Section, conflict
@@ -17,12 +18,13 @@ from lighthouse_core.config.section import Section, conflict
 # pydantic's hints make every model a dataclass that can be changed, whatever `frozen` says.
 class LighthouseSection(Section, Settings):  # type: ignore[misc]
     """`enabled = false` trains a dense baseline, whatever the other keys say. `phases` follow each other in stage 1,
-    and override the keys here; without them stage 1 is one phase. The other keys are those of `Settings`, with their
-    defaults.
+    and override the keys here; without them stage 1 is one phase. `budget` shares out blocks among KV heads. The other
+    keys are those of `Settings`, with their defaults.
     """
 
     enabled: bool = True
     phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = ()
+    budget: BudgetSection = Field(default_factory=BudgetSection)
 
     def resolved(self, steps: int, dense_layers: tuple[int, ...]) -> tuple[Phase, ...]:
         """The phases of a stage 1, first to last; of a dense baseline one that is dense.
@@ -93,7 +95,20 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
                 self._config({})
         except SettingError as error:
             raise conflict(error.field, f"lighthouse.{error}") from None
+        if self.enabled and self.budget.every and not any(map(self._chooses, self.phases or [None])):
+            others = ", ".join(f'"{name}"' for name, method in METHODS.items() if method.chooses_blocks)
+            raise conflict(
+                "budget.every",
+                "lighthouse.budget.every is for a method that chooses blocks for each KV head, and there is none here: "
+                f"write lighthouse.budget.every = 0, or choose lighthouse.method {others}",
+            )
         return self
+
+    def _chooses(self, phase: PhaseSection | None) -> bool:
+        """Whether the heads of a phase choose blocks; None stands for the keys of [lighthouse]."""
+        if phase is None:
+            return self._config({}).rule.chooses_blocks
+        return phase.enabled and self._first(phase).rule.chooses_blocks
 
     def _check_phase(self, phase: PhaseSection) -> None:
         """Raise SettingError for keys that do not go together."""

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from lighthouse_core.config.budget import BudgetSection
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
 from lighthouse_core.config.model import ModelSection
@@ -208,8 +209,11 @@ def parse_override(override: str) -> dict[str, Any]:
 
 def _wanted(key: str) -> str:
     """What type a key takes, in words; of a key that is not known, a string."""
-    section, _, name = key.partition(".")
-    kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+    *sections, name = key.split(".")
+    kind: Any = Recipe if sections else None
+    for section in sections:
+        known = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        kind = known[section].annotation if section in known else None
     if isinstance(kind, type) and issubclass(kind, Section) and name in kind.names_of_keys():
         return _TYPES[kind.model_json_schema()["properties"][name].get("type", "object")]
     return "a string"
@@ -338,6 +342,8 @@ def _unknown(path: KeyPath, given: Any) -> str:
         return _unknown_of_source(last)
     if path[:2] == ("lighthouse", "phases"):
         return f"unknown key {spelled(path)}{did_you_mean(last, PhaseSection.names_of_keys())}"
+    if path[:2] == ("lighthouse", "budget"):
+        return f"unknown key {spelled(path)}{did_you_mean(last, BudgetSection.names_of_keys())}"
     if path[:2] == _SCALING and len(path) > 2:
         if last == "type":
             return f"unknown key {spelled(path)}; did you mean {spelled(_SCALING)}.{_TAG}?"

@@ -91,6 +91,12 @@ class Recipe(Section):
         self._check_context()
         if self.lighthouse.enabled:
             self._check_phases()
+            if self.lighthouse.budget.every and self.parallel.context > 1:
+                raise conflict(
+                    "lighthouse.budget.every",
+                    "lighthouse.budget.every is not for shared sequences: write lighthouse.budget.every = 0, or "
+                    "parallel.context = 1",
+                )
         if self.data.packing == "documents" and (info.context or {}).get(TRAINS, True):
             self._check_documents()
         return self

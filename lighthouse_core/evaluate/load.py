@@ -24,7 +24,7 @@ from lighthouse_core.errors import DataError, UserError
 from lighthouse_core.evaluate.directory import explained, load_model
 from lighthouse_core.evaluate.subject import Subject, hidden_of_documents
 from lighthouse_core.models.decoder import build_dense_model, use_dense, use_lighthouse
-from lighthouse_core.weights.checkpoint import Source, find_source, load_weights
+from lighthouse_core.weights.checkpoint import Source, find_source, load_measurement, load_weights
 from lighthouse_core.weights.directory import read_config, words
 
 _ELSEWHERE = "measure it on such a machine, or its export, which lighthouse strip makes, on this one"
@@ -79,7 +79,14 @@ def load_checkpoint(
     model.to(device, dtype).eval()
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)
-    context = AttentionContext(key=selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device))
+    budget, budgets = recipe.lighthouse.budget, None
+    if as_trained and budget.acts_in(phase):
+        numbers = budget.blocks(recipe.phases, step, load_measurement(source))
+        budgets = torch.tensor(numbers, dtype=torch.int32, device=device)
+    key = selection_keys(recipe.training.seed, 0, 0, recipe.model.layers).to(device)
+    # Which layers are dense the model knows by itself; budgets are of the others alone.
+    dense_layers = () if budgets is None else phase.dense_layers
+    context = AttentionContext(key=key, budgets=budgets, dense_layers=dense_layers)
     beyond = f", trained at {trained} tokens" if tokens > trained else ""
     subject = Subject(
         name=f"{source.run.name} step {source.step}, {_words(cfg) if pooled else 'dense attention'}{beyond}",

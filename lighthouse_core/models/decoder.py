@@ -107,6 +107,22 @@ class Attention(nn.Module):
         )
         self.inner_attention: LighthouseAttention | DenseAttention = DenseAttention()
 
+    def queries_and_keys(
+        self, x: Tensor, turns: Tensor, context: AttentionContext, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, rows, H, D] of some tokens and k [B, N, Hkv, D] of all, as `inner_attention` takes them if it does not
+        rotate.
+
+        Args:
+            x, turns, context: as in `forward`.
+            rows: int64 [rows], the tokens of q.
+        """
+        q, k = (w(of).unflatten(-1, (-1, self.head_dim)) for w, of in ((self.wq, x[:, rows]), (self.wk, x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotary = _own(turns.view(torch.float32), x, context)
+        return rotate(q, rotary[..., rows, :, :]), rotate(k, rotary)
+
     def forward(self, x: Tensor, turns: Tensor, context: AttentionContext) -> Tensor:
         """[B, N, dim] of `x` [B, N, dim].
 
@@ -126,10 +142,15 @@ class Attention(nn.Module):
         if self.inner_attention.rotates(context):
             out = self.inner_attention(q, k, v, context, rotary=rotary, scores=scores)
         else:
-            own = slice(context.first_position, context.first_position + x.shape[1])
-            rotary = rotary[own] if rotary.dim() == 3 else rotary[:, own]
+            rotary = _own(rotary, x, context)
             out = self.inner_attention(rotate(q, rotary), rotate(k, rotary), v, context, scores=scores)
         return self.wo(out.flatten(2))
+
+
+def _own(rotary: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
+    """Of a rotary table, that of the tokens of this process, which are those of `x` [B, N, dim]."""
+    own = slice(context.first_position, context.first_position + x.shape[1])
+    return rotary[own] if rotary.dim() == 3 else rotary[:, own]
 
 
 class FeedForward(nn.Module):

@@ -16,6 +16,7 @@ from lighthouse_core.attention.settings import Settings
 from lighthouse_core.errors import UserError, refusal
 from lighthouse_core.files import STAGING, check_output, check_replaceable, remove_empty, together, write_atomically
 from lighthouse_core.profile.attention import AttentionProfile, Call, Pass
+from lighthouse_core.profile.heads import HeadsView
 from lighthouse_core.profile.machine import Roof
 from lighthouse_core.profile.selection import SelectionView
 from lighthouse_core.profile.step import StepProfile
@@ -406,6 +407,28 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
         "queries alone would choose there, those that the keys would, too."
         + " kept: of the tokens at level 0 at one checkpoint, those at level 0 at the next." * bool(view.drift)
         + f" Held-out sequences: {view.sequences}.",
+        *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
+    ]
+
+
+def heads_parts(view: HeadsView) -> list[Table | str]:
+    """A row for each layer, and what the figures mean."""
+    title = f"{view.run} step {view.step}, {view.method}, window {view.window}, N = {view.tokens}: each KV head"
+    if view.threshold is None:
+        rule = "Every head chooses as many blocks: lighthouse.budget.every is 0, the default."
+    elif view.measured_step is None:
+        rule = "Every head chooses as many blocks: this phase has measured nothing yet."
+    else:
+        rule = (
+            f"The numbers follow from what training measured in step {view.measured_step}, with "
+            f"lighthouse.budget.threshold {view.threshold:g}."
+        )
+    return [
+        Table(title, view.columns(), view.rows()),
+        "First the share of the head's attention beyond the window, by exact rows of the softmax, then the number of "
+        f"blocks that the head chooses. Held-out sequences: {view.sequences}, {view.queries} queries of the second "
+        "half of each.",
+        rule,
         *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
     ]
 

@@ -15,8 +15,9 @@ from lighthouse_core.errors import LighthouseError, UserError
 from lighthouse_core.estimate import process_bytes
 from lighthouse_core.profile import plots, selection_figure
 from lighthouse_core.profile.advise import advise
+from lighthouse_core.profile.heads import HeadsView
 from lighthouse_core.profile.machine import Roof, busy, describe, free_memory, memory, roof
-from lighthouse_core.profile.report import Report, attention_parts, selection_parts, step_parts, tune_parts
+from lighthouse_core.profile.report import Report, attention_parts, heads_parts, selection_parts, step_parts, tune_parts
 from lighthouse_core.profile.selection import selection_view
 from lighthouse_core.profile.step import StepProfile, run_step
 from lighthouse_core.profile.sweep import Sweep, profile_lengths
@@ -197,7 +198,7 @@ def selection(path: Path, sequences: int, say: Say) -> Report:
         f"What {view.run} selects at step {view.step}",
         "selection",
         describe(device()),
-        selection_parts(view),
+        heads_parts(view) if isinstance(view, HeadsView) else selection_parts(view),
         {"selection": view.as_json()},
         draw=lambda place: _drawn(selection_figure.draw(view, place / "selection"), say),
     )

@@ -27,6 +27,7 @@ from lighthouse_core.evaluate.report import held_out
 from lighthouse_core.evaluate.subject import Subject
 from lighthouse_core.evaluate.text import Text
 from lighthouse_core.models.decoder import lighthouse_layers
+from lighthouse_core.profile.heads import HeadsView, heads_view
 from lighthouse_core.runs.find import split_checkpoint
 from lighthouse_core.runs.run import Run
 from lighthouse_kernels.geometry import Geometry
@@ -238,7 +239,7 @@ def _drift(before: dict[int, list[_Seen]], after: dict[int, list[_Seen]], g: Geo
 
 def selection_view(
     path: Path, *, sequences: int = 4, bins: int = 64, device: torch.device | None = None
-) -> SelectionView:
+) -> SelectionView | HeadsView:
     """Look at what a checkpoint of stage 1 selects, on held-out text of the length of training, packed as in training.
 
     Args:
@@ -247,6 +248,9 @@ def selection_view(
         sequences: how many; one at a time goes through the model.
         bins: equal parts of the sequence, for the density; at most N.
         device: where it runs; a GPU if there is one.
+
+    Returns:
+        What heads attend to where the method chooses blocks for each KV head, else what the pyramid selects.
 
     Raises:
         RunError, CheckpointError: there is no such run or checkpoint, or it is damaged.
@@ -258,6 +262,8 @@ def selection_view(
     run, steps = _checkpoints(path)
     recipe = run.recipe
     cfg = phase_at(recipe.phases, steps[-1]).settings(steps[-1])
+    if cfg.rule.chooses_blocks:
+        return heads_view(run, steps[-1], sequences, device)
     tokens = recipe.training.seq_len
     g = cfg.geometry(tokens)
     text, drift, overlap, notes = None, [], None, {}
@@ -317,7 +323,7 @@ def _checkpoints(path: Path) -> tuple[Run, list[int]]:
     steps = [step for step in run.checkpoint_steps() if step <= end] if one is None else [one]
     phase = phase_at(recipe.phases, steps[-1] if steps else recipe.training.steps)
     of = f" in phase {phase.number}" if len(recipe.phases) > 1 else ""
-    if not phase.dense and not phase.attention.pools:
+    if not phase.dense and not phase.attention.pools and not phase.attention.rule.chooses_blocks:
         method = phase.attention.method
         raise UserError(f"the method {method!r} of run {run.name}{of} selects nothing: it has no pyramid")
     if not phase.sparse_layers(recipe.model.layers):

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse_core import figures
+from lighthouse_core.profile.heads import HeadsView
 from lighthouse_core.profile.selection import SelectionView
 
 _LABELS = 32
 
 
-def draw(view: SelectionView, path: Path) -> list[Path] | None:
-    """A heat map of the share of tokens at level 0, a row for every layer and KV head, and beside it the drift if there
-    is any, as PNG and SVG.
+def draw(view: SelectionView | HeadsView, path: Path) -> list[Path] | None:
+    """Draw a heat map, as PNG and SVG. Of a selection, of the share of tokens at level 0, a row for every layer and KV
+    head, and beside it the drift if there is any. Of heads, of their attention beyond the window, a row for a layer.
 
     Args:
         view: what is drawn.
@@ -23,6 +24,8 @@ def draw(view: SelectionView, path: Path) -> list[Path] | None:
     pyplot = figures.pyplot()
     if pyplot is None:
         return None
+    if isinstance(view, HeadsView):
+        return _draw_heads(pyplot, view, path)
     rows = [[100 * share for share in head] for layer in view.density for head in layer]
     names = [f"{layer}.{head}" for layer in view.layers for head in range(view.kv_heads)]
     size = (12 if view.drift else 7, min(12, max(4, 0.15 * len(rows) + 1)))
@@ -44,6 +47,24 @@ def draw(view: SelectionView, path: Path) -> list[Path] | None:
     figure.colorbar(image, label="tokens at level 0 (%)")
     if view.drift:
         _draw_drift(pyplot, grid[0, 1], view)
+    figure.tight_layout()
+    return figures.save(figure, path)
+
+
+def _draw_heads(pyplot: Any, view: HeadsView, path: Path) -> list[Path]:
+    """The number of blocks stands in each field."""
+    size = (min(12, max(5, 0.6 * view.kv_heads + 3)), min(12, max(4, 0.3 * len(view.layers) + 1)))
+    figure, axes = pyplot.subplots(figsize=size)
+    shares = [[100 * share for share in heads] for heads in view.beyond]
+    image = axes.imshow(shares, vmin=0, aspect="auto", interpolation="nearest")
+    for row, heads in enumerate(view.blocks):
+        for head, number in enumerate(heads):
+            axes.text(head, row, str(number), ha="center", va="center", color="white", fontsize=7)
+    axes.set_yticks(range(len(view.layers)), view.layers, fontsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    title = f"{figures.label(view.run)} step {view.step}: blocks of each head"
+    axes.set(xlabel="KV head", ylabel="layer", title=title)
+    figure.colorbar(image, label="attention beyond the window (%)")
     figure.tight_layout()
     return figures.save(figure, path)
 

@@ -14,7 +14,7 @@ from lighthouse_core.reading import is_count, is_number, open_regular, parse_jso
 _TIMES = ("seconds", "data_seconds", "tokens_per_second")
 _FIGURES = (
     *(*_TIMES, "loss", "val_loss", "grad_norm", "lr", "tokens", "steps", "memory_gib", "mfu", "window", "spike"),
-    *("loss_scale", "skipped_steps"),
+    *("loss_scale", "skipped_steps", "budget_share", "budget_heads", "budget_blocks"),
 )
 # What a row must have to be shown.
 _SHOWN = (*_TIMES, "stage", "leaky", "grad_norm", "lr", "memory_gib")

@@ -22,6 +22,7 @@ from lighthouse_core.errors import PatchError, StorageError
 from lighthouse_core.job.clock import RunningClock
 from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.seal import publish, read_manifest, seal, sealed_bytes
+from lighthouse_core.weights.checkpoint import BUDGET
 
 logger = logging.getLogger(__name__)
 # The name of the part of a checkpoint that float16 training alone has.
@@ -106,9 +107,10 @@ class Checkpointer(CheckpointManager):
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **named: Any) -> None:
         # torch's own way runs what the pickles of a checkpoint ask for.
         contents = self.contents or read_contents(Path(checkpoint_id))
-        if not any(name.startswith(f"{LOSS_SCALE}.") for name in contents.values):
-            # Of training in another dtype. The scale begins anew.
-            state_dict.pop(LOSS_SCALE, None)
+        for part in (LOSS_SCALE, BUDGET):
+            if not any(name.startswith(f"{part}.") for name in contents.values):
+                # Of training in another dtype, or without budgets. The scale begins anew, and so does measuring.
+                state_dict.pop(part, None)
         load(state_dict, Path(checkpoint_id), contents)
         self.states[MODEL].load_state_dict(state_dict)
 

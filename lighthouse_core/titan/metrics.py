@@ -78,7 +78,11 @@ class Metrics(MetricsProcessor):
     the run that were left out because gradients overflowed.
     `spike` is there where the loss is one: its robust z-score among the last logged losses; `first_of_launch`, true, in
     the row of a launch's first step, which compiles.
-    A validation row has `step`, `stage`, `leaky`, `val_loss`. A figure that is not finite is null.
+    A validation row has `step`, `stage`, `leaky`, `val_loss`.
+    A row of a measurement by [lighthouse.budget] has `step`, `stage`, `leaky`; `budget_share`, the share of attention
+    beyond the window, a mean over the layers and KV heads that are not dense; `budget_heads`, how many of these heads
+    choose blocks from then on; and `budget_blocks`, how many blocks the head with most has.
+    A figure that is not finite is null.
     """
 
     def __init__(self, stage: "Stage", job_config, parallel_dims, model_args=None):
@@ -230,6 +234,10 @@ class Metrics(MetricsProcessor):
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         self._write(step, {"val_loss": float(loss) if self.validation_loss is None else self.validation_loss()})
         self.validated = step
+
+    def log_budget(self, row: dict[str, float], step: int) -> None:
+        """Write what `Budgets` measured in a step."""
+        self._write(step, row)
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
         try:

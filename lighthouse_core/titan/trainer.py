@@ -43,6 +43,7 @@ from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_
 from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.run import Run
 from lighthouse_core.runs.schedule import lr_factor
+from lighthouse_core.titan.budget import Budgets
 from lighthouse_core.titan.checkpointer import LOSS_SCALE, Checkpointer
 from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.guard import Guard, NotingUtils
@@ -52,6 +53,7 @@ from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.parallelize import parallelize
 from lighthouse_core.titan.runtime import DEVICE_TYPE
 from lighthouse_core.titan.scaling import LossScale
+from lighthouse_core.weights.checkpoint import BUDGET
 from lighthouse_core.weights.origin import check_unchanged, find_weights
 
 logger = logging.getLogger(__name__)
@@ -369,7 +371,8 @@ class Validator(TitanValidator):
         local = labels.shape[0]
         sample = (self.batch * self.ranks + self.rank) * local
         self.batch += 1
-        context = self.stage.context(max(self.step, 1), 0, sample, labels.device)
+        step = max(self.step, 1)
+        context = self.budgets.within(self.stage.context(step, 0, sample, labels.device), step)
         context = _packed(context, input_dict, labels.device, self.stage.recipe)
         context = self.effects.send(self.sharers.within(context, labels.shape[1]))
         tokens, labels = self.sharers.own(input_dict["input"]), self.sharers.own(labels)
@@ -437,6 +440,12 @@ class Trainer(titan_train.Trainer):
         self.loss_scale = LossScale(self.device) if recipe.training.dtype == "float16" else None
         if self.loss_scale is not None:
             self.checkpointer.states[LOSS_SCALE] = self.metrics_processor.loss_scale = self.loss_scale
+        self.budgets = Budgets(
+            recipe.lighthouse.budget, stage.phases, (recipe.model.layers, recipe.model.kv_heads), self.device
+        )
+        if self.budgets.on:
+            self.budgets.watch(self.model_parts[0])
+            self.checkpointer.states[BUDGET] = self.budgets
         self.guard = Guard(
             recipe.training.nonfinite,
             recipe.training.nonfinite_limit,
@@ -458,6 +467,7 @@ class Trainer(titan_train.Trainer):
         self.checkpointer.also = recipe.checkpoint.also
         if recipe.data.validation:
             self.validator.anywhere, self.validator.meet = self.anywhere, self._meet
+            self.validator.budgets = self.budgets
 
     def _check_parts(self) -> None:
         """Raise PatchError unless torchtitan has built the trainer from our parts."""
@@ -587,11 +597,14 @@ class Trainer(titan_train.Trainer):
         some = self.stage.recipe.data.packing == "documents"
         self.effects.begin(None if some else training.global_batch_size * training.seq_len / self.divided)
         self.micro_batch = self.counted_labels = 0
+        self.budgets.begin(self.step)
         super().train_step(data_iterator)
         self.effects.check(f"step {self.step}", micro_batches, gradients=True)
         self.guard.check(self.step, micro_batches)
         self.checked = self.step
         self.place = self.dataloader.state_dict()
+        if row := self.budgets.end(self.step):
+            self.metrics_processor.log_budget(row, self.step)
         if not is_training():
             # Together: until then a signal ends a process at once.
             self.anywhere(False)
@@ -606,7 +619,7 @@ class Trainer(titan_train.Trainer):
 
     def _context(self, sample: int) -> AttentionContext:
         """Of a micro-batch of this step."""
-        return self.stage.context(self.step, self.step, sample, self.device)
+        return self.budgets.within(self.stage.context(self.step, self.step, sample, self.device), self.step)
 
     def post_dataloading_process(self, input_dict, labels):
         sample = (self.micro_batch * self.ranks + self.rank) * labels.shape[0]

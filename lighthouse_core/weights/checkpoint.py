@@ -6,13 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lighthouse_core.checkpoint import check_contents, check_model
+from lighthouse_core.checkpoint import check_contents, check_model, read_contents
 from lighthouse_core.checkpoint_reader import load
+from lighthouse_core.config.budget import Measurement
 from lighthouse_core.errors import CheckpointError
 from lighthouse_core.models.family import Entry
 from lighthouse_core.runs.find import split_checkpoint
 from lighthouse_core.runs.run import Run
 from lighthouse_core.seal import damage
+
+# The name of the part of a checkpoint that only a run with [lighthouse.budget] has.
+BUDGET = "budget"
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,32 @@ def load_weights(source: Source, table: list[Entry]) -> dict[str, Tensor]:
         if not weight.isfinite().all():
             raise CheckpointError(f"{name} of {source.path} holds NaN or infinity", hint="export an earlier checkpoint")
     return weights
+
+
+def load_measurement(source: Source) -> Measurement:
+    """The last measurement of the run before a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or has numbers that no training leaves.
+    """
+    model, contents = source.run.recipe.model, read_contents(source.path)
+    state = Measurement.none(model.layers, model.kv_heads)._asdict()
+    if any(name.startswith(f"{BUDGET}.") for name in contents.values):
+        nested = {BUDGET: state}
+        load(nested, source.path, contents, alone=True)
+        state = nested[BUDGET]
+    return checked_measurement(Measurement(**state))
+
+
+def checked_measurement(found: Measurement) -> Measurement:
+    """The measurement that a checkpoint holds.
+
+    Raises:
+        CheckpointError: it has numbers that no training leaves.
+    """
+    if found.step < 0 or not all(0 <= share <= 1 for heads in found.shares for share in heads):
+        raise CheckpointError(
+            "the checkpoint's shares of attention beyond the window are not all from 0 to 1",
+            hint="take another checkpoint of the run",
+        )
+    return found

@@ -5,10 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lighthouse_core import LighthouseConfig, lighthouse_attention
 from lighthouse_core.attention import AttentionContext, Documents
 from lighthouse_core.attention.backends import uniform
+from lighthouse_core.attention.call import attend
 from lighthouse_core.attention.chosen import choose_blocks
 from lighthouse_core.attention.dense import flex
 from lighthouse_core.attention.dense.call import KERNELS
@@ -54,8 +56,8 @@ def block_scores(q, k, tile, block, cfg, row, head, number):
     return sum(max(a * max(column), a * min(column)) for a, column in zip(mean, columns, strict=True))
 
 
-def choices(q, k, cfg, row, head, starts=(0,)):
-    """The blocks that each tile of one sequence and KV head chooses."""
+def choices(q, k, cfg, row, head, starts=(0,), budgets=None):
+    """The blocks that each tile of one sequence and KV head chooses; `budgets` are of the KV heads."""
     tokens, group, found = q.shape[1], q.shape[2] // k.shape[2], []
     for tile in range(-(-tokens // cfg.tile)):
         first = tile * cfg.tile
@@ -67,17 +69,17 @@ def choices(q, k, cfg, row, head, starts=(0,)):
                 queries = q[row, first - cfg.tile : first, head * group : (head + 1) * group]
                 scores[number] = block_scores(queries, k, tile, k[row, begin:end, head], cfg, row, head, number)
         best = sorted(scores, key=lambda number: (-scores[number], number))
-        found.append(sorted(best[: cfg.blocks]))
+        found.append(sorted(best[: cfg.blocks if budgets is None else budgets[head]]))
     return found
 
 
-def loop(q, k, v, cfg, starts=(0,)):
+def loop(q, k, v, cfg, starts=(0,), budgets=None):
     """Each query over the keys that the rule names, one after another."""
     group, rows = q.shape[2] // k.shape[2], []
     for row in range(q.shape[0]):
         heads = []
         for head in range(q.shape[2]):
-            chosen = choices(q.detach(), k.detach(), cfg, row, head // group, starts)
+            chosen = choices(q.detach(), k.detach(), cfg, row, head // group, starts, budgets)
             outs = []
             for at in range(q.shape[1]):
                 start = max(x for x in starts if x <= at)
@@ -115,6 +117,66 @@ def test_gradients():
     shape = SHAPES["few-blocks"]
     tensors = [x.requires_grad_() for x in draw(shape, batch=1, dim=2)[:3]]
     assert torch.autograd.gradcheck(partial(lighthouse_attention, cfg=config(shape)), tensors)
+
+
+def budgeted(cfg, *budgets):
+    """The call with these budgets of the KV heads."""
+    context = AttentionContext(KEY, budgets=torch.tensor(budgets, dtype=torch.int32))
+    return lambda q, k, v: attend(q, k, v, cfg, context)
+
+
+UNEQUAL = [(0, 6), (5, 1), (8, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("budgets", UNEQUAL, ids=str)
+@pytest.mark.parametrize("shape", ("usual", "wide-blocks", "odd-length"))
+def test_a_call_with_budgets_is_the_loop(shape, budgets, score):
+    cfg, tensors = config(SHAPES[shape], score), draw(SHAPES[shape])
+    truth = with_gradients(partial(loop, cfg=cfg, budgets=budgets), *tensors)
+    assert_close(with_gradients(budgeted(cfg, *budgets), *tensors), truth)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equal_budgets_change_no_bit(shape, score):
+    cfg, tensors = config(shape, score), draw(shape, dtype=torch.float32)
+    call = partial(lighthouse_attention, cfg=cfg, key=KEY)
+    ours = with_gradients(budgeted(cfg, *[cfg.blocks] * shape[2]), *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(ours, with_gradients(call, *tensors), strict=True))
+
+
+@pytest.mark.parametrize("budgets", UNEQUAL, ids=str)
+def test_gradients_with_budgets(budgets):
+    tensors = [x.requires_grad_() for x in draw((40, 2, 2), batch=1, dim=2)[:3]]
+    assert torch.autograd.gradcheck(budgeted(config((40, 2, 2, 4, 2, 3, 9)), *budgets), tensors)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("budgets", UNEQUAL, ids=str)
+def test_nothing_leaks_with_budgets(budgets, score):
+    shape = SHAPES["usual"]
+    call, tensors = budgeted(config(shape, score), *budgets), draw(shape, dtype=torch.float32)[:3]
+    out = call(*tensors)
+    for cut in range(1, shape[0], 5):
+        other = [torch.cat((x[:, :cut], 100 * torch.randn_like(x[:, cut:])), 1) for x in tensors]
+        assert torch.equal(out[:, :cut], call(*other)[:, :cut])
+
+
+def test_other_budgets_compile_nothing_anew():
+    torch._dynamo.reset()
+    cfg, counter = config(SHAPES["usual"]), CompileCounterWithBackend("aot_eager")
+    tensors = draw(SHAPES["usual"])
+
+    def call(q, k, v, budgets):
+        return attend(q, k, v, cfg, AttentionContext(KEY, budgets=budgets))
+
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for budgets in UNEQUAL:
+        numbers = torch.tensor(budgets, dtype=torch.int32)
+        ours = with_gradients(partial(compiled, budgets=numbers), *tensors)
+        assert_close(ours, with_gradients(partial(call, budgets=numbers), *tensors))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -201,10 +263,11 @@ def test_keys_are_counted(shape):
     assert cfg.keys(shape[0]) == pytest.approx(sum(counted) / shape[0], abs=1e-9)
 
 
+@pytest.mark.parametrize("budgets", [None, (0, 7), (9, 1)], ids=str)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("window", [1, 5, 24, 200])
 @pytest.mark.parametrize(("tile", "size"), [(8, 4), (4, 8), (8, 8), (16, 4)])
-def test_the_lists_of_flex_attention_name_what_is_seen(tile, size, window, documents):
+def test_the_lists_of_flex_attention_name_what_is_seen(tile, size, window, documents, budgets):
     """Each pair that is seen is in one list of each kind, once."""
     tokens = 96
     q, k, *_ = draw((tokens, 4, 2), dtype=torch.float32)
@@ -215,7 +278,8 @@ def test_the_lists_of_flex_attention_name_what_is_seen(tile, size, window, docum
         starts[0] = (torch.arange(0, tokens, tile) // 32 * 32).int()
         starts[1] = (torch.arange(0, tokens, tile) // 48 * 48).int()
     cfg = LighthouseConfig(method="blocks", window=window, blocks=3, block_size=size, tile=tile)
-    tiles = Tiles(choose_blocks(q, k, cfg, AttentionContext(), starts), starts, window, tile, size)
+    context = AttentionContext(budgets=None if budgets is None else torch.tensor(budgets, dtype=torch.int32))
+    tiles = Tiles(choose_blocks(q, k, cfg, context, starts), starts, window, tile, size)
     expected = seen(tiles, tokens).expand(2, 2, tokens, tokens).flatten(0, 1)
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     near = (age >= 0) & (age < window)
@@ -289,6 +353,32 @@ def test_kernels_on_a_gpu(name, score, heads, kv_heads, documents, compiled, mon
         finally:
             torch.use_deterministic_algorithms(before)
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["fa4", "flex"])
+def test_budgets_on_a_gpu(name, compiled):
+    """Unequal ones are near float32, and equal ones change no bit of the output."""
+    kernel = KERNELS[name]
+    if why_not := kernel.blocks("cuda", torch.bfloat16, 128, 256, 128):
+        pytest.skip(why_not)
+    torch._dynamo.reset()
+    shape = (4000, 4, 2, 256, 128, 4, 700)
+    given = [x.cuda().bfloat16() for x in draw(shape, batch=1, dim=128, dtype=torch.float32)]
+
+    def call(backend, budgets):
+        context = AttentionContext(budgets=None if budgets is None else torch.tensor(budgets).int().cuda())
+        cfg = config(shape, dense_backend=backend)
+        run = torch.compile(attend, fullgraph=True, dynamic=False) if compiled and backend == name else attend
+        return lambda q, k, v: run(q, k, v, cfg, context)
+
+    for budgets in ((0, 8), (16, 1), (0, 0)):
+        exact = with_gradients(call("math", budgets), *(x.float() for x in given))
+        for found, truth in zip(with_gradients(call(name, budgets), *given), exact, strict=True):
+            torch.testing.assert_close(found.float(), truth, rtol=0.02, atol=0.02 * truth.abs().max().item())
+    equal, without = (call(name, budgets)(*given[:3]) for budgets in ((4, 4), None))
+    assert torch.equal(equal, without)
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ def test_defaults_are_resolved():
 
 
 def test_the_lighthouse_section_is_the_attention_config():
-    own = ("enabled", "phases")
+    own = ("enabled", "phases", "budget")
     ours = {name: field.default for name, field in LighthouseSection.model_fields.items() if name not in own}
     assert ours == {field.name: field.default for field in dataclasses.fields(LighthouseConfig)}
 
@@ -443,6 +443,6 @@ def test_each_key_is_found_on_its_line(recipe):
     lines, numbers = text.split("\n"), line_numbers(text)
     for path in flatten(tomllib.loads(text)):
         if path[0] != "titan":
-            header = path in ((path[0],), ("model", "rope_scaling"))
+            header = path in ((path[0],), ("model", "rope_scaling"), ("lighthouse", "budget"))
             begin = f"[{'.'.join(path)}]" if header else f"{path[-1]} = "
             assert lines[numbers[path] - 1].startswith(begin)

@@ -18,6 +18,7 @@ from lighthouse_core.errors import RecipeError, UserError
 from lighthouse_core.models.decoder import build_dense_model, use_lighthouse
 from lighthouse_core.titan import build_job, check_overrides, trainer
 from lighthouse_core.titan import metrics as metrics_module
+from lighthouse_core.titan.budget import Budgets
 from lighthouse_core.titan.effects import Effects
 from lighthouse_core.titan.metrics import Metrics
 from lighthouse_core.titan.trainer import Stage
@@ -160,6 +161,7 @@ def micro_batch(recipe, stage="lighthouse", step=7):
     one.__dict__ |= dict(micro_batch=1, ranks=2, rank=1, step=step, device=torch.device("cpu"), effects=Effects("cpu"))
     one.sharers = trainer._Sharers()
     one.stage = trainer.Stage(None, recipe, stage, 0, 100, False)
+    one.budgets = Budgets(recipe.lighthouse.budget, one.stage.phases, (1, 1), one.device)
     tokens = torch.zeros(3, 32)
     *_, inputs, _ = one.post_dataloading_process({"input": tokens}, tokens)
     assert one.micro_batch == 2

@@ -206,6 +206,7 @@ def timeout_of_a_later_launch(job, see):
         step=5, asked=4, begun=True, ranks=1, loss_scale=None, gradient_accumulation_steps=1, job_config=job
     )
     one.__dict__ |= {part: MagicMock() for part in parts} | {"stage": SimpleNamespace(recipe=recipe())}
+    one.budgets = SimpleNamespace(begin=lambda step: None, end=lambda step: None)
     see.patch.setattr(trainer.Trainer, "anywhere", lambda self, here: here)
     one.train_step(None)
     return set_to

@@ -18,6 +18,8 @@ Each tile of `tile` queries attends, in one softmax, to
 MoBA (Lu et al., arXiv 2502.13189) trains with blocks that are chosen by their mean key. There each query chooses by
 itself, its own block takes part always, and blocks reach up to the query. The tile before as the chooser is ours. No
 gradient goes through the choice, and there is no parameter: dense attention recovers from it as from a window.
+
+A context may share out the blocks of a layer among its KV heads (`AttentionContext.budgets`); budgets.py has the rule.
 """
 
 from __future__ import annotations
@@ -58,13 +60,14 @@ class Blocks(Method):
         return max(settings.tile, settings.block_size)
 
     def can(self, settings: Settings) -> frozenset[str]:
-        return frozenset(("documents",))
+        return frozenset(("documents", "budgets"))
 
     def draws(self, settings: Settings) -> bool:
         return settings.block_score == "random"
 
     def keys(self, settings: Settings, tokens: int, length: int | None = None, first: int = 0) -> float:
-        """A document begins with a tile, so its place does not count."""
+        """A document begins with a tile, so its place does not count. Where a context shares out the blocks, this is an
+        upper bound: of layers whose KV heads use fewer blocks than they have together, it counts all."""
         s, length = settings, tokens if length is None else length
         chosen = 0
         for start in range(0, length, s.tile):

@@ -85,7 +85,7 @@ class Method:
         return False
 
     def can(self, settings: Settings) -> frozenset[str]:
-        """What a call does of what a context may ask for: "documents", "group"."""
+        """What a call does of what a context may ask for: "documents", "group", "budgets"."""
         return frozenset()
 
     def whole(self, settings: Settings, tokens: int, processes: int) -> str | None:
