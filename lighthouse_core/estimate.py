@@ -30,6 +30,8 @@ DENSE = -1
 _SAMPLES = 64
 # The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
 ERROR = 0.1
+# The longest sequences, in tokens, of which a peak with chosen blocks was measured.
+MOST_BLOCKED = 16384
 # Bytes of a GPU that are no tensors: CUDA's context and the kernels' code; and of several processes NCCL's buffers.
 _CONTEXT, _BUFFERS = 2**30, 2**30
 
@@ -340,7 +342,8 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
     """Settings of a stage, "lighthouse" or "dense", that no measured peak of docs/memory.md has."""
     training, parallel, cfgs = recipe.training, recipe.parallel, _attentions(recipe, stage)
     rows = all(cfg is not None and cfg.pools and not cfg.window for cfg in cfgs)
-    chooses = next((cfg.method for cfg in cfgs if cfg is not None and cfg.rule.chooses_blocks), None)
+    chooses = next((cfg.method for cfg in cfgs if cfg is not None and cfg.rule.chooses_blocks), "")
+    tokens = training.seq_len
     kernels = {recipe.lighthouse.dense_backend if cfg is None else cfg.dense_backend for cfg in cfgs}
     settings = {
         "training.compile = false": not training.compile,
@@ -350,7 +353,8 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
         f"parallel.context and {'this method' if stage == 'lighthouse' else 'every layer dense'}": (
             parallel.context > 1 and not rows
         ),
-        f'lighthouse.method = "{chooses}"': chooses is not None,
+        f'lighthouse.method = "{chooses}" and more than {MOST_BLOCKED} tokens': chooses and tokens > MOST_BLOCKED,
+        "lighthouse.budget": chooses and recipe.lighthouse.budget.every > 0,
     }
     return [name for name, there in settings.items() if there]
 

@@ -135,7 +135,8 @@ def _attention(row: Row) -> str:
     """Of stage 1, in a few words."""
     if row.stage == "dense":
         return "dense"
-    cfg = row.recipe.phases[-1].attention
+    # Of several methods, that of the last phase that is not dense.
+    cfg = row.recipe.sparse_phases[-1].attention
     window = ", ".join(phase.window_words for phase in row.recipe.phases if phase.window_words)
     kept = f", keep {cfg.keep}" if cfg.rule.keeps_blocks and cfg.keep else ""
     return f"{cfg.method}{kept}" + (f", window {window}" if window else "")

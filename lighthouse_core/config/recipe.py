@@ -193,9 +193,11 @@ class Recipe(Section):
 
     def _check_that_it_saves(self, phase: Phase, tokens: int) -> None:
         cfg = phase.attention
-        if cfg.window >= tokens:
+        # A window may grow to the whole sequence.
+        if cfg.window >= tokens + bool(phase.growth):
             key, said = self._key(phase, "window_end" if phase.growth else "window")
-            raise conflict(key, f"{said} ({cfg.window}) is not below training.seq_len ({tokens})")
+            relation = "above" if phase.growth else "not below"
+            raise conflict(key, f"{said} ({cfg.window}) is {relation} training.seq_len ({tokens})")
         if cfg.pools and (call := cfg.geometry(tokens)).dense:
             key, said = self._key(phase, "topk")
             raise conflict(

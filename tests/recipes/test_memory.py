@@ -9,6 +9,7 @@ import pytest
 from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import (
     ERROR,
+    MOST_BLOCKED,
     not_estimated,
     process_bytes,
     unmeasured,
@@ -67,6 +68,9 @@ def test_no_peak_in_the_files_is_left_out(rows):
 def test_there_are_rows_of_every_kind(rows):
     methods = {row.recipe.lighthouse.method for row in rows if row.stage == "lighthouse"}
     assert methods == {"pyramid", "compressed", "chunked", "sliding"}
+    chosen = [row.recipe for row in rows if any(phase.attention.rule.chooses_blocks for phase in row.recipe.phases)]
+    assert max(recipe.training.seq_len for recipe in chosen) == MOST_BLOCKED
+    assert not any(recipe.lighthouse.budget.every for recipe in chosen)
     assert {row.recipe.training.activation_checkpointing for row in rows} >= {"none", "selective", "full"}
     assert {row.recipe.parallel.context for row in rows} == {1, 2} and {row.processes for row in rows} >= {1, 2}
     assert max(row.recipe.training.seq_len for row in rows) == 2**20
@@ -152,6 +156,12 @@ def test_what_no_peak_covers_fits_by_size_at_best(rows):
         assert judged(*settings, processes=2)["lighthouse"][0] == found
         dense = "fits by size", "no run with parallel.context and every layer dense was measured"
         assert judged(*settings, processes=2)["dense"] == dense
+    blocks = ['lighthouse.method="blocks"', "lighthouse.window=2048"]
+    long = 'no run with lighthouse.method = "blocks" and more than 16384 tokens was measured'
+    for tokens, found in ((16384, ("fits", "")), (16640, ("fits by size", long))):
+        assert judged(*blocks, f"training.seq_len={tokens}")["lighthouse"] == found
+    budget = judged(*blocks, "training.seq_len=16384", "lighthouse.budget.every=100")["lighthouse"]
+    assert budget == ("fits by size", "no run with lighthouse.budget was measured")
     both = judged("training.compile=false", "parallel.replicate=2", processes=8)["dense"]
     assert both == ("fits by size", "no run with training.compile = false or parallel.replicate was measured")
     # Within the error of the limit the size decides.
