@@ -45,6 +45,7 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
                 (phase.growth or "linear") if phase.window_end else None,
                 not phase.enabled,
                 dense_layers if phase.dense_layers is None else phase.dense_layers,
+                phase.rope_theta,
             )
             for number, (phase, span) in enumerate(
                 zip(self.phases, spans([phase.share for phase in self.phases], steps), strict=True), 1

@@ -14,7 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_s
 
 from lighthouse_core.attention.config import LighthouseConfig
 from lighthouse_core.attention.settings import Settings
-from lighthouse_core.config.section import MOST, Ints, PositiveTokens, Section
+from lighthouse_core.config.section import MOST, Ints, PositiveFloat, PositiveTokens, Section
 from lighthouse_core.errors import RecipeError
 
 # Dense kernels work on tiles of so many tokens: other windows would leave a part of a tile.
@@ -29,6 +29,7 @@ class _Keys(Section):
     window_end: PositiveTokens | None = None
     growth: Literal["linear", "geometric"] | None = None
     dense_layers: Ints | None = None
+    rope_theta: PositiveFloat | None = None
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -55,6 +56,8 @@ class PhaseSection(_WithSettings):  # type: ignore[misc, valid-type]
         window_end: window of the last step, in tokens. The window grows from `window`, that of the first step.
         growth: how it grows: "linear" (the default) adds as much in each step, "geometric" multiplies.
         dense_layers: indices of the layers that are dense in this phase; `model.dense_layers` by default.
+        rope_theta: base of RoPE's frequencies in this phase; `model.rope_theta` by default, and in the last phase. A
+            base that is raised for longer sequences is Xiong et al.'s (arXiv 2309.16039).
     """
 
 
@@ -70,6 +73,7 @@ class Phase:
         growth: "linear", "geometric", or None where the window stays.
         dense: whether every layer is dense.
         dense_layers: the other dense layers, by index.
+        rope_theta: base of RoPE's frequencies; None for the model's.
     """
 
     number: int
@@ -80,6 +84,7 @@ class Phase:
     growth: str | None = None
     dense: bool = False
     dense_layers: tuple[int, ...] = ()
+    rope_theta: float | None = None
 
     def window_at(self, step: int) -> int:
         """The window of one of its steps, in tokens.
@@ -117,11 +122,12 @@ class Phase:
         return f"{self.first_window} to {self.attention.window} ({self.growth})"
 
     def described(self) -> str:
-        """Its attention in a few words: method, settings, window."""
+        """Its attention in a few words: method, settings, window, and the base of RoPE where that is its own."""
+        theta = "" if self.rope_theta is None else f", rope_theta {self.rope_theta:g}"
         if self.dense:
-            return "dense"
+            return f"dense{theta}"
         window = f", window {self.window_words}" if self.window_words else ""
-        return self.attention.rule.described(self.attention) + window
+        return self.attention.rule.described(self.attention) + window + theta
 
 
 def spans(shares: Sequence[float], steps: int) -> list[tuple[int, int]]:

@@ -179,6 +179,7 @@ class Recipe(Section):
                 key, said = self._key(phase, "window_end")
                 raise conflict(key, f"{said} is for a phase of two steps or more, and this one has one")
             self._check_dense_layers(phase)
+            self._check_rope_theta(phase)
             if not phase.dense:
                 self._check_that_it_saves(phase, tokens)
 
@@ -190,6 +191,23 @@ class Recipe(Section):
                 raise conflict(key, f"{said}: layer {layer} is outside 0..{most} (model.layers)")
             if phase.dense_layers.count(layer) > 1:
                 raise conflict(key, f"{said} lists layer {layer} more than once")
+
+    def _check_rope_theta(self, phase: Phase) -> None:
+        key, said = self._key(phase, "rope_theta")
+        if phase.number == len(self.lighthouse.phases) and phase.rope_theta not in (None, self.model.rope_theta):
+            raise conflict(
+                key,
+                f"{said} ({phase.rope_theta:g}) is not model.rope_theta ({self.model.rope_theta:g}), with which "
+                "training goes on after the last phase",
+            )
+        scaling = self.model.rope_scaling
+        if (
+            phase.rope_theta is not None
+            and scaling is not None
+            and scaling.rope_type == "yarn"
+            and phase.rope_theta <= 1
+        ):
+            raise conflict(key, f"{said} must be above 1 for YaRN, not {phase.rope_theta:g}")
 
     def _check_that_it_saves(self, phase: Phase, tokens: int) -> None:
         cfg = phase.attention

@@ -75,7 +75,7 @@ def load_checkpoint(
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, phase.dense_layers)
-    angles = model.freqs_cis
+    angles = model.rotary_table(phase.rope_theta if as_trained else None)
     model.to(device, dtype).eval()
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)

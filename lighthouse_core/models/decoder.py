@@ -233,10 +233,16 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = Head(args)
 
-    def rotary_table(self) -> Tensor:
-        """Cosine and sine of every position's angles, float32 [max_seq_len, D/2, 2]."""
+    def rotary_table(self, theta: float | None = None) -> Tensor:
+        """Cosine and sine of every position's angles, float32 [max_seq_len, D/2, 2]; of the model's `rope_theta` where
+        no other base is given."""
         args = self.args
-        return rotary_table(args.max_seq_len, args.head_dim, args.rope_theta, args.rope_scaling)
+        return rotary_table(args.max_seq_len, args.head_dim, theta or args.rope_theta, args.rope_scaling)
+
+    def turn_by(self, theta: float | None) -> None:
+        """Rotate positions by the base `theta` from now on; None for the model's."""
+        with torch.device(self.freqs_cis.device):
+            self.freqs_cis.copy_(self.rotary_table(theta))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, context: AttentionContext = _NOTHING) -> Tensor:
         """Logits [B, N, V] after `tokens` [B, N] int64, or with `labels` [B, N] the sum [] of their losses in nats.

@@ -446,6 +446,8 @@ class Trainer(titan_train.Trainer):
         if self.budgets.on:
             self.budgets.watch(self.model_parts[0])
             self.checkpointer.states[BUDGET] = self.budgets
+        # Base of RoPE's frequencies; None for the model's.
+        self.theta: float | None = None
         self.guard = Guard(
             recipe.training.nonfinite,
             recipe.training.nonfinite_limit,
@@ -598,6 +600,7 @@ class Trainer(titan_train.Trainer):
         self.effects.begin(None if some else training.global_batch_size * training.seq_len / self.divided)
         self.micro_batch = self.counted_labels = 0
         self.budgets.begin(self.step)
+        self._turn()
         super().train_step(data_iterator)
         self.effects.check(f"step {self.step}", micro_batches, gradients=True)
         self.guard.check(self.step, micro_batches)
@@ -616,6 +619,15 @@ class Trainer(titan_train.Trainer):
                     timeout=timedelta(seconds=seconds), parallel_dims=self.parallel_dims
                 )
         self.guard.look()
+
+    def _turn(self) -> None:
+        """Rotate positions as the phase of this step does."""
+        phase = self.stage.phase(self.step)
+        theta = None if phase is None else phase.rope_theta
+        if theta != self.theta:
+            self.theta = theta
+            for part in self.model_parts:
+                part.turn_by(theta)
 
     def _context(self, sample: int) -> AttentionContext:
         """Of a micro-batch of this step."""

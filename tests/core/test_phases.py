@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from lighthouse_core.models.decoder import Decoder, DecoderArgs, attention_layer
 from lighthouse_core.runs.create import create_run
 from lighthouse_core.runs.recovery import plan_recovery
 from lighthouse_core.runs.run import Run, check_resumable
-from lighthouse_core.titan.trainer import Stage, _build_model
+from lighthouse_core.titan.trainer import Stage, Trainer, _build_model
 
 RECIPE = "recipes/quickstart.toml"
 CHUNKED = 'lighthouse.method="chunked"'
@@ -141,6 +142,10 @@ def test_a_phase_overrides_the_section():
         ("{window=64, share=0}", "lighthouse.phases[1].share must be above 0, not 0"),
         ("{window=64}, {}", "lighthouse.phases[2].window must be a number of tokens for the method chunked, not 0"),
         ("{window=64, window_end=2049}", "lighthouse.phases[1].window_end (2049) is above training.seq_len (2048)"),
+        (
+            "{window=64}, {window=99, rope_theta=500}",
+            "lighthouse.phases[2].rope_theta (500) is not model.rope_theta (10000)",
+        ),
         ("{window=64}, {window=2048}", "lighthouse.phases[2].window (2048) is not below training.seq_len (2048)"),
         ("{enabled=false}", "every phase is dense"),
         ("{window=64, dense_layers=[4]}", "lighthouse.phases[1].dense_layers: layer 4 is outside 0..3"),
@@ -404,3 +409,17 @@ def test_the_recovery_has_the_sections_dense_kernel():
 def test_a_checkpoint_decides_the_phases():
     with pytest.raises(UserError, match=r"the checkpoint decides lighthouse\.phases"):
         check_resumable(["lighthouse.phases=[{window=64}]"])
+
+
+def test_a_phase_has_a_base_of_its_own_for_rope():
+    """The table is that of a model with this base, and the model's own again once the phase is over."""
+    turned = stage(small("{window=16, rope_theta=100}, {window=16}", "training.steps=4"))
+    assert "rope_theta 100" in turned.phases[0].described() and "rope" not in turned.phases[1].described()
+    trainer = SimpleNamespace(stage=turned, theta=None, model_parts=[built(turned)])
+    (model,) = trainer.model_parts
+    own = model.freqs_cis.clone()
+    for step, theta in ((1, 100.0), (2, 100.0), (3, None), (4, None), (2, 100.0)):
+        trainer.step = step
+        Trainer._turn(trainer)
+        other = Decoder(replace(model.args, rope_theta=theta or model.args.rope_theta)).freqs_cis
+        assert torch.equal(model.freqs_cis, other) and torch.equal(other, own) == (theta is None)

@@ -303,7 +303,7 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
 
 
 PHASES = (
-    "lighthouse.phases=[{scorer='random', window=32}, {method='chunked', window=64, window_end=256, dense_layers=[]}, "
+    "lighthouse.phases=[{scorer='random', window=32, rope_theta=300}, {method='chunked', window=64, window_end=256, dense_layers=[]}, "
     "{enabled=false}, {scorer='norm', rotate='after', window=16}]"
 )
 
@@ -323,6 +323,10 @@ def test_a_run_goes_on_in_every_phase(workspace):
             shutil.rmtree(run / f"checkpoints/step-{later}")
         succeed("pretrain", "--resume", "phases", cwd=workspace)
         assert {step: row["loss"] for step, row in rows(run).items()} == losses
+    # The first phase rotates as a model with its base, to the bit.
+    other = pretrain(workspace, "other", *options(PHASES, "model.rope_theta=300", "training.steps=8"))
+    turned = {step: row["loss"] for step, row in rows(other).items()}
+    assert [turned[step] == losses[step] for step in (1, 2, 3)] == [True, True, False]
     words = {1: "window 32", 3: "chunked, window 64", 5: "dense attention", 8: "window 16"}
     for step, said in words.items():
         subject, _ = load_checkpoint(run, attention="trained", step=step)
