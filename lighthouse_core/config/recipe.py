@@ -200,13 +200,8 @@ class Recipe(Section):
                 f"{said} ({phase.rope_theta:g}) is not model.rope_theta ({self.model.rope_theta:g}), with which "
                 "training goes on after the last phase",
             )
-        scaling = self.model.rope_scaling
-        if (
-            phase.rope_theta is not None
-            and scaling is not None
-            and scaling.rope_type == "yarn"
-            and phase.rope_theta <= 1
-        ):
+        yarn = self.model.rope_scaling is not None and self.model.rope_scaling.rope_type == "yarn"
+        if yarn and phase.rope_theta is not None and phase.rope_theta <= 1:
             raise conflict(key, f"{said} must be above 1 for YaRN, not {phase.rope_theta:g}")
 
     def _check_that_it_saves(self, phase: Phase, tokens: int) -> None:
