@@ -304,7 +304,8 @@ def test_eval_measures_both_stages_and_the_export(workspace, one, recovered):
 
 PHASES = (
     "lighthouse.phases=[{scorer='random', window=32, rope_theta=300}, "
-    "{method='chunked', window=64, window_end=256, dense_layers=[]}, {enabled=false}, {scorer='norm', rotate='after', window=16}]"
+    "{method='chunked', window=64, window_end=256, dense_layers=[]}, {enabled=false}, "
+    "{scorer='norm', rotate='after', window=16}]"
 )
 
 
