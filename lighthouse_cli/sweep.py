@@ -1,5 +1,6 @@
 """lighthouse sweep: several runs of one recipe, side by side on the GPUs of this machine."""
 
+import contextlib
 import json
 import shlex
 import signal
@@ -28,7 +29,7 @@ def sweep(
 ) -> None:
     """Train, recover and evaluate the runs of a sweep on the GPUs; repeated, it goes on where it stopped.
 
-    What was measured is in DIR/SWEEP.json, also of a sweep that is under way.
+    DIR/SWEEP.json has what was measured so far. It is written after each command.
     """
     from lighthouse_core.config.sweep import load_sweep
     from lighthouse_core.errors import UserError
@@ -64,15 +65,25 @@ def sweep(
         def say(text: str) -> None:
             _output.say(f"{clock(time.monotonic() - begun)}  {text}")
 
-        runner = Runner(plan, base, output, places(plan.per_gpu), say)
+        results = output / f"{file.stem}.json"
+
+        def write() -> bool:
+            whole = collect(plan, file.stem, output)
+            if whole["runs"]:
+                write_atomically(results, json.dumps(whole, allow_nan=False) + "\n")
+            return bool(whole["runs"])
+
+        def write_so_far() -> None:
+            # A full disk is no reason to end what trains.
+            with contextlib.suppress(OSError):
+                write()
+
+        runner = Runner(plan, base, output, places(plan.per_gpu), say, ended=write_so_far)
         _output.say(f"what the commands print is in {output}, a .log for each run")
         with stop_signals(runner.interrupt):
             runner.run(None if minutes is None else 60 * minutes)
         code = _outcome(runner)
-        whole = collect(plan, file.stem, output)
-        if whole["runs"]:
-            results = output / f"{file.stem}.json"
-            write_atomically(results, json.dumps(whole, allow_nan=False) + "\n")
+        if write():
             _output.data(str(results))
     if code:
         raise typer.Exit(code)

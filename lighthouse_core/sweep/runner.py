@@ -64,6 +64,7 @@ class Runner:
         places: environment variables of each place: which GPU its commands see.
         say: told what begins and what fails.
         command: what a command of ours begins with.
+        ended: called after each command that ends.
 
     Attributes:
         left: runs that are not complete.
@@ -80,8 +81,10 @@ class Runner:
         places: Sequence[Mapping[str, str]],
         say: Callable[[str], None],
         command: Sequence[str] = tuple(run_module("lighthouse_cli")),
+        ended: Callable[[], None] = lambda: None,
     ):
         self.sweep, self.base, self.output, self.say, self.command = sweep, base, output, say, command
+        self.ended = ended
         self.left = list(sweep.runs)
         self.failed: list[str] = []
         self.stuck: list[str] = []
@@ -208,6 +211,7 @@ class Runner:
             settle(self.output / name)
             if code and code not in _SAVED:
                 self._fail(name, f"exit code {code}; {self._log(name)} has its last words")
+            self.ended()
 
 
 def places(per_gpu: int = 1) -> list[dict[str, str]]:

@@ -640,7 +640,11 @@ def test_a_run_on_each_place(runner, tmp_path):
 
 def test_a_run_that_fails_is_left_and_the_others_go_on(runner, tmp_path):
     job, said = runner("bad", "a")
+    seen = []
+    job.ended = lambda: seen.append((tmp_path / "a-1").exists())
     assert not job.run()
+    # After each command that ended, also after the one that failed: a's two and this.
+    assert len(seen) == 3 and seen[-1]
     assert job.failed == ["bad"] == job.left and (tmp_path / "a-2").exists()
     assert (tmp_path / "runs/bad.log").read_text() == "it went wrong\n"
     assert any(text.startswith("bad: failed: exit code 1") for text in said)
