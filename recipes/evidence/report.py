@@ -19,6 +19,7 @@ from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import Settings
 from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.config.recipe import Recipe
+from lighthouse_core.config.section import Section
 from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
@@ -213,11 +214,11 @@ class Trial:
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
         """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections.
 
-        What is off or as by default is left out, too: a recipe of before there was such a key says as much.
+        What is as by default is left out, too: a recipe of before there was such a key says as much.
         """
         left_out = ("output", "checkpoint", "metrics", *sections)
         recipe = {
-            name: {key: value for key, value in part.items() if value and value != default(name, key)}
+            name: {key: value for key, value in part.items() if not is_default(value, name, key)}
             for name, part in self.run["recipe"].items()
             if name not in left_out
         }
@@ -227,10 +228,15 @@ class Trial:
         return json.dumps({name: part for name, part in recipe.items() if part}, sort_keys=True)
 
 
-def default(section: str, key: str) -> Any:
-    """Of a key of a recipe; None where there is no such key now."""
+def is_default(value: Any, section: str, key: str) -> bool:
+    """Whether a key of a recipe has its default. A key that there is no more is off by default."""
     keys = Recipe.model_fields[section].annotation.model_fields
-    return keys[key].default if key in keys else None
+    default = keys[key].get_default(call_default_factory=True) if key in keys else None
+    if isinstance(default, Section):
+        default = default.model_dump(mode="json")
+    elif isinstance(default, tuple):
+        default = list(default)
+    return value == default or not (value or default)
 
 
 def trials(sweep: dict, paces: Mapping[str, Pace] | None = None) -> list[Trial]:

@@ -193,11 +193,20 @@ def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
 def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
-    # A key that came later.
-    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["phases"] = []
-    assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
-    sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
-    assert module.repetitions([module.trials(sweep)]) == ""
+    # Keys that came later, as by default.
+    norm, other = sweep["runs"]["norm"], json.loads(json.dumps(sweep["runs"]["norm"]))
+    other["recipe"] = {
+        **other["recipe"],
+        "lighthouse": {"enabled": True, "phases": [], "budget": {"every": 0, "threshold": 0.02, "queries": 256}},
+        "optimizer": {"weight_decay": 0.1, "beta1": 0.9},
+        "data": {"paths": ["stdlib"]},
+    }
+    sweep["runs"] = {"norm": norm, "other": other}
+    assert "norm, other" in module.repetitions([module.trials(sweep)])
+    # 0 is not the default of this one.
+    for change in ({"lr": 1.0}, {"weight_decay": 0.0}):
+        other["recipe"]["optimizer"] = change
+        assert module.repetitions([module.trials(sweep)]) == ""
 
 
 def test_repetitions_are_each_held_against_dense_of_their_own_sweep(sweep):
