@@ -58,9 +58,11 @@ slowly lies below such a line: the further apart the lengths, the more too large
 
 EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss lie
 on a straight line of loss over the logarithm of time, between dense runs of two lengths whose rate decays; a loss below
-that of the longest or above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
-± is the standard error that the spread of repetitions gives, {spread:.4f} of one loss (*Noise*), were all runs as
-spread."""
+that of the longest or above that of the shortest is outside. The loss of dense training falls ever more slowly over the
+logarithm of time, too, and lies below such a line. So *dense takes* and *times longer* are too large, the more so the
+further apart the two lengths are. Repetitions with other seeds are averaged, dense ones too. ± is the standard error by
+the spread of repetitions, {spread:.4f} of one loss (*Noise*), which it takes for that of every run; the error of the
+line is not in it."""
 
 
 # A GPU, and the versions of what ran there.
@@ -296,9 +298,14 @@ def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
 
 
 def but_for_the_seed(trial: Trial) -> tuple:
-    """What repetitions have in common. A part of a longer stage 1 is a shorter one."""
-    settings = trial.settings(("recover",), ("training.seed", "training.steps", "schedule.decay_steps"))
+    """What repetitions have in common. A part of a longer stage 1 is a shorter one, and dense runs have none."""
+    sections, keys = ["recover"], ["training.seed", "training.steps", "schedule.decay_steps"]
+    if trial.dense:
+        sections.append("lighthouse")
+        keys.append("model.dense_layers")
+    settings = trial.settings(sections, keys)
     return (
+        trial.dense,
         trial.text,
         trial.end["data"]["sha256"],
         settings,

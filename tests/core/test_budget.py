@@ -276,7 +276,8 @@ def test_a_resume_is_the_unbroken_run(shared, whole, end):
 def test_a_validation_that_was_cut_off_has_the_budgets_and_the_rotation_of_its_step(shared):
     folder, *_, threshold = shared
     phases = "lighthouse.phases=[{share=3, rope_theta=100}, {share=1}]"
-    run = trained(folder, "cut", 4, *budget(2, threshold), phases, "metrics.validation_every=3", "checkpoint.interval=3")
+    every = ("metrics.validation_every=3", "checkpoint.interval=3")
+    run = trained(folder, "cut", 4, *budget(2, threshold), phases, *every)
     cut = Run(shutil.copytree(run.path, run.path.with_name("cut-off")))
     shutil.rmtree(cut.checkpoint_dir(4))
     lines = (cut.path / "metrics.jsonl").read_text().splitlines(keepends=True)

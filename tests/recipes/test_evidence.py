@@ -498,6 +498,15 @@ def test_what_a_repetition_is(sweep):
         assert module.repetitions([module.trials({"runs": {"norm": norm, "other": other}})]) == ""
 
 
+def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sweep):
+    module, again = report(), json.loads(json.dumps(sweep["runs"]["dense"]))
+    again["recipe"] |= {"lighthouse": {"enabled": False, "window": 8}, "model": {"dense_layers": [0]}}
+    runs = module.trials({"runs": {"dense": sweep["runs"]["dense"], "again": again}})
+    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == 0
+    again["recipe"]["model"]["rope_theta"] = 5e5
+    assert module.repetitions([runs]) == "" and module.spread([runs]) is None
+
+
 def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
     module = report()
     norm = decay(sweep["runs"]["norm"], 8, 2, seconds=3.5)
