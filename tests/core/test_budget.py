@@ -285,6 +285,11 @@ def test_a_validation_that_was_cut_off_has_the_budgets_and_the_rotation_of_its_s
     (cut.path / "metrics.jsonl").write_text("".join(kept))
     train(cut, folder / "meeting")
     assert rows(cut, "val_loss") == rows(run, "val_loss") and len(rows(run, "val_loss")) == 2
+    # An export has the model's rotation.
+    never, rotation = strip(run.checkpoint_dir(3), folder / "early", allow_unrecovered=True).warnings
+    assert "never trained with every layer dense" in never
+    assert rotation == "it was trained with rope_theta 100, and the export has 10000"
+    assert len(strip(run.checkpoint_dir(4), folder / "late", allow_unrecovered=True).warnings) == 1
 
 
 def test_a_checkpoint_without_a_measurement_is_measured_at_the_next_step_due(shared):
