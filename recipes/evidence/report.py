@@ -138,9 +138,12 @@ class Trial:
         # Before there were phases, rows told the window.
         given |= phase or ({"window": row["window"]} if "window" in row else {})
         settings = {one.name: given.get(one.name, one.default) for one in fields(Settings)}
-        read = {key: settings[key] for key in sorted(METHODS[settings["method"]].reads)}
-        grown = {key: given[key] for key in ("window_end", "growth", "dense_layers") if key in given}
-        return f"lighthouse {json.dumps(read | grown)}"
+        method = METHODS[settings["method"]]
+        read = {key: settings[key] for key in sorted(method.reads)}
+        more = ["window_end", "growth", "dense_layers"]
+        if method.chooses_blocks and given.get("budget", {}).get("every"):
+            more.append("budget")
+        return f"lighthouse {json.dumps(read | {key: given[key] for key in more if key in given})}"
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""
@@ -592,7 +595,9 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
     for name, runs in sweeps.items():
         for trial in runs:
             if trial.end and trial.decay and not trial.dense and trial.timed:
-                groups.setdefault(but_for_the_seed(trial), []).append((name, trial))
+                # Of each machine a row: seconds of several are not averaged.
+                there = json.dumps(trial.machine)
+                groups.setdefault((there, *but_for_the_seed(trial)), []).append((name, trial))
     rows = []
     for group in groups.values():
         (name, trial), runs = group[0], len(group)

@@ -567,6 +567,13 @@ def test_steps_of_a_phase_take_equally_long():
     plain = report().Trial("plain", {"recipe": {"lighthouse": {"window": 64, "compression": 9}}})
     # The method does not read the compression.
     assert parts[0] == plain.part({"stage": "lighthouse"})
+    # Lists of blocks are wider with budgets, which other methods do not read.
+    for method, same in (("blocks", False), ("chunked", True)):
+        found = {
+            report().Trial("b", {"recipe": {"lighthouse": more | {"method": method}}}).part({"stage": "lighthouse"})
+            for more in ({}, {"budget": {"every": 0}}, {"budget": {"every": 20}})
+        }
+        assert len(found) == (1 if same else 2)
 
 
 def test_while_a_window_grows_steps_count_with_their_mean(sweep):
