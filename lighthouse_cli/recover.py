@@ -96,6 +96,8 @@ def recover(
         _train.warn_of_damage(recovery.damaged, recovery.step)
         if recovery.stopped_early:
             _output.warn(f"{found.path} stopped at step {recovery.start} of {found.end}; recovery begins there")
+            if theta := found.recipe.other_rope_theta(recovery.start):
+                _output.warn(f"rope_theta goes from {theta:g} to {found.recipe.model.rope_theta:g}")
         if recovery.rates:
             before, after = recovery.rates
             then = "and then to zero" if recovery.recipe.recover.decay == "linear" else "and stays there"

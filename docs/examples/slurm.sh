@@ -44,11 +44,11 @@ step() {
   srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@" &
   local pid=$! code=0
   wait "$pid" || code=$?
-  # The signal ends a wait before the command has ended.
-  while kill -0 "$pid" 2>/dev/null; do
+  if [ "$limit" = yes ]; then
+    # The signal ended the first wait. Bash keeps the code of a command that has ended since.
     code=0
     wait "$pid" || code=$?
-  done
+  fi
   if [ "$code" -ne 0 ]; then
     leave "$code"
   fi

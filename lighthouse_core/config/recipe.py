@@ -15,7 +15,7 @@ from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.optimizer import OptimizerSection
 from lighthouse_core.config.output import OutputSection
 from lighthouse_core.config.parallel import ParallelSection
-from lighthouse_core.config.phases import Phase
+from lighthouse_core.config.phases import Phase, phase_at
 from lighthouse_core.config.positions import KeyPath, spelled
 from lighthouse_core.config.recover import RecoverSection
 from lighthouse_core.config.schedule import ScheduleSection
@@ -49,6 +49,11 @@ class Recipe(Section):
         """Of stage 1, first to last; of a dense baseline one that is dense."""
         # Not cached: `model_copy` would take the phases along into a recipe of other steps.
         return self.lighthouse.resolved(self.training.steps, self.model.dense_layers)
+
+    def other_rope_theta(self, step: int) -> float | None:
+        """The base of RoPE's frequencies in a step of stage 1; None where that is the model's."""
+        theta = phase_at(self.phases, step).rope_theta
+        return None if theta == self.model.rope_theta else theta
 
     @property
     def sparse_phases(self) -> list[Phase]:

@@ -247,7 +247,11 @@ def _check_recovered(source: Source, allow_unrecovered: bool) -> list[str]:
         reason = f"step {source.step} of {source.run.name} was never trained with every layer dense"
         if not allow_unrecovered:
             raise CheckpointError(reason, hint=f"run `lighthouse recover {source.run.path}` first")
-        return [reason]
+        recipe = source.run.recipe
+        theta = recipe.other_rope_theta(source.step) if source.step else None
+        if theta is None:
+            return [reason]
+        return [reason, f"it was trained with rope_theta {theta:g}, and the export has {recipe.model.rope_theta:g}"]
     start, end = source.run.start, source.run.end
     if source.run.recovering and start < source.step < end:
         return [f"the recovery is not finished: {source.step - start} of {end - start} steps"]

@@ -131,7 +131,7 @@ def run_step(
     notes = _notes(profiled, stage)
     for note in notes:
         say(note)
-    chosen = [*settings, *_settings(profiled, stage, folder, timed)]
+    chosen = [*settings, *_settings(asked, profiled, stage, folder, timed)]
     recipe = load_recipe(recipe_path, chosen)
     stage = "lighthouse" if recipe.lighthouse.enabled else "dense"
     name = f"{stage}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -213,7 +213,8 @@ def _notes(phase: Phase, stage: str) -> list[str]:
     return [f"the window of phase {phase.number} grows from {phase.first_window}; this step has that of its end"]
 
 
-def _settings(phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
+def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
+    budget = recipe.lighthouse.budget
     chosen: dict[str, Any] = {
         "training.steps": _WARM + timed + 2,
         "schedule.decay_steps": 0,
@@ -224,6 +225,8 @@ def _settings(phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
         "metrics.tensorboard": False,
         "metrics.wandb": False,
         "lighthouse.phases": [],
+        # Other methods refuse it.
+        "lighthouse.budget.every": budget.every if budget.acts_in(phase) else 0,
         **{f"lighthouse.{name}": value for name, value in vars(phase.attention).items()},
         "model.dense_layers": phase.dense_layers,
         "output.dir": str(folder.resolve() / "runs"),

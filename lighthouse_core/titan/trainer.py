@@ -540,6 +540,7 @@ class Trainer(titan_train.Trainer):
         # A validation that the end of the process cut off, after the checkpoint of its step.
         due = self.stage.start < self.step and self.stage.recipe.data.validation and not self.anywhere(validated)
         if due and self.validator.should_validate(self.step):
+            self._turn()
             self.validator.validate(self.model_parts, self.step)
         batches = _together(super().batch_generator(data_iterable), self._meet, self.gradient_accumulation_steps)
         return self._counting(batches)

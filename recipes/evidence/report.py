@@ -19,6 +19,7 @@ from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.settings import Settings
 from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.config.recipe import Recipe
+from lighthouse_core.config.section import Section
 from lighthouse_core.evaluate import compare
 
 HERE = Path(__file__).parent
@@ -55,11 +56,13 @@ between dense runs of several lengths, each of which decays over the share of it
 of them counts with the seconds that it takes on the GPU that the run's own seconds are of. A loss that falls ever more
 slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
 
-EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss lie
-on a straight line of loss over the logarithm of time, between dense runs of two lengths whose rate decays; a loss below
-that of the longest or above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
-± is the standard error that the spread of repetitions gives, {spread:.4f} of one loss (*Noise*), were all runs as
-spread."""
+EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss come
+from dense runs of several lengths whose rate decays: a power law with an offset, L = a + b t^-c, goes through the two
+lengths on both sides of the loss and the next one. With two lengths it is a straight line of loss over the logarithm of
+time (*line*), below which the loss of dense training lies, so that *times longer* is then too large. A loss below that of
+the longest dense run or above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
+± is the standard error by the spread of repetitions, {spread:.4f} of one loss (*Noise*), which it takes for that of every
+run; the error of the curve is not in it."""
 
 
 # A GPU, and the versions of what ran there.
@@ -135,9 +138,12 @@ class Trial:
         # Before there were phases, rows told the window.
         given |= phase or ({"window": row["window"]} if "window" in row else {})
         settings = {one.name: given.get(one.name, one.default) for one in fields(Settings)}
-        read = {key: settings[key] for key in sorted(METHODS[settings["method"]].reads)}
-        grown = {key: given[key] for key in ("window_end", "growth", "dense_layers") if key in given}
-        return f"lighthouse {json.dumps(read | grown)}"
+        method = METHODS[settings["method"]]
+        read = {key: settings[key] for key in sorted(method.reads)}
+        more = ["window_end", "growth", "dense_layers"]
+        if method.chooses_blocks and given.get("budget", {}).get("every"):
+            more.append("budget")
+        return f"lighthouse {json.dumps(read | {key: given[key] for key in more if key in given})}"
 
     def pace(self, part: str) -> str:
         """What decides how long a step of a part takes."""
@@ -213,11 +219,11 @@ class Trial:
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
         """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections.
 
-        What is off or as by default is left out, too: a recipe of before there was such a key says as much.
+        What is as by default is left out, too: a recipe of before there was such a key says as much.
         """
         left_out = ("output", "checkpoint", "metrics", *sections)
         recipe = {
-            name: {key: value for key, value in part.items() if value and value != default(name, key)}
+            name: {key: value for key, value in part.items() if not is_default(value, name, key)}
             for name, part in self.run["recipe"].items()
             if name not in left_out
         }
@@ -227,10 +233,15 @@ class Trial:
         return json.dumps({name: part for name, part in recipe.items() if part}, sort_keys=True)
 
 
-def default(section: str, key: str) -> Any:
-    """Of a key of a recipe; None where there is no such key now."""
+def is_default(value: Any, section: str, key: str) -> bool:
+    """Whether a key of a recipe has its default. A key that there is no more is off by default."""
     keys = Recipe.model_fields[section].annotation.model_fields
-    return keys[key].default if key in keys else None
+    default = keys[key].get_default(call_default_factory=True) if key in keys else None
+    if isinstance(default, Section):
+        default = default.model_dump(mode="json")
+    elif isinstance(default, tuple):
+        default = list(default)
+    return value == default or not (value or default)
 
 
 def trials(sweep: dict, paces: Mapping[str, Pace] | None = None) -> list[Trial]:
@@ -290,9 +301,14 @@ def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
 
 
 def but_for_the_seed(trial: Trial) -> tuple:
-    """What repetitions have in common. A part of a longer stage 1 is a shorter one."""
-    settings = trial.settings(("recover",), ("training.seed", "training.steps", "schedule.decay_steps"))
+    """What repetitions have in common. A part of a longer stage 1 is a shorter one, and dense runs have none."""
+    sections, keys = ["recover"], ["training.seed", "training.steps", "schedule.decay_steps"]
+    if trial.dense:
+        sections.append("lighthouse")
+        keys.append("model.dense_layers")
+    settings = trial.settings(sections, keys)
     return (
+        trial.dense,
         trial.text,
         trial.end["data"]["sha256"],
         settings,
@@ -572,6 +588,39 @@ def dense_lengths(trial: Trial, others: Iterable[Trial]) -> list[Length]:
     ]
 
 
+def seconds_to(loss: float, lengths: Sequence[Length]) -> tuple[float, Length, Length] | None:
+    """The seconds of dense training to a loss, and the two lengths on both sides of it; None where there are none. See
+    EQUAL_LOSS."""
+    for place, (a, b) in enumerate(itertools.pairwise(lengths)):
+        if b.loss <= loss <= a.loss:
+            # The next longer one, or else the one before.
+            three = lengths[min(place, len(lengths) - 3) :][:3] if len(lengths) > 2 else ()
+            if three and three[0].loss > three[1].loss > three[2].loss:
+                return _power_law(loss, *three), a, b
+            return a.seconds * (b.seconds / a.seconds) ** ((a.loss - loss) / (a.loss - b.loss)), a, b
+    return None
+
+
+def _power_law(loss: float, *points: Length) -> float:
+    """t of L = a + b t^-c through three points, at a loss. A loss that falls as or faster than a straight line over the
+    logarithm of time has c = 0 or below."""
+    (t0, l0, _), (t1, l1, _), (t2, l2, _) = points
+    x1, x2 = math.log(t1 / t0), math.log(t2 / t0)
+
+    def fall(x: float, c: float) -> float:
+        """(1 - e^-cx) / c, how far it has fallen at t0 e^x."""
+        return -math.expm1(-c * x) / c if c else x
+
+    low, high = -60.0 / x2, 60.0 / x2
+    for _ in range(200):
+        middle = (low + high) / 2
+        # The larger c, the earlier it falls.
+        low, high = (low, middle) if fall(x1, middle) / fall(x2, middle) > (l0 - l1) / (l0 - l2) else (middle, high)
+    c = low
+    b = (l0 - l2) / fall(x2, c)
+    return t0 * math.exp(-math.log1p(-c * (l0 - loss) / b) / c if c else (l0 - loss) / b)
+
+
 def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
     """Of all runs that decay and are not dense: how much longer dense training takes to their loss."""
     everything = list(itertools.chain(*sweeps.values()))
@@ -579,7 +628,9 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
     for name, runs in sweeps.items():
         for trial in runs:
             if trial.end and trial.decay and not trial.dense and trial.timed:
-                groups.setdefault(but_for_the_seed(trial), []).append((name, trial))
+                # Of each machine a row: seconds of several are not averaged.
+                there = json.dumps(trial.machine)
+                groups.setdefault((there, *but_for_the_seed(trial)), []).append((name, trial))
     rows = []
     for group in groups.values():
         (name, trial), runs = group[0], len(group)
@@ -588,16 +639,16 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
             continue
         loss, seconds = fmean(one.loss["mean"] for _, one in group), fmean(one.seconds for _, one in group)
         row = [trial.name, f"`{name}`", str(runs), " + ".join(map(str, trial.steps)), f"{seconds:.0f}", f"{loss:.4f}"]
-        ends = next(((a, b) for a, b in itertools.pairwise(lengths) if b.loss <= loss <= a.loss), None)
-        if ends is None:
+        found = seconds_to(loss, lengths)
+        if found is None:
             rows.append([*row, "outside", ""])
             continue
-        a, b = ends
+        needed, a, b = found
         share, slope = (a.loss - loss) / (a.loss - b.loss), math.log(b.seconds / a.seconds) / (a.loss - b.loss)
-        needed = a.seconds * (b.seconds / a.seconds) ** share
         error = noise * math.sqrt(1 / runs + (1 - share) ** 2 / a.runs + share**2 / b.runs)
         ratio = needed / seconds
-        rows.append([*row, f"{needed:.0f}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
+        line = " (line)" * (len(lengths) == 2)
+        rows.append([*row, f"{needed:.0f}{line}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
     return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times longer"], rows)
 
 

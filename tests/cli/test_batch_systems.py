@@ -124,7 +124,9 @@ def calls(folder: Path) -> list[list[str]]:
 
 
 def test_the_script_for_slurm_is_sound():
-    answer = subprocess.run(["shellcheck", EXAMPLES / "slurm.sh"], capture_output=True, text=True)
+    # Beside Python, which a test may be run by without its folder in PATH.
+    program = Path(sys.executable).with_name("shellcheck")
+    answer = subprocess.run([program, EXAMPLES / "slurm.sh"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (0, "")
 
 
@@ -195,6 +197,14 @@ def test_the_script_for_slurm_recovers_and_exports(lighthouse, trainer, here, pr
     script.send_signal(10)
     assert script.wait(20) == 143 and (here / "scontrol.txt").read_text() == "requeue 7\n"
     assert [call[0] for call in calls(here)] == ["pretrain"]
+    # The last command may end well before scancel returns: then there is nothing to queue again.
+    (here / "ready").unlink()
+    (here / "scontrol.txt").unlink()
+    programs(scancel="kill -TERM $(pgrep -P $PPID -f srun); sleep 0.5")
+    script = run_script(here, "tiny.toml", "a")
+    children.wait_until((here / "ready").exists, script)
+    script.send_signal(10)
+    assert script.wait(20) == 0 and not (here / "scontrol.txt").exists()
 
 
 def test_the_job_for_kubernetes(lighthouse, trainer, here, programs, monkeypatch):

@@ -551,10 +551,13 @@ def test_recover_is_finished_repeated_extended(lighthouse, trainer):
 def test_recover_warns_when_stage_1_stopped_early(lighthouse, trainer):
     trainer.stop, trainer.code = 40, 143
     lighthouse("pretrain", "tiny.toml", "--name", "a")
+    phases = "lighthouse.phases=[{window=64, rope_theta=100}, {window=128}]"
+    lighthouse("pretrain", "tiny.toml", "--name", "turned", "--set", phases)
     trainer.stop, trainer.code = None, 0
     answer = lighthouse("recover", "a")
     assert answer.code == 0 and "warning: runs/a stopped at step 40 of 100" in answer.err
-    assert ledger("a")[-1] == ("dense", 40, 60)
+    assert ledger("a")[-1] == ("dense", 40, 60) and "rope_theta" not in answer.err
+    assert "warning: rope_theta goes from 100 to 10000" in lighthouse("recover", "turned").err
 
 
 def test_recover_dry_run_writes_nothing(lighthouse, trainer, here):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -270,6 +271,25 @@ def test_a_resume_is_the_unbroken_run(shared, whole, end):
     for key in KEYS:
         assert rows(part, key) == rows(whole, key), key
     assert rows(part, "val_loss")[-1] == rows(whole, "val_loss")[-1]
+
+
+def test_a_validation_that_was_cut_off_has_the_budgets_and_the_rotation_of_its_step(shared):
+    folder, *_, threshold = shared
+    phases = "lighthouse.phases=[{share=3, rope_theta=100}, {share=1}]"
+    every = ("metrics.validation_every=3", "checkpoint.interval=3")
+    run = trained(folder, "cut", 4, *budget(2, threshold), phases, *every)
+    cut = Run(shutil.copytree(run.path, run.path.with_name("cut-off")))
+    shutil.rmtree(cut.checkpoint_dir(4))
+    lines = (cut.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < 4 and "val_loss" not in json.loads(line)]
+    (cut.path / "metrics.jsonl").write_text("".join(kept))
+    train(cut, folder / "meeting")
+    assert rows(cut, "val_loss") == rows(run, "val_loss") and len(rows(run, "val_loss")) == 2
+    # An export has the model's rotation.
+    never, rotation = strip(run.checkpoint_dir(3), folder / "early", allow_unrecovered=True).warnings
+    assert "never trained with every layer dense" in never
+    assert rotation == "it was trained with rope_theta 100, and the export has 10000"
+    assert len(strip(run.checkpoint_dir(4), folder / "late", allow_unrecovered=True).warnings) == 1
 
 
 def test_a_checkpoint_without_a_measurement_is_measured_at_the_next_step_due(shared):

@@ -786,7 +786,8 @@ def test_advice_for_a_recipe(monkeypatch):
 
     tiny = ["model.heads=2", "model.kv_heads=1", "model.head_dim=16", "training.seq_len=1024"]
     tiny += ['data.packing="documents"']
-    # A dense recipe, and a pyramid that does not suit its length, are no hindrance.
+    # Budgets of blocks, a dense recipe, and a pyramid that does not suit its length, are no hindrance.
+    tiny += ["lighthouse.budget.every=10"]
     recipe = load_recipe(shipped_recipes()["quickstart"], [*tiny, "lighthouse.topk=512", "lighthouse.enabled=false"])
     trained = []
     seconds = 10.0
@@ -828,6 +829,26 @@ def test_advice_for_a_recipe(monkeypatch):
     seconds = 1e-6
     with pytest.raises(LighthouseError, match="took less than its attention calls alone"):
         advised(0.125)
+
+
+def test_budgets_are_profiled_in_the_phases_that_have_them(monkeypatch, tmp_path):
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.profile import step
+    from lighthouse_core.shelf import shipped_recipes
+
+    path, given = shipped_recipes()["quickstart"], ["lighthouse.budget.every=10"]
+    given += ['lighthouse.phases=[{method="chunked", window=64}, {method="blocks", window=64}]']
+    trained = []
+
+    def pretrain(path, settings, *rest):
+        trained.append(load_recipe(path, settings))
+        raise LighthouseError("that is all")
+
+    monkeypatch.setattr(step, "_pretrain", pretrain)
+    for phase in (1, 2):
+        with pytest.raises(LighthouseError, match="that is all"):
+            step.run_step(path, given, tmp_path, 1, lambda words: None, phase=phase)
+    assert [(one.lighthouse.method, one.lighthouse.budget.every) for one in trained] == [("chunked", 0), ("blocks", 10)]
 
 
 @pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])

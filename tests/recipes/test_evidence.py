@@ -193,11 +193,20 @@ def test_a_dense_run_of_other_settings_is_no_baseline(sweep):
 def test_other_settings_are_no_repetition(sweep):
     module = report()
     assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
-    # A key that came later.
-    sweep["runs"]["dense-2"]["recipe"]["lighthouse"]["phases"] = []
-    assert "dense, dense-2" in module.repetitions([module.trials(sweep)])
-    sweep["runs"]["dense-2"]["recipe"]["optimizer"] = {"lr": 1.0}
-    assert module.repetitions([module.trials(sweep)]) == ""
+    # Keys that came later, as by default.
+    norm, other = sweep["runs"]["norm"], json.loads(json.dumps(sweep["runs"]["norm"]))
+    other["recipe"] = {
+        **other["recipe"],
+        "lighthouse": {"enabled": True, "phases": [], "budget": {"every": 0, "threshold": 0.02, "queries": 256}},
+        "optimizer": {"weight_decay": 0.1, "beta1": 0.9},
+        "data": {"paths": ["stdlib"]},
+    }
+    sweep["runs"] = {"norm": norm, "other": other}
+    assert "norm, other" in module.repetitions([module.trials(sweep)])
+    # 0 is not the default of this one.
+    for change in ({"lr": 1.0}, {"weight_decay": 0.0}):
+        other["recipe"]["optimizer"] = change
+        assert module.repetitions([module.trials(sweep)]) == ""
 
 
 def test_repetitions_are_each_held_against_dense_of_their_own_sweep(sweep):
@@ -489,6 +498,15 @@ def test_what_a_repetition_is(sweep):
         assert module.repetitions([module.trials({"runs": {"norm": norm, "other": other}})]) == ""
 
 
+def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sweep):
+    module, again = report(), json.loads(json.dumps(sweep["runs"]["dense"]))
+    again["recipe"] |= {"lighthouse": {"enabled": False, "window": 8}, "model": {"dense_layers": [0]}}
+    runs = module.trials({"runs": {"dense": sweep["runs"]["dense"], "again": again}})
+    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == 0
+    again["recipe"]["model"]["rope_theta"] = 5e5
+    assert module.repetitions([runs]) == "" and module.spread([runs]) is None
+
+
 def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
     module = report()
     norm = decay(sweep["runs"]["norm"], 8, 2, seconds=3.5)
@@ -549,6 +567,13 @@ def test_steps_of_a_phase_take_equally_long():
     plain = report().Trial("plain", {"recipe": {"lighthouse": {"window": 64, "compression": 9}}})
     # The method does not read the compression.
     assert parts[0] == plain.part({"stage": "lighthouse"})
+    # Lists of blocks are wider with budgets, which other methods do not read.
+    for method, same in (("blocks", False), ("chunked", True)):
+        found = {
+            report().Trial("b", {"recipe": {"lighthouse": more | {"method": method}}}).part({"stage": "lighthouse"})
+            for more in ({}, {"budget": {"every": 0}}, {"budget": {"every": 20}})
+        }
+        assert len(found) == (1 if same else 2)
 
 
 def test_while_a_window_grows_steps_count_with_their_mean(sweep):
@@ -580,5 +605,32 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     # The dense runs end at 2.0 and, on average, at 1.1; half-way in loss is half-way in the logarithm of time.
     needed, error = 8.0, 0.1 * (1 + 0.25 + 0.125) ** 0.5
     ratio = needed / 2.0
-    assert rows[0].split(" | ")[-2:] == [f"{needed:.0f}", f"{ratio:.2f} ± {ratio * error * math.log(4) / 0.9:.2f} |"]
+    assert rows[0].split(" | ")[-2:] == [
+        f"{needed:.0f} (line)",
+        f"{ratio:.2f} ± {ratio * error * math.log(4) / 0.9:.2f} |",
+    ]
     assert "outside" in rows[1] and len(rows) == 2
+
+
+@pytest.mark.parametrize(("offset", "power"), [(0.5, 0.7), (0.0, 2.0), (3.0, -0.3)])
+def test_a_power_law_goes_through_three_lengths(offset, power):
+    module = report()
+    sign = 1 if power > 0 else -1
+
+    def loss(seconds):
+        return offset + sign * 2 * seconds**-power
+
+    lengths = [module.Length(t, loss(t), 1) for t in (1.0, 3.0, 10.0, 40.0)]
+    for seconds in (1.0, 1.7, 3.0, 8.0, 39.0):
+        found, a, b = module.seconds_to(loss(seconds), lengths)
+        assert found == pytest.approx(seconds) and a.seconds <= seconds <= b.seconds
+    assert module.seconds_to(loss(0.9), lengths) is None is module.seconds_to(loss(41.0), lengths)
+
+
+def test_a_straight_line_over_the_logarithm_is_a_power_law_too():
+    module = report()
+    lengths = [module.Length(math.exp(t), 5.0 - t, 1) for t in (0, 1, 3)]
+    assert module.seconds_to(5.0 - 2, lengths)[0] == pytest.approx(math.exp(2))
+    # Losses that do not fall from one length to the next are on no such curve.
+    odd = [module.Length(1.0, 3.0, 1), module.Length(2.0, 1.0, 1), module.Length(4.0, 1.5, 1)]
+    assert module.seconds_to(2.0, odd)[0] == pytest.approx(2**0.5)
