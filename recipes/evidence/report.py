@@ -57,12 +57,12 @@ of them counts with the seconds that it takes on the GPU that the run's own seco
 slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
 
 EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss come
-from dense runs of several lengths whose rate decays: a power law with an offset, L = a + b t^-c, goes through the two
-lengths on both sides of the loss and the next one. With two lengths it is a straight line of loss over the logarithm of
-time (*line*), below which the loss of dense training lies, so that *times longer* is then too large. A loss below that of
-the longest dense run or above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
-± is the standard error by the spread of repetitions, {spread:.4f} of one loss (*Noise*), which it takes for that of every
-run; the error of the curve is not in it."""
+from dense runs of several lengths whose rate decays. A power law with an offset, L = a + b t^-c, goes through the two
+lengths on both sides of the loss and the next one. With two lengths a straight line of loss over the logarithm of time
+takes its place (*line*). The loss of dense training lies below such a line, so that *times longer* is then too large.
+A loss below that of the longest dense run or above that of the shortest is outside. Repetitions with other seeds are
+averaged, dense ones too. ± is the standard error by the spread of repetitions, {spread:.4f} of one loss (*Noise*). It
+takes this spread for that of every run, and leaves out the error of the curve."""
 
 
 # A GPU, and the versions of what ran there.
