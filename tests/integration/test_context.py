@@ -548,8 +548,22 @@ def test_blocks_train_on_two_processes_as_on_one(workspace, blocks):
         (['lighthouse.scorer="block"', "lighthouse.window=0", 'data.packing="concat"'], 2, 20),
         (['lighthouse.method="chunked"', "lighthouse.phases=[{window=32}, {window=128}]"], 4, 20),
         (["lighthouse.enabled=false"], 2, 20),
+        (['lighthouse.method="sliding"', "lighthouse.window=64"], 2, 20),
+        (
+            ['lighthouse.method="compressed"', "lighthouse.window=64", "lighthouse.keep=2", 'data.packing="concat"'],
+            1,
+            20,
+        ),
+        (
+            [
+                *('lighthouse.scorer="norm"', "optimizer.lr=1e-4", "lighthouse.cover_prefix=false"),
+                *("lighthouse.window=0", 'data.packing="concat"'),
+            ],
+            4,
+            20,
+        ),
     ],
-    ids=["norm", "random", "block", "growing", "dense"],
+    ids=["norm", "random", "block", "growing", "dense", "sliding", "compressed", "uncovered"],
 )
 def test_losses_of_many_steps(workspace, method, kv_heads, steps, request):
     """Of 1, 2 and 4 processes, which share sequences by two and by four, beside replicas and shards."""
