@@ -556,8 +556,10 @@ def test_blocks_train_on_two_processes_as_on_one(workspace, blocks):
         ),
         (
             [
-                *('lighthouse.scorer="norm"', "optimizer.lr=1e-4", "lighthouse.cover_prefix=false"),
-                *("lighthouse.window=0", 'data.packing="concat"'),
+                'lighthouse.scorer="random"',
+                "lighthouse.cover_prefix=false",
+                "lighthouse.window=0",
+                'data.packing="concat"',
             ],
             4,
             20,
