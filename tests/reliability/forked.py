@@ -145,7 +145,8 @@ def start(function: Callable, *arguments: Any, rank: int = 0, folder: Path, stde
     """Call `function(rank, *arguments)` in a process of its own.
 
     Args:
-        function: one of a module, as for multiprocessing; what it raises ends the process with 1.
+        function: one of a module, as for multiprocessing. SystemExit gives the process its exit code, a number; any
+            other exception ends it with 1.
         arguments: what can be pickled.
         rank: a number of this process.
         folder: where what is called, and what is returned, is left under names with the rank.
@@ -191,7 +192,10 @@ def _ended(started: list[Forked]) -> list[int | None] | None:
 
 def _call(rank: int, folder: Path) -> int:
     function, arguments = pickle.loads((folder / f"call-{rank}").read_bytes())
-    (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *arguments)))
+    try:
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *arguments)))
+    except SystemExit as end:
+        return end.code
     return 0
 
 
