@@ -219,6 +219,7 @@ def _workers() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    _server()  # before a command changes the environment
     stand_in = mock.Mock(wraps=processes.subprocess, Popen=_Worker)
     with mock.patch.object(processes, "subprocess", stand_in):
         yield
