@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -166,3 +167,9 @@ def golden_case():
         pooling=4, levels=3, topk=256, tile_parents=128, cover_prefix=False, backend="reference", dense_backend="math"
     )
     return load_file(Path(__file__).parent / "golden" / "case_a.safetensors"), cfg
+
+
+def pytest_collection_finish():
+    """What lives as long as the tests do is not looked at by every collection of garbage."""
+    gc.collect()
+    gc.freeze()

@@ -1,10 +1,4 @@
-"""What autograd keeps of one block. test_estimate.py runs it under Triton's interpreter.
-
-Takes a recipe's text, and a list of cases as JSON: settings of that recipe, and a stage. Prints the bytes of each case.
-"""
-
-import json
-import sys
+"""What autograd keeps of one block, for test_estimate.py."""
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -59,7 +53,8 @@ def kept(recipe: Recipe, stage: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in own)
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+def kept_bytes(rank: int, text: str, cases: list[tuple[list[str], str]]) -> list[int]:
+    """Of each case: settings of the recipe of this text, and a stage. In a process of its own."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
     torch.manual_seed(0)
-    print(json.dumps([kept(loads_recipe(sys.argv[1], settings), stage) for settings, stage in json.loads(sys.argv[2])]))
+    return [kept(loads_recipe(text, settings), stage) for settings, stage in cases]

@@ -1,10 +1,6 @@
-"""The most memory that reading every weight of a directory takes: run by test_estimate.py, in a process of its own.
-
-Takes a folder, the type of its weights, and a [model] section as JSON. Writes the directory there, and prints bytes.
-"""
+"""The most memory that reading every weight of a directory takes, for test_estimate.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -20,9 +16,8 @@ def peak() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
-if __name__ == "__main__":
-    folder, dtype = Path(sys.argv[1]), sys.argv[2]
-    model = ModelSection.model_validate_json(sys.argv[3])
+def loading_peak(rank: int, folder: Path, dtype: str, model: ModelSection) -> int:
+    """Bytes, of weights of this type that it writes into the folder. In a process of its own."""
     config = model.kind.config(model, seq_len=256, dtype=dtype, bos_id=0, eos_id=1, pad_id=2)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     entries = model.kind.entries(model)
@@ -34,4 +29,4 @@ if __name__ == "__main__":
     before = peak()
     for entry in entries:
         weights.read(entry.source)
-    print(peak() - before)
+    return peak() - before

@@ -478,4 +478,6 @@ def test_another_flash_attention_is_not_taken_for_the_fourth(tmp_path):
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')")
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lighthouse_core.attention.dense import call, fa4"
-    subprocess.run([sys.executable, "-c", code + "; assert not fa4.INSTALLED"], check=True, timeout=100)
+    subprocess.run(
+        [sys.executable, "-c", code + "; assert not fa4.INSTALLED; import os; os._exit(0)"], check=True, timeout=100
+    )

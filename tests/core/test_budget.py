@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import spawn
 from hypothesis import given
 from hypothesis import strategies as st
 from test_float16 import continued, rows, train
 from test_phases import built, small, stage
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.multiprocessing import spawn
 
 from lighthouse_core.attention.beyond import measured_rows, shares_beyond
 from lighthouse_core.attention.budgets import WIDEST, share_out
@@ -311,20 +311,19 @@ def test_a_measurement_that_no_training_leaves_is_refused(state):
         budgets.load_state_dict(budgets.state_dict() | state)
 
 
-def process(rank: int, paths: list[Path], meet: Path) -> None:
-    torch.set_num_threads(1)
-    seen, within = [], Budgets.within
+def process(rank: int, paths: list[Path], meet: Path) -> list[list]:
+    """Of each run, the steps and their budgets."""
+    seen, within = [[] for _ in paths], Budgets.within
 
     def noting(self, context, step):
         context = within(self, context, step)
-        seen.append([step, context.budgets.tolist()])
+        seen[number].append([step, context.budgets.tolist()])
         return context
 
     Budgets.within = noting  # type: ignore[method-assign]
     for number, path in enumerate(paths):
-        seen.clear()
         train(Run(path), meet.with_name(f"meeting-{number}"), rank, 2)
-        (path / f"{rank}.json").write_text(json.dumps(seen))
+    return seen
 
 
 def test_all_processes_have_the_same_budgets(shared):
@@ -334,9 +333,8 @@ def test_all_processes_have_the_same_budgets(shared):
         new_run(folder, f"replicate-{count}", 6, *budget(2, threshold), f"parallel.replicate={count}")
         for count in (1, 2)
     ]
-    spawn(process, ([run.path for run in runs], folder / "meeting"), nprocs=2)
-    for run in runs:
-        first, second = (json.loads((run.path / f"{rank}.json").read_text()) for rank in range(2))
+    seen = spawn(process, [run.path for run in runs], folder / "meeting", count=2)
+    for run, first, second in zip(runs, *seen, strict=True):
         assert first == second and len({str(budgets) for _, budgets in first}) > 1
         assert len(rows(run, "budget_share")) == 3
     assert rows(runs[0], "budget_share") == pytest.approx(rows(runs[1], "budget_share"), rel=1e-4)

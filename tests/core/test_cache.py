@@ -183,6 +183,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 print(cache_dir())
 from torch._inductor import config
 assert not config.cpp_cache_precompile_headers
+sys.stdout.flush()
+os._exit(0)  # torch takes seconds to be torn down
 """
     with tempfile.TemporaryDirectory() as home:
         variables = {name: value for name, value in os.environ.items() if name not in {*NAMES, HEADERS}}

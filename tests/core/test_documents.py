@@ -344,7 +344,10 @@ def test_the_loss_of_a_document_is_its_own(settings, rotate):
         torch.testing.assert_close(before, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["random", "norm", "sliding", "chunked", "dense"])
+# tests/core/test_phases.py compiles a scorer that measures, with documents.
+@pytest.mark.parametrize(
+    "name", ["random", pytest.param("norm", marks=pytest.mark.slow), "sliding", "chunked", "dense"]
+)
 def test_compiled(name):
     """In one graph, and the same for other documents, windows and numbers of documents."""
     torch._dynamo.reset()

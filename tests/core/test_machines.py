@@ -5,16 +5,19 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import children
+import forked
 import pytest
 
 from lighthouse_core.errors import LighthouseError, UserError
+from lighthouse_core.job import launch
 from lighthouse_core.job import machines as job_machines
 from lighthouse_core.job.machines import Machines
 from lighthouse_core.job.plan import Asked, Plan
@@ -121,30 +124,26 @@ def test_a_machine_may_give_up_and_come_again(meet):
     launchers[0].leave(143)
 
 
-WAITING = """
-import sys, threading
-from pathlib import Path
-from lighthouse_core.job.machines import Machines
-from lighthouse_core.job.plan import Asked, Plan
-rank, count = int(sys.argv[1]), int(sys.argv[2])
-launcher = Machines(Plan(1, count, rank, sys.argv[3]), Asked({"training.steps": 5}, seconds=60))
-print("here", flush=True)
-launcher.meet(Path(sys.argv[4]), lambda: False)
-print("met", flush=True)
-threading.Event().wait(60)
-"""
+def wait_and_meet(rank: int, count: int, where: str, folder: Path) -> None:
+    """Leaves the words "here" and "met" in files of the folder."""
+    launcher = machine(rank, count, where)
+    (folder / "here").write_text("here")
+    launcher.meet(folder, lambda: False)
+    (folder / "met").write_text("met")
+    threading.Event().wait(60)
 
 
 @pytest.fixture
 def waiting(tmp_path):
     """Starts a launcher in a process of its own, which can be killed."""
+    # What is forked first waits for the imports of the server: here, rather than while the others count seconds.
+    forked.spawn(abs, count=1)
     started = []
 
     def start(rank: int, count: int, where: str):
-        command = [sys.executable, "-c", WAITING, rank, count, where, tmp_path]
-        process = children.start(command, stdout=subprocess.PIPE, text=True)
+        process = forked.start(wait_and_meet, count, where, tmp_path, rank=rank, folder=tmp_path)
         started.append(process)
-        assert process.stdout.readline() == "here\n"
+        children.wait_for(tmp_path / "here", process)
         return process
 
     yield start
@@ -195,7 +194,7 @@ def test_a_machine_that_dies_while_it_waits_may_come_again(waiting, tmp_path):
 
 def test_no_job_begins_without_a_machine_that_died_while_it_waited(waiting, tmp_path):
     where, answers = f"127.0.0.1:{free_port()}", {}
-    first = machine(0, 3, where, seconds=20)
+    first = machine(0, 3, where, seconds=8)
     threads = [join(first, tmp_path, answers)]
     dead = waiting(1, 3, where)
     children.wait_until(lambda: first._here == [1])
@@ -204,7 +203,7 @@ def test_no_job_begins_without_a_machine_that_died_while_it_waited(waiting, tmp_
     threads.append(join(last, tmp_path, answers))
     for thread in threads:
         thread.join(40)
-    assert str(answers[first]) == str(answers[last]) == f"machine 1 did not come to {where} within 20 s"
+    assert str(answers[first]) == str(answers[last]) == f"machine 1 did not come to {where} within 8 s"
     assert "--set titan.comm.init_timeout_seconds" in answers[first].hint
 
 
@@ -238,7 +237,7 @@ def test_a_machine_that_comes_again_once_the_job_has_begun_without_it(waiting, t
     first = machine(0, 2, where)
     thread = join(first, tmp_path, answers)
     dead = waiting(1, 2, where)
-    assert dead.stdout.readline() == "met\n"
+    children.wait_for(tmp_path / "met", dead)
     thread.join(20)
     dead.kill()
     dead.wait()
@@ -327,10 +326,11 @@ def test_the_end_of_a_machine(meet, code, saves, words):
 def test_a_machine_that_has_gone_is_the_cause_of_a_failure_here(meet):
     launchers, _ = meet((1, 3, 0), (1, 3, 1), (1, 3, 2))
     # While all of them beat none is.
-    assert [launcher.cause() for launcher in launchers[:2]] == [None, None]
-    launchers[2]._exchange = lambda store: time.sleep(0.5)
-    for launcher in launchers[:2]:
-        assert re.fullmatch(r"machine 2 \(.*\) did not answer for 3 s", str(launcher.cause().error))
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(Machines.cause, launchers[:2])) == [None, None]
+        launchers[2]._exchange = lambda store: time.sleep(0.5)
+        for fault in pool.map(Machines.cause, launchers[:2]):
+            assert re.fullmatch(r"machine 2 \(.*\) did not answer for 3 s", str(fault.error))
 
 
 def test_a_machine_that_is_done_is_no_fault(meet):
@@ -351,19 +351,18 @@ WORKER = """
     (Path(__file__).parent / f"rank{os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(60)
 """
-LAUNCHER = """
-import sys
-from pathlib import Path
-from lighthouse_core.errors import LighthouseError
-from lighthouse_core.job import launch
-from lighthouse_core.job.plan import Asked
-launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
-try:
-    asked = Asked(patience=2, say=lambda text: print(text, file=sys.stderr))
-    sys.exit(launch.launch(Path(sys.argv[1]), launch.Plan(1, 2, int(sys.argv[2]), sys.argv[3]), None, asked))
-except LighthouseError as error:
-    sys.exit(f"error: {error}")
-"""
+
+
+def launched(rank: int, folder: Path, where: str) -> None:
+    """A launcher whose process sleeps."""
+    launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
+    try:
+        asked = Asked(patience=2, say=lambda text: print(text, file=sys.stderr))
+        code = launch.launch(folder, Plan(1, 2, rank, where), None, asked)
+    except LighthouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
 
 
 @pytest.fixture
@@ -371,10 +370,10 @@ def launchers(tmp_path):
     """Two launchers, each with one process that sleeps; and the ids of these."""
     (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER))
     where = f"127.0.0.1:{free_port()}"
-    started = [
-        children.start([sys.executable, "-c", LAUNCHER, tmp_path, n, where], stderr=(tmp_path / f"words{n}").open("w"))
-        for n in (0, 1)
-    ]
+    started = []
+    for n in (0, 1):
+        with (tmp_path / f"words{n}").open("w") as words:
+            started.append(forked.start(launched, tmp_path, where, rank=n, folder=tmp_path, stderr=words))
     workers = [int(children.wait_for(tmp_path / f"rank{n}", started[n])) for n in (0, 1)]
     yield started, workers, lambda n: (tmp_path / f"words{n}").read_text()
     for pid in (*workers, *(process.pid for process in started)):

@@ -34,13 +34,14 @@ while not (here / "go").exists():
     time.sleep(0.02)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # torch takes seconds to be torn down
 """
 LAUNCHER = """
-import sys
+import os, sys
 from pathlib import Path
 from lighthouse_core.job import launch
 launch.command = lambda run_dir: [sys.executable, str(run_dir / "worker.py")]
-sys.exit(launch.launch(Path(sys.argv[1]), launch.Plan(*eval(sys.argv[2]))))
+os._exit(launch.launch(Path(sys.argv[1]), launch.Plan(*eval(sys.argv[2]))))
 """
 
 

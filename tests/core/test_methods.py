@@ -258,19 +258,35 @@ def test_an_early_token_is_dense(cfg):
 
 
 @pytest.mark.parametrize("cfg", METHODS, ids=IDS)
-def test_types_and_compilation(cfg):
-    torch._dynamo.reset()
+def test_types(cfg):
     cfg = LighthouseConfig(**cfg)
     tensors = draw()
     exact = gradients(lambda *x: lighthouse_attention(*x, cfg, key=KEY), tensors)
     single = gradients(lambda *x: lighthouse_attention(*x, cfg, key=KEY), [x.float() for x in tensors])
     assert all(x.dtype == torch.float32 for x in single)
     assert_close(single, [x.float() for x in exact], 1e-4)
+
+
+def but_slow(*names):
+    """All methods; those of these names in the slow tests alone."""
+    return [
+        pytest.param(cfg, id=name, marks=[pytest.mark.slow] * (name in names))
+        for cfg, name in zip(METHODS, IDS, strict=True)
+    ]
+
+
+# test_attention.py compiles pyramids with their gradients.
+@pytest.mark.parametrize("cfg", but_slow("drawn", "pyramid", "random-blocks"))
+def test_compilation(cfg):
+    torch._dynamo.reset()
+    cfg = LighthouseConfig(**cfg)
+    tensors = draw()
+    exact = gradients(lambda *x: lighthouse_attention(*x, cfg, key=KEY), tensors)
     compiled = torch.compile(lambda *x: lighthouse_attention(*x, cfg, key=KEY), fullgraph=True, backend="aot_eager")
     assert_close(gradients(compiled, tensors), exact, 1e-10)
 
 
-@pytest.mark.parametrize("cfg", METHODS, ids=IDS)
+@pytest.mark.parametrize("cfg", but_slow("drawn"))
 def test_a_compiled_layer_takes_other_windows(cfg):
     seen = []
 

@@ -82,9 +82,23 @@ def clean():
     torch._dynamo.reset()
 
 
+def modes(*quick, modes=("none", "selective", "attention", "full")):
+    """(mode, compiled): each mode eager, those of `quick` compiled, and in the slow tests all."""
+    return [
+        pytest.param(
+            mode,
+            compiled,
+            id=f"{mode}-{'compiled' if compiled else 'eager'}",
+            marks=[pytest.mark.slow] * (compiled and mode not in quick),
+        )
+        for compiled in (False, True)
+        for mode in modes
+    ]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+# Selective checkpointing is compiled with shards below.
+@pytest.mark.parametrize(("mode", "compiled"), modes("none", "full", modes=("none", "selective", "full")))
 def test_checkpointing_and_compiling_change_nothing(tmp_path, mode, compiled, backend):
     """Blocks are compiled with fullgraph=True, so that a graph break fails."""
     cfg = config(backend=backend, scorer="norm" if mode != "none" else "block")
@@ -119,9 +133,14 @@ def test_a_selection_is_made_once(tmp_path, mode, gathered):
     assert count.calls["gather"] == gathered
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("score", ["mean", "random"])
-@pytest.mark.parametrize("mode", ["none", "selective", "attention", "full"])
+@pytest.mark.parametrize(
+    ("score", "mode", "compiled"),
+    [
+        pytest.param(score, *case.values, id=f"{score}-{case.id}", marks=case.marks)
+        for score, quick in (("mean", ("attention", "full")), ("random", ("selective",)))
+        for case in modes(*quick)
+    ],
+)
 def test_blocks_are_chosen_once(tmp_path, mode, score, compiled):
     cfg = LighthouseConfig(method="blocks", window=9, tile=8, block_size=4, blocks=2, block_score=score)
     loss, grads = results(model(cfg))
@@ -161,21 +180,8 @@ def qwen(cfg, tmp_path=None, mode="none", compiled=False):
     return built
 
 
-MODES = "none", "selective", "attention", "full"
-
-
 # Of a Llama every mode is compiled above.
-@pytest.mark.parametrize(
-    ("mode", "compiled"),
-    [
-        *(pytest.param(mode, False, id=f"{mode}-eager") for mode in MODES),
-        pytest.param("selective", True, id="selective-compiled"),
-        *(
-            pytest.param(mode, True, id=f"{mode}-compiled", marks=pytest.mark.slow)
-            for mode in ("none", "attention", "full")
-        ),
-    ],
-)
+@pytest.mark.parametrize(("mode", "compiled"), modes("selective"))
 def test_nor_of_a_model_that_norms_its_heads(tmp_path, mode, compiled):
     """Also the names by which weights that exist are asked for."""
     cfg = config(backend="reference")
@@ -186,7 +192,8 @@ def test_nor_of_a_model_that_norms_its_heads(tmp_path, mode, compiled):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+# Of a Llama every mode is counted above.
+@pytest.mark.parametrize("mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("none", "selective")), "full"])
 def test_its_selection_is_made_once(tmp_path, mode):
     with Count() as count:
         results(qwen(config(backend="triton"), tmp_path, mode), tokens()[:1, :32])

@@ -317,6 +317,9 @@ def built(mixed):
     return model
 
 
+QUICK = {("concat", "chunked"), ("documents", "pyramid")}
+
+
 def compiled(mixed):
     """The model of a stage as it trains, with its layers compiled, and how often they were."""
     torch._dynamo.reset()
@@ -327,8 +330,14 @@ def compiled(mixed):
     return model, counter
 
 
-@pytest.mark.parametrize("method", ["chunked", "sliding", "pyramid"])
-@pytest.mark.parametrize("packing", ["concat", "documents"])
+@pytest.mark.parametrize(
+    ("packing", "method"),
+    [
+        pytest.param(packing, method, marks=[pytest.mark.slow] * ((packing, method) not in QUICK))
+        for packing in ("concat", "documents")
+        for method in ("chunked", "sliding", "pyramid")
+    ],
+)
 def test_a_window_that_grows_is_compiled_as_a_number_that_varies(method, packing):
     """Of a dense and a sparse layer: the dense one once; the other with its first window, and for all that follow."""
     settings = [f'lighthouse.method="{method}"', 'lighthouse.scorer="block"', f'data.packing="{packing}"']

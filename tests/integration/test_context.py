@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import forked
 import jobs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing import spawn
+from test_pipeline import succeed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse_core import LighthouseConfig
@@ -33,7 +34,7 @@ BATCH, TOKENS, DIM = 2, 128, 8
 TOLERANCE = 1e-6
 
 
-def _process(rank, world, store, function, into):
+def _process(rank, world, store, function):
     torch.set_num_threads(1)
     on_gpus = torch.cuda.device_count() >= world
     if on_gpus:
@@ -41,16 +42,17 @@ def _process(rank, world, store, function, into):
     torch.distributed.init_process_group(
         "nccl" if on_gpus else "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
-    torch.save(function(), into / f"{rank}.pt")
+    found = function()
     torch.distributed.destroy_process_group()
+    return found
 
 
 def on_processes(world, function, folder):
     """What `function` returns on each of so many processes, which form torch's default group."""
     store = folder / "store"
-    spawn(_process, (world, store, function, folder), nprocs=world)
+    found = forked.spawn(_process, world, store, function, count=world)
     store.unlink(missing_ok=True)
-    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world)]
+    return found
 
 
 def pyramid(**settings):
@@ -465,8 +467,7 @@ FIGURES = ("loss", "grad_norm", "val_loss", "flops_per_token", "dense_flops_per_
 
 def pretrain(workspace: Path, name: str, processes: int, *settings: str, more: tuple[str, ...] = ()) -> Path:
     options = [*jobs.options(*TINY, *settings), "--nproc", str(processes), *more]
-    # Inductor takes minutes on a CPU.
-    jobs.succeed("pretrain", str(jobs.RECIPE), "--name", name, *options, cwd=workspace, seconds=900)
+    succeed("pretrain", str(jobs.RECIPE), "--name", name, *options, cwd=workspace)
     return workspace / "runs" / name
 
 
@@ -589,11 +590,11 @@ def test_a_run_goes_on_with_other_processes(workspace, one):
     for run in (expected, moved):
         shutil.copytree(one, run)
     shutil.rmtree(moved / "checkpoints/step-4")
-    jobs.succeed("pretrain", "--resume", "moved", "--nproc", "4", "--set", "parallel.context=4", cwd=workspace)
+    succeed("pretrain", "--resume", "moved", "--nproc", "4", "--set", "parallel.context=4", cwd=workspace)
     check_rows(moved, one)
     recovery = jobs.options("recover.steps=2")
-    jobs.succeed("recover", "whole", "--nproc", "1", *recovery, cwd=workspace)
-    jobs.succeed("recover", "moved", "--nproc", "2", *recovery, "--set", "parallel.context=2", cwd=workspace)
+    succeed("recover", "whole", "--nproc", "1", *recovery, cwd=workspace)
+    succeed("recover", "moved", "--nproc", "2", *recovery, "--set", "parallel.context=2", cwd=workspace)
     check_rows(moved, expected)
     assert jobs.rows(moved)[6]["stage"] == "dense"
 

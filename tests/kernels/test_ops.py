@@ -75,9 +75,20 @@ def test_one_graph_and_the_same_results(scorer):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_compiled_call_takes_any_shape():
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((21, 2, 2), (37, 3, 4)),
+        # Compiled three times, with more and more numbers that vary.
+        pytest.param(((21, 1, 2), (32, 1, 4), (37, 2, 2)), marks=pytest.mark.slow),
+    ],
+    ids=["all at once", "one by one"],
+)
+def test_a_compiled_call_takes_any_shape(shapes):
+    """Tokens, sequences and heads vary."""
+    torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend=COMPILER)
-    for tokens, batch, heads in ((21, 1, 2), (32, 1, 4), (37, 2, 2)):
+    for tokens, batch, heads in shapes:
         *tensors, cfg = call(tokens, batch, heads, dense_backend="math")
         results = [attend(*tensors, cfg) for attend in (compiled, attention)]
         torch.testing.assert_close(*results)

@@ -4,20 +4,27 @@ The imports of a training process take several seconds, more than all the steps 
 command line in this process, and has its training processes forked from a server. They run the program of
 lighthouse_core.worker as any other does, in a session, an environment and a folder of their own. What a new interpreter
 does before is tested with the real command: see `interrupt` in tests/integration/test_pipeline.py.
+
+`start` and `spawn` call any function of a test in processes that are forked from the same server.
 """
 
 import contextlib
 import functools
+import gc
 import json
 import os
+import pickle
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from types import SimpleNamespace
+from typing import IO, Any, NamedTuple, NoReturn
 from unittest import mock
 
 import children
@@ -27,9 +34,12 @@ from lighthouse_cli import _output
 from lighthouse_cli.app import main
 from lighthouse_core.job import processes
 from lighthouse_core.job.environment import PARENT
+from lighthouse_core.job.exits import end_with
 
 # What libraries read while they are loaded, before a job can say it. MKL_CBWR is that of deterministic runs.
 LOADED = {"OMP_NUM_THREADS": "1", "MKL_DYNAMIC": "FALSE", "MKL_CBWR": "AVX2"}
+# After so long a process that `start` has started ends, whatever it waits for.
+_LIMIT_SECONDS = 1800
 
 
 class Done(NamedTuple):
@@ -67,12 +77,59 @@ def lighthouse(*arguments: str, cwd: Path) -> Done:
         return Done(code, out.read(), words.read())
 
 
-class _Forked:
-    """As subprocess.Popen, of a process that is a child of the server."""
+class Forked:
+    """As subprocess.Popen, of a process that is a child of the server.
+
+    Args:
+        request: what the process is to do: {"arguments"} of the program of training, or {"call", "rank"} of `start`.
+        environment: of the process.
+        stdout, stderr: files to write to; None for those of this process.
+    """
 
     def __init__(
         self,
-        server: socket.socket,
+        request: dict[str, Any],
+        environment: Mapping[str, str],
+        stdout: int | IO[Any] | None,
+        stderr: int | IO[Any] | None,
+    ):
+        self._server, self.returncode = _server()[0], None
+        request = request | {"environment": dict(environment), "folder": os.getcwd()}
+        fds = [2 if file is None else file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
+        socket.send_fds(self._server, [json.dumps(request).encode()], fds)
+        self.pid = json.loads(self._server.recv(1 << 10))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._server.send(json.dumps(self.pid).encode())
+            self.returncode = json.loads(self._server.recv(1 << 10))
+        return self.returncode
+
+    def wait(self, seconds: float = 240) -> int:
+        """Its exit code.
+
+        Raises:
+            TimeoutError: it did not end in time.
+        """
+        children.wait_until(lambda: self.poll() is not None, seconds=seconds)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Worker(Forked):
+    """Takes what lighthouse_core.job.processes gives to subprocess.Popen."""
+
+    def __init__(
+        self,
         argv: Sequence[str],
         env: Mapping[str, str],
         stdin: int,
@@ -81,21 +138,65 @@ class _Forked:
         start_new_session: bool,
     ):
         assert argv[1:4] == ["-P", "-m", "lighthouse_core.worker"] and start_new_session
-        self._server, self._code = server, None
-        request = {"arguments": argv[4:], "environment": dict(env), "folder": os.getcwd()}
-        fds = [2 if file is None else file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
-        socket.send_fds(server, [json.dumps(request).encode()], fds)
-        self.pid = json.loads(server.recv(1 << 10))
+        super().__init__({"arguments": argv[4:]}, env, stdout, stderr)
 
-    def poll(self) -> int | None:
-        if self._code is None:
-            self._server.send(json.dumps(self.pid).encode())
-            self._code = json.loads(self._server.recv(1 << 10))
-        return self._code
 
-    def terminate(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, processes.signal.SIGTERM)
+def start(function: Callable, *arguments: Any, rank: int = 0, folder: Path, stderr: IO[Any] | None = None) -> Forked:
+    """Call `function(rank, *arguments)` in a process of its own.
+
+    Args:
+        function: one of a module, as for multiprocessing. SystemExit gives the process its exit code, a number; any
+            other exception ends it with 1.
+        arguments: what can be pickled.
+        rank: a number of this process.
+        folder: where what is called, and what is returned, is left under names with the rank.
+        stderr: where its words go; those of this process without.
+    """
+    (folder / f"call-{rank}").write_bytes(pickle.dumps((function, arguments)))
+    request = {"call": str(folder), "rank": rank, "path": sys.path}
+    return Forked(request, os.environ, stderr, stderr)
+
+
+def spawn(function: Callable, *arguments: Any, count: int) -> list[Any]:
+    """What `function(rank, *arguments)` returns in each of so many processes that run at the same time.
+
+    Raises:
+        RuntimeError: one of them failed, upon which the others are killed.
+    """
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as words:
+        folder = Path(name)
+        if torch.cuda.is_available():
+            # No forked process may use a GPU.
+            for rank in range(count):
+                (folder / f"call-{rank}").write_bytes(pickle.dumps((function, arguments)))
+            torch.multiprocessing.spawn(_call, (folder,), nprocs=count)
+        else:
+            started = [start(function, *arguments, rank=rank, folder=folder, stderr=words) for rank in range(count)]
+            try:
+                # Until one has failed or all have ended.
+                codes = children.wait_until(lambda: _ended(started), seconds=_LIMIT_SECONDS)
+            finally:
+                for one in started:
+                    one.kill()
+            if any(codes):
+                words.seek(0)
+                raise RuntimeError(f"a process of {function} ended with {codes}\n{words.read()}")
+        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(count)]
+
+
+def _ended(started: list[Forked]) -> list[int | None] | None:
+    """The exit codes, once all are there or one is of a failure."""
+    codes = [one.poll() for one in started]
+    return codes if any(codes) or None not in codes else None
+
+
+def _call(rank: int, folder: Path) -> int:
+    function, arguments = pickle.loads((folder / f"call-{rank}").read_bytes())
+    try:
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *arguments)))
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 @functools.cache
@@ -118,7 +219,8 @@ def _workers() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    stand_in = mock.Mock(wraps=processes.subprocess, Popen=functools.partial(_Forked, _server()[0]))
+    _server()  # before a command changes the environment
+    stand_in = mock.Mock(wraps=processes.subprocess, Popen=_Worker)
     with mock.patch.object(processes, "subprocess", stand_in):
         yield
 
@@ -132,8 +234,8 @@ def end() -> None:
         _server.cache_clear()
 
 
-def _become(request: dict, fds: list[int]) -> None:
-    """Go on as the training process that is asked for."""
+def _become(request: dict, fds: list[int]) -> NoReturn:
+    """Go on as the process that is asked for."""
     os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
@@ -144,13 +246,21 @@ def _become(request: dict, fds: list[int]) -> None:
             os.dup2(fd, place)
     for fd in fds:
         os.close(fd)
+    if "call" in request:
+        sys.path[:] = request["path"]
+        signal.alarm(_LIMIT_SECONDS)
+        end_with(functools.partial(_call, request["rank"], Path(request["call"])))
     sys.argv = ["lighthouse_core.worker", *request["arguments"]]
     runpy.run_module("lighthouse_core.worker", run_name="__main__", alter_sys=True)
 
 
 def _serve(place: int) -> None:
-    import lighthouse_core.titan  # noqa: F401
+    from lighthouse_core.titan.trainer import titan_train
 
+    # At the end of a training the first process sleeps for two seconds; ours meet at a file, which stays.
+    titan_train.time = SimpleNamespace(sleep=lambda seconds: None, perf_counter=time.perf_counter)
+    # A collection in a process would look at all that these imports made, and so have every page of it copied.
+    gc.freeze()
     with socket.socket(fileno=place) as connection:
         while True:
             message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
@@ -164,7 +274,7 @@ def _serve(place: int) -> None:
                 answer = os.fork()
                 if answer == 0:
                     connection.close()
-                    return _become(request, fds)
+                    _become(request, fds)
                 for fd in fds:
                     os.close(fd)
             connection.send(json.dumps(answer).encode())
