@@ -203,9 +203,11 @@ def timeout_of_a_later_launch(job, see):
     see.patch.setattr(trainer.titan_train, "dist_utils", guard.NotingUtils(torchtitans, None, 0, 0.0))
     parts = ("lr_schedulers", "effects", "guard", "parallel_dims", "checkpointer", "dataloader")
     one.__dict__ |= dict(
-        step=5, asked=4, begun=True, ranks=1, loss_scale=None, gradient_accumulation_steps=1, job_config=job
+        step=5, asked=4, begun=True, ranks=1, theta=None, loss_scale=None, gradient_accumulation_steps=1, job_config=job
     )
-    one.__dict__ |= {part: MagicMock() for part in parts} | {"stage": SimpleNamespace(recipe=recipe())}
+    one.__dict__ |= {part: MagicMock() for part in parts} | {
+        "stage": SimpleNamespace(recipe=recipe(), phase=lambda step: None)
+    }
     one.budgets = SimpleNamespace(begin=lambda step: None, end=lambda step: None)
     see.patch.setattr(trainer.Trainer, "anywhere", lambda self, here: here)
     one.train_step(None)
