@@ -224,8 +224,7 @@ def _done(run: "Run") -> str | None:
     """What has become of a run that needs no more of `pretrain`. The same on all machines."""
     if run.recovering:
         return f"run {run.path} has begun its recovery"
-    step = max(run.checkpoint_steps(), default=0)
-    return f"run {run.path} is complete at step {step}" if step >= run.end else None
+    return f"run {run.path} is complete at step {run.end}" if run.complete else None
 
 
 def _has_metrics(run: "Run") -> bool:

@@ -74,9 +74,7 @@ def recover(
         _output.say(f"newest run: {found.path}")
     if or_done and extend is not None:
         raise UserError("--or-done and --extend exclude each other", hint="--extend adds to a complete recovery")
-    # The same on all machines.
-    complete = found.recovering and max(found.checkpoint_steps(), default=0) >= found.end
-    if or_done and complete and steps in (None, found.end - found.start):
+    if or_done and found.recovering and found.complete and steps in (None, found.end - found.start):
         _output.say(f"the recovery of run {found.path} is complete at step {found.end}: nothing is left to do")
         return
     asked = {"--steps": steps, "--extend": extend, "--set": settings or []}

@@ -75,7 +75,9 @@ def load_checkpoint(
     use_dense(model, cfg.dense_backend)
     if pooled:
         use_lighthouse(model, cfg, phase.dense_layers)
-    angles = model.rotary_table(phase.rope_theta if as_trained else None)
+    if as_trained and phase.rope_theta is not None:
+        model.turn_by(phase.rope_theta)
+    angles = model.freqs_cis
     model.to(device, dtype).eval()
     # Not in the type of the weights.
     model.freqs_cis = angles.to(device)

@@ -3,15 +3,18 @@
 B sequences, N tokens, D width, V vocabulary rows.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lighthouse_core.attention.context import AttentionContext
 from lighthouse_core.data.documents import Tokenizer
+from lighthouse_core.errors import UserError
 from lighthouse_core.evaluate.text import PackedSequence
 from lighthouse_core.models.decoder import Decoder
 
@@ -102,3 +105,27 @@ def hidden_of_documents(model: Decoder, context: AttentionContext, tokens: Tenso
     """
     documents, positions = packed.documents.to(tokens.device), packed.positions.to(tokens.device)
     return model.hidden(tokens, replace(context, documents=documents, positions=positions))
+
+
+@contextlib.contextmanager
+def looking(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """While a subject is looked into by these hooks, which are then removed."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def fitting(tokens: int) -> Iterator[None]:
+    """While sequences of so many tokens go through a model.
+
+    Raises:
+        UserError: they do not fit the memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"a sequence of {tokens} tokens does not fit: {reason}") from None

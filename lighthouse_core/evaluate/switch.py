@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lighthouse_core.attention.module import LighthouseAttention
-from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.evaluate.subject import Subject, looking
 from lighthouse_core.evaluate.text import PackedSequence
 from lighthouse_core.models.decoder import lighthouse_layers
 
@@ -40,9 +40,6 @@ def attention_errors(subject: Subject, tokens: Tensor, packed: PackedSequence | 
     hooks = [
         layer.register_forward_hook(partial(compare, number), with_kwargs=True) for number, layer in layers.items()
     ]
-    try:
+    with looking(hooks):
         subject.states(tokens, packed)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return errors

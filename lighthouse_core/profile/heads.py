@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lighthouse_core.attention.beyond import measured_rows
 from lighthouse_core.config.phases import phase_at
 from lighthouse_core.data.overlap import own_split
-from lighthouse_core.errors import UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
+from lighthouse_core.evaluate.subject import fitting, looking
 from lighthouse_core.models.beyond import shares_of_block
 from lighthouse_core.models.decoder import Block, lighthouse_layers
 from lighthouse_core.runs.run import Run
@@ -97,15 +97,9 @@ def heads_view(run: Run, step: int, sequences: int, device: torch.device | None)
 
     blocks = [module for module in subject.model.modules() if isinstance(module, Block)]
     hooks = [blocks[number].register_forward_pre_hook(partial(look, number, blocks[number])) for number in layers]
-    try:
+    with looking(hooks), fitting(recipe.training.seq_len):
         for row, packed in text:
             subject.states(row, packed)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise UserError(f"a sequence of {recipe.training.seq_len} tokens does not fit: {reason}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
     last = load_measurement(Source(run, step))
     numbers = budget.blocks(recipe.phases, step, last)
     return HeadsView(

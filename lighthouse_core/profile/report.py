@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -395,6 +395,10 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     ]
 
 
+def _noted(notes: Mapping[str, str]) -> list[str]:
+    return [f"{name.capitalize()}: {note}" for name, note in notes.items()]
+
+
 def selection_parts(view: SelectionView) -> list[Table | str]:
     """A row for each layer, and what the figures mean."""
     title = (
@@ -407,7 +411,7 @@ def selection_parts(view: SelectionView) -> list[Table | str]:
         "queries alone would choose there, those that the keys would, too."
         + " kept: of the tokens at level 0 at one checkpoint, those at level 0 at the next." * bool(view.drift)
         + f" Held-out sequences: {view.sequences}.",
-        *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
+        *_noted(view.notes),
     ]
 
 
@@ -429,7 +433,7 @@ def heads_parts(view: HeadsView) -> list[Table | str]:
         f"blocks that the head chooses. Held-out sequences: {view.sequences}, {view.queries} queries of the second "
         "half of each.",
         rule,
-        *(f"{name.capitalize()}: {note}" for name, note in view.notes.items()),
+        *_noted(view.notes),
     ]
 
 

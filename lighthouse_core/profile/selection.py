@@ -24,7 +24,7 @@ from lighthouse_core.data.overlap import own_split
 from lighthouse_core.errors import CheckpointError, DataError, UserError
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.evaluate.report import held_out
-from lighthouse_core.evaluate.subject import Subject
+from lighthouse_core.evaluate.subject import Subject, fitting, looking
 from lighthouse_core.evaluate.text import Text
 from lighthouse_core.models.decoder import lighthouse_layers
 from lighthouse_core.profile.heads import HeadsView, heads_view
@@ -210,16 +210,10 @@ def _look(subject: Subject, text: Text, seed: int, step: int, bins: int) -> dict
     hooks = [
         layer.register_forward_pre_hook(partial(look, number), with_kwargs=True) for number, layer in layers.items()
     ]
-    try:
+    with looking(hooks), fitting(text.tokens.shape[1]):
         for number, (row, packed) in enumerate(text):
             key = selection_keys(seed, step, number, len(subject.model.layers)).to(subject.device)
             subject.within(AttentionContext(key=key)).states(row, packed)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise UserError(f"a sequence of {text.tokens.shape[1]} tokens does not fit: {reason}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 

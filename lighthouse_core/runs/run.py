@@ -113,6 +113,11 @@ class Run:
         """Whether the last stage is a recovery; a dense run from step 0 is none."""
         return len(self.ledger["stages"]) > 1
 
+    @property
+    def complete(self) -> bool:
+        """Whether there is a checkpoint of the last step of the last stage. The same on all machines."""
+        return max(self.checkpoint_steps(), default=0) >= self.end
+
     def checkpoint_steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
         return checkpoint_steps(self.path)

@@ -58,11 +58,12 @@ slowly lies below such a line: the further apart the lengths, the more too large
 
 EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss come
 from dense runs of several lengths whose rate decays. A power law with an offset, L = a + b t^-c, goes through the two
-lengths on both sides of the loss and the next one. With two lengths a straight line of loss over the logarithm of time
-takes its place (*line*). The loss of dense training lies below such a line, so that *times longer* is then too large.
-A loss below that of the longest dense run or above that of the shortest is outside. Repetitions with other seeds are
-averaged, dense ones too. ± is the standard error by the spread of repetitions, {spread:.4f} of one loss (*Noise*). It
-takes this spread for that of every run, and leaves out the error of the curve."""
+lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
+line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
+that *times longer* is then too large. A loss below that of the longest dense run or above that of the shortest is
+outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard error by the spread of
+repetitions, {spread:.4f} of one loss (*Noise*). It takes this spread for that of every run, and leaves out the error of
+the curve."""
 
 
 # A GPU, and the versions of what ran there.
@@ -213,8 +214,12 @@ class Trial:
     @cached_property
     def common(self) -> tuple[str | None, str]:
         """What it has in common with the dense runs that it may be held against."""
-        keys = ("training.steps", "model.dense_layers", "schedule.decay_steps")
-        return self.text, self.settings(("lighthouse", "recover"), keys)
+        return self.without_stage_1()
+
+    def without_stage_1(self, *keys: str) -> tuple[str | None, str]:
+        """Its text, and its settings without those of stage 1 and the recovery, and without these keys."""
+        left_out = ("training.steps", "model.dense_layers", "schedule.decay_steps", *keys)
+        return self.text, self.settings(("lighthouse", "recover"), left_out)
 
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
         """The recipe without those sections, what changes no result, and those keys, "a.b", of other sections.
@@ -571,12 +576,12 @@ def dense_lengths(trial: Trial, others: Iterable[Trial]) -> list[Length]:
     several decays of one run the one that ended lowest."""
 
     def conditions(trial: Trial) -> tuple:
-        keys = ("training.steps", "training.seed", "model.dense_layers", "schedule.decay_steps")
-        return trial.text, trial.end["data"]["sha256"], trial.settings(("lighthouse", "recover"), keys)
+        return trial.without_stage_1("training.seed"), trial.end["data"]["sha256"]
 
+    wanted = conditions(trial)
     found: dict[int, dict[tuple, tuple[float, float]]] = {}
     for other in others:
-        if other.dense and other.decay and other.end and conditions(other) == conditions(trial):
+        if other.dense and other.decay and other.end and conditions(other) == wanted:
             there = other.on(trial.machine)
             if there.timed:
                 one = (other.run["recipe"]["training"]["seed"], other.run["git_commit"])
@@ -588,16 +593,16 @@ def dense_lengths(trial: Trial, others: Iterable[Trial]) -> list[Length]:
     ]
 
 
-def seconds_to(loss: float, lengths: Sequence[Length]) -> tuple[float, Length, Length] | None:
-    """The seconds of dense training to a loss, and the two lengths on both sides of it; None where there are none. See
-    EQUAL_LOSS."""
+def seconds_to(loss: float, lengths: Sequence[Length]) -> tuple[float, Length, Length, bool] | None:
+    """The seconds of dense training to a loss, the two lengths on both sides of it, and whether a straight line gave
+    the seconds; None where there are no such lengths. See EQUAL_LOSS."""
     for place, (a, b) in enumerate(itertools.pairwise(lengths)):
         if b.loss <= loss <= a.loss:
             # The next longer one, or else the one before.
             three = lengths[min(place, len(lengths) - 3) :][:3] if len(lengths) > 2 else ()
             if three and three[0].loss > three[1].loss > three[2].loss:
-                return _power_law(loss, *three), a, b
-            return a.seconds * (b.seconds / a.seconds) ** ((a.loss - loss) / (a.loss - b.loss)), a, b
+                return _power_law(loss, *three), a, b, False
+            return a.seconds * (b.seconds / a.seconds) ** ((a.loss - loss) / (a.loss - b.loss)), a, b, True
     return None
 
 
@@ -643,11 +648,11 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
         if found is None:
             rows.append([*row, "outside", ""])
             continue
-        needed, a, b = found
+        needed, a, b, straight = found
         share, slope = (a.loss - loss) / (a.loss - b.loss), math.log(b.seconds / a.seconds) / (a.loss - b.loss)
         error = noise * math.sqrt(1 / runs + (1 - share) ** 2 / a.runs + share**2 / b.runs)
         ratio = needed / seconds
-        line = " (line)" * (len(lengths) == 2)
+        line = " (line)" * straight
         rows.append([*row, f"{needed:.0f}{line}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
     return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times longer"], rows)
 

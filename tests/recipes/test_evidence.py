@@ -622,8 +622,8 @@ def test_a_power_law_goes_through_three_lengths(offset, power):
 
     lengths = [module.Length(t, loss(t), 1) for t in (1.0, 3.0, 10.0, 40.0)]
     for seconds in (1.0, 1.7, 3.0, 8.0, 39.0):
-        found, a, b = module.seconds_to(loss(seconds), lengths)
-        assert found == pytest.approx(seconds) and a.seconds <= seconds <= b.seconds
+        found, a, b, line = module.seconds_to(loss(seconds), lengths)
+        assert found == pytest.approx(seconds) and a.seconds <= seconds <= b.seconds and not line
     assert module.seconds_to(loss(0.9), lengths) is None is module.seconds_to(loss(41.0), lengths)
 
 
@@ -633,4 +633,5 @@ def test_a_straight_line_over_the_logarithm_is_a_power_law_too():
     assert module.seconds_to(5.0 - 2, lengths)[0] == pytest.approx(math.exp(2))
     # Losses that do not fall from one length to the next are on no such curve.
     odd = [module.Length(1.0, 3.0, 1), module.Length(2.0, 1.0, 1), module.Length(4.0, 1.5, 1)]
-    assert module.seconds_to(2.0, odd)[0] == pytest.approx(2**0.5)
+    found, *_, line = module.seconds_to(2.0, odd)
+    assert found == pytest.approx(2**0.5) and line
