@@ -22,7 +22,7 @@ def report():
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
-def test_a_sweep_says_what_it_expects_and_gives_every_method_the_same_tokens(file):
+def test_a_sweep_says_what_it_expects_and_gives_every_method_as_many_tokens_as_another(file):
     sweep = load_sweep(file)
     assert "Expected" in sweep.about
     recipes = {name: load_recipe(EVIDENCE / sweep.recipe, sweep.settings(name)) for name in sweep.runs}
@@ -34,9 +34,9 @@ def test_a_sweep_says_what_it_expects_and_gives_every_method_the_same_tokens(fil
     # recovery a stage 1 is for others.
     sparse = [name for name, run in sweep.runs.items() if run.recover and recipes[name].lighthouse.enabled]
     whole = {steps[name] for name in sparse if sweep.runs[name].at or not sweep.runs[name].stage_1}
-    assert len(whole) <= 1
     dense = {steps[name] for name, recipe in recipes.items() if not recipe.lighthouse.enabled}
-    assert not dense or whole <= dense
+    # A method of a second length has a dense run beside it, too.
+    assert whole <= dense if dense else len(whole) <= 1
 
 
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
