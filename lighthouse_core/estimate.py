@@ -31,7 +31,7 @@ _SAMPLES = 64
 # The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
 ERROR = 0.1
 # The longest sequences, in tokens, of which a peak with chosen blocks was measured.
-MOST_BLOCKED = 16384
+MOST_BLOCKED = 65536
 # Bytes of a GPU that are no tensors: CUDA's context and the kernels' code; and of several processes NCCL's buffers.
 _CONTEXT, _BUFFERS = 2**30, 2**30
 

@@ -21,6 +21,7 @@ from lighthouse_core.config.phases import of_older_run
 from lighthouse_core.config.recipe import Recipe
 from lighthouse_core.config.section import Section
 from lighthouse_core.evaluate import compare
+from lighthouse_core.evaluate.needle import interval
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Evidence: does stage 1 and a recovery match dense training?
@@ -56,14 +57,17 @@ between dense runs of several lengths, each of which decays over the share of it
 of them counts with the seconds that it takes on the GPU that the run's own seconds are of. A loss that falls ever more
 slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
 
+NEEDLES = """Hidden digits found of those asked for, by how many tokens back the digit is. The last column has the
+needles that no window of stage 1 reaches: the share found less that of the best dense run of as many steps, with
+Newcombe's 95 % interval."""
 EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss come
 from dense runs of several lengths whose rate decays. A power law with an offset, L = a + b t^-c, goes through the two
 lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
-that *times longer* is then too large. A loss below that of the longest dense run or above that of the shortest is
-outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard error by the spread of
-repetitions, {spread:.4f} of one loss (*Noise*). It takes this spread for that of every run, and leaves out the error of
-the curve."""
+that *times longer* is then too large. Where a run ends below every dense run, dense training takes longer than the
+longest of them (>), and the error is not told. A loss above that of the shortest is outside. Repetitions with other
+seeds are averaged, dense ones too. ± is the standard error by the spread of repetitions, {spread:.4f} of one loss
+(*Noise*). It takes this spread for that of every run, and leaves out the error of the curve."""
 
 
 # A GPU, and the versions of what ran there.
@@ -163,9 +167,9 @@ class Trial:
 
     @property
     def own_paces(self) -> dict[str, float]:
-        """Medians; while a window grows, the mean of medians of five rows each: what compiles is one row of them."""
+        """Medians; while a window grows, the mean without what compiles."""
         return {
-            part: fmean(running_medians(seconds)) if '"window_end"' in part else median(seconds)
+            part: fmean(without_compiling(seconds)) if '"window_end"' in part else median(seconds)
             for part, seconds in self.settled.items()
         }
 
@@ -272,9 +276,15 @@ def paces(sweeps: Mapping[str, dict]) -> dict[str, Pace]:
     }
 
 
-def running_medians(numbers: Sequence[float]) -> list[float]:
-    """Of each number and its two neighbours on both sides, as far as there are so many."""
-    return [median(numbers[max(0, place - 2) : place + 3]) for place in range(len(numbers))]
+def without_compiling(numbers: Sequence[float]) -> list[float]:
+    """Each number, or the median of the five nearest where that is less than two thirds of it."""
+
+    def nearest(place: int) -> Sequence[float]:
+        first = max(0, min(place - 2, len(numbers) - 5))
+        return numbers[first : first + 5]
+
+    usual = [median(nearest(place)) for place in range(len(numbers))]
+    return [middle if number > 1.5 * middle else number for number, middle in zip(numbers, usual, strict=True)]
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -465,6 +475,61 @@ def by_position(runs: list[Trial]) -> str:
     return table(["run", *(f"{first} to {2 * first - 1}" for first in firsts)], map(row, ended))
 
 
+def widest(trial: Trial) -> int | None:
+    """How far back the widest window of its stage 1 reaches, in tokens; None where part of it is dense or has none."""
+    given = dict(trial.run["recipe"]["lighthouse"])
+    phases = given.pop("phases", ()) or [{}]
+    if trial.dense or any(phase.get("enabled") is False for phase in phases):
+        return None
+    windows = [(given | phase).get("window_end") or (given | phase).get("window") or 0 for phase in phases]
+    return max(windows) or None
+
+
+def apart(one: tuple[int, int], other: tuple[int, int]) -> str:
+    """The difference of two shares, right of trials each, with Newcombe's 95 % interval (hybrid score, method 10)."""
+    (p, low, high), (q, other_low, other_high) = ((n / of, *interval(n, of)) for n, of in (one, other))
+    below = math.hypot(p - low, other_high - q)
+    above = math.hypot(high - p, q - other_low)
+    return f"{p - q:+.2f} ({p - q - below:+.2f} to {p - q + above:+.2f})"
+
+
+def needles_by_distance(runs: list[Trial], others: list[Trial]) -> str:
+    """Digits found of those asked for, by how many tokens back the needle is; and of those that the widest window of
+    stage 1 does not reach, the share beside the best dense run of as many steps."""
+
+    def cells(trial: Trial) -> list[dict]:
+        return (trial.end or {}).get("needles", {}).get("cells", [])
+
+    def found(trial: Trial, low: int, high: int) -> tuple[int, int]:
+        there = [cell for cell in cells(trial) if low < round((1 - cell["depth"]) * cell["tokens"]) <= high]
+        return sum(cell["right"] for cell in there), sum(cell["trials"] for cell in there)
+
+    def beyond(trial: Trial) -> str:
+        dense, window = best_dense_of(trial, [*runs, *others]), widest(trial)
+        if window is None or dense is None or not cells(dense):
+            return "-"
+        shares = [found(each, window, longest) for each in (trial, dense)]
+        return apart(*shares) if all(trials for _, trials in shares) else "-"
+
+    asked = [trial for trial in runs if cells(trial)]
+    if not asked:
+        return ""
+    longest = max(cell["tokens"] for trial in asked for cell in cells(trial))
+    edges = [-1, *(longest // 4**power for power in (4, 3, 2, 1)), longest // 2, longest]
+    ranges = [pair for pair in itertools.pairwise(edges) if any(found(trial, *pair)[1] for trial in asked)]
+    rows = [
+        [
+            trial.name,
+            *("{} of {}".format(*found(trial, *pair)) for pair in ranges),
+            str(widest(trial) or "-"),
+            beyond(trial),
+        ]
+        for trial in asked
+    ]
+    columns = ["run", *(f"to {high}" for _, high in ranges), "widest window", "beyond it, beside dense"]
+    return table(columns, rows)
+
+
 def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     """The value at x of straight lines between points, in order; None outside of them."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -645,6 +710,10 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
         loss, seconds = fmean(one.loss["mean"] for _, one in group), fmean(one.seconds for _, one in group)
         row = [trial.name, f"`{name}`", str(runs), " + ".join(map(str, trial.steps)), f"{seconds:.0f}", f"{loss:.4f}"]
         found = seconds_to(loss, lengths)
+        if found is None and loss < min(length.loss for length in lengths):
+            longest = lengths[-1].seconds
+            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f}"])
+            continue
         if found is None:
             rows.append([*row, "outside", ""])
             continue
@@ -777,6 +846,8 @@ def write(files: list[Path], out: Path) -> None:
             text.append(f"### Under way\n\nNone of these was trained to its end.\n\n{so_far}\n")
         if positions := by_position(runs):
             text.append(f"### By the tokens before\n\n{positions}\n")
+        if far := needles_by_distance(runs, everything):
+            text.append(f"### Needles by distance\n\n{NEEDLES}\n\n{far}\n")
         if switch := at_the_switch(runs):
             text.append(f"### At the switch\n\n{switch}\n")
         if equal := same_time(runs):

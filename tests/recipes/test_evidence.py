@@ -60,7 +60,12 @@ def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, swit
             {"first": first, "last": 2 * first - 1, "loss": {"mean": loss + 1 / first}}
             for first in (1, 2, 4, 8, 16, 32, 64, 128)
         ],
-        "needles": {"cells": [{"right": 1, "trials": 10}, {"right": 2, "trials": 10}]},
+        "needles": {
+            "cells": [
+                {"tokens": 256, "depth": 0.0, "right": 1, "trials": 10},
+                {"tokens": 256, "depth": 1.0, "right": 2, "trials": 10},
+            ]
+        },
     }
     return {
         "settings": {"recover": recover},
@@ -584,23 +589,27 @@ def test_while_a_window_grows_steps_count_with_their_mean(sweep):
         "phases": [{"share": 1.0, "enabled": True, "window": 64, "window_end": 256}],
     }
     row = norm["rows"][0] | {"stage": "lighthouse", "phase": 1}
-    # The third row compiled.
-    seconds = [1.0, 2.0, 90.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    # The first two rows compiled, and a later one.
+    seconds = [91.0, 47.0, 3.0, 4.0, 5.0, 96.0, 7.0, 8.0, 9.0, 10.0]
     norm["rows"] = [row | {"step": step, "seconds": each} for step, each in enumerate(seconds, 1)]
     (pace,) = module.Trial("norm", norm).own_paces.values()
-    # Medians of five rows; fewer at both ends.
-    assert pace == pytest.approx((2.0 + 3.0 + 4.0 + 5.0 + 6.0 + 6.0 + 7.0 + 8.0 + 8.5 + 9.0) / 10)
+    # They count as the median of the five nearest rows, all others as they are.
+    assert pace == pytest.approx((5.0 + 5.0 + 3.0 + 4.0 + 5.0 + 7.0 + 7.0 + 8.0 + 9.0 + 10.0) / 10)
+    # What takes longer as the window grows is no compilation.
+    assert module.without_compiling([1.0, 1.1, 1.2, 1.3, 1.4, 1.7]) == [1.0, 1.1, 1.2, 1.3, 1.4, 1.7]
+    assert module.without_compiling([1.0]) == [1.0]
 
 
 def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     module = report()
     dense = [decay(run(loss, [loss]), steps, steps // 4, seconds=1.0) for loss, steps in ((2.0, 4), (1.0, 16))]
     other = decay(run(1.2, [1.2], seed=2), 16, 4, seconds=1.0)
-    ends = [decay(run(loss, [loss], enabled=True, recover=1), 4, 1, seconds=0.5) for loss in (1.55, 2.5)]
-    for each, seed in zip(ends, (1, 3), strict=True):
+    ends = [decay(run(loss, [loss], enabled=True, recover=1), 4, 1, seconds=0.5) for loss in (1.55, 2.5, 1.0)]
+    for each, seed in zip(ends, (1, 3, 4), strict=True):
         each["recipe"]["training"]["seed"] = seed
         each["recipe"]["lighthouse"]["window"] = seed
     runs = {"short": dense[0], "long": dense[1], "again": other, "growing": ends[0], "norm": ends[1]}
+    runs["best"] = ends[2]
     rows = module.equal_loss({"trial": module.trials({"runs": runs})}, 0.1).splitlines()[2:]
     # The dense runs end at 2.0 and, on average, at 1.1; half-way in loss is half-way in the logarithm of time.
     needed, error = 8.0, 0.1 * (1 + 0.25 + 0.125) ** 0.5
@@ -609,7 +618,9 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
         f"{needed:.0f} (line)",
         f"{ratio:.2f} ± {ratio * error * math.log(4) / 0.9:.2f} |",
     ]
-    assert "outside" in rows[1] and len(rows) == 2
+    assert "outside" in rows[1] and len(rows) == 3
+    # It ends below all dense runs, of which the longest takes 16 s, 8 times as long.
+    assert rows[2].split(" | ")[-2:] == ["> 16", "> 8.00 |"]
 
 
 @pytest.mark.parametrize(("offset", "power"), [(0.5, 0.7), (0.0, 2.0), (3.0, -0.3)])
@@ -635,3 +646,32 @@ def test_a_straight_line_over_the_logarithm_is_a_power_law_too():
     odd = [module.Length(1.0, 3.0, 1), module.Length(2.0, 1.0, 1), module.Length(4.0, 1.5, 1)]
     found, *_, line = module.seconds_to(2.0, odd)
     assert found == pytest.approx(2**0.5) and line
+
+
+def test_needles_by_how_far_back_they_are(sweep):
+    module = report()
+
+    def cells(*right):
+        places = [(256, 0.0), (256, 1.0), (1024, 0.0), (1024, 0.5), (1024, 0.75)]
+        return {"cells": [dict(tokens=n, depth=d, right=r, trials=10) for (n, d), r in zip(places, right, strict=True)]}
+
+    dense = decay(run(1.0, [1.0]), 3, 1)
+    grown = decay(run(1.0, [1.0], enabled=True, recover=1), 3, 1)
+    for each, right in ((dense, (9, 10, 2, 8, 7)), (grown, (8, 10, 5, 6, 7))):
+        each["recipe"]["lighthouse"]["window"] = 4096
+        each["evaluations"]["end"]["needles"] = cells(*right)
+    grown["recipe"]["lighthouse"]["phases"] = [{"window": 64, "window_end": 256}, {"window": 512}]
+    runs = module.trials({"runs": {"dense": dense, "grown": grown}})
+    lines = module.needles_by_distance(runs, []).splitlines()
+    assert lines[0] == "| run | to 4 | to 256 | to 512 | to 1024 | widest window | beyond it, beside dense |"
+    assert lines[2] == "| dense | 10 of 10 | 16 of 20 | 8 of 10 | 2 of 10 | - | - |"
+    # 5 and 2 of 10 lie further back than 512 tokens.
+    assert lines[3] == f"| grown | 10 of 10 | 15 of 20 | 6 of 10 | 5 of 10 | 512 | {module.apart((5, 10), (2, 10))} |"
+    grown["recipe"]["lighthouse"]["phases"].append({"enabled": False})
+    assert module.needles_by_distance(runs, []).splitlines()[3].endswith("| - | - |")
+
+
+def test_the_interval_of_a_difference_of_shares_is_newcombes():
+    # Newcombe 1998, Statistics in Medicine 17, table II: 56 of 70 and 48 of 80, method 10: 0.0524 to 0.3339.
+    assert report().apart((56, 70), (48, 80)) == "+0.20 (+0.05 to +0.33)"
+    assert report().apart((0, 10), (0, 20)) == "+0.00 (-0.16 to +0.28)"

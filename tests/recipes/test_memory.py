@@ -157,8 +157,8 @@ def test_what_no_peak_covers_fits_by_size_at_best(rows):
         dense = "fits by size", "no run with parallel.context and every layer dense was measured"
         assert judged(*settings, processes=2)["dense"] == dense
     blocks = ['lighthouse.method="blocks"', "lighthouse.window=2048"]
-    long = 'no run with lighthouse.method = "blocks" and more than 16384 tokens was measured'
-    for tokens, found in ((16384, ("fits", "")), (16640, ("fits by size", long))):
+    long = f'no run with lighthouse.method = "blocks" and more than {MOST_BLOCKED} tokens was measured'
+    for tokens, found in ((MOST_BLOCKED, ("fits", "")), (MOST_BLOCKED + 256, ("fits by size", long))):
         assert judged(*blocks, f"training.seq_len={tokens}")["lighthouse"] == found
     budget = judged(*blocks, "training.seq_len=16384", "lighthouse.budget.every=100")["lighthouse"]
     assert budget == ("fits by size", "no run with lighthouse.budget was measured")
