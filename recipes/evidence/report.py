@@ -37,7 +37,7 @@ than a short context before them; *far context* is what they lose where they see
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
 layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Seconds are of
 training on one GPU, without compilation: every step counts with the median time of all alike steps that were measured
-on such a GPU.
+on such a GPU. Where a window grows, it counts with their mean, without the rows that compile.
 
 The text is what `base.toml` and `held-out.toml` say: Python sources of the packages that were installed, in an order of
 samples that the seed decides, and, to be measured on, half of the standard library, of which packages hold copies of a
@@ -390,15 +390,13 @@ def results(runs: list[Trial], others: list[Trial]) -> str:
 def steps(runs: list[Trial]) -> str:
     """What a step takes of each stage, with the range of its logged rows, and of memory."""
 
-    def spread(seconds: list[float]) -> str:
-        return f"{median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
-
     def row(trial: Trial) -> list[str]:
         memory = max(row.get("memory_gib") or 0.0 for row in trial.run["rows"] if "loss" in row)
-        seconds = (
-            ", then ".join(spread(each) for part, each in trial.settled.items() if part.startswith(stage))
-            for stage in stages
-        )
+        told = {
+            part: f"{trial.own_paces[part]:.3f} ({min(rows):.3f} to {max(rows):.3f})"
+            for part, rows in trial.settled.items()
+        }
+        seconds = (", then ".join(told[part] for part in told if part.startswith(stage)) for stage in stages)
         return [trial.name, *seconds, f"{memory:.1f}"]
 
     stages = ("lighthouse", "dense")

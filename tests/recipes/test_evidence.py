@@ -39,6 +39,20 @@ def test_a_sweep_says_what_it_expects_and_gives_every_method_as_many_tokens_as_a
     assert whole <= dense if dense else len(whole) <= 1
 
 
+def test_readme_tells_what_the_report_does():
+    """Of each row of its table the loss, the seconds and the saving."""
+    page = (EVIDENCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    told = page.partition("### What to use")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("| ")][1:]
+    equal = (EVIDENCE / "REPORT.md").read_text(encoding="utf-8").partition("## At equal loss")[2].partition("\n## ")[0]
+    found = [line.strip("| ").split(" | ") for line in equal.splitlines() if line.startswith("| ")][1:]
+    known = {(f"{float(loss):.3f}", seconds, saving) for *_, seconds, loss, _, saving in found if loss[0].isdigit()}
+    assert len(rows) > 3
+    for _, _, losses, seconds, saving, *_ in rows:
+        words = saving.removesuffix(" times").replace("more than", ">")
+        assert (losses.split(", ")[1], seconds.split(", ")[1], words) in known
+
+
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
     stages = [{"stage": "dense", "start": 0, "end": 2, "steps": 2, "seconds": seconds, "flops": 4e9}]
     row = {"stage": "dense", "leaky": False, "steps": 1, "seconds": seconds / 2}
