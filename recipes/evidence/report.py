@@ -57,17 +57,19 @@ between dense runs of several lengths, each of which decays over the share of it
 of them counts with the seconds that it takes on the GPU that the run's own seconds are of. A loss that falls ever more
 slowly lies below such a line: the further apart the lengths, the more too large is the lead."""
 
-NEEDLES = """Hidden digits found of those asked for, by how many tokens back the digit is. The last column has the
-needles that no window of stage 1 reaches: the share found less that of the best dense run of as many steps, with
-Newcombe's 95 % interval."""
-EQUAL_LOSS = """How many times longer dense training takes to the loss that a run ends at. Its seconds at that loss come
+NEEDLES = """Hidden digits found of those asked for, by about how many tokens back the digit is; by guessing, a tenth is
+found. The last column has the needles that lie further back than the widest window of stage 1: the share found less
+that of the best dense run of as many steps that was asked the same, with Newcombe's 95 % interval. Chosen blocks and a
+pyramid see keys beyond their window. Where a phase or a layer of stage 1 is dense, no needle is out of reach (-)."""
+EQUAL_LOSS = """How many times as long dense training takes to the loss that a run ends at. Its seconds to that loss are
 from dense runs of several lengths whose rate decays. A power law with an offset, L = a + b t^-c, goes through the two
 lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
-that *times longer* is then too large. Where a run ends below every dense run, dense training takes longer than the
-longest of them (>), and the error is not told. A loss above that of the shortest is outside. Repetitions with other
-seeds are averaged, dense ones too. ± is the standard error by the spread of repetitions, {spread:.4f} of one loss
-(*Noise*). It takes this spread for that of every run, and leaves out the error of the curve."""
+that *times as long* is then too large. Where a run ends below every dense run, dense training takes longer than the
+longest of them (>). In brackets is how far below: less than two standard deviations of one loss prove no bound. A loss
+above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard
+error by the spread of repetitions, {spread:.4f} of one loss (*Noise*). It takes this spread for that of every run, and
+leaves out the error of the curve."""
 
 
 # A GPU, and the versions of what ran there.
@@ -277,14 +279,14 @@ def paces(sweeps: Mapping[str, dict]) -> dict[str, Pace]:
 
 
 def without_compiling(numbers: Sequence[float]) -> list[float]:
-    """Each number, or the median of the five nearest where that is less than two thirds of it."""
+    """Each number, or the second smallest of the five nearest where that is less than two thirds of it: of five rows in
+    a row, three may compile."""
 
-    def nearest(place: int) -> Sequence[float]:
+    def usual(place: int) -> float:
         first = max(0, min(place - 2, len(numbers) - 5))
-        return numbers[first : first + 5]
+        return sorted(numbers[first : first + 5])[:2][-1]
 
-    usual = [median(nearest(place)) for place in range(len(numbers))]
-    return [middle if number > 1.5 * middle else number for number, middle in zip(numbers, usual, strict=True)]
+    return [usual(place) if number > 1.5 * usual(place) else number for place, number in enumerate(numbers)]
 
 
 def mean(value: dict, digits: int = 4) -> str:
@@ -474,13 +476,15 @@ def by_position(runs: list[Trial]) -> str:
 
 
 def widest(trial: Trial) -> int | None:
-    """How far back the widest window of its stage 1 reaches, in tokens; None where part of it is dense or has none."""
-    given = dict(trial.run["recipe"]["lighthouse"])
-    phases = given.pop("phases", ()) or [{}]
-    if trial.dense or any(phase.get("enabled") is False for phase in phases):
+    """How far back the widest window of its stage 1 reaches, in tokens; None where a phase or a layer of it is dense or
+    has no window."""
+    recipe = trial.run["recipe"]
+    given = recipe["lighthouse"] | {"dense_layers": recipe.get("model", {}).get("dense_layers")}
+    phases = [given | phase for phase in given.pop("phases", ()) or [{}]]
+    if any(not phase["enabled"] or phase["dense_layers"] for phase in phases):
         return None
-    windows = [(given | phase).get("window_end") or (given | phase).get("window") or 0 for phase in phases]
-    return max(windows) or None
+    windows = [phase.get("window_end") or phase.get("window") or 0 for phase in phases]
+    return max(windows) if all(windows) else None
 
 
 def apart(one: tuple[int, int], other: tuple[int, int]) -> str:
@@ -493,7 +497,7 @@ def apart(one: tuple[int, int], other: tuple[int, int]) -> str:
 
 def needles_by_distance(runs: list[Trial], others: list[Trial]) -> str:
     """Digits found of those asked for, by how many tokens back the needle is; and of those that the widest window of
-    stage 1 does not reach, the share beside the best dense run of as many steps."""
+    stage 1 does not reach, the share beside the best dense run of as many steps that was asked the same."""
 
     def cells(trial: Trial) -> list[dict]:
         return (trial.end or {}).get("needles", {}).get("cells", [])
@@ -502,9 +506,13 @@ def needles_by_distance(runs: list[Trial], others: list[Trial]) -> str:
         there = [cell for cell in cells(trial) if low < round((1 - cell["depth"]) * cell["tokens"]) <= high]
         return sum(cell["right"] for cell in there), sum(cell["trials"] for cell in there)
 
+    def questions(trial: Trial) -> list[tuple[int, float, int]]:
+        return [(cell["tokens"], cell["depth"], cell["trials"]) for cell in cells(trial)]
+
     def beyond(trial: Trial) -> str:
-        dense, window = best_dense_of(trial, [*runs, *others]), widest(trial)
-        if window is None or dense is None or not cells(dense):
+        alike = [other for other in (*runs, *others) if questions(other) == questions(trial)]
+        dense, window = best_dense_of(trial, alike), widest(trial)
+        if window is None or dense is None:
             return "-"
         shares = [found(each, window, longest) for each in (trial, dense)]
         return apart(*shares) if all(trials for _, trials in shares) else "-"
@@ -710,7 +718,8 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
         found = seconds_to(loss, lengths)
         if found is None and loss < min(length.loss for length in lengths):
             longest = lengths[-1].seconds
-            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f}"])
+            below = min(length.loss for length in lengths) - loss
+            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f} ({below:.3f} below)"])
             continue
         if found is None:
             rows.append([*row, "outside", ""])
@@ -721,7 +730,7 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
         ratio = needed / seconds
         line = " (line)" * straight
         rows.append([*row, f"{needed:.0f}{line}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
-    return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times longer"], rows)
+    return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times as long"], rows)
 
 
 def repetitions(sweeps: list[list[Trial]]) -> str:
