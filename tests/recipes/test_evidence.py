@@ -23,7 +23,7 @@ def report():
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
-def test_a_sweep_says_what_it_expects_and_gives_every_method_as_many_tokens_as_another(file):
+def test_a_sweep_says_what_it_expects_and_compares_runs_of_as_many_tokens(file):
     sweep = load_sweep(file)
     assert "Expected" in sweep.about
     recipes = {name: load_recipe(EVIDENCE / sweep.recipe, sweep.settings(name)) for name in sweep.runs}
