@@ -215,7 +215,8 @@ def test_a_random_choice_follows_the_key_and_the_place_alone():
 def test_of_equal_blocks_the_earlier_ones_are_chosen(score):
     shape = (128, 2, 1, 8, 4, 5, 6)
     cfg = config(shape, score)
-    q, k, *_ = draw(shape, batch=1)
+    # Of small whole numbers, whose means and products are exact: equal blocks have equal scores on every machine.
+    q, k, *_ = (x.round() for x in draw(shape, batch=1))
     k = k[:, :4].repeat(1, 32, 1, 1)
     chosen = choose_blocks(q, k, cfg, AttentionContext())
     assert chosen[0, 0, 4:].tolist() == [[0, 1, 2, 3, 4]] * 12

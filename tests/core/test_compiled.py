@@ -56,11 +56,13 @@ def tensors(batch, tokens, heads, kv_heads, dim=20):
 
 
 def assert_like_eager(compiled, call, inputs):
+    """Output and gradients differ by rounding only: relative to their norm by at most 16 times that of float32."""
     outs = [attend(*inputs) for attend in (compiled, call)]
     assert outs[0].dtype == inputs[0].dtype
-    torch.testing.assert_close(*outs)
     grads = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    for found, expected in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        apart = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
+        assert apart <= 16 * torch.finfo(torch.float32).eps
 
 
 def shapes(varying, group):
