@@ -286,7 +286,8 @@ def without_compiling(numbers: Sequence[float]) -> list[float]:
         first = max(0, min(place - 2, len(numbers) - 5))
         return sorted(numbers[first : first + 5])[:2][-1]
 
-    return [usual(place) if number > 1.5 * usual(place) else number for place, number in enumerate(numbers)]
+    pairs = [(number, usual(place)) for place, number in enumerate(numbers)]
+    return [other if number > 1.5 * other else number for number, other in pairs]
 
 
 def mean(value: dict, digits: int = 4) -> str:
