@@ -316,19 +316,47 @@ def test_settings_that_do_not_fit():
         config(SHAPES["usual"]).rule.check_backends(config(SHAPES["usual"]), "cuda", torch.bfloat16, 128)
 
 
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(2, 4, 2), (1, 4, 4), (1, 4, 2), (1, 4, 1)])
+def test_flex_attention_is_given_contiguous_tensors(batch, heads, kv_heads, monkeypatch):
+    given = []
+
+    def attention(q, k, v, **_):
+        given.extend((q, k, v))
+        return q
+
+    monkeypatch.setattr(flex, "flex_attention", attention)
+    q, k, v = (torch.randn(batch, 512, count, 16) for count in (heads, kv_heads, kv_heads))
+    none = torch.empty(batch, kv_heads, 4, 0, dtype=torch.int32)
+    out = flex._blocked(q, k, v, None, Tiles(none, None, 128, 128, 128), "FLASH")
+    assert torch.equal(out, q)
+    assert [x.shape for x in given] == [(batch * kv_heads, n, 512, 16) for n in (heads // kv_heads, 1, 1)]
+    assert all(x.is_contiguous() for x in given)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "documents"), [(4, 4, False), (8, 2, False), (4, 2, True)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "kv_heads", "documents"),
+    [
+        (2, 4000, 4, 4, False),
+        (2, 4000, 8, 2, False),
+        (2, 4000, 4, 2, True),
+        # One sequence that needs no padding: nothing is copied on the way, so its heads are views.
+        (1, 4096, 4, 4, False),
+        (1, 4096, 4, 2, False),
+        (1, 4096, 4, 1, False),
+    ],
+)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", ["fa4", "flex"])
-def test_kernels_on_a_gpu(name, score, heads, kv_heads, documents, compiled, monkeypatch):
+def test_kernels_on_a_gpu(name, score, batch, tokens, heads, kv_heads, documents, compiled, monkeypatch):
     """In bfloat16 as far from float32 as a few times what matrix products in bfloat16 are."""
     kernel = KERNELS[name]
     if why_not := kernel.blocks("cuda", torch.bfloat16, 128, 256, 128):
         pytest.skip(why_not)
     torch._dynamo.reset()
-    shape = (4000, heads, kv_heads, 256, 128, 4, 700)
-    given = [x.cuda().bfloat16() for x in draw(shape, batch=2, dim=128, dtype=torch.float32)]
+    shape = (tokens, heads, kv_heads, 256, 128, 4, 700)
+    given = [x.cuda().bfloat16() for x in draw(shape, batch=batch, dim=128, dtype=torch.float32)]
     more = {}
     if documents:
         starts = torch.tensor([0, 1024, 1280, 4000, 6304, 8000], dtype=torch.int32, device="cuda")
