@@ -47,9 +47,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, tiles: Tiles,
     def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window)
 
-    # A KV head is a sequence of its own, so that its query heads have one mask, and not a copy each. All are contiguous:
-    # Inductor lays out the output like the queries, and gives a dimension of one element a stride of 1. FlashAttention-4
-    # takes such a stride in contiguous tensors alone.
+    # A KV head is a sequence of its own, so that its query heads have one mask, and not a copy each. All are made
+    # contiguous: Inductor lays out the output like the queries, and gives a dimension of one element a stride of 1.
+    # FlashAttention-4 takes such a stride in contiguous tensors alone.
     q = q.unflatten(2, (kv_heads, -1)).movedim(1, 3).flatten(0, 1).contiguous()
     k, v = (x.transpose(1, 2).flatten(0, 1).contiguous()[:, None] for x in (k, v))
     with torch.no_grad():
