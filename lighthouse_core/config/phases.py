@@ -1,6 +1,6 @@
 """[[lighthouse.phases]]: the parts of stage 1, one after another, and which step belongs to which. Imports no torch.
 
-A window that grows is SkyLadder's schedule (arXiv 2503.15450). Training on short sequences first is Dataset
+Training on short sequences first is Dataset
 Decomposition's (arXiv 2405.13226). Sparse attention first and dense attention last is MoBA's (arXiv 2502.13189).
 """
 
@@ -8,17 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
 from lighthouse_core.attention.config import LighthouseConfig
+from lighthouse_core.attention.growth import Growth, grown, mean_window
 from lighthouse_core.attention.settings import Settings
 from lighthouse_core.config.section import MOST, Ints, PositiveFloat, PositiveTokens, Section
 from lighthouse_core.errors import RecipeError
-
-# Dense kernels work on tiles of so many tokens: other windows would leave a part of a tile.
-_TILE = 128
 
 
 class _Keys(Section):
@@ -27,7 +25,7 @@ class _Keys(Section):
     share: Annotated[float, Field(gt=0, le=MOST)] = 1.0
     enabled: bool = True
     window_end: PositiveTokens | None = None
-    growth: Literal["linear", "geometric"] | None = None
+    growth: Growth | None = None
     dense_layers: Ints | None = None
     rope_theta: PositiveFloat | None = None
 
@@ -81,28 +79,24 @@ class Phase:
     end: int
     attention: LighthouseConfig
     first_window: int
-    growth: str | None = None
+    growth: Growth | None = None
     dense: bool = False
     dense_layers: tuple[int, ...] = ()
     rope_theta: float | None = None
 
     def window_at(self, step: int) -> int:
-        """The window of one of its steps, in tokens.
+        """The window of one of its steps, in tokens; see `lighthouse_core.attention.growth`."""
+        if self.growth is None:
+            return self.attention.window
+        windows = self.first_window, self.attention.window
+        return grown(*windows, self.growth, step - self.begin, self.end - self.begin)
 
-        Between the first and the last step it is rounded down to a multiple of 128 tokens, the tile of the dense
-        kernels; where the first window is shorter, of the largest power of two up to that window.
-        """
-        first, last, steps = self.first_window, self.attention.window, self.end - self.begin
-        done = step - self.begin
-        if self.growth is None or done >= steps:
-            return last
-        if self.growth == "linear":
-            window = first + (last - first) * done // steps
-        else:
-            # A hair more: what is a whole number of tokens may come out a rounding error below.
-            window = int(first * (last / first) ** (done / steps) * (1 + 1e-9))
-        unit = min(_TILE, 1 << (first.bit_length() - 1))
-        return min(last, max(first, window // unit * unit))
+    @property
+    def mean_window(self) -> int:
+        """The mean of its steps' windows, in tokens."""
+        if self.growth is None:
+            return self.attention.window
+        return mean_window(self.first_window, self.attention.window, self.growth)
 
     def settings(self, step: int) -> LighthouseConfig:
         """The settings of one of its steps."""

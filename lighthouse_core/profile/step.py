@@ -118,8 +118,8 @@ def run_step(
         nproc: processes; None for one a GPU.
         say: told what goes on.
         stage: "dense" has every layer dense, as in the recovery.
-        phase: number of the phase of stage 1, from 1; 0 for the last one that is not dense. A window that grows has the
-            size of the phase's last step.
+        phase: number of the phase of stage 1, from 1; 0 for the last one that is not dense. A window that grows has
+            its mean over the phase.
         timed: steps of which the median is taken; the run has four more.
 
     Raises:
@@ -210,7 +210,8 @@ def exchanged(recipe: Recipe) -> dict[str, int]:
 def _notes(phase: Phase, stage: str) -> list[str]:
     if stage == "dense" or not phase.growth:
         return []
-    return [f"the window of phase {phase.number} grows from {phase.first_window}; this step has that of its end"]
+    grows = f"the window of phase {phase.number} grows from {phase.first_window} to {phase.attention.window}"
+    return [f"{grows}; this step has the mean, {phase.mean_window}"]
 
 
 def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
@@ -228,6 +229,7 @@ def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int
         # Other methods refuse it.
         "lighthouse.budget.every": budget.every if budget.acts_in(phase) else 0,
         **{f"lighthouse.{name}": value for name, value in vars(phase.attention).items()},
+        "lighthouse.window": phase.mean_window,
         "model.dense_layers": phase.dense_layers,
         "output.dir": str(folder.resolve() / "runs"),
     }

@@ -86,12 +86,16 @@ def test_a_window_grows_from_its_first_to_its_last(first, more, steps, growth, d
     if growth == "linear":
         exact = (first + more * i / (steps - 1) for i in range(steps))
     assert all(-1e-3 < wanted - window < unit or window == first for wanted, window in zip(exact, windows, strict=True))
+    assert abs(phase.mean_window - sum(windows) / steps) <= unit + more / (steps - 1)
+    assert phase.mean_window % unit == 0 or phase.mean_window in (first, first + more)
 
 
 def test_a_geometric_window_meets_its_powers():
     phase = Phase(1, 1, 5, LighthouseConfig(method="chunked", window=32768), 2048, "geometric")
     assert [phase.window_at(step) for step in range(1, 6)] == [2048, 4096, 8192, 16384, 32768]
     assert phase_at([phase], 0) == phase_at([phase], 9) == phase
+    # 30720 / ln(16) is 11080.
+    assert phase.mean_window == 11008 and replace(phase, growth=None).mean_window == 32768
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.data())

@@ -226,7 +226,7 @@ def test_candidates_keep_the_floor_with_the_fewest_parents(tokens):
 
 @pytest.mark.parametrize(
     ("tokens", "windows"),
-    [(98304, (2048, 8192, 49152)), (16384, (2048, 4096, 8192)), (2048, (256, 512, 1024)), (3, (1,))],
+    [(98304, (256, 24576)), (65536, (256, 16384)), (16384, (256, 8192)), (2048, (256, 1024)), (3, (1, 1)), (1, (1, 1))],
 )
 def test_chunks_grow_as_in_the_evidence(tokens, windows):
     assert growing_windows(tokens) == windows
@@ -249,8 +249,10 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     assert all(one.settings["dense_backend"] == "fa4" for one, _ in ranked)
     assert [one.both_ms for one, _ in ranked[:-1]] == sorted(float(cfg.pooling * cfg.levels) for cfg in pyramids)
     chunks, prediction = ranked[-1]
-    assert [phase["window"] for phase in chunks.settings["phases"]] == [2048, 8192, 49152] and not chunks.dense_layers
-    assert chunks.both_ms == pytest.approx((2048 + 8192 + 49152) / 3e4)
+    assert chunks.settings["phases"] == [{"window": 256, "window_end": 24576, "growth": "geometric"}]
+    assert not chunks.dense_layers
+    # A call of the mean window, (24576 - 256) / ln(24576 / 256) = 5328, in tiles of 128.
+    assert chunks.both_ms == pytest.approx(5248 / 1e4)
     assert prediction == tune.predict(replace(PLAN, dense_layers=0), chunks.forward_ms, chunks.both_ms, "fa4")
 
 
@@ -283,7 +285,7 @@ def test_a_fragment_takes_the_place_of_any_recipes_section(name):
         timed = (
             LighthouseConfig(dense_backend="fa4")
             if number == 0
-            else LighthouseConfig(method="chunked", window=2048, dense_backend="fa4")
+            else LighthouseConfig(method="chunked", window=24576, dense_backend="fa4")
         )
         read = ["method", "window", "dense_backend"]
         read += ["pooling", "levels", "topk", "tile_parents", "scorer", "cover_prefix"] * (number == 0)
@@ -851,6 +853,25 @@ def test_budgets_are_profiled_in_the_phases_that_have_them(monkeypatch, tmp_path
     assert [(one.lighthouse.method, one.lighthouse.budget.every) for one in trained] == [("chunked", 0), ("blocks", 10)]
 
 
+def test_a_window_that_grows_is_profiled_at_its_mean(monkeypatch, tmp_path):
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.profile import step
+    from lighthouse_core.shelf import shipped_recipes
+
+    trained, said = [], []
+
+    def pretrain(path, settings, *rest):
+        trained.append(load_recipe(path, settings).phases)
+        raise LighthouseError("that is all")
+
+    monkeypatch.setattr(step, "_pretrain", pretrain)
+    with pytest.raises(LighthouseError, match="that is all"):
+        step.run_step(shipped_recipes()["530m_98k_growing"], [], tmp_path, 1, said.append)
+    ((phase,),) = trained
+    assert (phase.attention.window, phase.growth) == (5248, None)
+    assert said[0] == "the window of phase 1 grows from 256 to 24576; this step has the mean, 5248"
+
+
 @pytest.mark.parametrize("name", ["530m_98k_growing", "530m_98k"])
 def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name):
     from lighthouse_core.config import load_recipe
@@ -860,6 +881,8 @@ def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name)
     from lighthouse_core.shelf import shipped_recipes
 
     made, path, seconds = [], shipped_recipes()[name], {0: 2.5, 2048: 1.0, 8192: 2.0, 49152: 4.0}
+    three = [f"lighthouse.phases=[{', '.join(f'{{window={window}}}' for window in seconds if window)}]"]
+    given = three if name == "530m_98k_growing" else []
 
     def run_step(path, settings, folder, nproc, say, *, stage="lighthouse", phase=0):
         recipe = load_recipe(path, settings)
@@ -901,7 +924,7 @@ def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name)
 
     monkeypatch.setattr(run, "run_step", run_step)
     monkeypatch.setattr(run, "free_memory", lambda where: 2**40)
-    found = run.step(path, load_recipe(path), [], tmp_path, 1, lambda words: None)
+    found = run.step(path, load_recipe(path, given), given, tmp_path, 1, lambda words: None)
     steps = found.results["steps"]
     # Chunks exchange what dense attention does, a pyramid what it gathers.
     lighthouse, dense = ("144.0", "144.0") if name == "530m_98k_growing" else ("27.0", "144.0")
@@ -923,7 +946,6 @@ def test_a_recipe_is_profiled_in_each_of_its_phases(monkeypatch, tmp_path, name)
         said = "Steps of phases 1, 2, 3 are 5.00, 2.50, 1.25 times as fast as the dense one, and all of these phases"
         assert any(said in part and "together 2.14 times" in part for part in found.parts if isinstance(part, str))
     # A step of two micro-batches has no other one beside it where every layer is dense anyway.
-    recipe = load_recipe(path, ["lighthouse.enabled=false"])
-    assert (
-        len(run.step(path, recipe, ["lighthouse.enabled=false"], tmp_path, 1, lambda words: None).results["steps"]) == 1
-    )
+    given = [*given, "lighthouse.enabled=false"]
+    found = run.step(path, load_recipe(path, given), given, tmp_path, 1, lambda words: None)
+    assert len(found.results["steps"]) == 1

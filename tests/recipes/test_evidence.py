@@ -57,6 +57,23 @@ def test_readme_tells_what_the_report_does():
         assert tuple(figures) in known
 
 
+def test_readme_tells_what_a_step_of_the_recommended_recipe_takes():
+    report = (EVIDENCE / "REPORT.md").read_text(encoding="utf-8")
+    table = report.partition("\n## schedule-98k\n")[2].partition("### Seconds a step")[2].partition("\n#")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    # A run has its seconds in one of two columns.
+    seconds = {name: float(" ".join(cells).split()[0]) for name, *cells in rows}
+    recipe = load_recipe(EVIDENCE.parent / "530m_98k_growing.toml")
+    stage_1, recovery = recipe.training.steps, recipe.recover.steps
+    sparse, dense = seconds["geometric"], seconds["dense"]
+    total = (stage_1 + recovery) * dense / (stage_1 * sparse + recovery * dense)
+    readme = " ".join((EVIDENCE / "../../README.md").read_text(encoding="utf-8").split())
+    assert f"such a growth took {sparse:.3f} s a step on average, and a dense step {dense:.3f} s" in readme
+    assert f"is {dense / sparse:.2f} times as fast as dense training" in readme
+    assert f"{total:.2f} times ({stage_1} + {recovery} steps)" in readme
+    assert f"{stage_1 + recovery} dense steps take {total:.2f} times as long" in readme
+
+
 def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, switch=None):
     stages = [{"stage": "dense", "start": 0, "end": 2, "steps": 2, "seconds": seconds, "flops": 4e9}]
     row = {"stage": "dense", "leaky": False, "steps": 1, "seconds": seconds / 2}

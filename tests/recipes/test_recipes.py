@@ -108,7 +108,7 @@ def test_the_recommended_stage_1_has_the_papers_model_and_steps():
     others = {"dense_layers": (), "rope_theta": 500000.0, "embedding_std": 0.02}
     assert ours.model.model_copy(update=others) == growing.model
     assert growing.training.steps + growing.recover.steps == ours.training.steps + ours.recover.steps
-    assert growing.training.steps * 5 == (growing.training.steps + growing.recover.steps) * 4
+    assert growing.training.steps * 10 == (growing.training.steps + growing.recover.steps) * 9
     for section in ("data", "optimizer", "schedule", "parallel", "checkpoint", "metrics"):
         assert getattr(ours, section) == getattr(growing, section)
 

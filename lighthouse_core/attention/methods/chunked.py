@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lighthouse_core.attention.growth import mean_window
 from lighthouse_core.attention.methods.method import Method, Proposal
 
 if TYPE_CHECKING:
@@ -46,16 +47,19 @@ class Chunked(Method):
 
     def proposals(self, settings: Settings, tokens: int, floor: float, coarsest: int) -> Iterator[Proposal]:
         """Chunks that grow, in all layers, as recipes/evidence/REPORT.md recommends them."""
-        windows = growing_windows(tokens)
-        chosen = {"method": self.name, "phases": [{"window": window} for window in windows]}
-        yield Proposal(chosen, [{"method": self.name, "window": window} for window in windows], dense_layers=False)
+        first, last = growing_windows(tokens)
+        phase = {"window": first, "window_end": last, "growth": "geometric"}
+        # A call takes time in proportion to its window.
+        call = {"method": self.name, "window": mean_window(first, last, "geometric")}
+        yield Proposal({"method": self.name, "phases": [phase]}, [call], dense_layers=False)
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         return {"chunked": {"window": 2048}}
 
     def summary(self, settings: Mapping[str, Any]) -> str:
-        windows = [phase["window"] for phase in settings.get("phases") or [settings]]
-        return f"chunks of {', '.join(map(str, windows))}" + " in turn" * (len(windows) > 1)
+        phases = settings.get("phases") or [settings]
+        windows = [" to ".join(str(phase[key]) for key in ("window", "window_end") if key in phase) for phase in phases]
+        return f"chunks of {', '.join(windows)}" + " in turn" * (len(windows) > 1)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, settings: Settings, context: AttentionContext, *, scale: float | None
@@ -85,14 +89,8 @@ class Chunked(Method):
         return dense_unchecked(*short, **how).unflatten(0, (-1, chunks)).flatten(1, 2)[:, :tokens]
 
 
-def growing_windows(tokens: int) -> tuple[int, ...]:
-    """Windows of the phases of stage 1, shortest first: those of recipes/evidence/REPORT.md at 16384 tokens and of
-    530m_98k_growing at 98304, and something like them at other lengths."""
-    first = max(_power_of_two(tokens // 48), min(2048, tokens // 8))
-    second = max(_power_of_two(tokens // 8), min(4096, tokens // 4))
-    return tuple(sorted({window for window in (first, second, tokens // 2) if window}))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one up to a number; 0 for 0."""
-    return 1 << (number.bit_length() - 1) if number else 0
+def growing_windows(tokens: int) -> tuple[int, int]:
+    """Windows of the first and the last step of stage 1: those of recipes/evidence/REPORT.md at 16384 and 65536 tokens,
+    that of 530m_98k_growing at 98304, and something like them at other lengths."""
+    last = max(tokens // 4, min(8192, tokens // 2), 1)
+    return min(256, max(1, last // 4)), last
