@@ -105,7 +105,7 @@ def test_both_of_the_papers_runs_are_the_same_but_for_the_attention():
 
 def test_the_recommended_stage_1_has_the_papers_model_and_steps():
     ours, growing = recipe("530m_98k"), recipe("530m_98k_growing")
-    others = {"dense_layers": (), "rope_theta": 500000.0, "embedding_std": 0.02}
+    others = {"dense_layers": (), "rope_theta": 1000000.0, "embedding_std": 0.02}
     assert ours.model.model_copy(update=others) == growing.model
     assert growing.training.steps + growing.recover.steps == ours.training.steps + ours.recover.steps
     assert growing.training.steps * 10 == (growing.training.steps + growing.recover.steps) * 9
