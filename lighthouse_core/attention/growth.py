@@ -24,7 +24,7 @@ def grown(first: int, last: int, growth: Growth, done: int, steps: int) -> int:
 
 
 def mean_window(first: int, last: int, growth: Growth) -> int:
-    """The mean in tokens over all steps of a phase, rounded as above.
+    """The mean in tokens over the steps of a phase of many steps, rounded as above.
 
     Where a step's time is linear in its window, as with chunks, a step with this window takes the phase's mean time.
     """

@@ -1,7 +1,7 @@
 """[[lighthouse.phases]]: the parts of stage 1, one after another, and which step belongs to which. Imports no torch.
 
-Training on short sequences first is Dataset
-Decomposition's (arXiv 2405.13226). Sparse attention first and dense attention last is MoBA's (arXiv 2502.13189).
+Training on short sequences first is Dataset Decomposition's (arXiv 2405.13226). Sparse attention first and dense
+attention last is MoBA's (arXiv 2502.13189). Windows that grow are in `lighthouse_core.attention.growth`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -93,7 +93,7 @@ class Phase:
 
     @property
     def mean_window(self) -> int:
-        """The mean of its steps' windows, in tokens."""
+        """The mean of its steps' windows, in tokens, as if it had many steps."""
         if self.growth is None:
             return self.attention.window
         return mean_window(self.first_window, self.attention.window, self.growth)

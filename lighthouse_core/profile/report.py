@@ -30,6 +30,10 @@ SCHEMA = 4
 # Columns that a narrow terminal can do without, the first ones first; report.md has them.
 _LEAST = ("calls", "p10", "p90", "GFLOP", "peak GiB", "faster, forward", "coarsest")
 _LEAK = "The scorer {} lets later tokens decide what is seen, and stage 1 learns from that; block does not."
+_CHUNKS = (
+    "Growing chunks in all layers, which the same report recommends by loss; at other lengths than 16384 and 65536 "
+    "their windows are a guess:"
+)
 _DOCUMENTS = (
     "The recipe keeps documents apart, but all times here are of one document a sequence: with documents, dense and "
     "Lighthouse attention both take less. `lighthouse profile step` measures a step with documents. A pyramid without "
@@ -376,6 +380,8 @@ def tune_parts(advice: Advice) -> list[Table | str]:
     step = min(map(plan.dense_step_ms, plan.dense))
     title = f"{advice.recipe} at N = {advice.tokens}, times faster than dense, predicted"
     scorer = advice.timed[0].settings["scorer"]
+    # No kernel may be there for a window that grows.
+    chunks = advice.timed[-1].gathered is None
     return [
         Table(title, columns, rows, text_columns=2),
         f"Searched: pyramids that gather at least {advice.floor:.2%} of the tokens at level 0, in windows of at most "
@@ -390,8 +396,7 @@ def tune_parts(advice: Advice) -> list[Table | str]:
         *([_LEAK.format(scorer)] if selector_of(scorer).leaks else []),
         *([_DOCUMENTS] if advice.documents else []),
         f"The pyramid with the shortest run:\n\n```toml\n{advice.fragment(0)}\n```",
-        "Growing chunks in all layers, which the same report recommends by loss; at other lengths than 16384 and 65536 "
-        f"their windows are a guess:\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```",
+        *([_CHUNKS + f"\n\n```toml\n{advice.fragment(len(advice.timed) - 1)}\n```"] if chunks else []),
     ]
 
 

@@ -148,7 +148,9 @@ def run_step(
     write_atomically(stacks, "".join(f"{line}\n" for line in folded(events, shapes)))
 
     run = Run(folder / "runs" / name)
-    rows = [row for row in read_rows(run.path / "metrics.jsonl") if _WARM < row["step"] <= _WARM + timed]
+    # Rows of what the budgets measured have no seconds.
+    logged = (row for row in read_rows(run.path / "metrics.jsonl") if "seconds" in row)
+    rows = [row for row in logged if _WARM < row["step"] <= _WARM + timed]
     machine = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
     del machine["argv"]
     machine |= run.ledger["stages"][-1]["conditions"]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lighthouse_core.attention import LighthouseConfig
+from lighthouse_core.attention.dense import BACKENDS as DENSE_BACKENDS
 from lighthouse_core.attention.methods import METHODS
 from lighthouse_core.attention.methods.method import Proposal
 from lighthouse_core.config.dump import toml_value
@@ -112,7 +113,7 @@ def timed(
     backends: Sequence[str],
     time: Callable[[LighthouseConfig], tuple[float, float]],
 ) -> list[Timed]:
-    """Every proposal by every dense kernel; the fastest call first.
+    """Every proposal by every dense kernel that trains it; the fastest call first.
 
     Args:
         base: settings that a proposal does not name.
@@ -123,6 +124,8 @@ def timed(
     found = []
     for backend in backends:
         for one in proposals:
+            if one.grows and not DENSE_BACKENDS[backend].documents:
+                continue
             times = [time(replace(base, **call, dense_backend=backend)) for call in one.calls]
             means = [sum(values) / len(times) for values in zip(*times, strict=True)]
             settings = one.settings | {"dense_backend": backend}

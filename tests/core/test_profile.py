@@ -242,7 +242,9 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
         return size / 3, size - 0.1 * (cfg.dense_backend == "cudnn")
 
     found = tune.timed(LighthouseConfig(), proposals, ["cudnn", "fa4"], time)
-    assert len(found) == 2 * (len(pyramids) + 1)
+    # cuDNN compiles anew for each window, so that recipes refuse it where one grows.
+    assert [one.settings["dense_backend"] for one in found if one.gathered is None] == ["fa4"]
+    assert len(found) == 2 * len(pyramids) + 1
     assert [one.both_ms for one in found] == sorted(one.both_ms for one in found)
     ranked = tune.ranked(PLAN, found)
     assert len(ranked) == len(pyramids) + 1
@@ -254,6 +256,20 @@ def test_every_candidate_is_timed_by_every_kernel_and_ranked_by_the_run():
     # A call of the mean window, (24576 - 256) / ln(24576 / 256) = 5328, in tiles of 128.
     assert chunks.both_ms == pytest.approx(5248 / 1e4)
     assert prediction == tune.predict(replace(PLAN, dense_layers=0), chunks.forward_ms, chunks.both_ms, "fa4")
+
+
+def test_growing_chunks_are_proposed_with_kernels_that_recipes_take():
+    from lighthouse_core.attention.dense import BACKENDS
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.config.dump import toml_value
+    from lighthouse_core.shelf import shipped_recipes
+
+    proposals = [*METHODS["chunked"].proposals(LighthouseConfig(), 98304, 0.0625, 256)]
+    found = tune.timed(LighthouseConfig(), proposals, [*BACKENDS], lambda cfg: (2.0, 6.0))
+    assert {one.settings["dense_backend"] for one in found} == set(BACKENDS) - {"cudnn", "flex"}
+    for one in found:
+        settings = [f"lighthouse.{key}={toml_value(value)}" for key, value in one.settings.items()]
+        assert load_recipe(shipped_recipes()["530m_98k_growing"], settings).phases[0].growth == "geometric"
 
 
 def advice() -> tune.Advice:

@@ -49,7 +49,7 @@ class Chunked(Method):
         """Chunks that grow, in all layers, as recipes/evidence/REPORT.md recommends them."""
         first, last = growing_windows(tokens)
         phase = {"window": first, "window_end": last, "growth": "geometric"}
-        # A call takes time in proportion to its window.
+        # The time of a call is linear in its window.
         call = {"method": self.name, "window": mean_window(first, last, "geometric")}
         yield Proposal({"method": self.name, "phases": [phase]}, [call], dense_layers=False)
 

@@ -37,6 +37,11 @@ class Proposal(NamedTuple):
     gathered: int | None = None
     dense_layers: bool = True
 
+    @property
+    def grows(self) -> bool:
+        """Whether a window grows, for which recipes take only dense kernels that attend within documents."""
+        return any("window_end" in phase for phase in self.settings.get("phases", ()))
+
 
 class Method:
     """One way to attend in stage 1. Its file owns all that is known of it, and imports torch only where it runs.
