@@ -149,7 +149,7 @@ def run_step(
 
     run = Run(folder / "runs" / name)
     # Rows of what the budgets measured have no seconds.
-    logged = (row for row in read_rows(run.path / "metrics.jsonl") if "seconds" in row)
+    logged = read_rows(run.path / "metrics.jsonl", ["seconds"])
     rows = [row for row in logged if _WARM < row["step"] <= _WARM + timed]
     machine = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
     del machine["argv"]

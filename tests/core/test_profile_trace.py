@@ -340,11 +340,20 @@ def test_a_step_with_documents(tmp_path, stage):
 
 
 @pytest.mark.slow
+def test_a_step_with_budgets(tmp_path):
+    settings = [*jobs.TINY, 'lighthouse.method="blocks"', "lighthouse.window=32", "lighthouse.budget.every=1"]
+    settings += ["lighthouse.tile=16", "lighthouse.block_size=16", "lighthouse.blocks=2"]
+    profile = run_step(jobs.RECIPE, settings, tmp_path, None, lambda text: None)
+    assert any("budget_share" in row for row in jobs.lines(profile.run))
+    assert len(profile.timed) == 5 and profile.seconds > 0
+
+
+@pytest.mark.slow
 def test_a_real_step_is_taken_apart(tmp_path):
     said: list[str] = []
-    settings = [*jobs.TINY, "lighthouse.phases=[{window=16}, {window=16, window_end=32}]"]
+    settings = [*jobs.TINY, "lighthouse.phases=[{window=16}, {window=16, window_end=64}]"]
     profile = run_step(jobs.RECIPE, settings, tmp_path, None, said.append)
-    assert profile.window == 32 and profile.notes == said[:1] and "grows from 16" in said[0]
+    assert profile.window == 32 and profile.notes == said[:1] and "grows from 16 to 64" in said[0]
     rows = {row.name: row for row in profile.breakdown.rows}
     # A window is merged in place of scattering.
     assert list(rows) == [name for name in t.CATEGORIES if name not in (t.SCATTER, t.COMMUNICATION)]
