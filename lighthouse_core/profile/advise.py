@@ -72,7 +72,7 @@ def advise(
             hint="lower --floor, or use a longer --seq: dense attention may be all that a short one needs",
         )
     for one in pyramids:
-        check_size(shape, replace(base, **one.calls[0]), device)
+        check_size(shape, replace(base, **one.call), device)
     say(f"{len(pyramids)} pyramids of N = {shape.tokens}: comparing with plain PyTorch, then timing")
     there, _ = dense_kernels(device, shape)
     backends = [kernel.name for kernel in there if kernel.trains] or ["auto"]

@@ -27,7 +27,7 @@ class Timed:
         coarsest: tokens of the coarsest window; 1 without a pyramid.
         gathered: S; None without a pyramid.
         dense_layers: whether the model's dense layers stay.
-        forward_ms, both_ms: medians; over phases of equal length, their mean.
+        forward_ms, both_ms: medians; of a window that grows, those of its mean.
     """
 
     settings: dict[str, Any]
@@ -126,10 +126,9 @@ def timed(
         for one in proposals:
             if one.grows and not DENSE_BACKENDS[backend].documents:
                 continue
-            times = [time(replace(base, **call, dense_backend=backend)) for call in one.calls]
-            means = [sum(values) / len(times) for values in zip(*times, strict=True)]
+            times = time(replace(base, **one.call, dense_backend=backend))
             settings = one.settings | {"dense_backend": backend}
-            found.append(Timed(settings, one.share, one.coarsest, one.gathered, one.dense_layers, *means))
+            found.append(Timed(settings, one.share, one.coarsest, one.gathered, one.dense_layers, *times))
     return sorted(found, key=lambda one: one.both_ms)
 
 

@@ -206,7 +206,7 @@ def test_amdahl():
 def pyramids_of(tokens, floor):
     """The pyramids that are proposed, and their settings."""
     found = [one for one in tune.candidates(tokens, LighthouseConfig(), floor) if one.gathered is not None]
-    return found, [replace(LighthouseConfig(), **one.calls[0]) for one in found]
+    return found, [replace(LighthouseConfig(), **one.call) for one in found]
 
 
 @pytest.mark.parametrize("tokens", [8192, 98304, 100_000])

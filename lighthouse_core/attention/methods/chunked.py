@@ -51,7 +51,7 @@ class Chunked(Method):
         phase = {"window": first, "window_end": last, "growth": "geometric"}
         # The time of a call is linear in its window.
         call = {"method": self.name, "window": mean_window(first, last, "geometric")}
-        yield Proposal({"method": self.name, "phases": [phase]}, [call], dense_layers=False)
+        yield Proposal({"method": self.name, "phases": [phase]}, call, dense_layers=False)
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         return {"chunked": {"window": 2048}}

@@ -23,7 +23,7 @@ class Proposal(NamedTuple):
 
     Attributes:
         settings: as [lighthouse] takes them, the dense kernel left open.
-        calls: what the calls have in place of it; of several phases, of each.
+        call: what the call that is timed has in place of it.
         share: of the tokens that are gathered as they are, at level 0; 1 where every token is a key somewhere.
         coarsest: tokens of the coarsest window; 1 without a pyramid.
         gathered: S; None without a pyramid.
@@ -31,7 +31,7 @@ class Proposal(NamedTuple):
     """
 
     settings: dict[str, Any]
-    calls: list[dict[str, Any]]
+    call: dict[str, Any]
     share: float = 1.0
     coarsest: int = 1
     gathered: int | None = None

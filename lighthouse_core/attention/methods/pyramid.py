@@ -170,7 +170,7 @@ class Pyramid(Method):
             return None
         chosen = {name: getattr(settings, name) for name in _PROPOSED} | {"method": self.name, "window": 0}
         share = min(1.0, settings.pooling * settings.topk / tokens)
-        return Proposal(chosen, [chosen], share, g.window(g.levels - 1), g.gathered_length)
+        return Proposal(chosen, chosen, share, g.window(g.levels - 1), g.gathered_length)
 
     def examples(self, tokens: int) -> dict[str, dict[str, Any]]:
         """At the ratio of recipes/evidence: k = N / 64, about 1000 keys a query at 16384 tokens."""
