@@ -30,8 +30,9 @@ DENSE = -1
 _SAMPLES = 64
 # The largest share by which a measured peak may differ from the estimate: docs/memory.md has all of them.
 ERROR = 0.1
-# The longest sequences, in tokens, of which a peak with chosen blocks was measured.
-MOST_BLOCKED = 65536
+# The longest sequences, in tokens, of which a peak with chosen blocks was measured, and one with budgets of them.
+MOST_BLOCKED = 98304
+MOST_BUDGETED = 16384
 # Bytes of a GPU that are no tensors: CUDA's context and the kernels' code; and of several processes NCCL's buffers.
 _CONTEXT, _BUFFERS = 2**30, 2**30
 
@@ -354,7 +355,9 @@ def unmeasured(recipe: Recipe, processes: int, stage: str) -> list[str]:
             parallel.context > 1 and not rows
         ),
         f'lighthouse.method = "{chooses}" and more than {MOST_BLOCKED} tokens': chooses and tokens > MOST_BLOCKED,
-        "lighthouse.budget": chooses and recipe.lighthouse.budget.every > 0,
+        f"lighthouse.budget and more than {MOST_BUDGETED} tokens": (
+            chooses and recipe.lighthouse.budget.every > 0 and tokens > MOST_BUDGETED
+        ),
     }
     return [name for name, there in settings.items() if there]
 

@@ -139,7 +139,8 @@ def _attention(row: Row) -> str:
     cfg = row.recipe.sparse_phases[-1].attention
     window = ", ".join(phase.window_words for phase in row.recipe.phases if phase.window_words)
     kept = f", keep {cfg.keep}" if cfg.rule.keeps_blocks and cfg.keep else ""
-    return f"{cfg.method}{kept}" + (f", window {window}" if window else "")
+    budget = ", budget" if cfg.rule.chooses_blocks and row.recipe.lighthouse.budget.every else ""
+    return f"{cfg.method}{kept}{budget}" + (f", window {window}" if window else "")
 
 
 def measured_table() -> str:

@@ -66,10 +66,10 @@ from dense runs of several lengths whose rate decays. A power law with an offset
 lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
 that *times as long* is then too large. Where a run ends below every dense run, dense training takes longer than the
-longest of them (>). In brackets is how far below: less than two standard deviations of one loss prove no bound. A loss
-above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard
-error by the spread of repetitions, {spread:.4f} of one loss (*Noise*). It takes this spread for that of every run, and
-leaves out the error of the curve."""
+longest of them (>). In brackets is how far below: less than two standard errors prove no bound. A loss above that of
+the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard error by the
+spread of repetitions (*Noise*), which is taken for that of every run of as long sequences:
+{spread}. It leaves out the error of the curve."""
 
 
 # A GPU, and the versions of what ran there.
@@ -118,6 +118,11 @@ class Trial:
     def steps(self) -> tuple[int, ...]:
         """Of each stage."""
         return tuple(stage["end"] - stage["start"] for stage in self.run["ledger"]["stages"])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens."""
+        return self.run["recipe"]["training"]["seq_len"]
 
     @property
     def text(self) -> str | None:
@@ -618,15 +623,24 @@ def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple
     )
 
 
-def spread(sweeps: Iterable[list[Trial]]) -> float | None:
-    """Standard deviation of the loss of one run among its repetitions, over all that there are."""
-    groups: dict[tuple, list[float]] = {}
+def spread(sweeps: Iterable[list[Trial]]) -> dict[int, float]:
+    """Standard deviation of the loss of one run among its repetitions, over all that there are; of each sequence length
+    in tokens."""
+    groups: dict[tuple[int, tuple], list[float]] = {}
     for trial in itertools.chain(*sweeps):
         if trial.end:
-            groups.setdefault(but_for_the_seed(trial), []).append(trial.loss["mean"])
-    several = [losses for losses in groups.values() if len(losses) > 1]
-    free = sum(len(losses) - 1 for losses in several)
-    return math.sqrt(sum(variance(losses) * (len(losses) - 1) for losses in several) / free) if free else None
+            groups.setdefault((trial.seq_len, but_for_the_seed(trial)), []).append(trial.loss["mean"])
+    several: dict[int, list[list[float]]] = {}
+    for (seq_len, _), losses in sorted(groups.items(), key=lambda group: group[0][0]):
+        if len(losses) > 1:
+            several.setdefault(seq_len, []).append(losses)
+    return {
+        seq_len: math.sqrt(
+            sum(variance(losses) * (len(losses) - 1) for losses in repeated)
+            / sum(len(losses) - 1 for losses in repeated)
+        )
+        for seq_len, repeated in several.items()
+    }
 
 
 class Length(NamedTuple):
@@ -698,8 +712,18 @@ def _power_law(loss: float, *points: Length) -> float:
     return t0 * math.exp(-math.log1p(-c * (l0 - loss) / b) / c if c else (l0 - loss) / b)
 
 
-def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
-    """Of all runs that decay and are not dense: how much longer dense training takes to their loss."""
+def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) -> str:
+    """Of all runs that decay and are not dense: how much longer dense training takes to their loss. `noise` is
+    `spread`'s; without repetitions of a sequence length there is no standard error."""
+
+    def error(trial: Trial, *parts: float) -> float | None:
+        """Of a sum of means, each with the share of one run's variance that it has."""
+        one = noise.get(trial.seq_len)
+        return None if one is None else one * math.sqrt(sum(parts))
+
+    def with_error(value: str, error: float | None, digits: int) -> str:
+        return value if error is None else f"{value} ± {error:.{digits}f}"
+
     everything = list(itertools.chain(*sweeps.values()))
     groups: dict[tuple, list[tuple[str, Trial]]] = {}
     for name, runs in sweeps.items():
@@ -718,19 +742,20 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: float) -> str:
         row = [trial.name, f"`{name}`", str(runs), " + ".join(map(str, trial.steps)), f"{seconds:.0f}", f"{loss:.4f}"]
         found = seconds_to(loss, lengths)
         if found is None and loss < min(length.loss for length in lengths):
-            longest = lengths[-1].seconds
-            below = min(length.loss for length in lengths) - loss
-            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f} ({below:.3f} below)"])
+            longest, lowest = lengths[-1].seconds, min(lengths, key=lambda length: length.loss)
+            below = with_error(f"{lowest.loss - loss:.3f}", error(trial, 1 / runs, 1 / lowest.runs), 3)
+            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f} ({below} below)"])
             continue
         if found is None:
             rows.append([*row, "outside", ""])
             continue
         needed, a, b, straight = found
         share, slope = (a.loss - loss) / (a.loss - b.loss), math.log(b.seconds / a.seconds) / (a.loss - b.loss)
-        error = noise * math.sqrt(1 / runs + (1 - share) ** 2 / a.runs + share**2 / b.runs)
+        of_loss = error(trial, 1 / runs, (1 - share) ** 2 / a.runs, share**2 / b.runs)
         ratio = needed / seconds
         line = " (line)" * straight
-        rows.append([*row, f"{needed:.0f}{line}", f"{ratio:.2f} ± {ratio * slope * error:.2f}"])
+        of_ratio = None if of_loss is None else ratio * slope * of_loss
+        rows.append([*row, f"{needed:.0f}{line}", with_error(f"{ratio:.2f}", of_ratio, 2)])
     return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times as long"], rows)
 
 
@@ -833,7 +858,8 @@ def write(files: list[Path], out: Path) -> None:
         text.append(f"## Noise\n\n{NOISE}\n\n{repeated}\n")
     noise, named = spread(measurements), {file.stem: runs for file, runs in zip(files, measurements, strict=True)}
     if noise and (rows := equal_loss(named, noise)):
-        text.append(f"## At equal loss\n\n{EQUAL_LOSS.format(spread=noise)}\n\n{rows}\n")
+        of_each = " and ".join(f"{one:.4f} at {seq_len} tokens" for seq_len, one in noise.items())
+        text.append(f"## At equal loss\n\n{EQUAL_LOSS.format(spread=of_each)}\n\n{rows}\n")
     told: dict[str, str] = {}
     for file, sweep, runs in zip(files, sweeps, measurements, strict=True):
         name, about = file.stem, sweep["about"].strip()

@@ -106,7 +106,7 @@ def run(loss, per_sequence, enabled=False, seed=1, recover=0, seconds=10.0, swit
         "settings": {"recover": recover},
         "recipe": {
             "lighthouse": {"enabled": enabled},
-            "training": {"seed": seed},
+            "training": {"seed": seed, "seq_len": 64},
             "schedule": {"decay_steps": 0},
             "recover": {"decay": "none"},
             "output": {"name": f"{seed}"},
@@ -187,7 +187,7 @@ def test_runs_that_decay_are_held_against_one_that_does(sweep):
     assert dense_of(module, sweep, "norm") == "dense"
     norm["recipe"]["recover"]["decay"] = "linear"
     assert dense_of(module, sweep, "norm") is None
-    sweep["runs"]["dense-2"]["recipe"] |= {"schedule": {"decay_steps": 1}, "training": {"seed": 1}}
+    sweep["runs"]["dense-2"]["recipe"] |= {"schedule": {"decay_steps": 1}, "training": {"seed": 1, "seq_len": 64}}
     assert dense_of(module, sweep, "norm") == "dense-2"
 
 
@@ -450,7 +450,7 @@ def test_seconds_of_runs_that_shared_a_gpu_are_those_of_runs_that_had_one(sweep,
         del run["evaluations"]["end"]
         run["rows"] = [row | {"seconds": 2.0 if name == "norm" else 3.0, "memory_gib": 7.0} for row in run["rows"]]
         # What is no matter to a step.
-        run["recipe"] |= {"training": {"seed": 5, "steps": 40}, "schedule": {"decay_steps": 9}}
+        run["recipe"] |= {"training": {"seed": 5, "steps": 40, "seq_len": 64}, "schedule": {"decay_steps": 9}}
     sweep["per_gpu"] = 2
     for file, content in (("trial", sweep), ("alone", alone)):
         (tmp_path / f"{file}.json").write_text(json.dumps(content))
@@ -542,9 +542,22 @@ def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sw
     module, again = report(), json.loads(json.dumps(sweep["runs"]["dense"]))
     again["recipe"] |= {"lighthouse": {"enabled": False, "window": 8}, "model": {"dense_layers": [0]}}
     runs = module.trials({"runs": {"dense": sweep["runs"]["dense"], "again": again}})
-    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == 0
+    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == {64: 0}
     again["recipe"]["model"]["rope_theta"] = 5e5
-    assert module.repetitions([runs]) == "" and module.spread([runs]) is None
+    assert module.repetitions([runs]) == "" and module.spread([runs]) == {}
+
+
+def test_the_spread_of_repetitions_is_that_of_as_long_sequences():
+    module, runs = report(), {}
+    losses = {64: [(1.0, 1.2), (2.0, 2.0)], 256: [(1.0, 2.0, 3.0)]}
+    for seq_len, repeated in losses.items():
+        for place, group in enumerate(repeated):
+            for seed, loss in enumerate(group):
+                one = decay(run(loss, [loss], seed=seed), 8 * (place + 1), 1)
+                one["recipe"]["training"]["seq_len"] = seq_len
+                runs[f"{seq_len}-{place}-{seed}"] = one
+    # Variances of 0.02 and 0 with a degree of freedom each, and of 1 with two.
+    assert module.spread([module.trials({"runs": runs})]) == pytest.approx({64: 0.1, 256: 1.0})
 
 
 def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
@@ -647,7 +660,8 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
         each["recipe"]["lighthouse"]["window"] = seed
     runs = {"short": dense[0], "long": dense[1], "again": other, "growing": ends[0], "norm": ends[1]}
     runs["best"] = ends[2]
-    rows = module.equal_loss({"trial": module.trials({"runs": runs})}, 0.1).splitlines()[2:]
+    trials = {"trial": module.trials({"runs": runs})}
+    rows = module.equal_loss(trials, {64: 0.1, 256: 0.9}).splitlines()[2:]
     # The dense runs end at 2.0 and, on average, at 1.1; half-way in loss is half-way in the logarithm of time.
     needed, error = 8.0, 0.1 * (1 + 0.25 + 0.125) ** 0.5
     ratio = needed / 2.0
@@ -657,7 +671,10 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     ]
     assert "outside" in rows[1] and len(rows) == 3
     # It ends below all dense runs, of which the longest takes 16 s, 8 times as long.
-    assert rows[2].split(" | ")[-2:] == ["> 16", "> 8.00 (0.100 below) |"]
+    assert rows[2].split(" | ")[-2:] == ["> 16", f"> 8.00 (0.100 ± {0.1 * 1.5**0.5:.3f} below) |"]
+    # Repetitions of sequences of another length tell nothing of the error of these.
+    rows = module.equal_loss(trials, {256: 0.9}).splitlines()[2:]
+    assert [row.split(" | ")[-1] for row in (rows[0], rows[2])] == [f"{ratio:.2f} |", "> 8.00 (0.100 below) |"]
 
 
 @pytest.mark.parametrize(("offset", "power"), [(0.5, 0.7), (0.0, 2.0), (3.0, -0.3)])

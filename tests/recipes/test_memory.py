@@ -10,6 +10,7 @@ from lighthouse_core.config import load_recipe
 from lighthouse_core.estimate import (
     ERROR,
     MOST_BLOCKED,
+    MOST_BUDGETED,
     not_estimated,
     process_bytes,
     unmeasured,
@@ -70,7 +71,7 @@ def test_there_are_rows_of_every_kind(rows):
     assert methods == {"pyramid", "compressed", "chunked", "sliding"}
     chosen = [row.recipe for row in rows if any(phase.attention.rule.chooses_blocks for phase in row.recipe.phases)]
     assert max(recipe.training.seq_len for recipe in chosen) == MOST_BLOCKED
-    assert not any(recipe.lighthouse.budget.every for recipe in chosen)
+    assert max(recipe.training.seq_len for recipe in chosen if recipe.lighthouse.budget.every) == MOST_BUDGETED
     assert {row.recipe.training.activation_checkpointing for row in rows} >= {"none", "selective", "full"}
     assert {row.recipe.parallel.context for row in rows} == {1, 2} and {row.processes for row in rows} >= {1, 2}
     assert max(row.recipe.training.seq_len for row in rows) == 2**20
@@ -160,8 +161,9 @@ def test_what_no_peak_covers_fits_by_size_at_best(rows):
     long = f'no run with lighthouse.method = "blocks" and more than {MOST_BLOCKED} tokens was measured'
     for tokens, found in ((MOST_BLOCKED, ("fits", "")), (MOST_BLOCKED + 256, ("fits by size", long))):
         assert judged(*blocks, f"training.seq_len={tokens}")["lighthouse"] == found
-    budget = judged(*blocks, "training.seq_len=16384", "lighthouse.budget.every=100")["lighthouse"]
-    assert budget == ("fits by size", "no run with lighthouse.budget was measured")
+    long = f"no run with lighthouse.budget and more than {MOST_BUDGETED} tokens was measured"
+    for tokens, found in ((MOST_BUDGETED, ("fits", "")), (MOST_BUDGETED + 256, ("fits by size", long))):
+        assert judged(*blocks, f"training.seq_len={tokens}", "lighthouse.budget.every=100")["lighthouse"] == found
     both = judged("training.compile=false", "parallel.replicate=2", processes=8)["dense"]
     assert both == ("fits by size", "no run with training.compile = false or parallel.replicate was measured")
     # Within the error of the limit the size decides.
