@@ -67,9 +67,10 @@ lengths on both sides of the loss and the next one. With two lengths, or where t
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
 that *times as long* is then too large. Where a run ends below every dense run, dense training takes longer than the
 longest of them (>). In brackets is how far below: less than two standard errors prove no bound. A loss above that of
-the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is the standard error by the
-spread of repetitions (*Noise*), which is taken for that of every run of as long sequences:
-{spread}. It leaves out the error of the curve."""
+the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is a standard error. The loss of
+one run is taken to have the standard deviation of all repetitions (*Noise*), {spread}.
+The slope of the curve at the loss turns an error of loss into one of time. The errors of the curve's shape and of the
+seconds of a step are left out."""
 
 
 # A GPU, and the versions of what ran there.
@@ -679,22 +680,40 @@ def dense_lengths(trial: Trial, others: Iterable[Trial]) -> list[Length]:
     ]
 
 
-def seconds_to(loss: float, lengths: Sequence[Length]) -> tuple[float, Length, Length, bool] | None:
-    """The seconds of dense training to a loss, the two lengths on both sides of it, and whether a straight line gave
-    the seconds; None where there are no such lengths. See EQUAL_LOSS."""
+class Needed(NamedTuple):
+    """What dense training needs to a loss.
+
+    Attributes:
+        seconds: of training.
+        slope: by how much the logarithm of the seconds rises for each nat that the loss is lower.
+        above: the shorter of the two lengths on both sides of the loss.
+        below: the longer one.
+        straight: whether a straight line gave the seconds.
+    """
+
+    seconds: float
+    slope: float
+    above: Length
+    below: Length
+    straight: bool
+
+
+def seconds_to(loss: float, lengths: Sequence[Length]) -> Needed | None:
+    """None where no two lengths are on both sides of the loss. See EQUAL_LOSS."""
     for place, (a, b) in enumerate(itertools.pairwise(lengths)):
         if b.loss <= loss <= a.loss:
             # The next longer one, or else the one before.
             three = lengths[min(place, len(lengths) - 3) :][:3] if len(lengths) > 2 else ()
             if three and three[0].loss > three[1].loss > three[2].loss:
-                return _power_law(loss, *three), a, b, False
-            return a.seconds * (b.seconds / a.seconds) ** ((a.loss - loss) / (a.loss - b.loss)), a, b, True
+                return Needed(*_power_law(loss, *three), a, b, straight=False)
+            slope = math.log(b.seconds / a.seconds) / (a.loss - b.loss)
+            return Needed(a.seconds * math.exp(slope * (a.loss - loss)), slope, a, b, straight=True)
     return None
 
 
-def _power_law(loss: float, *points: Length) -> float:
-    """t of L = a + b t^-c through three points, at a loss. A loss that falls as or faster than a straight line over the
-    logarithm of time has c = 0 or below."""
+def _power_law(loss: float, *points: Length) -> tuple[float, float]:
+    """t of L = a + b t^-c through three points, at a loss, and -d(log t)/dL there. A loss that falls as or faster than
+    a straight line over the logarithm of time has c = 0 or below."""
     (t0, l0, _), (t1, l1, _), (t2, l2, _) = points
     x1, x2 = math.log(t1 / t0), math.log(t2 / t0)
 
@@ -709,7 +728,7 @@ def _power_law(loss: float, *points: Length) -> float:
         low, high = (low, middle) if fall(x1, middle) / fall(x2, middle) > (l0 - l1) / (l0 - l2) else (middle, high)
     c = low
     b = (l0 - l2) / fall(x2, c)
-    return t0 * math.exp(-math.log1p(-c * (l0 - loss) / b) / c if c else (l0 - loss) / b)
+    return t0 * math.exp(-math.log1p(-c * (l0 - loss) / b) / c if c else (l0 - loss) / b), 1 / (b - c * (l0 - loss))
 
 
 def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) -> str:
@@ -749,13 +768,13 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) ->
         if found is None:
             rows.append([*row, "outside", ""])
             continue
-        needed, a, b, straight = found
-        share, slope = (a.loss - loss) / (a.loss - b.loss), math.log(b.seconds / a.seconds) / (a.loss - b.loss)
+        a, b = found.above, found.below
+        share = (a.loss - loss) / (a.loss - b.loss)
         of_loss = error(trial, 1 / runs, (1 - share) ** 2 / a.runs, share**2 / b.runs)
-        ratio = needed / seconds
-        line = " (line)" * straight
-        of_ratio = None if of_loss is None else ratio * slope * of_loss
-        rows.append([*row, f"{needed:.0f}{line}", with_error(f"{ratio:.2f}", of_ratio, 2)])
+        ratio = found.seconds / seconds
+        line = " (line)" * found.straight
+        of_ratio = None if of_loss is None else ratio * found.slope * of_loss
+        rows.append([*row, f"{found.seconds:.0f}{line}", with_error(f"{ratio:.2f}", of_ratio, 2)])
     return table(["run", "sweep", "runs", "steps", "seconds", "loss at the end", "dense takes", "times as long"], rows)
 
 

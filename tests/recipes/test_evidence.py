@@ -549,15 +549,15 @@ def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sw
 
 def test_the_spread_of_repetitions_is_that_of_as_long_sequences():
     module, runs = report(), {}
-    losses = {64: [(1.0, 1.2), (2.0, 2.0)], 256: [(1.0, 2.0, 3.0)]}
+    losses = {64: [(1.0, 1.2), (2.0, 2.0, 2.0, 2.0)], 256: [(1.0, 2.0, 3.0)]}
     for seq_len, repeated in losses.items():
         for place, group in enumerate(repeated):
             for seed, loss in enumerate(group):
                 one = decay(run(loss, [loss], seed=seed), 8 * (place + 1), 1)
                 one["recipe"]["training"]["seq_len"] = seq_len
                 runs[f"{seq_len}-{place}-{seed}"] = one
-    # Variances of 0.02 and 0 with a degree of freedom each, and of 1 with two.
-    assert module.spread([module.trials({"runs": runs})]) == pytest.approx({64: 0.1, 256: 1.0})
+    # Variances of 0.02 with one degree of freedom and of 0 with three; and of 1 with two.
+    assert module.spread([module.trials({"runs": runs})]) == pytest.approx({64: 0.005**0.5, 256: 1.0})
 
 
 def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
@@ -687,19 +687,23 @@ def test_a_power_law_goes_through_three_lengths(offset, power):
 
     lengths = [module.Length(t, loss(t), 1) for t in (1.0, 3.0, 10.0, 40.0)]
     for seconds in (1.0, 1.7, 3.0, 8.0, 39.0):
-        found, a, b, line = module.seconds_to(loss(seconds), lengths)
-        assert found == pytest.approx(seconds) and a.seconds <= seconds <= b.seconds and not line
+        found = module.seconds_to(loss(seconds), lengths)
+        assert found.seconds == pytest.approx(seconds) and not found.straight
+        assert found.above.seconds <= seconds <= found.below.seconds
+        # The curve's own slope, which the straight line between two lengths does not have: -dL/d(log t) = 2 |c| t^-c.
+        assert found.slope == pytest.approx(seconds**power / (2 * abs(power)))
     assert module.seconds_to(loss(0.9), lengths) is None is module.seconds_to(loss(41.0), lengths)
 
 
 def test_a_straight_line_over_the_logarithm_is_a_power_law_too():
     module = report()
     lengths = [module.Length(math.exp(t), 5.0 - t, 1) for t in (0, 1, 3)]
-    assert module.seconds_to(5.0 - 2, lengths)[0] == pytest.approx(math.exp(2))
+    found = module.seconds_to(5.0 - 2, lengths)
+    assert (found.seconds, found.slope) == pytest.approx((math.exp(2), 1.0))
     # Losses that do not fall from one length to the next are on no such curve.
     odd = [module.Length(1.0, 3.0, 1), module.Length(2.0, 1.0, 1), module.Length(4.0, 1.5, 1)]
-    found, *_, line = module.seconds_to(2.0, odd)
-    assert found == pytest.approx(2**0.5) and line
+    found = module.seconds_to(2.0, odd)
+    assert found.seconds == pytest.approx(2**0.5) and found.straight
 
 
 def test_needles_by_how_far_back_they_are(sweep):
