@@ -66,11 +66,11 @@ from dense runs of several lengths whose rate decays. A power law with an offset
 lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
 that *times as long* is then too large. Where a run ends below every dense run, dense training takes longer than the
-longest of them (>). In brackets is how far below: less than two standard errors prove no bound. A loss above that of
-the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is a standard error. The loss of
-one run is taken to have the standard deviation of all repetitions (*Noise*), {spread}.
-The slope of the curve at the loss turns an error of loss into one of time. The errors of the curve's shape and of the
-seconds of a step are left out."""
+longest of them (>). In brackets is how far below. Less than two standard errors prove no bound: *not shown*. Bounds do
+not rank runs. A loss above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
+± is a standard error. The loss of one run is taken to have the standard deviation of all repetitions (*Noise*),
+{spread}. The slope of the curve at the loss turns an error of loss into one of time. The errors of the curve's shape
+and of the seconds of a step are left out."""
 
 
 # A GPU, and the versions of what ran there.
@@ -762,8 +762,10 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) ->
         found = seconds_to(loss, lengths)
         if found is None and loss < min(length.loss for length in lengths):
             longest, lowest = lengths[-1].seconds, min(lengths, key=lambda length: length.loss)
-            below = with_error(f"{lowest.loss - loss:.3f}", error(trial, 1 / runs, 1 / lowest.runs), 3)
-            rows.append([*row, f"> {longest:.0f}", f"> {longest / seconds:.2f} ({below} below)"])
+            below, of_below = lowest.loss - loss, error(trial, 1 / runs, 1 / lowest.runs)
+            bound = f"> {longest / seconds:.2f} ({with_error(f'{below:.3f}', of_below, 3)} below)"
+            unproven = of_below is not None and below < 2 * of_below
+            rows.append([*row, f"> {longest:.0f}", bound + ", not shown" * unproven])
             continue
         if found is None:
             rows.append([*row, "outside", ""])

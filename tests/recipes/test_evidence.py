@@ -671,7 +671,9 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     ]
     assert "outside" in rows[1] and len(rows) == 3
     # It ends below all dense runs, of which the longest takes 16 s, 8 times as long.
-    assert rows[2].split(" | ")[-2:] == ["> 16", f"> 8.00 (0.100 ± {0.1 * 1.5**0.5:.3f} below) |"]
+    assert rows[2].split(" | ")[-2:] == ["> 16", f"> 8.00 (0.100 ± {0.1 * 1.5**0.5:.3f} below), not shown |"]
+    rows = module.equal_loss(trials, {64: 0.04}).splitlines()[2:]
+    assert rows[2].split(" | ")[-1] == f"> 8.00 (0.100 ± {0.04 * 1.5**0.5:.3f} below) |"
     # Repetitions of sequences of another length tell nothing of the error of these.
     rows = module.equal_loss(trials, {256: 0.9}).splitlines()[2:]
     assert [row.split(" | ")[-1] for row in (rows[0], rows[2])] == [f"{ratio:.2f} |", "> 8.00 (0.100 below) |"]
