@@ -586,9 +586,9 @@ def warn_of_memory(recipe: "Recipe", processes: int, gpu: int | None, stage: str
 
 
 def warn_of_keys_without_effect(recipe: "Recipe") -> None:
-    """Say so where a phase has a key of its own that its method does not read."""
-    for key, method in recipe.lighthouse.without_effect.items():
-        _output.warn(f"{key} has no effect: the method {method} does not read it")
+    """Say which keys are given that nothing reads."""
+    for key, why in recipe.lighthouse.without_effect.items():
+        _output.warn(f"{key} has no effect: {why}")
 
 
 def warn_of_whole_sequences(recipe: "Recipe") -> None:

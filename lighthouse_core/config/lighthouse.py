@@ -54,14 +54,21 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
 
     @property
     def without_effect(self) -> dict[str, str]:
-        """Keys that a phase has of its own and that its method does not read: by their names, the method's."""
-        return {
-            spelled(("lighthouse", "phases", index, key)): rule.name
-            for index, phase in enumerate(self.phases if self.enabled else ())
+        """Keys that are given and that nothing reads, and why: those of a phase that its method does not read, and a
+        budget where no method chooses blocks."""
+        if not self.enabled:
+            return {}
+        found = {
+            spelled(("lighthouse", "phases", index, key)): f"the method {rule.name} does not read it"
+            for index, phase in enumerate(self.phases)
             for rule in [self._first(phase).rule]
             for key in phase.given
             if phase.enabled and key not in rule.reads
         }
+        if self.budget.every and not any(map(self._chooses, self.phases or [None])):
+            others = " or ".join(name for name, method in METHODS.items() if method.chooses_blocks)
+            found["lighthouse.budget.every"] = f"no phase has the method {others}, whose heads choose blocks"
+        return found
 
     @property
     def dense_attention(self) -> LighthouseConfig:
@@ -96,13 +103,6 @@ class LighthouseSection(Section, Settings):  # type: ignore[misc]
                 self._config({})
         except SettingError as error:
             raise conflict(error.field, f"lighthouse.{error}") from None
-        if self.enabled and self.budget.every and not any(map(self._chooses, self.phases or [None])):
-            others = ", ".join(f'"{name}"' for name, method in METHODS.items() if method.chooses_blocks)
-            raise conflict(
-                "budget.every",
-                "lighthouse.budget.every is for a method that chooses blocks for each KV head, and there is none here: "
-                f"write lighthouse.budget.every = 0, or choose lighthouse.method {others}",
-            )
         return self
 
     def _chooses(self, phase: PhaseSection | None) -> bool:

@@ -96,7 +96,7 @@ class Recipe(Section):
         self._check_context()
         if self.lighthouse.enabled:
             self._check_phases()
-            if self.lighthouse.budget.every and self.parallel.context > 1:
+            if self.parallel.context > 1 and any(map(self.lighthouse.budget.acts_in, self.phases)):
                 raise conflict(
                     "lighthouse.budget.every",
                     "lighthouse.budget.every is not for shared sequences: write lighthouse.budget.every = 0, or "

@@ -93,7 +93,7 @@ def advise(
         # The training process needs it.
         torch.cuda.empty_cache()
     say("training a few steps with the fastest of them")
-    settings = {"enabled": True, "phases": [], "budget.every": 0, **fastest.settings}
+    settings = {"enabled": True, "phases": [], **fastest.settings}
     # The pyramids that are searched have no window, and the calls that are timed no documents.
     packing = 'data.packing="concat"'
     step = run([packing, *(f"lighthouse.{key}={toml_value(value)}" for key, value in settings.items())])

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,12 +39,17 @@ _MARGIN = 1.5
 
 def _warn(where: torch.device, tokens: int, say: Say) -> None:
     """Say what a user should know before times are taken on a CPU."""
-    if where.type != "cpu":
-        return
-    if tokens > _LONG:
+    if where.type == "cpu" and tokens > _LONG:
         say(f"{tokens} tokens take minutes on a CPU: shorter sequences show what there is")
-    if (share := busy()) > _BUSY:
-        say(f"others keep {share:.0%} of the processors busy: times beside other work are not to be used")
+    if others := _others(where):
+        say(others)
+
+
+def _others(where: torch.device) -> str:
+    """What others do on a CPU that is to be timed now; "" for little or nothing."""
+    if where.type != "cpu" or (share := busy()) <= _BUSY:
+        return ""
+    return f"others keep {share:.0%} of the processors busy: times beside other work are not to be used"
 
 
 def _check_step(recipe: Recipe, nproc: int) -> None:
@@ -144,16 +150,23 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
             "that the optimizer weighs more than in training."
         )
     settings = [*settings, f"training.global_batch_size={batch}"]
-    found = []
+    found: list[StepProfile] = []
+
+    def timed(place: Path, **which: Any) -> None:
+        # They may begin at any of the steps, which are minutes apart.
+        if found and (others := _others(device())):
+            say(others)
+            notes.append(f"After {len(found)} of these steps: {others}.")
+        found.append(run_step(path, settings, place, nproc, say, **which))
+
     # What a dense phase takes, the dense step tells.
     for phase in recipe.sparse_phases if recipe.lighthouse.phases else ():
-        place = folder / f"phase-{phase.number}"
-        found.append(run_step(path, settings, place, nproc, say, phase=phase.number))
+        timed(folder / f"phase-{phase.number}", phase=phase.number)
     if not found:
-        found.append(run_step(path, settings, folder, nproc, say))
+        timed(folder)
     if recipe.lighthouse.enabled:
         try:
-            found.append(run_step(path, settings, folder / "dense", nproc, say, stage="dense"))
+            timed(folder / "dense", stage="dense")
         except LighthouseError as error:
             notes.append(f"No dense step: {error}")
             say(notes[-1])

@@ -217,7 +217,6 @@ def _notes(phase: Phase, stage: str) -> list[str]:
 
 
 def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int) -> list[str]:
-    budget = recipe.lighthouse.budget
     chosen: dict[str, Any] = {
         "training.steps": _WARM + timed + 2,
         "schedule.decay_steps": 0,
@@ -228,8 +227,6 @@ def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int
         "metrics.tensorboard": False,
         "metrics.wandb": False,
         "lighthouse.phases": [],
-        # Other methods refuse it.
-        "lighthouse.budget.every": budget.every if budget.acts_in(phase) else 0,
         **{f"lighthouse.{name}": value for name, value in vars(phase.attention).items()},
         "lighthouse.window": phase.mean_window,
         "model.dense_layers": phase.dense_layers,

@@ -146,9 +146,10 @@ def test_it_is_off_by_default_and_a_recipe_keeps_it():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ([EVERY], 'there is none here: write lighthouse.budget.every = 0, or choose lighthouse.method "blocks"'),
-        ([EVERY, 'lighthouse.method="sliding"', "lighthouse.window=64"], "is for a method that chooses blocks"),
-        ([*BLOCKS, EVERY, 'lighthouse.phases=[{method="chunked"}, {enabled=false}]'], "is for a method that chooses"),
+        (
+            [*BLOCKS, "lighthouse.phases=[{budget={every=5}}]"],
+            "lighthouse.phases[1].budget: lighthouse.budget is for all phases together, set it in [lighthouse]",
+        ),
         ([*BLOCKS, EVERY, "parallel.context=2"], "not for shared sequences: write lighthouse.budget.every = 0, or"),
         ([*BLOCKS, "lighthouse.budget.threshold=1.5"], "threshold"),
         ([*BLOCKS, "lighthouse.budget.queries=0"], "queries"),
@@ -159,6 +160,24 @@ def test_what_is_refused(settings, words):
     with pytest.raises(RecipeError) as found:
         recipe(*settings)
     assert words in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "without"),
+    [
+        ([EVERY], True),
+        ([EVERY, 'lighthouse.method="sliding"', "lighthouse.window=64", "parallel.context=2"], True),
+        ([*BLOCKS, EVERY, 'lighthouse.phases=[{method="chunked"}, {enabled=false}]'], True),
+        ([*BLOCKS, 'lighthouse.phases=[{method="chunked"}, {enabled=false}]'], False),
+        ([*BLOCKS, EVERY, 'lighthouse.phases=[{method="chunked"}, {share=2}]'], False),
+        ([EVERY, "lighthouse.enabled=false"], False),
+    ],
+)
+def test_where_no_head_chooses_blocks_it_has_no_effect_and_that_is_said(settings, without):
+    """So that phases may be changed, or replaced by those of another run, and the budget left as it is."""
+    given = recipe(*settings).lighthouse
+    told = {"lighthouse.budget.every": "no phase has the method blocks, whose heads choose blocks"}
+    assert given.without_effect == (told if without else {})
 
 
 def test_a_value_that_is_no_number_is_refused_with_what_the_key_takes():

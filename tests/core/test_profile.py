@@ -519,6 +519,29 @@ def test_what_a_cpu_is_busy_with_is_said(monkeypatch):
     run._warn(torch.device("cuda"), 2**20, pytest.fail)
 
 
+def test_work_of_others_that_begins_between_two_steps_is_in_the_report(monkeypatch, tmp_path):
+    from lighthouse_core.config import load_recipe
+    from lighthouse_core.shelf import shipped_recipes
+
+    path, said, taken = shipped_recipes()["quickstart"], [], []
+    given = ["lighthouse.phases=[{topk=32}, {topk=64}]"]
+    # Before the first step, the second, and the dense one.
+    shares = iter([0.0, 0.6, 0.05])
+    monkeypatch.setattr(run, "busy", lambda: next(shares))
+    monkeypatch.setattr(run, "step_parts", lambda profiles: [f"{len(profiles)} steps"])
+
+    def run_step(*_, **which):
+        taken.append(which)
+        return SimpleNamespace(within=lambda folder: SimpleNamespace(as_json=lambda: {}))
+
+    monkeypatch.setattr(run, "run_step", run_step)
+    monkeypatch.setattr(run, "device", lambda: CPU)
+    found = run.step(path, load_recipe(path, given), given, tmp_path, 1, said.append)
+    assert taken == [{"phase": 1}, {"phase": 2}, {"stage": "dense"}] and next(shares, None) is None
+    words = "others keep 60% of the processors busy: times beside other work are not to be used"
+    assert said == [words] and found.parts[0] == "3 steps" and found.parts[-1] == f"After 1 of these steps: {words}."
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(torch, "randn", None)
     with pytest.raises(UserError, match=r"needs about \d+ GiB"):
@@ -866,7 +889,8 @@ def test_budgets_are_profiled_in_the_phases_that_have_them(monkeypatch, tmp_path
     for phase in (1, 2):
         with pytest.raises(LighthouseError, match="that is all"):
             step.run_step(path, given, tmp_path, 1, lambda words: None, phase=phase)
-    assert [(one.lighthouse.method, one.lighthouse.budget.every) for one in trained] == [("chunked", 0), ("blocks", 10)]
+    assert [one.lighthouse.method for one in trained] == ["chunked", "blocks"]
+    assert [bool(one.lighthouse.without_effect) for one in trained] == [True, False]
 
 
 def test_a_window_that_grows_is_profiled_at_its_mean(monkeypatch, tmp_path):
