@@ -341,7 +341,7 @@ def _unknown(path: KeyPath, given: Any) -> str:
     if path[:2] == ("data", "sources"):
         return _unknown_of_source(last)
     if path[:2] == ("lighthouse", "phases") and last in sections["lighthouse"]:
-        return f"{spelled(path)}: lighthouse.{last} is for all phases together, set it in [lighthouse]"
+        return f"lighthouse.{last} is for all phases together: set it in [lighthouse], not in [[lighthouse.phases]]"
     if path[:2] == ("lighthouse", "phases"):
         return f"unknown key {spelled(path)}{did_you_mean(last, PhaseSection.names_of_keys())}"
     if path[:2] == ("lighthouse", "budget"):

@@ -148,7 +148,7 @@ def test_it_is_off_by_default_and_a_recipe_keeps_it():
     [
         (
             [*BLOCKS, "lighthouse.phases=[{budget={every=5}}]"],
-            "lighthouse.phases[1].budget: lighthouse.budget is for all phases together, set it in [lighthouse]",
+            "lighthouse.budget is for all phases together: set it in [lighthouse], not in [[lighthouse.phases]]",
         ),
         ([*BLOCKS, EVERY, "parallel.context=2"], "not for shared sequences: write lighthouse.budget.every = 0, or"),
         ([*BLOCKS, "lighthouse.budget.threshold=1.5"], "threshold"),
