@@ -153,7 +153,7 @@ def step(path: Path, recipe: Recipe, settings: list[str], folder: Path, nproc: i
     found: list[StepProfile] = []
 
     def timed(place: Path, **which: Any) -> None:
-        # They may begin at any of the steps, which are minutes apart.
+        # Before the first step `_warn` has looked; the others begin minutes later.
         if found and (others := _others(device())):
             say(others)
             notes.append(f"After {len(found)} of these steps: {others}.")

@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -631,17 +632,13 @@ def spread(sweeps: Iterable[list[Trial]]) -> dict[int, float]:
     for trial in itertools.chain(*sweeps):
         if trial.end:
             groups.setdefault((trial.seq_len, but_for_the_seed(trial)), []).append(trial.loss["mean"])
-    several: dict[int, list[list[float]]] = {}
-    for (seq_len, _), losses in sorted(groups.items(), key=lambda group: group[0][0]):
+    squares: defaultdict[int, float] = defaultdict(float)
+    free: defaultdict[int, int] = defaultdict(int)
+    for (seq_len, _), losses in groups.items():
         if len(losses) > 1:
-            several.setdefault(seq_len, []).append(losses)
-    return {
-        seq_len: math.sqrt(
-            sum(variance(losses) * (len(losses) - 1) for losses in repeated)
-            / sum(len(losses) - 1 for losses in repeated)
-        )
-        for seq_len, repeated in several.items()
-    }
+            squares[seq_len] += variance(losses) * (len(losses) - 1)
+            free[seq_len] += len(losses) - 1
+    return {seq_len: math.sqrt(squares[seq_len] / free[seq_len]) for seq_len in sorted(free)}
 
 
 class Length(NamedTuple):

@@ -889,7 +889,10 @@ def test_budgets_are_profiled_in_the_phases_that_have_them(monkeypatch, tmp_path
     for phase in (1, 2):
         with pytest.raises(LighthouseError, match="that is all"):
             step.run_step(path, given, tmp_path, 1, lambda words: None, phase=phase)
-    assert [one.lighthouse.method for one in trained] == ["chunked", "blocks"]
+    assert [(one.lighthouse.method, one.lighthouse.budget.every) for one in trained] == [
+        ("chunked", 10),
+        ("blocks", 10),
+    ]
     assert [bool(one.lighthouse.without_effect) for one in trained] == [True, False]
 
 
