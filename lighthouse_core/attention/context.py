@@ -83,11 +83,15 @@ class AttentionContext:
         key = self.key if self.key is None or self.key.dim() == 1 else self.key[number]
         if key is self.key and not self.dense_layers and self.budgets is None:
             return self
-        dense, budgets = self.dense or number in self.dense_layers, self.budgets
-        if budgets is not None:
-            budgets = None if dense else budgets[number]
+        if self.dense or number in self.dense_layers:
+            return replace(self.as_dense(), key=key)
+        budgets = None if self.budgets is None else self.budgets[number]
         # The list itself stays here: a layer that is compiled does not depend on it.
-        return replace(self, key=key, dense=dense, dense_layers=(), budgets=budgets)
+        return replace(self, key=key, dense_layers=(), budgets=budgets)
+
+    def as_dense(self) -> AttentionContext:
+        """The context of the same batch with dense attention in every layer: it has no budgets."""
+        return replace(self, dense=True, dense_layers=(), budgets=None)
 
     def tokens(self, x: Tensor) -> int:
         """N, the tokens of whole sequences, of which `x` [B, n, ...] has those of this process."""

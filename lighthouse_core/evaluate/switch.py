@@ -1,6 +1,5 @@
 """What the switch to dense attention will do to a model of stage 1: to its loss, and to each attention call."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ def attention_errors(subject: Subject, tokens: Tensor, packed: PackedSequence | 
         number: int, layer: LighthouseAttention, inputs: tuple[Any, ...], given: dict[str, Any], out: Tensor
     ) -> None:
         q, k, v, context = inputs
-        dense = layer.forward(q, k, v, replace(context, dense=True), **given)
+        dense = layer.forward(q, k, v, context.as_dense(), **given)
         errors[number] = ((out - dense).float().norm() / dense.float().norm()).item()
 
     assert subject.model is not None

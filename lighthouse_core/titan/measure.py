@@ -1,7 +1,6 @@
 """The time of a dense step, measured in a Lighthouse run."""
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -25,7 +24,7 @@ def dense_seconds(model: Decoder, shape: tuple[int, int], context: AttentionCont
     # Random ones: numbers that repeat let a GPU run at a higher clock.
     tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     times = []
-    dense = replace(context, dense=True)
+    dense = context.as_dense()
     try:
         for _ in range(_PASSES):
             start = _now(device)

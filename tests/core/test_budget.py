@@ -24,8 +24,10 @@ from lighthouse_core.config.budget import BudgetSection, Measurement
 from lighthouse_core.config.load import loads_recipe
 from lighthouse_core.errors import CheckpointError, PatchError, RecipeError
 from lighthouse_core.estimate import process_bytes
+from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint
 from lighthouse_core.export import strip
+from lighthouse_core.measures import MEASURES
 from lighthouse_core.models.decoder import Decoder
 from lighthouse_core.profile.report import heads_parts
 from lighthouse_core.profile.selection import selection_view
@@ -370,6 +372,27 @@ def test_documents_and_checkpointing(shared):
     for key in KEYS:
         assert rows(ours, key) == rows(theirs, key), key
     assert len(rows(ours, "budget_share")) == 2
+    check_evaluation(ours)
+
+
+def check_evaluation(run):
+    """All measures of a run with budgets; dense attention, which has none, is what the run's dense model does."""
+    reports = {}
+    for attention in ("trained", "dense"):
+        subject, recipe = load_checkpoint(run.path, attention=attention, device=torch.device("cpu"))
+        left = () if attention == "trained" else ("leak", "switch", "needles")
+        measures = [measure for measure in MEASURES if measure not in left]
+        options = {"tokens": 64, "sequences": 2, "context": 16, "trials": 2, "align": recipe.alignment}
+        reports[attention] = evaluate(subject, recipe.data, measures=measures, **options)
+    switch, losses = reports["trained"]["switch"], reports["dense"]["loss"]["nats_per_token"]
+    assert switch["dense"]["mean"] == pytest.approx(losses["mean"], rel=1e-6)
+    # Layer 1 is dense.
+    assert [error["layer"] for error in switch["attention_errors"]] == [0, 2]
+    assert all(0 < error["relative_error"] < 1 for error in switch["attention_errors"])
+
+
+def test_an_evaluation_has_all_measures(whole):
+    check_evaluation(whole)
 
 
 def test_what_reads_a_checkpoint(shared, whole, tmp_path, monkeypatch):
