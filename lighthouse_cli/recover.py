@@ -98,7 +98,7 @@ def recover(
                 _output.warn(f"rope_theta goes from {theta:g} to {found.recipe.model.rope_theta:g}")
         if recovery.rates:
             before, after = recovery.rates
-            then = "and then to zero" if recovery.recipe.recover.decay == "linear" else "and stays there"
+            then = "and then to zero" if recovery.recipe.recover.decay != "none" else "and stays there"
             _output.warn(
                 f"the learning rate goes from {before:.3g} (step {recovery.step}) to {after:.3g} (step "
                 f"{recovery.step + 1}), {then} until step {recovery.end}"

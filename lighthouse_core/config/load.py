@@ -194,7 +194,9 @@ def parse_override(override: str) -> dict[str, Any]:
             raise RecipeError(
                 f"{label} names an entry of a list", hint=f"a list is set as a whole: {whole}=[...]"
             ) from None
-        if key == "lighthouse.phases":
+        if value.endswith("tokens"):
+            hint = f"write --set '{key}={toml_value(value)}'"
+        elif key == "lighthouse.phases":
             hint = "phases are written [{share = 0.25, window = 2048}, {share = 0.75, window = 8192}]"
         elif value[:1] in ("[", "{") or wanted == "a list":
             hint = 'a list is written ["a", "b"]'

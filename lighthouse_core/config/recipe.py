@@ -9,6 +9,7 @@ from lighthouse_core.attention.dense import BACKENDS
 from lighthouse_core.attention.heads import nearest_shares, shares_heads
 from lighthouse_core.config.checkpoint import CheckpointSection
 from lighthouse_core.config.data import DataSection
+from lighthouse_core.config.lengths import with_steps
 from lighthouse_core.config.lighthouse import LighthouseSection
 from lighthouse_core.config.metrics import MetricsSection
 from lighthouse_core.config.model import ModelSection
@@ -72,6 +73,11 @@ class Recipe(Section):
         """What every phase can take: the data are the same in all of them."""
         return lcm(*(phase.attention.alignment for phase in self.sparse_phases))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_steps(cls, table: Any) -> Any:
+        return with_steps(table)
+
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> "Recipe":
         if self.data.tokenizer == "bytes" and self.model.vocab_size < _BYTES_VOCABULARY:
@@ -84,13 +90,7 @@ class Recipe(Section):
             raise conflict("metrics.validation_every", "metrics.validation_every needs data.validation above 0")
         if self.metrics.measure_dense and not self.lighthouse.enabled:
             raise conflict("metrics.measure_dense", "metrics.measure_dense is for a run with lighthouse.enabled")
-        if self.schedule.decay_steps and self.lighthouse.enabled:
-            raise conflict(
-                "schedule.decay_steps",
-                "schedule.decay_steps is for a run with lighthouse.enabled = false; a recovery has recover.decay",
-            )
-        if self.schedule.decay_steps and self.schedule.warmup_steps + self.schedule.decay_steps > self.training.steps:
-            raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
+        self._check_schedule()
         if (last := max(self.checkpoint.also, default=0)) > self.training.steps + self.recover.steps:
             raise conflict("checkpoint.also", f"checkpoint.also has step {last}, which no stage comes to")
         self._check_context()
@@ -105,6 +105,22 @@ class Recipe(Section):
         if self.data.packing == "documents" and (info.context or {}).get(TRAINS, True):
             self._check_documents()
         return self
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        after = self.training.steps - schedule.warmup_steps
+        if schedule.decay_steps and schedule.decay_steps > after:
+            raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
+        if schedule.ends_at_zero and self.lighthouse.enabled:
+            raise conflict(
+                "schedule.decay_steps",
+                "schedule.decay_steps takes the rate of stage 1 to 0, which leaves none for the recovery: write "
+                "schedule.min_lr_factor = 0.1, or schedule.decay_steps = 0 and a recover.decay",
+            )
+        for key in ("decay", "min_lr_factor"):
+            if not schedule.decay_steps and getattr(schedule, key) != ScheduleSection.model_fields[key].default:
+                every = f"; {after} are all steps after the warm-up" if after > 0 else ""
+                raise conflict(f"schedule.{key}", f"schedule.{key} needs schedule.decay_steps{every}")
 
     def _check_context(self) -> None:
         context, model = self.parallel.context, self.model

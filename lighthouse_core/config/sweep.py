@@ -146,8 +146,9 @@ def load_sweep(path: Path) -> Sweep:
                 _check_other_phases(run, load_recipe(base, sweep.settings(run.stage_1)), recipe)
         except RecipeError as error:
             raise RecipeError(f"{path}: run {name}: {error}", hint=error.hint) from None
-        if run.recover and recipe.schedule.decay_steps:
-            raise RecipeError(f"{path}: run {name}: recover must be 0 with schedule.decay_steps; see recover.decay")
+        if run.recover and recipe.schedule.ends_at_zero:
+            wrong = "recover must be 0 where schedule.decay_steps takes the rate to 0; see recover.decay"
+            raise RecipeError(f"{path}: run {name}: {wrong}")
         if any("steps" in parse_override(override).get("recover", {}) for override in run.recover_set):
             raise RecipeError(f"{path}: run {name}: recover_set: the steps of a recovery are its recover")
         if any(one.checkpoint.keep for one in keeping):

@@ -220,6 +220,8 @@ def _settings(recipe: Recipe, phase: Phase, stage: str, folder: Path, timed: int
     chosen: dict[str, Any] = {
         "training.steps": _WARM + timed + 2,
         "schedule.decay_steps": 0,
+        "schedule.decay": "linear",
+        "schedule.min_lr_factor": 0.0,
         "checkpoint.also": [],
         "metrics.every": 1,
         "metrics.validation_every": 0,

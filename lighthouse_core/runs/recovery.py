@@ -8,7 +8,7 @@ from lighthouse_core.config import Recipe, load_recipe
 from lighthouse_core.config.load import parse_override
 from lighthouse_core.errors import CheckpointError, RunError, UserError
 from lighthouse_core.runs.run import Newest, Run, check_resumable, with_own_tokenizer
-from lighthouse_core.runs.schedule import lr_factor
+from lighthouse_core.runs.schedule import recovery_factor
 from lighthouse_core.seal import Verification
 
 
@@ -88,11 +88,13 @@ def plan_recovery(
     chosen = any("decay" in parse_override(override).get("recover", {}) for override in overrides)
     if recovery.rates and not chosen:
         before, after = recovery.rates
+        kept = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"decay": "none"})})
+        full = recovery_rate(kept, recovery.step, recovery.start, recovery.end)
         raise UserError(
             f"with --extend {extend} the learning rate of run {run.path}, {before:.3g} at step {recovery.step}, would "
             f"rise to {after:.3g} at step {recovery.step + 1}",
-            hint=f"choose: --set 'recover.decay=\"linear\"' takes the higher rate to zero at step {recovery.end}, as "
-            f"if planned so; --set 'recover.decay=\"none\"' keeps it at {recipe.optimizer.lr:.3g}",
+            hint=f"choose: --set 'recover.decay=\"{recipe.recover.decay}\"' takes the higher rate to zero at step "
+            f"{recovery.end}, as if planned so; --set 'recover.decay=\"none\"' keeps it at {full:.3g}",
         )
     return recovery
 
@@ -102,10 +104,11 @@ def _begin_recovery(run: Run, recipe: Recipe, extend: int | None, newest: Callab
         raise RunError(f"run {run.path} has no recovery to extend", hint="lighthouse recover --steps N begins one")
     if not recipe.recover.steps:
         raise UserError(f"the recipe of run {run.path} has no recover.steps", hint="give --steps N")
-    if recipe.schedule.decay_steps:
+    if recipe.schedule.ends_at_zero:
         raise RunError(
             f"the rate of run {run.path} goes to zero by its own schedule.decay_steps",
-            hint=f"lighthouse pretrain --resume {run.path} finishes it; a run without has recover.decay",
+            hint=f"lighthouse pretrain --resume {run.path} finishes it; a run with schedule.min_lr_factor above 0, or "
+            "without a decay, can go on",
         )
     step, damaged = newest()
     return Recovery(recipe, step, step + recipe.recover.steps, step, step < run.end, damaged=damaged)
@@ -143,5 +146,4 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, newest: Cal
 
 def recovery_rate(recipe: Recipe, step: int, start: int, end: int) -> float:
     """Learning rate of the update that follows `step` finished steps, of a recovery between two steps of its run."""
-    decay = (start, end) if recipe.recover.decay == "linear" else None
-    return recipe.optimizer.lr * lr_factor(step, warmup=recipe.schedule.warmup_steps, decay=decay)
+    return recipe.optimizer.lr * recovery_factor(recipe, start, end)(step)

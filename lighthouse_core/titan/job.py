@@ -88,7 +88,6 @@ _ORIGIN = Refused(
 _EXPORT = Refused("a run's checkpoints are torch's, and complete", "export with lighthouse strip")
 _ALWAYS = Refused("a run saves checkpoints")
 _KEPT = _decided("training.activation_checkpointing")
-_LINEAR = Refused("a decay is linear, and to 0", "set schedule.decay_steps or recover.decay")
 _VALIDATION = Refused("the held-out part of [data] is validated", "set data.validation")
 # All others; a key here is that of a value, or of a table that nothing reads.
 REFUSED = {
@@ -124,8 +123,8 @@ REFUSED = {
     "lr_scheduler.warmup_steps": _decided("schedule.warmup_steps"),
     "lr_scheduler.total_steps": _decided("training.steps", "recover.steps"),
     "lr_scheduler.decay_ratio": _decided("schedule.decay_steps", "recover.decay"),
-    "lr_scheduler.decay_type": _LINEAR,
-    "lr_scheduler.min_lr_factor": _LINEAR,
+    "lr_scheduler.decay_type": _decided("schedule.decay", "recover.decay"),
+    "lr_scheduler.min_lr_factor": _decided("schedule.min_lr_factor"),
     "training.dataset": _decided("data.source", "data.sources"),
     "training.dataset_path": _decided("data.paths"),
     "training.local_batch_size": _decided("training.local_batch_size"),

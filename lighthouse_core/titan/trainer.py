@@ -42,7 +42,7 @@ from lighthouse_core.job.stop import Interrupted, is_training, stop_requested, t
 from lighthouse_core.models.decoder import Decoder, DecoderArgs, use_dense, use_lighthouse
 from lighthouse_core.models.labels import IGNORED
 from lighthouse_core.runs.run import Run
-from lighthouse_core.runs.schedule import lr_factor
+from lighthouse_core.runs.schedule import recovery_factor, stage_1_factor
 from lighthouse_core.titan.budget import Budgets
 from lighthouse_core.titan.checkpointer import LOSS_SCALE, Checkpointer
 from lighthouse_core.titan.effects import Effects
@@ -209,12 +209,7 @@ class _Schedulers(LRSchedulersContainer):
 
 def _build_schedulers(stage: Stage, optimizers, config, training_steps) -> LRSchedulersContainer:
     recipe = stage.recipe
-    decay = None
-    if stage.recovery and recipe.recover.decay == "linear":
-        decay = stage.start, stage.end
-    elif not stage.recovery and recipe.schedule.decay_steps:
-        decay = stage.end - recipe.schedule.decay_steps, stage.end
-    factor = functools.partial(lr_factor, warmup=recipe.schedule.warmup_steps, decay=decay)
+    factor = recovery_factor(recipe, stage.start, stage.end) if stage.recovery else stage_1_factor(recipe)
     return _Schedulers(optimizers, factor)
 
 

@@ -385,7 +385,7 @@ def test_what_is_no_run_is_not_removed(tmp_path):
         (
             'enabled=false"]',
             'enabled=false", "schedule.warmup_steps=0", "schedule.decay_steps=3"]\nrecover = 5',
-            "dense: recover must be 0 with sched",
+            "dense: recover must be 0 where sched",
         ),
         ('only = "loss"', 'only = "loss, Lose"', "evaluate.only knows .* not 'Lose'"),
         ('only = "loss"', 'at_switch = "loss,"', "evaluate.at_switch knows"),

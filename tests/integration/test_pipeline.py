@@ -20,7 +20,7 @@ from lighthouse_core.evaluate.load import load_checkpoint, load_directory
 from lighthouse_core.job.environment import MEETING
 from lighthouse_core.runs.listing import checkpoint_steps
 from lighthouse_core.runs.run import Run
-from lighthouse_core.runs.schedule import lr_factor
+from lighthouse_core.runs.schedule import Decay, lr_factor
 from lighthouse_core.sweep import branch
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
     assert ledger["dense_step"]["how"] == "recovery"
     assert seen[7]["tokens"] == 7 * 4 * 512
     # Still warming up, and decaying from step 7 on: the schedule went on, with the recovery's own end.
-    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 10)) for step in range(6, 10)]
+    expected = [3e-3 * lr_factor(step, warmup=10, decay=Decay(6, 10)) for step in range(6, 10)]
     assert [seen[step]["lr"] for step in range(7, 11)] == pytest.approx(expected)
     assert expected[1] < 3e-3 * 8 / 10
     # A fresh optimizer or fresh weights would start near the first loss again.
@@ -199,9 +199,10 @@ def test_recovery_goes_on_where_stage_1_ended(recovered):
 @pytest.mark.slow
 def test_a_dense_run_recovers_as_if_it_had_decayed_by_its_own_schedule(workspace):
     dense = ("lighthouse.enabled=false", "schedule.warmup_steps=2", "training.deterministic=true")
-    whole = pretrain(workspace, "whole", "--nproc", "1", *options(*dense, "schedule.decay_steps=3"))
+    decay = ("schedule.decay_steps=3", 'schedule.decay="1-sqrt"')
+    whole = pretrain(workspace, "whole", "--nproc", "1", *options(*dense, *decay))
     first = pretrain(workspace, "parts", "--nproc", "1", *options(*dense, "training.steps=3"))
-    succeed("recover", "parts", "--steps", "3", "--set", 'recover.decay="linear"', cwd=workspace)
+    succeed("recover", "parts", "--steps", "3", "--set", 'recover.decay="1-sqrt"', cwd=workspace)
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in rows(first).values()] == [row[key] for row in rows(whole).values()]
     ledger = json.loads((first / "ledger.json").read_text())
@@ -220,7 +221,7 @@ def test_an_extended_recovery_takes_its_rate_from_the_new_end_and_is_saved_on_a_
     assert f"step {saved} is saved" in words
     assert f"learning rate goes from {seen[10]['lr']:.3g} (step 10) to {seen[11]['lr']:.3g} (step 11)" in words
     assert max(seen) == saved < 500
-    expected = [3e-3 * lr_factor(step, warmup=10, decay=(6, 510)) for step in (10, 11)]
+    expected = [3e-3 * lr_factor(step, warmup=10, decay=Decay(6, 510)) for step in (10, 11)]
     assert [seen[step]["lr"] for step in (11, 12)] == pytest.approx(expected)
 
 
