@@ -36,6 +36,16 @@ def strip(
             help="One more length, in tokens, at which logits are compared.",
         ),
     ] = None,
+    average: Annotated[
+        int,
+        typer.Option(
+            "--average",
+            metavar="N",
+            min=1,
+            max=_options.MOST,
+            help="The mean of the last N checkpoints up to CKPT, in place of its own weights.",
+        ),
+    ] = 1,
 ) -> None:
     """Write a checkpoint as a Hugging Face model of its family, verified."""
     from lighthouse_core.runs.find import find_checkpoint
@@ -45,7 +55,9 @@ def strip(
     _caches.use_own()
     from lighthouse_core.export import strip as export
 
-    report = export(source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length)
+    report = export(
+        source, out, dtype=dtype, allow_unrecovered=allow_unrecovered, verify_length=verify_length, average=average
+    )
     _output.say(f"step {report.step}, {report.parameters} parameters, {report.dtype}")
     for fact in report.verified:
         _output.say(f"verified: {fact}")

@@ -35,7 +35,7 @@ from lighthouse_core.files import check_output, remove_empty
 from lighthouse_core.models.family import Entry, to_half_split
 from lighthouse_core.reading import is_count, read_json
 from lighthouse_core.seal import sync
-from lighthouse_core.weights.checkpoint import Source, find_source, load_weights
+from lighthouse_core.weights.checkpoint import Source, find_source, last_sources, load_mean
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def strip(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     allow_unrecovered: bool = False,
     verify_length: int | None = None,
+    average: int = 1,
     shard_bytes: int = 5 * 1000**3,
 ) -> StripReport:
     """Export a checkpoint as a directory that transformers loads as a model of its family.
@@ -79,11 +80,13 @@ def strip(
             float16 where it trained in float16, and bfloat16.
         allow_unrecovered: also export weights that were never trained with every layer dense.
         verify_length: one more sequence length, in tokens, at which logits are compared.
+        average: export the mean of this checkpoint's weights and of those before it, so many in all. Those of stage 1
+            are not mixed with those of dense training.
         shard_bytes: size above which the weights are split over several files.
 
     Raises:
         RunError: `checkpoint` is not in a run.
-        CheckpointError: no such checkpoint, one of another model, or one that was not recovered.
+        CheckpointError: no such checkpoint, one of another model, one that was not recovered, or too few to average.
         UserError: `out` cannot be used, or an argument is out of range.
         ExportError: the written directory does not agree with the checkpoint.
     """
@@ -91,6 +94,8 @@ def strip(
         raise UserError(f'unknown dtype "{dtype}"', hint=f"use one of {', '.join(_DTYPES)}")
     if verify_length is not None and verify_length < 1:
         raise UserError(f"verify length {verify_length} is not positive")
+    if average < 1:
+        raise UserError(f"a mean of {average} checkpoints is none")
     vml.settle()
     source, out = find_source(Path(checkpoint)), Path(os.path.realpath(out))
     recipe = source.run.recipe
@@ -110,6 +115,9 @@ def strip(
     given = given_files(origin, tokenizer, recipe.data.tokenizer)
     problem = verify.transformers_problem()
     warnings = _check_recovered(source, allow_unrecovered)
+    sources = last_sources(source, average)
+    steps = [one.step for one in sources]
+    whose = "the checkpoint's" if average == 1 else f"those of the mean of steps {_join(steps)}"
     if given and (note := other_end(origin, tokenizer.eos_id)):
         warnings.append(note)
     verified, skipped, worst = [], [], None
@@ -132,15 +140,15 @@ def strip(
                 transformers=not problem,
                 family=family.name,
             )
-        logger.info("reading %s", source.path)
-        weights = load_weights(source, table)
+        logger.info("reading %s", ", ".join(str(one.path) for one in sources))
+        weights = load_mean(sources, table)
         files = _write_weights(directory, weights, table, kinds, shard_bytes)
         for path in files:  # safetensors makes them readable by their owner alone
             shutil.copymode(directory / "config.json", path)
 
         logger.info("verifying weights")
         verify.check_weights(files, weights, table, kinds)
-        verified.append(f"weights equal the checkpoint's bit for bit, and are exactly {family.architecture}'s")
+        verified.append(f"weights equal {whose} bit for bit, and are exactly {family.architecture}'s")
         lengths = sorted({*_LENGTHS, min(recipe.training.seq_len, _LONGEST), verify_length or 1})
         if given:
             warnings += _short_limit(directory, recipe.training.seq_len)
@@ -161,7 +169,7 @@ def strip(
             logger.info("comparing logits at lengths %s", lengths)
             worst = verify.compare_logits(directory, trainer, lengths, recipe.model)
             verified.append(f"logits equal the trainer's within {worst:.1e} at lengths {_join(lengths)}")
-        provenance = _provenance(source, dtype or source.dtype)
+        provenance = _provenance(source, dtype or source.dtype) | {"averaged_steps": steps}
         write_json(directory / "lighthouse.json", provenance | {"verified": verified, "skipped": skipped})
     try:
         sync(out.parent)

@@ -90,9 +90,49 @@ def load_weights(source: Source, table: list[Entry]) -> dict[str, Tensor]:
     weights = {entry.source: torch.empty(entry.shape, dtype=torch.float32) for entry in table}
     load(weights, source.path, contents, alone=True)
     for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise CheckpointError(f"{name} of {source.path} holds NaN or infinity", hint="export an earlier checkpoint")
+        _check_finite(name, weight, source)
     return weights
+
+
+def _check_finite(name: str, weight: Tensor, source: Source) -> None:
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{name} of {source.path} holds NaN or infinity", hint="export an earlier checkpoint")
+
+
+def last_sources(source: Source, count: int) -> list[Source]:
+    """A checkpoint and those before it, `count` in all, oldest first; all are of dense training, or none is.
+
+    Raises:
+        CheckpointError: there are fewer, or one of them is incomplete, damaged or holds what none does.
+    """
+    steps = [step for step in source.run.checkpoint_steps() if 0 < step < source.step]
+    alike = [step for step in steps if Source(source.run, step).recovered == source.recovered] if count > 1 else []
+    if len(alike) < count - 1:
+        there = ", ".join(map(str, [*alike, source.step]))
+        kind = "of dense training" if source.recovered else "of stage 1"
+        raise CheckpointError(
+            f"{source.run.path} has no {count} checkpoints {kind} up to step {source.step}: it has {there}",
+            hint="checkpoint.interval decides how many a run saves, and checkpoint.keep how many stay",
+        )
+    earlier = alike[len(alike) - (count - 1) :]
+    return [*(find_source(source.run.checkpoint_dir(step)) for step in earlier), source]
+
+
+def load_mean(sources: list[Source], table: list[Entry]) -> dict[str, Tensor]:
+    """`load_weights` of the mean of several checkpoints, all of one weight. It holds one tensor more than one has.
+
+    Raises:
+        CheckpointError: as `load_weights` does.
+    """
+    means = load_weights(sources[0], table)
+    for number, source in enumerate(sources[1:], start=2):
+        contents = check_model(source.path, {entry.source: entry.shape for entry in table}, source.run.recipe_path)
+        for name, mean in means.items():
+            weight = torch.empty_like(mean)
+            load({name: weight}, source.path, contents, alone=True)
+            _check_finite(name, weight, source)
+            mean.lerp_(weight, 1 / number)
+    return means
 
 
 def load_measurement(source: Source) -> Measurement:

@@ -247,6 +247,7 @@ NUMBERED = {
     "recover --nnodes": ("recover", "run", "--rdzv-endpoint", "h:1"),
     "recover --node-rank": ("recover", "run"),
     "strip --verify-length": ("strip", "run", "out"),
+    "strip --average": ("strip", "run", "out"),
     "eval --tokens": ("eval", "run"),
     "eval --sequences": ("eval", "run"),
     "eval --context": ("eval", "run", "--only", "context"),

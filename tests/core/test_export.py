@@ -241,6 +241,63 @@ def test_provenance(run, tmp_path):
     assert torch.__version__.startswith(provenance["versions"]["torch"])
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "average", "steps"),
+    [
+        ("", 1, [140]),
+        ("", 2, [130, 140]),
+        ("", 3, [125, 130, 140]),
+        ("step-130", 2, [125, 130]),
+        ("step-120", 2, [100, 120]),
+    ],
+)
+def test_an_average_is_the_mean_of_the_last_checkpoints(checkpoint, average, steps, run, tmp_path, generator):
+    each = {step: draw_weights(section(), generator) for step in (100, 120, 125, 130, 140)}
+    shutil.rmtree(run / "checkpoints")
+    for step, weights in each.items():
+        save(run, step, weights)
+    source = run / "checkpoints" / checkpoint if checkpoint else run
+    report = strip(source, tmp_path / "out", dtype="float32", average=average, allow_unrecovered=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for ours, theirs in (("output", "lm_head"), ("layers.1.attention.wv", "model.layers.1.self_attn.v_proj")):
+        expected = torch.stack([each[step][f"{ours}.weight"] for step in steps]).double().mean(0)
+        torch.testing.assert_close(written[f"{theirs}.weight"].double(), expected, atol=1e-6, rtol=0)
+    name = "the checkpoint's" if average == 1 else f"those of the mean of steps {', '.join(map(str, steps))}"
+    assert f"weights equal {name} bit for bit" in report.verified[0] and report.max_logit_difference <= 1e-4
+    assert json.loads((tmp_path / "out" / "lighthouse.json").read_text())["averaged_steps"] == steps
+
+
+def test_the_mean_of_equal_weights_is_these_weights(run, weights, tmp_path):
+    strip(run, tmp_path / "out", dtype="float32", average=2)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["model.embed_tokens.weight"], weights["tok_embeddings.weight"])
+
+
+def test_an_average_takes_no_checkpoint_of_the_other_stage(run, tmp_path):
+    for source, count, words in (
+        (run, 3, "has no 3 checkpoints of dense training up to step 140: it has 130, 140"),
+        (run / "checkpoints/step-120", 3, "has no 3 checkpoints of stage 1 up to step 120: it has 100, 120"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            strip(source, tmp_path / "out", average=count, allow_unrecovered=True)
+    with pytest.raises(UserError, match="a mean of 0"):
+        strip(run, tmp_path / "out", average=0)
+    assert nothing_left(tmp_path)
+
+
+def test_an_average_reads_no_damaged_checkpoint(run, weights, tmp_path):
+    save(run, 135, weights | {"output.weight": weights["output.weight"] * float("nan")})
+    with pytest.raises(CheckpointError, match=r"output.weight of .*step-135 holds NaN"):
+        strip(run, tmp_path / "out", average=2)
+    (file,) = (run / "checkpoints/step-135").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="step-135 is damaged"):
+        strip(run, tmp_path / "out", average=2)
+    assert nothing_left(tmp_path)
+
+
 def test_generates_text(run, tmp_path):
     strip(run, tmp_path / "out", dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

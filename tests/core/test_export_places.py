@@ -25,7 +25,7 @@ def disk(tmp_path, small_disk):
 
 
 def test_the_place_of_a_mounted_disk_is_refused_before_anything_is_read(run, disk, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(publish, "load_weights", None)
+    monkeypatch.setattr(publish, "load_mean", None)
     with pytest.raises(UserError, match="is the place of a mounted disk") as error:
         strip(run, disk)
     assert f"{disk}/model" in error.value.hint and not list(disk.iterdir())
