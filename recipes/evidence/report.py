@@ -37,8 +37,9 @@ validation text of the training, packages that were left out of it. *Beyond* is 
 than a short context before them; *far context* is what they lose where they see no more than that, so more is better.
 *Needles* is the share of hidden digits that are found, 0.10 by guessing. *Error of one call* is how far the output of a
 layer's attention is from dense attention's of the same inputs, relative to the latter, over layers. Seconds are of
-training on one GPU, without compilation: every step counts with the median time of all alike steps that were measured
-on such a GPU. Where a window grows, it counts with their mean, without the rows that compile.
+training on one GPU with torch.compile, without the time that compiling takes: every step counts with the median time of
+all alike steps that were measured on such a GPU. Where a window grows, it counts with their mean, without the rows that
+compile.
 
 The text is what `base.toml` and `held-out.toml` say: Python sources of the packages that were installed, in an order of
 samples that the seed decides, and, to be measured on, half of the standard library, of which packages hold copies of a
@@ -67,11 +68,12 @@ from dense runs of several lengths whose rate decays. A power law with an offset
 lengths on both sides of the loss and the next one. With two lengths, or where the three losses do not fall, a straight
 line of loss over the logarithm of time takes its place (*line*). The loss of dense training lies below such a line, so
 that *times as long* is then too large. Where a run ends below every dense run, dense training takes longer than the
-longest of them (>). In brackets is how far below. Less than two standard errors prove no bound: *not shown*. Bounds do
-not rank runs. A loss above that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too.
-± is a standard error. The loss of one run is taken to have the standard deviation of all repetitions (*Noise*),
-{spread}. The slope of the curve at the loss turns an error of loss into one of time. The errors of the curve's shape
-and of the seconds of a step are left out."""
+longest of them (>). In brackets is how far below. A bound that a one-sided test of the difference does not show at 5 %
+(Student's t with the degrees of freedom of the spread) is marked: *not shown*. Bounds do not rank runs. A loss above
+that of the shortest is outside. Repetitions with other seeds are averaged, dense ones too. ± is a standard error. The
+slope of the curve at the loss turns an error of loss into one of time. The errors of the curve's shape and of the
+seconds of a step are left out. The loss of one run is taken to have the standard deviation of all repetitions
+(*Noise*), with its degrees of freedom: {spread}."""
 
 
 # A GPU, and the versions of what ran there.
@@ -625,7 +627,23 @@ def equal_time(what: str, rows: Iterable[tuple[str, float, float, Sequence[tuple
     )
 
 
-def spread(sweeps: Iterable[list[Trial]]) -> dict[int, float]:
+class Spread(NamedTuple):
+    """Of the losses of repetitions."""
+
+    deviation: float
+    free: int  # degrees of freedom
+
+    @property
+    def shown(self) -> float:
+        """Standard errors by which a difference must exceed 0, for a one-sided test at 5 %."""
+        return _STUDENT[min(self.free, len(_STUDENT)) - 1]
+
+
+# The 95 % quantile of Student's t with 1, 2, ... degrees of freedom.
+_STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+
+
+def spread(sweeps: Iterable[list[Trial]]) -> dict[int, Spread]:
     """Standard deviation of the loss of one run among its repetitions, over all that there are; of each sequence length
     in tokens."""
     groups: dict[tuple[int, tuple], list[float]] = {}
@@ -638,7 +656,7 @@ def spread(sweeps: Iterable[list[Trial]]) -> dict[int, float]:
         if len(losses) > 1:
             squares[seq_len] += variance(losses) * (len(losses) - 1)
             free[seq_len] += len(losses) - 1
-    return {seq_len: math.sqrt(squares[seq_len] / free[seq_len]) for seq_len in sorted(free)}
+    return {seq_len: Spread(math.sqrt(squares[seq_len] / count), count) for seq_len, count in sorted(free.items())}
 
 
 class Length(NamedTuple):
@@ -728,14 +746,14 @@ def _power_law(loss: float, *points: Length) -> tuple[float, float]:
     return t0 * math.exp(-math.log1p(-c * (l0 - loss) / b) / c if c else (l0 - loss) / b), 1 / (b - c * (l0 - loss))
 
 
-def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) -> str:
+def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, Spread]) -> str:
     """Of all runs that decay and are not dense: how much longer dense training takes to their loss. `noise` is
     `spread`'s; without repetitions of a sequence length there is no standard error."""
 
     def error(trial: Trial, *parts: float) -> float | None:
         """Of a sum of means, each with the share of one run's variance that it has."""
         one = noise.get(trial.seq_len)
-        return None if one is None else one * math.sqrt(sum(parts))
+        return None if one is None else one.deviation * math.sqrt(sum(parts))
 
     def with_error(value: str, error: float | None, digits: int) -> str:
         return value if error is None else f"{value} ± {error:.{digits}f}"
@@ -761,7 +779,7 @@ def equal_loss(sweeps: Mapping[str, list[Trial]], noise: Mapping[int, float]) ->
             longest, lowest = lengths[-1].seconds, min(lengths, key=lambda length: length.loss)
             below, of_below = lowest.loss - loss, error(trial, 1 / runs, 1 / lowest.runs)
             bound = f"> {longest / seconds:.2f} ({with_error(f'{below:.3f}', of_below, 3)} below)"
-            unproven = of_below is not None and below < 2 * of_below
+            unproven = of_below is not None and below < noise[trial.seq_len].shown * of_below
             rows.append([*row, f"> {longest:.0f}", bound + ", not shown" * unproven])
             continue
         if found is None:
@@ -876,7 +894,9 @@ def write(files: list[Path], out: Path) -> None:
         text.append(f"## Noise\n\n{NOISE}\n\n{repeated}\n")
     noise, named = spread(measurements), {file.stem: runs for file, runs in zip(files, measurements, strict=True)}
     if noise and (rows := equal_loss(named, noise)):
-        of_each = " and ".join(f"{one:.4f} at {seq_len} tokens" for seq_len, one in noise.items())
+        of_each = " and ".join(
+            f"{one.deviation:.4f} at {seq_len} tokens ({one.free})" for seq_len, one in noise.items()
+        )
         text.append(f"## At equal loss\n\n{EQUAL_LOSS.format(spread=of_each)}\n\n{rows}\n")
     told: dict[str, str] = {}
     for file, sweep, runs in zip(files, sweeps, measurements, strict=True):

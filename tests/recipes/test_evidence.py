@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_readme_tells_what_the_report_does():
         return [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("| ")][1:]
 
     known = {
-        (f"{float(loss):.3f}", seconds, dense, saving.partition(" (")[0])
+        (f"{float(loss):.3f}", seconds, dense, re.sub(r" \(.*\)", "", saving))
         for *_, seconds, loss, dense, saving in (row for row in rows("REPORT.md", "## At equal loss") if len(row) == 8)
     }
     told = [row for row in rows("../../README.md", "### What to use") if not row[1].startswith("dense")]
@@ -542,7 +543,7 @@ def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sw
     module, again = report(), json.loads(json.dumps(sweep["runs"]["dense"]))
     again["recipe"] |= {"lighthouse": {"enabled": False, "window": 8}, "model": {"dense_layers": [0]}}
     runs = module.trials({"runs": {"dense": sweep["runs"]["dense"], "again": again}})
-    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == {64: 0}
+    assert "dense, again" in module.repetitions([runs]) and module.spread([runs]) == {64: (0, 1)}
     again["recipe"]["model"]["rope_theta"] = 5e5
     assert module.repetitions([runs]) == "" and module.spread([runs]) == {}
 
@@ -557,7 +558,22 @@ def test_the_spread_of_repetitions_is_that_of_as_long_sequences():
                 one["recipe"]["training"]["seq_len"] = seq_len
                 runs[f"{seq_len}-{place}-{seed}"] = one
     # Variances of 0.02 with one degree of freedom and of 0 with three; and of 1 with two.
-    assert module.spread([module.trials({"runs": runs})]) == pytest.approx({64: 0.005**0.5, 256: 1.0})
+    found = module.spread([module.trials({"runs": runs})])
+    assert {seq_len: one.deviation for seq_len, one in found.items()} == pytest.approx({64: 0.005**0.5, 256: 1.0})
+    assert {seq_len: one.free for seq_len, one in found.items()} == {64: 4, 256: 2}
+
+
+def test_what_a_one_sided_test_of_5_percent_asks():
+    """By the density of Student's t, summed from 0 to the quantile."""
+    module, parts = report(), 10000
+    for free in range(1, 11):
+        quantile = module.Spread(1.0, free).shown
+        scale = math.gamma((free + 1) / 2) / math.gamma(free / 2) / math.sqrt(free * math.pi)
+        middles = (quantile * (part + 0.5) / parts for part in range(parts))
+        area = sum(scale * (1 + x * x / free) ** (-(free + 1) / 2) for x in middles) * quantile / parts
+        # Half of a quantile's last digit, times a density of at most 0.1.
+        assert area == pytest.approx(0.45, abs=5e-5)
+    assert module.Spread(1.0, 1000).shown == module.Spread(1.0, 10).shown
 
 
 def test_a_line_takes_dense_runs_of_its_own_sweep_and_none_without_seconds(sweep):
@@ -661,7 +677,7 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     runs = {"short": dense[0], "long": dense[1], "again": other, "growing": ends[0], "norm": ends[1]}
     runs["best"] = ends[2]
     trials = {"trial": module.trials({"runs": runs})}
-    rows = module.equal_loss(trials, {64: 0.1, 256: 0.9}).splitlines()[2:]
+    rows = module.equal_loss(trials, {64: module.Spread(0.1, 9), 256: module.Spread(0.9, 9)}).splitlines()[2:]
     # The dense runs end at 2.0 and, on average, at 1.1; half-way in loss is half-way in the logarithm of time.
     needed, error = 8.0, 0.1 * (1 + 0.25 + 0.125) ** 0.5
     ratio = needed / 2.0
@@ -672,10 +688,12 @@ def test_how_much_longer_dense_training_takes_to_a_loss(sweep):
     assert "outside" in rows[1] and len(rows) == 3
     # It ends below all dense runs, of which the longest takes 16 s, 8 times as long.
     assert rows[2].split(" | ")[-2:] == ["> 16", f"> 8.00 (0.100 ± {0.1 * 1.5**0.5:.3f} below), not shown |"]
-    rows = module.equal_loss(trials, {64: 0.04}).splitlines()[2:]
-    assert rows[2].split(" | ")[-1] == f"> 8.00 (0.100 ± {0.04 * 1.5**0.5:.3f} below) |"
+    # 2.04 standard errors are enough with six degrees of freedom, and not with four.
+    for free, end in ((6, ") |"), (4, "), not shown |")):
+        rows = module.equal_loss(trials, {64: module.Spread(0.04, free)}).splitlines()[2:]
+        assert rows[2].split(" | ")[-1] == f"> 8.00 (0.100 ± {0.04 * 1.5**0.5:.3f} below{end}"
     # Repetitions of sequences of another length tell nothing of the error of these.
-    rows = module.equal_loss(trials, {256: 0.9}).splitlines()[2:]
+    rows = module.equal_loss(trials, {256: module.Spread(0.9, 9)}).splitlines()[2:]
     assert [row.split(" | ")[-1] for row in (rows[0], rows[2])] == [f"{ratio:.2f} |", "> 8.00 (0.100 below) |"]
 
 
