@@ -116,7 +116,16 @@ class Trial:
     def decay(self) -> int:
         """Steps over which the rate goes to zero."""
         recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
-        return recovery if recovery and recipe["recover"]["decay"] != "none" else recipe["schedule"]["decay_steps"]
+        if recovery and recipe["recover"]["decay"] != "none":
+            return recovery
+        return 0 if recipe["schedule"].get("min_lr_factor") else recipe["schedule"]["decay_steps"]
+
+    @property
+    def shape(self) -> str:
+        """Of the rate over these steps."""
+        recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
+        by_recovery = recovery and recipe["recover"]["decay"] != "none"
+        return recipe["recover"]["decay"] if by_recovery else recipe["schedule"].get("decay", "linear")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -341,6 +350,7 @@ def but_for_the_seed(trial: Trial) -> tuple:
         settings,
         sum(trial.steps) if trial.dense else trial.steps,
         trial.decay,
+        trial.shape,
     )
 
 

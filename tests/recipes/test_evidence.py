@@ -531,12 +531,24 @@ def test_what_a_repetition_is(sweep):
         lambda run: run["ledger"]["stages"][0].update(data="other text"),
         lambda run: run["evaluations"]["end"]["data"].update(sha256="1"),
         lambda run: run["recipe"]["lighthouse"].update(window=8),
+        lambda run: run["recipe"]["recover"].update(decay="cosine"),
         decays,
         goes_on,
     ):
         other = json.loads(json.dumps(again))
         change(other)
         assert module.repetitions([module.trials({"runs": {"norm": norm, "other": other}})]) == ""
+
+
+def test_a_decay_by_the_schedule_is_one_to_zero(sweep):
+    module, dense = report(), sweep["runs"]["dense"]
+    for schedule, steps, shape in (
+        ({"decay_steps": 3}, 3, "linear"),
+        ({"decay_steps": 3, "decay": "cosine", "min_lr_factor": 0.0}, 3, "cosine"),
+        ({"decay_steps": 3, "decay": "linear", "min_lr_factor": 0.1}, 0, "linear"),
+    ):
+        (trial,) = module.trials({"runs": {"dense": {**dense, "recipe": {**dense["recipe"], "schedule": schedule}}}})
+        assert (trial.decay, trial.shape) == (steps, shape)
 
 
 def test_dense_runs_repeat_each_other_whatever_stage_1_they_were_held_against(sweep):
