@@ -112,7 +112,7 @@ def test_schedules_that_are_refused(settings, words):
         load_recipe("recipes/quickstart.toml", settings)
 
 
-# quickstart.toml: 16 sequences of 512 tokens a step, 100 steps.
+# quickstart.toml has 8192 tokens a step and 100 steps.
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
