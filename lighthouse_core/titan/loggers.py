@@ -87,7 +87,9 @@ class WeightsAndBiases(BaseLogger):
         import wandb
 
         self.wandb = wandb
-        given = {key: os.environ[name] for key, name in _WANDB.items() if os.environ.get(name)}
+        # The runs of a sweep are in one folder.
+        given = {"group": run.path.resolve().parent.name}
+        given |= {key: os.environ[name] for key, name in _WANDB.items() if os.environ.get(name)}
         try:
             wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "lighthouse",

@@ -83,6 +83,9 @@ class Metrics(MetricsProcessor):
     beyond the window, a mean over the layers and KV heads that are not dense; `budget_heads`, how many of these heads
     choose blocks from then on; and `budget_blocks`, how many blocks the head with most has.
     A figure that is not finite is null.
+
+    TensorBoard and Weights & Biases have the same figures under the same names, so that a curve goes through both
+    stages, and with `loss` they have `dense`: 1 where the step attends densely in every layer, else 0.
     """
 
     def __init__(self, stage: "Stage", job_config, parallel_dims, model_args=None):
@@ -240,14 +243,16 @@ class Metrics(MetricsProcessor):
         self._write(step, row)
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
+        phase = self.stage.phase(step)
+        dense = phase is None or phase.dense
         try:
-            self.logger.log({f"{self.stage.name}/{key}": value for key, value in row.items()}, step)
+            # A step may have other rows besides.
+            self.logger.log(row | ({"dense": float(dense)} if "loss" in row else {}), step)
         except OSError as error:
             logger.warning("no more is logged to TensorBoard or Weights & Biases: %s", error.strerror)
             self.logger = BaseLogger()
         if self.file:
-            phase = self.stage.phase(step)
-            leaky = phase is not None and not phase.dense and phase.attention.leaks
+            leaky = phase is not None and not dense and phase.attention.leaks
             row = {"step": step, "stage": self.stage.name, "leaky": leaky} | row
             self.unwritten += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             self._write_rows(step)

@@ -27,11 +27,11 @@ def launch(folder, begin, end, value):
     """Logs the steps after `begin`, up to `end`."""
     board = TensorBoard(folder, begin)
     for step in range(begin + 1, end + 1):
-        board.log({"dense/loss": value + step, "dense/lr": float("nan"), "dense/first_of_launch": True}, step)
+        board.log({"loss": value + step, "lr": float("nan"), "first_of_launch": True}, step)
     return board
 
 
-def read(folder, tag="dense/loss"):
+def read(folder, tag="loss"):
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     found.Reload()
     return [(one.step, one.value) for one in found.Scalars(tag)]
@@ -48,7 +48,7 @@ def test_each_step_is_there_once_after_any_resumption(tmp_path, monkeypatch, clo
         known = {step: seen for step, seen in known.items() if step <= begin}
         known |= {step: value + step for step in range(begin + 1, end + 1)}
         assert read(tmp_path) == list(known.items())
-    assert len(read(tmp_path, "dense/first_of_launch")) == 10
+    assert len(read(tmp_path, "first_of_launch")) == 10
 
 
 def test_a_run_that_begins_anew_forgets_all(tmp_path):
@@ -112,7 +112,7 @@ def test_all_launches_and_stages_are_one_run_with_the_recipe(wandb, run):
     def once(step):
         here = Run(run.path)
         logger = WeightsAndBiases(here, here.recipe)
-        logger.log({f"{here.stage}/loss": 1.0}, step)
+        logger.log({"loss": 1.0}, step)
         logger.close()
         assert wandb.run is None
 
@@ -123,11 +123,7 @@ def test_all_launches_and_stages_are_one_run_with_the_recipe(wandb, run):
     run.write_recovery(plan_recovery(run, 5, overrides=['recover.decay="linear"']))
     once(11)
     assert len({one["id"] for one in wandb.inits}) == 1 and wandb.inits[0]["id"].isalnum()
-    assert [(step, *row) for _, step, row in wandb.rows] == [
-        (1, "lighthouse/loss"),
-        (2, "lighthouse/loss"),
-        (11, "dense/loss"),
-    ]
+    assert [(step, *row) for _, step, row in wandb.rows] == [(1, "loss"), (2, "loss"), (11, "loss")]
     assert all(one["resume"] == "allow" and one["allow_val_change"] for one in wandb.inits)
     first, _, last = wandb.inits
     assert (first["project"], first["name"], first["dir"]) == ("lighthouse", "a", str(run.path))
@@ -155,7 +151,10 @@ def test_what_the_environment_says_counts(wandb, run, monkeypatch):
     WeightsAndBiases(run, run.recipe)
     (one,) = wandb.inits
     assert [one[key] for key in ("id", "project", "name", "entity", "tags")] == ["mine", "p", "n", "t", "x"]
-    assert "group" not in one
+    assert one["group"] == "runs"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "g")
+    WeightsAndBiases(run, run.recipe)
+    assert wandb.inits[-1]["group"] == "g"
 
 
 def test_an_account_that_does_not_answer_is_one_line(wandb, run):

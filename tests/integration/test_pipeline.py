@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import Done, lighthouse
 from jobs import options
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lighthouse_core.evaluate import evaluate
 from lighthouse_core.evaluate.load import load_checkpoint, load_directory
@@ -179,6 +180,14 @@ def test_replicated_processes_give_the_gradients_of_one(workspace, one, processe
 
 def test_recovery_goes_on_where_stage_1_ended(recovered):
     seen = rows(recovered)
+    board = EventAccumulator(str(recovered / "tb"), size_guidance={"scalars": 0})
+    board.Reload()
+    # One curve through both stages, each step once, and where it becomes dense.
+    assert [(one.step, one.value) for one in board.Scalars("loss")] == [
+        (step, pytest.approx(row["loss"], rel=1e-6)) for step, row in sorted(seen.items())
+    ]
+    assert [(one.step, one.value) for one in board.Scalars("dense")] == [(step, step > 6) for step in sorted(seen)]
+    assert not any("/" in tag for tag in board.Tags()["scalars"])
     assert [seen[step]["stage"] for step in sorted(seen)] == ["lighthouse"] * 6 + ["dense"] * 4
     ledger = json.loads((recovered / "ledger.json").read_text())
     assert [(s["stage"], s["start"], s["end"]) for s in ledger["stages"]] == [("lighthouse", 0, 6), ("dense", 6, 10)]
