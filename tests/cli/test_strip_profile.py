@@ -61,10 +61,10 @@ def test_strip_says_what_was_verified(lighthouse, fake, here):
         "warning: not verified: logits: no transformers",
         "warning: the recovery is not finished",
     ]
-    lighthouse("strip", "runs/a/checkpoints/step-120", "out", "--allow-unrecovered")
-    options = {"dtype": "float32", "allow_unrecovered": False, "verify_length": 9}
+    lighthouse("strip", "runs/a/checkpoints/step-120", "out", "--allow-unrecovered", "--average", "3")
+    options = {"dtype": "float32", "allow_unrecovered": False, "verify_length": 9, "average": 1}
     assert calls[0] == (Path("runs/a"), Path("out"), options)
-    options = {"dtype": None, "allow_unrecovered": True, "verify_length": None}
+    options = {"dtype": None, "allow_unrecovered": True, "verify_length": None, "average": 3}
     assert calls[1] == ((here / "runs/a/checkpoints/step-120").resolve(), Path("out"), options)
 
 
