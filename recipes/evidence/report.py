@@ -76,6 +76,8 @@ seconds of a step are left out. The loss of one run is taken to have the standar
 (*Noise*), with its degrees of freedom: {spread}."""
 
 
+# What `Trial.decay` and `Trial.shape` tell.
+_DECAY = ("schedule.decay_steps", "schedule.decay", "schedule.min_lr_factor")
 # A GPU, and the versions of what ran there.
 Machine = tuple[str | None, dict]
 # Median seconds of alike steps, and which runs' they are.
@@ -114,7 +116,7 @@ class Trial:
 
     @property
     def decay(self) -> int:
-        """Steps over which the rate goes to zero."""
+        """Steps of the last decay of the rate."""
         recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
         if recovery and recipe["recover"]["decay"] != "none":
             return recovery
@@ -126,6 +128,16 @@ class Trial:
         recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
         by_recovery = recovery and recipe["recover"]["decay"] != "none"
         return recipe["recover"]["decay"] if by_recovery else recipe["schedule"].get("decay", "linear")
+
+    @property
+    def shape(self) -> tuple:
+        """Of that decay, the part of the rate that it ends at, and of an earlier decay its steps and the same."""
+        recipe, schedule = self.run["recipe"], self.run["recipe"]["schedule"]
+        own = (schedule.get("decay", "linear"), schedule.get("min_lr_factor", 0.0))
+        if not self.run["settings"]["recover"] or recipe["recover"]["decay"] == "none":
+            return own
+        steps = schedule["decay_steps"]
+        return (recipe["recover"]["decay"], 0.0) + ((steps, *own) if steps else ())
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -242,7 +254,7 @@ class Trial:
 
     def without_stage_1(self, *keys: str) -> tuple[str | None, str]:
         """Its text, and its settings without those of stage 1 and the recovery, and without these keys."""
-        left_out = ("training.steps", "model.dense_layers", "schedule.decay_steps", *keys)
+        left_out = ("training.steps", "model.dense_layers", *_DECAY, *keys)
         return self.text, self.settings(("lighthouse", "recover"), left_out)
 
     def settings(self, sections: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
@@ -326,8 +338,9 @@ def dense_alike(trial: Trial, others: list[Trial]) -> list[Trial]:
 
 
 def dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
-    """That of them whose rate decays over as many steps."""
-    return next((other for other in dense_alike(trial, others) if other.decay == trial.decay), None)
+    """That of them whose rate decays over as many steps, and in the same way."""
+    wanted = trial.decay, trial.shape
+    return next((other for other in dense_alike(trial, others) if (other.decay, other.shape) == wanted), None)
 
 
 def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
@@ -338,7 +351,7 @@ def best_dense_of(trial: Trial, others: list[Trial]) -> Trial | None:
 
 def but_for_the_seed(trial: Trial) -> tuple:
     """What repetitions have in common. A part of a longer stage 1 is a shorter one, and dense runs have none."""
-    sections, keys = ["recover"], ["training.seed", "training.steps", "schedule.decay_steps"]
+    sections, keys = ["recover"], ["training.seed", "training.steps", *_DECAY]
     if trial.dense:
         sections.append("lighthouse")
         keys.append("model.dense_layers")
@@ -606,7 +619,7 @@ def beside_lines(runs: list[Trial], others: list[Trial]) -> list[tuple[Trial, Li
     found = []
     for trial in (trial for trial in decaying(runs, dense=False) if trial.timed):
         alike = [other.on(trial.machine) for other in dense if conditions(other) == conditions(trial)]
-        alike = [other for other in alike if other.timed]
+        alike = [other for other in alike if other.timed and other.shape == trial.shape]
         lines = []
         for wanted in (share(trial), 0.25):
             lengths = {sum(other.steps): other.outcome for other in alike if abs(share(other) - wanted) <= 0.005}

@@ -190,6 +190,25 @@ def test_runs_that_decay_are_held_against_one_that_does(sweep):
     assert dense_of(module, sweep, "norm") is None
     sweep["runs"]["dense-2"]["recipe"] |= {"schedule": {"decay_steps": 1}, "training": {"seed": 1, "seq_len": 64}}
     assert dense_of(module, sweep, "norm") == "dense-2"
+    # Another shape is another decay.
+    norm["recipe"]["recover"]["decay"] = "cosine"
+    assert dense_of(module, sweep, "norm") is None
+    sweep["runs"]["dense-2"]["recipe"]["schedule"] |= {"decay": "cosine", "min_lr_factor": 0.0}
+    assert dense_of(module, sweep, "norm") == "dense-2"
+    sweep["runs"]["dense-2"]["recipe"]["schedule"]["min_lr_factor"] = 0.1
+    assert dense_of(module, sweep, "norm") is None
+
+
+def test_runs_with_decays_of_another_shape_are_no_repetitions(sweep):
+    module, norm = report(), sweep["runs"]["norm"]
+    norm["recipe"]["recover"]["decay"] = "linear"
+    again = copy.deepcopy(norm)
+    again["recipe"]["training"]["seed"] = 7
+    alike = [module.but_for_the_seed(one) for one in module.trials({"runs": {"a": norm, "b": again}})]
+    assert alike[0] == alike[1]
+    again["recipe"]["recover"]["decay"] = "1-sqrt"
+    alike = [module.but_for_the_seed(one) for one in module.trials({"runs": {"a": norm, "b": again}})]
+    assert alike[0] != alike[1]
 
 
 def test_runs_are_held_against_one_of_as_many_steps(sweep):
