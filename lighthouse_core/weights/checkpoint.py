@@ -115,7 +115,13 @@ def last_sources(source: Source, count: int) -> list[Source]:
             hint="checkpoint.interval decides how many a run saves, and checkpoint.keep how many stay",
         )
     earlier = alike[len(alike) - (count - 1) :]
-    return [*(find_source(source.run.checkpoint_dir(step)) for step in earlier), source]
+    found = []
+    for left, step in zip(range(count - 1, 0, -1), earlier, strict=True):
+        try:
+            found.append(find_source(source.run.checkpoint_dir(step)))
+        except CheckpointError as error:
+            raise CheckpointError(str(error), hint=f"--average {left} leaves it out") from error
+    return [*found, source]
 
 
 def load_mean(sources: list[Source], table: list[Entry]) -> dict[str, Tensor]:

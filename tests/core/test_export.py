@@ -293,8 +293,12 @@ def test_an_average_reads_no_damaged_checkpoint(run, weights, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="step-135 is damaged"):
+    with pytest.raises(CheckpointError, match="step-135 is damaged") as found:
         strip(run, tmp_path / "out", average=2)
+    assert found.value.hint == "--average 1 leaves it out"
+    with pytest.raises(CheckpointError, match="step-135 is damaged") as found:
+        strip(run, tmp_path / "out", average=3)
+    assert found.value.hint == "--average 1 leaves it out"
     assert nothing_left(tmp_path)
 
 
