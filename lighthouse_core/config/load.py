@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from lighthouse_core.config.budget import BudgetSection
 from lighthouse_core.config.data import DataSection, SourceSection
 from lighthouse_core.config.dump import toml_value
+from lighthouse_core.config.lengths import IN_STEPS
 from lighthouse_core.config.model import ModelSection
 from lighthouse_core.config.origin import Unfit, filled
 from lighthouse_core.config.phases import PhaseSection, of_older_run
@@ -204,7 +205,8 @@ def parse_override(override: str) -> dict[str, Any]:
             suggestion = value.lower() if value.lower() in ("true", "false") else toml_value(value.strip("\"'"))
             hint = f"write --set '{key}={suggestion}'"
         else:
-            hint = f"{key} takes {wanted}"
+            of_training = tuple(key.split(".")) in IN_STEPS
+            hint = f"{key} takes {wanted}" + (f", or tokens: --set '{key}=\"2.5B tokens\"'" if of_training else "")
         value = value.replace("\n", "\\n")
         raise RecipeError(f"{label}: {value or 'nothing'} is not a TOML value", hint=hint) from None
 

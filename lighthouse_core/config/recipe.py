@@ -110,7 +110,13 @@ class Recipe(Section):
         schedule = self.schedule
         after = self.training.steps - schedule.warmup_steps
         if schedule.decay_steps and schedule.decay_steps > after:
-            raise conflict("schedule.decay_steps", "warm-up and schedule.decay_steps are longer than training.steps")
+            most = f"at most {after}" if after > 0 else "0"
+            raise conflict(
+                "schedule.decay_steps",
+                "warm-up and schedule.decay_steps are longer than training.steps: after the warm-up of "
+                f"{schedule.warmup_steps} of {self.training.steps} steps, "
+                f"schedule.decay_steps ({schedule.decay_steps}) can be {most}",
+            )
         if schedule.ends_at_zero and self.lighthouse.enabled:
             raise conflict(
                 "schedule.decay_steps",

@@ -130,7 +130,12 @@ def _continue_recovery(run: Run, recipe: Recipe, extend: int | None, newest: Cal
     # What comes on top may go on at the full rate; any other change would give steps that are done another schedule.
     ends_decay = extend is not None and recipe.recover.decay == "none"
     if step > run.start and recipe.recover.decay != run.recipe.recover.decay and not ends_decay:
-        raise RunError(f'the recovery of run {run.path} is under way with recover.decay "{run.recipe.recover.decay}"')
+        before = run.recipe.recover.decay
+        ends = "; --set 'recover.decay=\"none\"' ends it" if extend is not None and before != "none" else ""
+        raise RunError(
+            f'the recovery of run {run.path} is under way with recover.decay "{before}"',
+            hint=f"--set 'recover.decay=\"{before}\"' keeps that decay{ends}",
+        )
     if step >= run.end and extend is None:
         raise RunError(
             f"the recovery of run {run.path} is complete at step {step}",

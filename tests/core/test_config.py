@@ -246,8 +246,8 @@ def test_a_flag_that_has_no_part_in_a_conflict_is_not_named():
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("training.steps=abc", "training.steps takes an integer"),
-        ("training.steps=", "training.steps takes an integer"),
+        ("training.seed=abc", "training.seed takes an integer"),
+        ("training.steps=", "training.steps takes an integer, or tokens: --set 'training.steps=\"2.5B tokens\"'"),
         ("optimizer.lr=1e-3x", "optimizer.lr takes a number"),
         ("training.compile=yes", "training.compile takes true or false"),
         ("training.compile=True", "write --set 'training.compile=true'"),

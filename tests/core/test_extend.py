@@ -91,8 +91,14 @@ def test_a_recovery_that_has_not_begun_has_no_rate_to_keep(tmp_path):
 def test_a_decay_cannot_begin_in_the_past(recovered):
     with pytest.raises(RunError, match="under way"):
         plan_recovery(recovered("none"), extend=4, overrides=LINEAR)
-    with pytest.raises(RunError, match="under way"):
+    with pytest.raises(RunError, match="under way") as found:
         plan_recovery(recovered("linear", 10), overrides=NONE)
+    assert found.value.hint == "--set 'recover.decay=\"linear\"' keeps that decay"
+    with pytest.raises(RunError, match="under way") as found:
+        plan_recovery(recovered("cosine"), extend=4, overrides=LINEAR)
+    assert found.value.hint == (
+        "--set 'recover.decay=\"cosine\"' keeps that decay; --set 'recover.decay=\"none\"' ends it"
+    )
 
 
 def test_after_a_stage_1_that_decays_the_full_rate_is_what_it_came_to(recovered):

@@ -102,6 +102,10 @@ def test_an_early_recovery_goes_on_with_the_warm_up():
             ['schedule.decay="cosine"'],
             r"schedule\.decay needs schedule\.decay_steps; 90 are all steps after the warm-up",
         ),
+        (
+            ["schedule.decay_steps=91", "schedule.min_lr_factor=0.1"],
+            r"after the warm-up of 10 of 100 steps, schedule\.decay_steps \(91\) can be at most 90",
+        ),
         (["schedule.min_lr_factor=0.1"], r"schedule\.min_lr_factor needs schedule\.decay_steps"),
         (["schedule.min_lr_factor=1.0"], r"schedule\.min_lr_factor must be below 1"),
         (['recover.decay="cosin"'], r"did you mean cosine\?"),
