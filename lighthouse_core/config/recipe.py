@@ -121,12 +121,12 @@ class Recipe(Section):
             raise conflict(
                 "schedule.decay_steps",
                 "schedule.decay_steps takes the rate of stage 1 to 0, which leaves none for the recovery: write "
-                "schedule.min_lr_factor = 0.1, or schedule.decay_steps = 0 and a recover.decay",
+                "schedule.min_lr_factor = 0.1, or leave the decay out of [schedule] and set recover.decay",
             )
         for key in ("decay", "min_lr_factor"):
             if not schedule.decay_steps and getattr(schedule, key) != ScheduleSection.model_fields[key].default:
                 every = f"; {after} are all steps after the warm-up" if after > 0 else ""
-                raise conflict(f"schedule.{key}", f"schedule.{key} needs schedule.decay_steps{every}")
+                raise conflict(f"schedule.{key}", f"schedule.{key} needs schedule.decay_steps above 0{every}")
 
     def _check_context(self) -> None:
         context, model = self.parallel.context, self.model

@@ -116,22 +116,15 @@ class Trial:
 
     @property
     def decay(self) -> int:
-        """Steps of the last decay of the rate."""
+        """Steps over which the rate goes to zero."""
         recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
         if recovery and recipe["recover"]["decay"] != "none":
             return recovery
         return 0 if recipe["schedule"].get("min_lr_factor") else recipe["schedule"]["decay_steps"]
 
     @property
-    def shape(self) -> str:
-        """Of the rate over these steps."""
-        recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
-        by_recovery = recovery and recipe["recover"]["decay"] != "none"
-        return recipe["recover"]["decay"] if by_recovery else recipe["schedule"].get("decay", "linear")
-
-    @property
     def shape(self) -> tuple:
-        """Of that decay, the part of the rate that it ends at, and of an earlier decay its steps and the same."""
+        """Of the last decay, the part of the rate that it ends at, and of an earlier decay its steps and the same."""
         recipe, schedule = self.run["recipe"], self.run["recipe"]["schedule"]
         own = (schedule.get("decay", "linear"), schedule.get("min_lr_factor", 0.0))
         if not self.run["settings"]["recover"] or recipe["recover"]["decay"] == "none":

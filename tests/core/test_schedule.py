@@ -100,7 +100,7 @@ def test_an_early_recovery_goes_on_with_the_warm_up():
         (["lighthouse.enabled=false", "schedule.decay_steps=10000"], r"schedule\.decay_steps are longer"),
         (
             ['schedule.decay="cosine"'],
-            r"schedule\.decay needs schedule\.decay_steps; 90 are all steps after the warm-up",
+            r"schedule\.decay needs schedule\.decay_steps above 0; 90 are all steps after the warm-up",
         ),
         (
             ["schedule.decay_steps=91", "schedule.min_lr_factor=0.1"],

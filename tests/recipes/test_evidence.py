@@ -562,9 +562,9 @@ def test_what_a_repetition_is(sweep):
 def test_a_decay_by_the_schedule_is_one_to_zero(sweep):
     module, dense = report(), sweep["runs"]["dense"]
     for schedule, steps, shape in (
-        ({"decay_steps": 3}, 3, "linear"),
-        ({"decay_steps": 3, "decay": "cosine", "min_lr_factor": 0.0}, 3, "cosine"),
-        ({"decay_steps": 3, "decay": "linear", "min_lr_factor": 0.1}, 0, "linear"),
+        ({"decay_steps": 3}, 3, ("linear", 0.0)),
+        ({"decay_steps": 3, "decay": "cosine", "min_lr_factor": 0.0}, 3, ("cosine", 0.0)),
+        ({"decay_steps": 3, "decay": "linear", "min_lr_factor": 0.1}, 0, ("linear", 0.1)),
     ):
         (trial,) = module.trials({"runs": {"dense": {**dense, "recipe": {**dense["recipe"], "schedule": schedule}}}})
         assert (trial.decay, trial.shape) == (steps, shape)
