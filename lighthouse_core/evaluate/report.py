@@ -165,8 +165,7 @@ def _measure(
     if "switch" in measures:
         say("dense attention in every layer")
         errors = attention_errors(subject, *next(iter(text)))
-        switched = subject.within(AttentionContext(dense=True))
-        dense = _losses(switched, measured)
+        dense = _dense_losses(subject, measured)
         report["switch"] = {
             "dense": asdict(mean_over(per_sequence(dense, before))),
             "jump": asdict(mean_over(per_sequence(dense - losses, before))),
@@ -187,6 +186,19 @@ def _measure(
 def _losses(subject: Subject, text: Text) -> torch.Tensor:
     """[B, N - 1] nats, a sequence at a time: what fits is not known here."""
     return torch.cat([subject.losses(row, packed=packed) for row, packed in text])
+
+
+def _dense_losses(subject: Subject, text: Text) -> torch.Tensor:
+    """Those of a model of stage 1 after the switch: every layer is dense, and RoPE has the model's base, which that of the
+    phase may not be."""
+    model = subject.model
+    assert model is not None
+    angles = model.freqs_cis
+    model.freqs_cis = model.rotary_table().to(angles.device)
+    try:
+        return _losses(subject.within(AttentionContext(dense=True)), text)
+    finally:
+        model.freqs_cis = angles
 
 
 def _one_by_one(

@@ -306,6 +306,8 @@ def test_a_validation_that_was_cut_off_has_the_budgets_and_the_rotation_of_its_s
     (cut.path / "metrics.jsonl").write_text("".join(kept))
     train(cut, folder / "meeting")
     assert rows(cut, "val_loss") == rows(run, "val_loss") and len(rows(run, "val_loss")) == 2
+    # After a switch at step 3 positions are rotated by the model's base.
+    check_evaluation(run, step=3)
     # An export has the model's rotation.
     never, rotation = strip(run.checkpoint_dir(3), folder / "early", allow_unrecovered=True).warnings
     assert "never trained with every layer dense" in never
@@ -375,11 +377,11 @@ def test_documents_and_checkpointing(shared):
     check_evaluation(ours)
 
 
-def check_evaluation(run):
+def check_evaluation(run, step=None):
     """All measures of a run with budgets; dense attention, which has none, is what the run's dense model does."""
     reports = {}
     for attention in ("trained", "dense"):
-        subject, recipe = load_checkpoint(run.path, attention=attention, device=torch.device("cpu"))
+        subject, recipe = load_checkpoint(run.path, attention=attention, device=torch.device("cpu"), step=step)
         left = () if attention == "trained" else ("leak", "switch", "needles")
         measures = [measure for measure in MEASURES if measure not in left]
         options = {"tokens": 64, "sequences": 2, "context": 16, "trials": 2, "align": recipe.alignment}
