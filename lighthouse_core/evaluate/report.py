@@ -189,8 +189,8 @@ def _losses(subject: Subject, text: Text) -> torch.Tensor:
 
 
 def _dense_losses(subject: Subject, text: Text) -> torch.Tensor:
-    """Those of a model of stage 1 after the switch: every layer is dense, and RoPE has the model's base, which that of the
-    phase may not be."""
+    """Those of a model of stage 1 after the switch: every layer is dense, and RoPE has the base of the model, not
+    that of the phase."""
     model = subject.model
     assert model is not None
     angles = model.freqs_cis
