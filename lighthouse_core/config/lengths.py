@@ -2,6 +2,7 @@
 
 import re
 from decimal import Decimal
+from math import prod
 from typing import Any
 
 from lighthouse_core.config.positions import spelled
@@ -30,26 +31,28 @@ def with_steps(table: Any) -> Any:
     """
     found: dict[tuple[str, str], int] = {}
     for section, key in IN_STEPS:
-        given = table[section].get(key) if isinstance(table, dict) and isinstance(table.get(section), dict) else None
+        given = _section(table, section).get(key)
         if isinstance(given, str):
             tokens = _tokens(given)
             if tokens is None:
                 name = spelled((section, key))
                 raise conflict(name, f'{name} must be a number of steps, or of tokens as "2.5B tokens", not {given!r}')
             found[section, key] = tokens
-    sizes = [table["training"].get(key) for key in ("seq_len", "global_batch_size")] if found and _trains(table) else []
-    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
-        # What is missing or wrong is said of these two. Any number will do for the others.
-        sizes = [1, 1]
-    step = sizes[0] * sizes[1]
-    changed = dict(table) if found else table
+    if not found:
+        return table
+    sizes: list[Any] = [_section(table, "training").get(key) for key in ("seq_len", "global_batch_size")]
+    # What is missing or wrong is said of these two. Any number will do for the others.
+    step = prod(sizes) if all(type(size) is int and size > 0 for size in sizes) else 1
+    changed = dict(table)
     for (section, key), tokens in found.items():
         changed[section] = {**changed[section], key: -(-tokens // step)}
     return changed
 
 
-def _trains(table: dict[str, Any]) -> bool:
-    return isinstance(table.get("training"), dict)
+def _section(table: Any, name: str) -> dict[str, Any]:
+    """Of a table as it was written; empty where there is no such section, or it is none."""
+    found = table.get(name) if isinstance(table, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _tokens(text: str) -> int | None:

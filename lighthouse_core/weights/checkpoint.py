@@ -105,8 +105,10 @@ def last_sources(source: Source, count: int) -> list[Source]:
     Raises:
         CheckpointError: there are fewer, or one of them is incomplete, damaged or holds what none does.
     """
+    if count == 1:
+        return [source]
     steps = [step for step in source.run.checkpoint_steps() if 0 < step < source.step]
-    alike = [step for step in steps if Source(source.run, step).recovered == source.recovered] if count > 1 else []
+    alike = [step for step in steps if Source(source.run, step).recovered == source.recovered]
     if len(alike) < count - 1:
         there = ", ".join(map(str, [*alike, source.step]))
         kind = "of dense training" if source.recovered else "of stage 1"
@@ -114,9 +116,8 @@ def last_sources(source: Source, count: int) -> list[Source]:
             f"{source.run.path} has no {count} checkpoints {kind} up to step {source.step}: it has {there}",
             hint="checkpoint.interval decides how many a run saves, and checkpoint.keep how many stay",
         )
-    earlier = alike[len(alike) - (count - 1) :]
     found = []
-    for left, step in zip(range(count - 1, 0, -1), earlier, strict=True):
+    for left, step in zip(range(count - 1, 0, -1), alike[-(count - 1) :], strict=True):
         try:
             found.append(find_source(source.run.checkpoint_dir(step)))
         except CheckpointError as error:

@@ -78,6 +78,8 @@ seconds of a step are left out. The loss of one run is taken to have the standar
 
 # What `Trial.decay` and `Trial.shape` tell.
 _DECAY = ("schedule.decay_steps", "schedule.decay", "schedule.min_lr_factor")
+# The 95 % quantile of Student's t with 1, 2, ... degrees of freedom.
+_STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 # A GPU, and the versions of what ran there.
 Machine = tuple[str | None, dict]
 # Median seconds of alike steps, and which runs' they are.
@@ -115,19 +117,23 @@ class Trial:
         return not self.run["recipe"]["lighthouse"]["enabled"]
 
     @property
+    def _decays_in_recovery(self) -> bool:
+        return self.run["settings"]["recover"] > 0 and self.run["recipe"]["recover"]["decay"] != "none"
+
+    @property
     def decay(self) -> int:
         """Steps over which the rate goes to zero."""
-        recipe, recovery = self.run["recipe"], self.run["settings"]["recover"]
-        if recovery and recipe["recover"]["decay"] != "none":
-            return recovery
-        return 0 if recipe["schedule"].get("min_lr_factor") else recipe["schedule"]["decay_steps"]
+        if self._decays_in_recovery:
+            return self.run["settings"]["recover"]
+        schedule = self.run["recipe"]["schedule"]
+        return 0 if schedule.get("min_lr_factor") else schedule["decay_steps"]
 
     @property
     def shape(self) -> tuple:
         """Of the last decay, the part of the rate that it ends at, and of an earlier decay its steps and the same."""
         recipe, schedule = self.run["recipe"], self.run["recipe"]["schedule"]
         own = (schedule.get("decay", "linear"), schedule.get("min_lr_factor", 0.0))
-        if not self.run["settings"]["recover"] or recipe["recover"]["decay"] == "none":
+        if not self._decays_in_recovery:
             return own
         steps = schedule["decay_steps"]
         return (recipe["recover"]["decay"], 0.0) + ((steps, *own) if steps else ())
@@ -653,10 +659,6 @@ class Spread(NamedTuple):
     def shown(self) -> float:
         """Standard errors by which a difference must exceed 0, for a one-sided test at 5 %."""
         return _STUDENT[min(self.free, len(_STUDENT)) - 1]
-
-
-# The 95 % quantile of Student's t with 1, 2, ... degrees of freedom.
-_STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 
 
 def spread(sweeps: Iterable[list[Trial]]) -> dict[int, Spread]:
